@@ -1,0 +1,49 @@
+# Everything runs in .venv, which is made with this interpreter and installed as constraints.txt says.
+PYTHON ?= python3
+VENV := .venv
+DEMO := $(VENV)/bin/performers train demo --output runs/demo --if-exists show
+PYTEST := $(VENV)/bin/python -m pytest
+
+# Two workers with one thread each: more threads than cores make torch slower, not faster.
+export OMP_NUM_THREADS ?= 1
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow lint format clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+
+demo: export OMP_NUM_THREADS = $(shell nproc)
+demo: $(VENV)/installed-for-use ## train a small Performer on real proteins and write runs/demo/report.html
+	$(DEMO)
+
+test: $(VENV)/installed-for-development ## run the tests, the examples in docstrings included
+	$(PYTEST) -n 2
+
+test-slow: $(VENV)/installed-for-development ## run the tests that take long
+	$(PYTEST) -n 2 -m slow
+
+lint: $(VENV)/installed-for-development ## check style, formatting and types
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+format: $(VENV)/installed-for-development ## rewrite the code in the project's format
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+clean: ## remove the environment and the caches; runs/ stays
+	rm -rf $(VENV) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The stamps say what the environment holds. They are older than these two files when it must be renewed.
+$(VENV)/installed-for-use: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[hf,bio,viz]"
+	touch $@
+
+$(VENV)/installed-for-development: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[hf,bio,viz,dev]"
+	touch $@ $(VENV)/installed-for-use
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)

@@ -1,0 +1,84 @@
+"""Linear-time attention with FAVOR+.
+
+    out = favor_attention(query, key, value, SoftmaxFeatures(dim=64))
+
+The names below are the door to the package. Each is imported when it is first used, so that
+`import performers` costs nothing and the core needs torch alone; the models need the extra `hf`.
+
+Source: Choromanski et al. 2021, "Rethinking Attention with Performers", arXiv 2009.14794.
+"""
+
+from importlib import import_module, metadata
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # what the table below says at run time, said to type checkers and editors
+    from performers.functional import (
+        attention_matrix,
+        draw_projection,
+        favor_attention,
+        softmax_attention,
+    )
+    from performers.models import (
+        PerformerConfig,
+        PerformerForCausalLM,
+        PerformerForMaskedLM,
+        PerformerModel,
+    )
+    from performers.nn import FavorAttention, KernelFeatures, SoftmaxFeatures
+    from performers.typing import LinearState
+
+    __version__: str
+
+__all__ = [
+    "FavorAttention",
+    "KernelFeatures",
+    "LinearState",
+    "PerformerConfig",
+    "PerformerForCausalLM",
+    "PerformerForMaskedLM",
+    "PerformerModel",
+    "SoftmaxFeatures",
+    "attention_matrix",
+    "draw_projection",
+    "favor_attention",
+    "softmax_attention",
+]
+
+_HOME = {
+    "attention_matrix": "functional",
+    "draw_projection": "functional",
+    "favor_attention": "functional",
+    "softmax_attention": "functional",
+    "PerformerConfig": "models",
+    "PerformerForCausalLM": "models",
+    "PerformerForMaskedLM": "models",
+    "PerformerModel": "models",
+    "FavorAttention": "nn",
+    "KernelFeatures": "nn",
+    "SoftmaxFeatures": "nn",
+    "LinearState": "typing",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import `name` from the module it lives in, on first use (PEP 562)."""
+    if name == "__version__":
+        return metadata.version("performers")
+    if name not in _HOME:
+        raise AttributeError(f"module 'performers' has no attribute {name!r}")
+    try:
+        value = getattr(import_module(f"performers.{_HOME[name]}"), name)
+    except ModuleNotFoundError as error:
+        if error.name != "transformers":
+            raise
+        raise ModuleNotFoundError(
+            f"performers.{name} needs transformers, which is not installed. "
+            "Install it with: pip install 'performers[hf]'",
+            name=error.name,
+        ) from error
+    globals()[name] = value  # the next access is an ordinary one
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__, "__version__"])
