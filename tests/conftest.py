@@ -1,0 +1,42 @@
+"""What every test gets: no network, reproducible draws, a way to run code in a fresh process."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+
+import hypothesis
+import pytest
+import torch
+
+# Set before transformers or datasets is imported: a test that asks a hub fails at once.
+os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
+
+# The machine may be busy: how long an example takes is no reason to fail.
+hypothesis.settings.register_profile("tests", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("tests")
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """Each test draws the same numbers alone and in company."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def fresh_python() -> Callable[..., str]:
+    """Run code in a new interpreter and return what it prints; a failure shows its traceback.
+
+    Modules named in `blocked` cannot be imported there, as if they were not installed. The new
+    process is also free of the jaxtyping import hook, which `torch.compile(fullgraph=True)` needs.
+    """
+
+    def run(code: str, blocked: Sequence[str] = ()) -> str:
+        block = "".join(f"sys.modules[{name!r}] = None\n" for name in blocked)
+        done = subprocess.run(
+            [sys.executable, "-c", f"import sys\n{block}{code}"], capture_output=True, text=True
+        )
+        assert done.returncode == 0, f"the fresh process failed:\n{done.stderr}"
+        return done.stdout.strip()
+
+    return run
