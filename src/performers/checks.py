@@ -1,0 +1,143 @@
+"""Every error that a caller can cause, worded once: what must hold, what came, what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "check_attention_inputs",
+    "check_choice",
+    "check_count",
+    "check_key_padding_mask",
+    "check_omega",
+    "check_state",
+]
+
+
+def check_count(name: str, count: int) -> None:
+    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+        raise ValueError(f"{name} must be a whole number of at least 1, got {count!r}.")
+
+
+def check_choice(what: str, word: object, choices: Collection[str]) -> None:
+    if word in choices:
+        return
+    near = difflib.get_close_matches(str(word), choices, n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"unknown {what} {word!r}: choose one of {sorted(choices)}.{hint}")
+
+
+def check_omega(x: Tensor, omega: Tensor) -> None:
+    if omega.ndim != 2 or omega.shape[1] != x.shape[-1]:
+        raise ValueError(
+            "omega must be a matrix with one column per feature of x: omega is "
+            f"{_shape(omega)}, x is {_shape(x)}. "
+            f"Draw it with draw_projection(num_projections, dim={x.shape[-1]})."
+        )
+
+
+def check_attention_inputs(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    is_causal: bool,
+    key_padding_mask: Tensor | None,
+    enable_gqa: bool,
+    scale: float | None,
+) -> None:
+    """Shapes, dtypes and devices of one attention call, before any work starts."""
+    named = {"query": query, "key": key, "value": value}
+    for name, tensor in named.items():
+        if tensor.ndim != 4:
+            raise ValueError(
+                f"{name} must be (batch, heads, length, dim), got {_shape(tensor)}. "
+                "For one head write x[None, None]; for (batch, length, heads, dim) use x.transpose(1, 2)."
+            )
+        if not tensor.is_floating_point():
+            raise TypeError(
+                f"{name} must be of a floating dtype, got {tensor.dtype}. Convert it with .float()."
+            )
+    if len({tensor.device for tensor in named.values()}) > 1:
+        devices = ", ".join(f"{name} on {tensor.device}" for name, tensor in named.items())
+        raise ValueError(
+            f"query, key and value must be on one device: {devices}. Move them with .to()."
+        )
+    if len({tensor.dtype for tensor in named.values()}) > 1:
+        dtypes = ", ".join(f"{name} {tensor.dtype}" for name, tensor in named.items())
+        raise TypeError(
+            f"query, key and value must have one dtype: {dtypes}. Convert with .to(dtype)."
+        )
+    if query.shape[-1] != key.shape[-1]:
+        raise ValueError(
+            "query and key must have the same dim per head: "
+            f"query is {_shape(query)}, key is {_shape(key)}."
+        )
+    if key.shape[:3] != value.shape[:3]:
+        raise ValueError(
+            "key and value must agree in batch, heads and length: "
+            f"key is {_shape(key)}, value is {_shape(value)}."
+        )
+    if query.shape[0] != key.shape[0]:
+        raise ValueError(
+            f"query and key must have the same batch size: query is {_shape(query)}, "
+            f"key is {_shape(key)}. Repeat the smaller with .expand()."
+        )
+    heads, key_heads = query.shape[1], key.shape[1]
+    if heads != key_heads and not enable_gqa:
+        raise ValueError(
+            f"query has {heads} heads and key has {key_heads}: they must be equal. "
+            "For grouped-query attention pass enable_gqa=True."
+        )
+    if key_heads == 0 or heads % key_heads:
+        raise ValueError(
+            f"the number of key heads must divide the number of query heads: {heads} query heads, "
+            f"{key_heads} key heads."
+        )
+    if is_causal and query.shape[2] != key.shape[2]:
+        raise ValueError(
+            "causal attention needs one query per key: query length is "
+            f"{query.shape[2]}, key length is {key.shape[2]}. To continue a sequence pass only its new "
+            "queries, keys and values, with initial_state= for what came before."
+        )
+    if scale is not None and not (scale > 0 and scale < float("inf")):
+        raise ValueError(f"scale must be positive and finite, got {scale!r}.")
+    check_key_padding_mask(key_padding_mask, key)
+
+
+def check_key_padding_mask(mask: Tensor | None, key: Tensor) -> None:
+    if mask is None:
+        return
+    if mask.dtype != torch.bool:
+        raise TypeError(
+            f"key_padding_mask must be bool with True for a real key, got {mask.dtype}. From a 0/1 "
+            "attention mask write mask.bool(); an additive float mask has no linear-time form."
+        )
+    if mask.shape != (key.shape[0], key.shape[2]):
+        raise ValueError(
+            f"key_padding_mask must be (batch, key_length) = {(key.shape[0], key.shape[2])}, "
+            f"got {_shape(mask)}."
+        )
+    if mask.device != key.device:
+        raise ValueError(
+            f"key_padding_mask must be on the device of key: {mask.device} and {key.device}."
+        )
+
+
+def check_state(parts: dict[str, Tensor], expected: dict[str, tuple[int, ...]]) -> None:
+    """Each named part of a LinearState against the shape this call needs."""
+    for name, part in parts.items():
+        if tuple(part.shape) != expected[name]:
+            raise ValueError(
+                f"initial_state.{name} must have shape {expected[name]} for these inputs, got "
+                f"{_shape(part)}. A state belongs to one batch, feature map and value_dim; reorder its "
+                "batch with state.index_select(index)."
+            )
+
+
+def _shape(tensor: Tensor) -> str:
+    return str(tuple(tensor.shape))

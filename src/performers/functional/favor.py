@@ -1,0 +1,107 @@
+"""FAVOR+: Fast Attention Via positive Orthogonal Random features. The paper's mechanism on one page."""
+
+from __future__ import annotations
+
+from typing import Literal, overload
+
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from performers.functional.linear import linear_attention
+from performers.typing import FeatureMap, LinearState
+
+__all__ = ["favor_attention"]
+
+Output = Float[Tensor, "batch heads query_length value_dim"]
+
+
+@overload
+def favor_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    phi: FeatureMap,
+    is_causal: bool = ...,
+    key_padding_mask: Tensor | None = ...,
+    scale: float | None = ...,
+    normalize: bool = ...,
+    enable_gqa: bool = ...,
+    initial_state: LinearState | None = ...,
+    return_state: Literal[False] = ...,
+    backend: str | None = ...,
+) -> Tensor: ...
+
+
+@overload
+def favor_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    phi: FeatureMap,
+    is_causal: bool = ...,
+    key_padding_mask: Tensor | None = ...,
+    scale: float | None = ...,
+    normalize: bool = ...,
+    enable_gqa: bool = ...,
+    initial_state: LinearState | None = ...,
+    *,
+    return_state: Literal[True],
+    backend: str | None = ...,
+) -> tuple[Tensor, LinearState]: ...
+
+
+def favor_attention(
+    query: Float[Tensor, "batch heads query_length dim"],
+    key: Float[Tensor, "batch key_heads key_length dim"],
+    value: Float[Tensor, "batch key_heads key_length value_dim"],
+    phi: FeatureMap,
+    is_causal: bool = False,
+    key_padding_mask: Bool[Tensor, "batch key_length"] | None = None,
+    scale: float | None = None,
+    normalize: bool = True,
+    enable_gqa: bool = False,
+    initial_state: LinearState | None = None,
+    return_state: bool = False,
+    backend: str | None = None,
+) -> Output | tuple[Output, LinearState]:
+    """softmax(scale · QKᵀ) V, or any kernel in place of softmax, in time and memory linear in the length.
+
+        out = D⁻¹ Q′ (K′ᵀ V),    Q′ = φ(√scale · Q),   K′ = φ(√scale · K),   D = diag(Q′ K′ᵀ 1)
+
+    `phi`: the feature map, e.g. `performers.SoftmaxFeatures(dim)`; its ω changes only by `phi.redraw()`.
+    `is_causal`: position i attends to j ≤ i; nothing it sees depends on later keys or values.
+    `key_padding_mask`: True = a real key. Masked keys are out of numerator and normalizer; a query that
+    sees no key returns zeros. With padded queries there is nothing to do: their rows are not used.
+    `scale`: 1/√dim for softmax features, 1 for generalized kernels, unless given. Must be positive.
+    `normalize`: False leaves out D⁻¹ (Appendix D.3); values then scale with φ and may overflow with it.
+    `enable_gqa`: key heads may divide query heads; query head h reads key head h // (heads / key_heads).
+    `initial_state`, `return_state`: continue a sequence. Prefill, chunked prefill and one-token
+    decoding are this same call. With `return_state=True` the result is `(out, LinearState)`.
+    `backend`: None chooses; "reference" or "chunked" is obeyed.
+
+    Dropout of attention weights has no linear-time form: drop the output instead.
+
+    Raises ValueError or TypeError for shapes, dtypes, devices and words that do not fit.
+    Cost: O(length · num_features · dim) time, O(length · dim) memory.
+    Source: Choromanski et al. 2021, Algorithm 1.
+
+    >>> import torch
+    >>> from performers import SoftmaxFeatures
+    >>> query, key, value = torch.randn(3, 2, 4, 1000, 64).unbind()
+    >>> favor_attention(query, key, value, SoftmaxFeatures(dim=64), is_causal=True).shape
+    torch.Size([2, 4, 1000, 64])
+    """
+    out, state = linear_attention(
+        query,
+        key,
+        value,
+        phi,
+        is_causal=is_causal,
+        key_padding_mask=key_padding_mask,
+        scale=phi.default_scale if scale is None else scale,
+        normalize=normalize,
+        enable_gqa=enable_gqa,
+        initial_state=initial_state,
+        backend=backend,
+    )
+    return (out, state) if return_state else out

@@ -1,0 +1,168 @@
+"""φ: feature maps whose inner products estimate a kernel, E[φ(x)·φ(y)] = K(x, y).
+
+Softmax kernel exp(x·y), Section 2.3 of the paper: `positive_features` (the + of FAVOR+),
+`hyperbolic_features`, `trigonometric_features`. Any other kernel, Section 2.2: `kernel_features`.
+
+All return `Features`, φ with its exponents kept apart; `.dense()` gives the plain φ. The temperature is
+the caller's: for softmax(QKᵀ/√dim) scale queries and keys by dim**-0.25, as `favor_attention` does.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as F
+
+from performers.checks import check_choice, check_omega
+from performers.typing import Features
+
+__all__ = [
+    "KERNELS",
+    "Kernel",
+    "hyperbolic_features",
+    "kernel_features",
+    "positive_features",
+    "trigonometric_features",
+]
+
+
+def positive_features(
+    x: Float[Tensor, "*batch length dim"],
+    omega: Float[Tensor, "num_projections dim"],
+) -> Features:
+    r"""Positive random features of the softmax kernel: E[φ(x)·φ(y)] = exp(x·y).
+
+        φ(x) = exp(-‖x‖²/2) / √m · (exp(ω₁·x), …, exp(ω_m·x)),    ω_i ~ N(0, I)
+
+    Rows of ω may be orthogonal if each keeps its marginal; `draw_projection` sees to that.
+
+    Cost: O(length · m · dim).  Source: Choromanski et al. 2021, Lemma 1 (Eq. 7).
+
+    >>> x, omega = torch.zeros(1, 4), torch.randn(2, 4)
+    >>> positive_features(x, omega).dense()
+    tensor([[0.7071, 0.7071]])
+    """
+    return Features(
+        log_values=_project(x, omega), log_rows=-_half_square_norm(x) - math.log(len(omega)) / 2
+    )
+
+
+def hyperbolic_features(
+    x: Float[Tensor, "*batch length dim"],
+    omega: Float[Tensor, "num_projections dim"],
+) -> Features:
+    r"""Positive features that use every ω with both signs: E[φ(x)·φ(y)] = exp(x·y), width 2m.
+
+        φ(x) = exp(-‖x‖²/2) / √(2m) · (exp(ω₁·x), …, exp(ω_m·x), exp(-ω₁·x), …, exp(-ω_m·x))
+
+    Never a larger variance than `positive_features` of 2m independent projections.
+
+    Cost: O(length · m · dim).  Source: Choromanski et al. 2021, Lemma 1 and Lemma 2.
+    """
+    projected = _project(x, omega)
+    return Features(
+        log_values=torch.cat([projected, -projected], dim=-1),
+        log_rows=-_half_square_norm(x) - math.log(2 * len(omega)) / 2,
+    )
+
+
+def trigonometric_features(
+    x: Float[Tensor, "*batch length dim"],
+    omega: Float[Tensor, "num_projections dim"],
+) -> Features:
+    r"""Random Fourier features of the softmax kernel: E[φ(x)·φ(y)] = exp(x·y), width 2m.
+
+        φ(x) = exp(‖x‖²/2) / √m · (sin ω₁·x, …, sin ω_m·x, cos ω₁·x, …, cos ω_m·x)
+
+    Unbiased, but of any sign: where exp(x·y) is small the variance is not, and the normalizer of
+    attention may vanish or turn negative. Kept to compare with; train with positive features.
+
+    Cost: O(length · m · dim).  Source: Choromanski et al. 2021, Section 2.3 (Eq. 5).
+    """
+    projected = _project(x, omega)
+    return Features(
+        values=torch.cat([projected.sin(), projected.cos()], dim=-1) / math.sqrt(len(omega)),
+        log_rows=_half_square_norm(x),
+    )
+
+
+class Kernel(NamedTuple):
+    """f of a generalized kernel K(x, y) = E[f(ω·x) f(ω·y)].
+
+    `fn` maps projections to values. With `is_exponential` it maps them to the logarithm of values instead,
+    so that attention can work in log space. `is_nonnegative` tells whether values are never below 0.
+    """
+
+    fn: Callable[[Tensor], Tensor]
+    is_nonnegative: bool = False
+    is_exponential: bool = False
+
+
+def _elu_plus_one(projected: Tensor) -> Tensor:
+    return F.elu(projected) + 1
+
+
+def _itself(projected: Tensor) -> Tensor:
+    return projected
+
+
+# Figure 16 of the paper, and the feature map of Katharopoulos et al. 2020 ("elu+1").
+KERNELS: dict[str, Kernel] = {
+    "relu": Kernel(torch.relu, is_nonnegative=True),
+    "exp": Kernel(_itself, is_nonnegative=True, is_exponential=True),
+    "sigmoid": Kernel(torch.sigmoid, is_nonnegative=True),
+    "abs": Kernel(torch.abs, is_nonnegative=True),
+    "elu+1": Kernel(_elu_plus_one, is_nonnegative=True),
+    "gelu": Kernel(F.gelu),
+    "cos": Kernel(torch.cos),
+    "tanh": Kernel(torch.tanh),
+    "identity": Kernel(_itself),
+}
+
+
+def kernel_features(
+    x: Float[Tensor, "*batch length dim"],
+    omega: Float[Tensor, "num_projections dim"] | None,
+    fn: str | Callable[[Tensor], Tensor] = "relu",
+    epsilon: float = 1e-3,
+) -> Features:
+    r"""Features of a generalized kernel, K(x, y) = E[(f(ω·x) + ε)(f(ω·y) + ε)].
+
+        φ(x) = (f(ω₁·x) + ε, …, f(ω_m·x) + ε) / √m,    without ω:  φ(x) = f(x) + ε
+
+    `fn` is a name in `KERNELS` or any elementwise callable. `epsilon` is the paper's kernel epsilon: part
+    of the kernel (it keeps ReLU features from vanishing together), not of the arithmetic.
+
+    Cost: O(length · m · dim).  Source: Choromanski et al. 2021, Section 2.2 and Appendix A.4.
+    """
+    kernel = resolve_kernel(fn)
+    projected = x if omega is None else _project(x, omega)
+    columns = 1 if omega is None else len(omega)
+    if kernel.is_exponential:
+        log_values = kernel.fn(projected)
+        if epsilon > 0:
+            log_values = torch.logaddexp(log_values, log_values.new_tensor(math.log(epsilon)))
+        return Features(log_values=log_values - math.log(columns) / 2)
+    return Features(values=(kernel.fn(projected) + epsilon) / math.sqrt(columns))
+
+
+def resolve_kernel(fn: str | Callable[[Tensor], Tensor]) -> Kernel:
+    """The `Kernel` of a name or of a callable, of which nothing is assumed."""
+    if callable(fn):
+        return Kernel(fn)
+    check_choice("kernel", fn, KERNELS)
+    return KERNELS[fn]
+
+
+def _project(x: Tensor, omega: Tensor) -> Tensor:
+    check_omega(x, omega)
+    return x @ omega.to(x.dtype).mT
+
+
+def _half_square_norm(x: Tensor) -> Tensor:
+    return x.square().sum(dim=-1, keepdim=True) / 2

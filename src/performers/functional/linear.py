@@ -1,0 +1,79 @@
+"""The contraction of linear attention: out = D⁻¹ Q′ (K′ᵀ V), never forming the matrix Q′K′ᵀ."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from performers.backends import choose_backend
+from performers.checks import check_attention_inputs, check_state
+from performers.typing import FeatureMap, LinearState
+
+__all__ = ["linear_attention"]
+
+
+def linear_attention(
+    query: Float[Tensor, "batch heads query_length dim"],
+    key: Float[Tensor, "batch key_heads key_length dim"],
+    value: Float[Tensor, "batch key_heads key_length value_dim"],
+    phi: FeatureMap,
+    *,
+    is_causal: bool = False,
+    key_padding_mask: Bool[Tensor, "batch key_length"] | None = None,
+    scale: float = 1.0,
+    normalize: bool = True,
+    enable_gqa: bool = False,
+    initial_state: LinearState | None = None,
+    backend: str | None = None,
+) -> tuple[Float[Tensor, "batch heads query_length value_dim"], LinearState]:
+    """Attention with kernel κ(q, k) = φ(√scale · q)·φ(√scale · k), and the state after the last key.
+
+        bidirectional:  out_i = Σ_j κ(q_i, k_j) v_j / Σ_j κ(q_i, k_j)
+        causal:         the sums run over j ≤ i
+
+    φ is applied tile by tile inside the backend, so features are never stored. Sums and states are
+    float32 (float64 for float64 inputs), under autocast too; the output has the dtype of `query`.
+
+    Cost: O(length · num_features · value_dim) time, O(length · (dim + value_dim)) memory.
+    Source: Choromanski et al. 2021, Section 2.5.1 and Algorithm 1.
+    """
+    check_attention_inputs(
+        query,
+        key,
+        value,
+        is_causal=is_causal,
+        key_padding_mask=key_padding_mask,
+        enable_gqa=enable_gqa,
+        scale=scale,
+    )
+    attend = choose_backend(backend)
+    batch, key_heads, _, value_dim = value.shape
+    dtype = torch.promote_types(value.dtype, torch.float32)
+    state = LinearState.empty(
+        batch, key_heads, phi.num_features, value_dim, device=value.device, dtype=dtype
+    )
+    if initial_state is not None:
+        check_state(
+            vars(initial_state), {name: tuple(part.shape) for name, part in vars(state).items()}
+        )
+        state = initial_state
+    if key_padding_mask is not None:
+        # Masked keys weigh 0, but 0 · NaN is NaN, and padding may hold anything.
+        absent = ~key_padding_mask[:, None, :, None]
+        key, value = key.masked_fill(absent, 0.0), value.masked_fill(absent, 0.0)
+    with torch.autocast(query.device.type, enabled=False):
+        out, state = attend(
+            query.unflatten(1, (key_heads, -1)),
+            key,
+            value,
+            phi,
+            root=math.sqrt(scale),
+            key_mask=key_padding_mask,
+            is_causal=is_causal,
+            normalize=normalize,
+            state=state,
+        )
+    return out.flatten(1, 2).to(query.dtype), state

@@ -1,0 +1,71 @@
+"""The attention matrix that a mechanism implies, read out through one-hot values (Appendix C.4)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from performers.functional.favor import favor_attention
+from performers.typing import FeatureMap
+
+__all__ = ["attention_matrix", "implied_matrix"]
+
+COLUMNS_PER_BLOCK = 256
+
+
+def implied_matrix(
+    attend: Callable[
+        [Float[Tensor, "batch key_heads key_length columns"]],
+        Float[Tensor, "batch heads query_length columns"],
+    ],
+    key: Float[Tensor, "batch key_heads key_length dim"],
+) -> Float[Tensor, "batch heads query_length key_length"]:
+    """The matrix A with attend(V) = A V, for any mechanism that is linear in its values.
+
+    Column j of A is the output for values that are 1 at key j and 0 elsewhere. Columns are read in blocks of
+    256, so beyond the matrix itself memory stays linear in the length.
+
+    Source: Choromanski et al. 2021, Appendix C.4.
+    """
+    batch, key_heads, key_length, _ = key.shape
+    one_hot = torch.eye(key_length, dtype=key.dtype, device=key.device)
+    blocks = [
+        attend(columns.expand(batch, key_heads, -1, -1))
+        for columns in one_hot.split(COLUMNS_PER_BLOCK, dim=1)
+    ]
+    return torch.cat(blocks, dim=-1)
+
+
+def attention_matrix(
+    query: Float[Tensor, "batch heads query_length dim"],
+    key: Float[Tensor, "batch key_heads key_length dim"],
+    phi: FeatureMap,
+    is_causal: bool = False,
+    key_padding_mask: Bool[Tensor, "batch key_length"] | None = None,
+    scale: float | None = None,
+    normalize: bool = True,
+    enable_gqa: bool = False,
+) -> Float[Tensor, "batch heads query_length key_length"]:
+    """The matrix that `favor_attention` with these arguments applies to its values: D⁻¹ Q′K′ᵀ.
+
+    To look at, not to compute with: it is quadratic in the length, which attention is not.
+
+    Cost: O(query_length · key_length) memory.  Source: Choromanski et al. 2021, Appendix C.4.
+    """
+    return implied_matrix(
+        lambda value: favor_attention(
+            query,
+            key,
+            value,
+            phi,
+            is_causal=is_causal,
+            key_padding_mask=key_padding_mask,
+            scale=scale,
+            normalize=normalize,
+            enable_gqa=enable_gqa,
+        ),
+        key,
+    )

@@ -1,0 +1,52 @@
+"""Exact softmax attention, the mechanism that FAVOR+ estimates."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from performers.checks import check_attention_inputs
+
+__all__ = ["softmax_attention"]
+
+
+def softmax_attention(
+    query: Float[Tensor, "batch heads query_length dim"],
+    key: Float[Tensor, "batch key_heads key_length dim"],
+    value: Float[Tensor, "batch key_heads key_length value_dim"],
+    is_causal: bool = False,
+    key_padding_mask: Bool[Tensor, "batch key_length"] | None = None,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Float[Tensor, "batch heads query_length value_dim"]:
+    """softmax(scale · QKᵀ) V with the conventions of `favor_attention`: same mask, rows without a key are 0.
+
+    `scale` is 1/√dim unless given.
+    Cost: O(query_length · key_length · dim).  Source: Vaswani et al. 2017; Choromanski et al. 2021, Eq. 1–2.
+    """
+    check_attention_inputs(
+        query,
+        key,
+        value,
+        is_causal=is_causal,
+        key_padding_mask=key_padding_mask,
+        enable_gqa=enable_gqa,
+        scale=scale,
+    )
+    if key_padding_mask is None:
+        return scaled_dot_product_attention(
+            query, key, value, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+    absent = ~key_padding_mask[:, None, :, None]
+    key, value = key.masked_fill(absent, 0.0), value.masked_fill(absent, 0.0)
+    visible = key_padding_mask[:, None, None, :].expand(-1, 1, query.shape[2], -1)
+    if is_causal:
+        visible = visible.tril()
+    sees_a_key = visible.any(dim=-1, keepdim=True)
+    # A row that sees nothing would be 0/0: let it see everything, then return 0.
+    out = scaled_dot_product_attention(
+        query, key, value, attn_mask=visible | ~sees_a_key, scale=scale, enable_gqa=enable_gqa
+    )
+    return torch.where(sees_a_key, out, 0.0)

@@ -1,0 +1,192 @@
+"""`FavorAttention`: multi-head FAVOR+ attention in the form of torch.nn.MultiheadAttention."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from performers.functional import attention_matrix, favor_attention
+from performers.nn.feature_maps import SoftmaxFeatures
+from performers.typing import FeatureMap
+
+__all__ = ["FavorAttention"]
+
+
+class FavorAttention(nn.MultiheadAttention):
+    """torch.nn.MultiheadAttention with linear cost: the same words, parameters and `forward`.
+
+    A state dict of nn.MultiheadAttention loads with `strict=False`: the feature map's ω is the only addition.
+    `feature_map`: any `FeatureMap` for `dim = embed_dim // num_heads`; `SoftmaxFeatures(dim)` unless given.
+
+    What differs, because no attention matrix exists to change: `dropout` is not applied (said once, by a
+    warning), and `attn_mask` may only be the causal mask. `need_weights=True` (torch's default!) computes
+    the implied matrix, which is quadratic in the length; pass False where the output alone is wanted.
+
+    >>> attention = FavorAttention(64, 4, batch_first=True)
+    >>> x = torch.randn(2, 100, 64)
+    >>> attention(x, x, x, need_weights=False)[0].shape
+    torch.Size([2, 100, 64])
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        dropout: float = 0.0,
+        bias: bool = True,
+        add_bias_kv: bool = False,
+        add_zero_attn: bool = False,
+        kdim: int | None = None,
+        vdim: int | None = None,
+        batch_first: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        feature_map: nn.Module | None = None,
+    ) -> None:
+        super().__init__(
+            embed_dim,
+            num_heads,
+            dropout=dropout,
+            bias=bias,
+            add_bias_kv=add_bias_kv,
+            add_zero_attn=add_zero_attn,
+            kdim=kdim,
+            vdim=vdim,
+            batch_first=batch_first,
+            device=device,
+            dtype=dtype,
+        )
+        if dropout > 0:
+            warnings.warn(
+                "FavorAttention does not apply dropout to attention weights: they are never formed. "
+                "Drop the output instead, or pass dropout=0.",
+                stacklevel=2,
+            )
+        self.feature_map = feature_map or SoftmaxFeatures(self.head_dim).to(device=device)
+        # nn.TransformerEncoderLayer replaces the attention of an evaluated layer by its own fused exact
+        # kernel unless this reads False.
+        self._qkv_same_embed_dim = False
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As nn.MultiheadAttention.forward, its conventions included: `key_padding_mask` is True for padding.
+
+        Shapes: (length, batch, embed_dim), with `batch_first` (batch, length, embed_dim), unbatched
+        (length, embed_dim). Returns the output and, with `need_weights`, the implied matrix, averaged over heads
+        or not.
+        """
+        is_batched = query.ndim == 3
+        if not is_batched:
+            query, key, value = (x.unsqueeze(0) for x in (query, key, value))
+            if key_padding_mask is not None:
+                key_padding_mask = key_padding_mask.unsqueeze(0)
+        elif not self.batch_first:
+            query, key, value = (x.transpose(0, 1) for x in (query, key, value))
+        is_causal = self._is_causal(attn_mask, is_causal, query.shape[1], key.shape[1])
+        visible = self._visible_keys(key_padding_mask)
+        query, key, value = self._project_inputs(query, key, value)
+        if is_causal and self.num_extra_keys:
+            # Extra keys come first here, so that every row sees them; each needs a query, dropped below.
+            query = F.pad(query, (0, 0, self.num_extra_keys, 0))
+        key, value, visible = self._with_extra_keys(key, value, visible)
+        query, key, value = (
+            x.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for x in (query, key, value)
+        )
+        phi: FeatureMap = self.feature_map  # type: ignore[assignment]  # nn.Module attribute
+        out = favor_attention(query, key, value, phi, is_causal, visible)
+        weights = None
+        if need_weights:
+            weights = attention_matrix(query, key, phi, is_causal, visible)
+            # torch appends its extra keys
+            weights = weights.roll(-self.num_extra_keys, dims=-1)
+        if is_causal and self.num_extra_keys:
+            out = out[:, :, self.num_extra_keys :]
+            weights = None if weights is None else weights[:, :, self.num_extra_keys :]
+        if weights is not None and average_attn_weights:
+            weights = weights.mean(dim=1)
+        out = self.out_proj(out.transpose(1, 2).flatten(2))
+        if not is_batched:
+            return out.squeeze(0), None if weights is None else weights.squeeze(0)
+        return out if self.batch_first else out.transpose(0, 1), weights
+
+    @property
+    def num_extra_keys(self) -> int:
+        """Keys that belong to the module, not to the input: `add_bias_kv` and `add_zero_attn`."""
+        return int(self.bias_k is not None) + int(self.add_zero_attn)
+
+    def _project_inputs(
+        self, query: Tensor, key: Tensor, value: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        if self.in_proj_weight is not None:
+            weights = self.in_proj_weight.chunk(3)
+        else:
+            weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
+        biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
+        inputs = (query, key, value)
+        projected = [
+            F.linear(*arguments) for arguments in zip(inputs, weights, biases, strict=True)
+        ]
+        return projected[0], projected[1], projected[2]
+
+    def _with_extra_keys(
+        self, key: Tensor, value: Tensor, visible: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        if self.add_zero_attn:
+            key, value = F.pad(key, (0, 0, 1, 0)), F.pad(value, (0, 0, 1, 0))
+        if self.bias_k is not None and self.bias_v is not None:
+            batch = key.shape[0]
+            key = torch.cat([self.bias_k.expand(batch, -1, -1), key], dim=1)
+            value = torch.cat([self.bias_v.expand(batch, -1, -1), value], dim=1)
+        if visible is not None:
+            visible = F.pad(visible, (self.num_extra_keys, 0), value=True)
+        return key, value, visible
+
+    def _visible_keys(self, key_padding_mask: Tensor | None) -> Tensor | None:
+        if key_padding_mask is None:
+            return None
+        if key_padding_mask.dtype == torch.bool:
+            return ~key_padding_mask
+        # nn.TransformerEncoder hands on its bool mask as floats: 0 for a key, -inf for padding.
+        padding = key_padding_mask == -torch.inf
+        if not (padding | (key_padding_mask == 0)).all():
+            raise ValueError(
+                "key_padding_mask must be bool (True = padding) or hold only 0 and -inf: other additive "
+                "biases have no linear-time form."
+            )
+        return ~padding
+
+    @staticmethod
+    def _is_causal(
+        attn_mask: Tensor | None, is_causal: bool, query_length: int, key_length: int
+    ) -> bool:
+        if attn_mask is None:
+            if is_causal:
+                raise ValueError(
+                    "is_causal=True is a hint about attn_mask, as in nn.MultiheadAttention: pass "
+                    "attn_mask=nn.Transformer.generate_square_subsequent_mask(length) with it."
+                )
+            return False
+        if attn_mask.ndim == 2 and attn_mask.shape == (query_length, key_length):
+            hidden = attn_mask if attn_mask.dtype == torch.bool else attn_mask == -torch.inf
+            nothing_added = attn_mask.dtype == torch.bool or bool((attn_mask[~hidden] == 0).all())
+            if nothing_added and torch.equal(hidden, torch.ones_like(hidden).triu(1)):
+                return True
+            if nothing_added and not hidden.any():
+                return False
+        raise ValueError(
+            "attn_mask must be None or the causal mask of shape (query_length, key_length) = "
+            f"{(query_length, key_length)}: got {tuple(attn_mask.shape)} with other entries. Arbitrary masks "
+            "have no linear-time form; use key_padding_mask for padding."
+        )

@@ -1,0 +1,220 @@
+"""Feature maps as modules: they own ω, and say what a feature is to attention."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Generator, Tensor, nn
+
+from performers.checks import check_choice, check_count
+from performers.functional.features import (
+    hyperbolic_features,
+    kernel_features,
+    positive_features,
+    resolve_kernel,
+    trigonometric_features,
+)
+from performers.functional.projections import DISTRIBUTIONS, PROJECTIONS, draw_projection
+from performers.typing import Features
+
+__all__ = ["KernelFeatures", "RandomFeatures", "SoftmaxFeatures"]
+
+
+class RandomFeatures(nn.Module):
+    """A feature map that owns ω: a float32 buffer, saved with the weights, redrawn on demand.
+
+    ω is a function of (seed, layer, num_redraws) alone, so it is the same on every rank and device. It
+    stays float32 under `.half()` and `.to(torch.bfloat16)`: 8 bits of mantissa in ω would turn features of
+    large inputs into other features.
+    """
+
+    omega: Tensor | None
+    num_redraws: Tensor
+
+    def __init__(
+        self,
+        dim: int,
+        num_projections: int,
+        projection: str | None,
+        distribution: str,
+        seed: int,
+        layer: int,
+    ) -> None:
+        super().__init__()
+        check_count("dim", dim)
+        check_choice("distribution", distribution, DISTRIBUTIONS)
+        self.dim = dim
+        self.projection = projection
+        self.distribution = distribution
+        self.seed = seed
+        self.layer = layer
+        omega = None
+        if projection is not None:
+            check_count("num_projections", num_projections)
+            check_choice("projection", projection, PROJECTIONS)
+            omega = torch.empty(num_projections, dim, dtype=torch.float32, device="cpu")
+        self.num_projections = num_projections if omega is not None else dim
+        self.register_buffer("omega", omega)
+        self.register_buffer("num_redraws", torch.zeros((), dtype=torch.int64, device="cpu"))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the first ω of this seed and layer."""
+        self.num_redraws.zero_()
+        self._draw(None)
+
+    def redraw(self, generator: Generator | None = None) -> None:
+        """Replace ω by the next draw of this seed and layer, or by a draw from `generator`."""
+        self.num_redraws += 1
+        self._draw(generator)
+
+    @torch.no_grad()
+    def _draw(self, generator: Generator | None) -> None:
+        if self.omega is None or self.omega.is_meta:
+            return
+        if generator is None:
+            generator = Generator().manual_seed(
+                _mixed(self.seed, self.layer, int(self.num_redraws))
+            )
+        assert self.projection is not None, "a map with omega has a kind of projection"
+        omega = draw_projection(
+            self.num_projections, self.dim, self.projection, self.distribution, generator
+        )
+        self.omega.copy_(omega)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        before = self.omega
+        super()._apply(fn, recurse)
+        if before is not None and self.omega is not None and self.omega.dtype != before.dtype:
+            self.omega = before.to(self.omega.device)
+        return self
+
+    def extra_repr(self) -> str:
+        return (
+            f"dim={self.dim}, num_projections={self.num_projections}, "
+            f"projection={self.projection!r}, distribution={self.distribution!r}, "
+            f"seed={self.seed}, layer={self.layer}"
+        )
+
+
+class SoftmaxFeatures(RandomFeatures):
+    """Random features of the softmax kernel; `default_scale` is 1/√dim, as in softmax attention.
+
+    `estimator`: "positive" (the paper's SM⁺), "hyperbolic" (SM^hyp+, twice the features) or "trigonometric"
+    (SM^trig: unstable, for comparison). `projection`, `distribution`: see `draw_projection`.
+    Defaults are the paper's (Appendix A.3). `layer` sets layers of one model apart under one seed.
+
+    Raises ValueError for unknown words or counts below 1.
+
+    >>> SoftmaxFeatures(dim=64).omega.shape
+    torch.Size([256, 64])
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_projections: int = 256,
+        estimator: str = "positive",
+        projection: str = "orthogonal",
+        distribution: str = "gaussian",
+        seed: int = 0,
+        layer: int = 0,
+    ) -> None:
+        check_choice("estimator", estimator, ESTIMATORS)
+        check_choice("projection", projection, PROJECTIONS)
+        super().__init__(dim, num_projections, projection, distribution, seed, layer)
+        self.estimator = estimator
+
+    @property
+    def num_features(self) -> int:
+        return self.num_projections * (1 if self.estimator == "positive" else 2)
+
+    @property
+    def default_scale(self) -> float:
+        return self.dim**-0.5
+
+    @property
+    def is_nonnegative(self) -> bool:
+        return self.estimator != "trigonometric"
+
+    def query_features(self, x: Float[Tensor, "*batch length dim"]) -> Features:
+        assert self.omega is not None, "softmax features always have omega"
+        return ESTIMATORS[self.estimator](x, self.omega)
+
+    def key_features(self, x: Float[Tensor, "*batch length dim"]) -> Features:
+        return self.query_features(x)
+
+    def extra_repr(self) -> str:
+        return f"estimator={self.estimator!r}, {super().extra_repr()}"
+
+
+class KernelFeatures(RandomFeatures):
+    """Features of a generalized kernel; Performer-ReLU, the paper's default, is `KernelFeatures(dim)`.
+
+    `fn`: a name in `performers.functional.KERNELS` or an elementwise callable. `epsilon` is added to
+    every value (Appendix A.4). `projection=None` leaves out ω: φ(x) = fn(x) + ε of width dim, and
+    `num_projections` has no part in it. `default_scale` is 1.
+
+    Raises ValueError for unknown words or counts below 1.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_projections: int = 256,
+        fn: str | Callable[[Tensor], Tensor] = "relu",
+        epsilon: float = 1e-3,
+        projection: str | None = "orthogonal",
+        distribution: str = "gaussian",
+        seed: int = 0,
+        layer: int = 0,
+    ) -> None:
+        self_kernel = resolve_kernel(fn)
+        if not 0 <= epsilon < float("inf"):
+            raise ValueError(f"epsilon must be a finite number of at least 0, got {epsilon!r}.")
+        super().__init__(dim, num_projections, projection, distribution, seed, layer)
+        self.fn = fn
+        self.kernel = self_kernel
+        self.epsilon = epsilon
+
+    @property
+    def num_features(self) -> int:
+        return self.num_projections
+
+    @property
+    def default_scale(self) -> float:
+        return 1.0
+
+    @property
+    def is_nonnegative(self) -> bool:
+        return self.kernel.is_nonnegative
+
+    def query_features(self, x: Float[Tensor, "*batch length dim"]) -> Features:
+        return kernel_features(x, self.omega, self.fn, self.epsilon)
+
+    def key_features(self, x: Float[Tensor, "*batch length dim"]) -> Features:
+        return self.query_features(x)
+
+    def extra_repr(self) -> str:
+        return f"fn={self.fn!r}, epsilon={self.epsilon}, {super().extra_repr()}"
+
+
+ESTIMATORS: dict[str, Callable[[Tensor, Tensor], Features]] = {
+    "positive": positive_features,
+    "hyperbolic": hyperbolic_features,
+    "trigonometric": trigonometric_features,
+}
+
+
+def _mixed(seed: int, layer: int, num_redraws: int) -> int:
+    """One 63-bit seed for three numbers, by SplitMix64, so that near seeds give unrelated draws."""
+    mixed = 0
+    for number in (seed, layer, num_redraws):
+        mixed = (mixed + number + 0x9E3779B97F4A7C15) % 2**64
+        mixed = (mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+        mixed = (mixed ^ (mixed >> 27)) * 0x94D049BB133111EB % 2**64
+        mixed ^= mixed >> 31
+    return mixed >> 1

@@ -1,0 +1,171 @@
+"""Words for shapes, and the three objects that travel between the layers.
+
+Dimension words, used in every public signature:
+
+    batch, heads, length, dim     the layout of torch.nn.functional.scaled_dot_product_attention
+    key_heads                     heads of keys and values; divides heads (grouped-query attention)
+    query_length, key_length      differ in cross-attention
+    value_dim                     columns of V
+    num_projections               m, rows of ω
+    num_features                  r, width of φ (2m for hyperbolic and trigonometric features)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+__all__ = ["Attention", "FeatureMap", "Features", "LinearState", "exp_difference"]
+
+
+def exp_difference(
+    exponent: Float[Tensor, "*shape"], frame: Float[Tensor, "*#shape"]
+) -> Float[Tensor, "*shape"]:
+    """exp(exponent − frame), with exp(−∞ − frame) = 0 for every frame, −∞ included.
+
+    The exponent of nothing (a masked key, an empty state) is −∞; the frame of nothing is −∞ too, and
+    −∞ − (−∞) would be NaN.
+    """
+    return (exponent - frame.masked_fill(frame == -torch.inf, 0.0)).exp()
+
+
+class Features(NamedTuple):
+    """φ(x) = values · exp(log_values + log_rows), kept apart so that nothing overflows.
+
+    An absent part is None: no `values` means 1, no `log_values` or `log_rows` means 0. Positive features
+    have no `values`, ReLU features nothing else, trigonometric ones `values` and `log_rows`.
+    """
+
+    values: Float[Tensor, "*batch length num_features"] | None = None
+    log_values: Float[Tensor, "*batch length num_features"] | None = None
+    log_rows: Float[Tensor, "*batch length 1"] | None = None
+
+    def dense(self) -> Float[Tensor, "*batch length num_features"]:
+        """φ(x) itself, as the paper writes it. Overflows where φ does; attention never calls it."""
+        exponent = self.exponent()
+        if self.values is None:
+            return exponent.exp()
+        return self.values * exponent.exp()
+
+    def exponent(self) -> Float[Tensor, "*batch length width"]:
+        """log_values + log_rows; `width` is num_features, or 1 where one exponent serves the row."""
+        if self.log_values is not None and self.log_rows is not None:
+            return self.log_values + self.log_rows
+        if self.log_values is not None:
+            return self.log_values
+        if self.log_rows is not None:
+            return self.log_rows
+        assert self.values is not None, "Features must have at least one part"
+        return self.values.new_zeros(*self.values.shape[:-1], 1)
+
+
+@runtime_checkable
+class FeatureMap(Protocol):
+    """φ: what attention needs to know of a feature map. `performers.nn` has the modules."""
+
+    @property
+    def num_features(self) -> int: ...
+
+    @property
+    def default_scale(self) -> float:
+        """The `scale` of attention when the caller gives none: dim**-0.5 for softmax, else 1."""
+
+    @property
+    def is_nonnegative(self) -> bool:
+        """Whether φ(q)·φ(k) ≥ 0 always, so that the normalizer cannot vanish or change sign."""
+
+    def query_features(self, x: Float[Tensor, "*batch length dim"]) -> Features: ...
+
+    def key_features(self, x: Float[Tensor, "*batch length dim"]) -> Features: ...
+
+
+class Attention(Protocol):
+    """A mechanism: (Q, K, V) to an output of the queries' length."""
+
+    def __call__(
+        self,
+        query: Float[Tensor, "batch heads query_length dim"],
+        key: Float[Tensor, "batch key_heads key_length dim"],
+        value: Float[Tensor, "batch key_heads key_length value_dim"],
+        *,
+        is_causal: bool = False,
+        key_padding_mask: Bool[Tensor, "batch key_length"] | None = None,
+    ) -> Float[Tensor, "batch heads query_length value_dim"]: ...
+
+
+@dataclass(frozen=True)
+class LinearState:
+    """All that linear attention remembers of the keys and values it has seen.
+
+        normalizer_m = Σ_j φ_m(k_j) e^(−log_scale_m)          values_m = Σ_j φ_m(k_j) v_j e^(−log_scale_m)
+
+    with one log-scale per feature, at least the largest exponent seen, so that every sum stays in
+    range. An empty state has log_scale −∞. The log-scale is a frame of reference: never differentiated.
+
+    One object serves prefix sums, prefill and decoding, and ranks of a sequence-parallel group, because
+    states merge associatively. Size: num_features · (value_dim + 2) numbers per head, at any length.
+
+    Source: [V 1], Buf and the prefix sums G^PS of Choromanski et al. 2021, Section 2.5.1 and Appendix B.
+    """
+
+    log_scale: Float[Tensor, "batch key_heads num_features"]
+    normalizer: Float[Tensor, "batch key_heads num_features"]
+    values: Float[Tensor, "batch key_heads num_features value_dim"]
+
+    @classmethod
+    def empty(
+        cls,
+        batch: int,
+        key_heads: int,
+        num_features: int,
+        value_dim: int,
+        *,
+        device: torch.device | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> LinearState:
+        """The state that has seen no key."""
+        shape = (batch, key_heads, num_features)
+        return cls(
+            log_scale=torch.full(shape, -torch.inf, device=device, dtype=dtype),
+            normalizer=torch.zeros(shape, device=device, dtype=dtype),
+            values=torch.zeros(*shape, value_dim, device=device, dtype=dtype),
+        )
+
+    def rescaled(self, log_scale: Float[Tensor, "batch key_heads num_features"]) -> LinearState:
+        """The same sums in another frame, which must not be below this one by more than exp allows."""
+        decay = exp_difference(self.log_scale, log_scale)
+        return LinearState(log_scale, self.normalizer * decay, self.values * decay.unsqueeze(-1))
+
+    def merge(self, other: LinearState) -> LinearState:
+        """The state of both key sets together. Associative and commutative up to rounding."""
+        log_scale = torch.maximum(self.log_scale, other.log_scale)
+        mine, theirs = self.rescaled(log_scale), other.rescaled(log_scale)
+        return LinearState(
+            log_scale, mine.normalizer + theirs.normalizer, mine.values + theirs.values
+        )
+
+    def index_select(self, index: Int[Tensor, " chosen"]) -> LinearState:
+        """The states of the given batch rows (reordering of beams)."""
+        return self._map(lambda part: part.index_select(0, index.to(part.device)))
+
+    def repeat_interleave(self, repeats: int) -> LinearState:
+        """Each batch row `repeats` times in succession (expansion to beams)."""
+        return self._map(lambda part: part.repeat_interleave(repeats, dim=0))
+
+    def detach(self) -> LinearState:
+        """The same state cut off from the graph (truncated back-propagation through time)."""
+        return self._map(Tensor.detach)
+
+    def to(self, device: torch.device | str) -> LinearState:
+        """The same state on another device; its precision is not the caller's to change."""
+        return self._map(lambda part: part.to(device))
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> LinearState:
+        return LinearState(
+            function(self.log_scale), function(self.normalizer), function(self.values)
+        )
