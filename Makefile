@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 DEMO := $(VENV)/bin/performers train demo --output runs/demo --if-exists show
+INSTALL := $(VENV)/bin/python -m pip install --quiet --constraint constraints.txt
 PYTEST := $(VENV)/bin/python -m pytest
 
 # Two workers with one thread each: more threads than cores make torch slower, not faster.
@@ -38,12 +39,14 @@ clean: ## remove the environment and the caches; runs/ stays
 
 # The stamps say what the environment holds. They are older than these two files when it must be renewed.
 $(VENV)/installed-for-use: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[hf,bio,viz]"
+	$(INSTALL) --editable ".[hf,bio,viz]"
 	touch $@
 
 $(VENV)/installed-for-development: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[hf,bio,viz,dev]"
+	$(INSTALL) --editable ".[hf,bio,viz,dev]"
 	touch $@ $(VENV)/installed-for-use
 
+# Debian's venv module has no ensurepip of its own, so the pip of $(PYTHON) brings the environment's.
 $(VENV)/bin/python:
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv --without-pip $(VENV)
+	$(PYTHON) -m pip --python $@ install --quiet --constraint constraints.txt pip

@@ -44,11 +44,7 @@ RESERVED = {
     "triton": {"backends"},
 }
 
-PRESENT = sorted(
-    path.stem
-    for path in PACKAGE.iterdir()
-    if path.suffix == ".py" or (path / "__init__.py").exists()
-)
+PRESENT = {path.stem for path in PACKAGE.iterdir()}
 
 
 def imported_modules(tree: ast.AST, package: str) -> Iterator[str]:
