@@ -56,7 +56,7 @@ def check_attention_inputs(
         if tensor.ndim != 4:
             raise ValueError(
                 f"{name} must be (batch, heads, length, dim), got {_shape(tensor)}. "
-                "For one head write x[None, None]; for (batch, length, heads, dim) use x.transpose(1, 2)."
+                "For one head write x[None, None]; for (batch, length, heads, dim) x.transpose(1, 2)."
             )
         if not tensor.is_floating_point():
             raise TypeError(
@@ -101,8 +101,8 @@ def check_attention_inputs(
     if is_causal and query.shape[2] != key.shape[2]:
         raise ValueError(
             "causal attention needs one query per key: query length is "
-            f"{query.shape[2]}, key length is {key.shape[2]}. To continue a sequence pass only its new "
-            "queries, keys and values, with initial_state= for what came before."
+            f"{query.shape[2]}, key length is {key.shape[2]}. To continue a sequence pass only its "
+            "new queries, keys and values, with initial_state= for what came before."
         )
     if scale is not None and not (scale > 0 and scale < float("inf")):
         raise ValueError(f"scale must be positive and finite, got {scale!r}.")
@@ -134,8 +134,8 @@ def check_state(parts: dict[str, Tensor], expected: dict[str, tuple[int, ...]]) 
         if tuple(part.shape) != expected[name]:
             raise ValueError(
                 f"initial_state.{name} must have shape {expected[name]} for these inputs, got "
-                f"{_shape(part)}. A state belongs to one batch, feature map and value_dim; reorder its "
-                "batch with state.index_select(index)."
+                f"{_shape(part)}. A state belongs to one batch, feature map and value_dim; reorder "
+                "its batch with state.index_select(index)."
             )
 
 

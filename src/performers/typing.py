@@ -28,8 +28,8 @@ def exp_difference(
 ) -> Float[Tensor, "*shape"]:
     """exp(exponent − frame), with exp(−∞ − frame) = 0 for every frame, −∞ included.
 
-    The exponent of nothing (a masked key, an empty state) is −∞; the frame of nothing is −∞ too, and
-    −∞ − (−∞) would be NaN.
+    The exponent of nothing (a masked key, an empty state) is −∞; the frame of nothing is −∞ too,
+    and −∞ − (−∞) would be NaN.
     """
     return (exponent - frame.masked_fill(frame == -torch.inf, 0.0)).exp()
 
@@ -37,8 +37,9 @@ def exp_difference(
 class Features(NamedTuple):
     """φ(x) = values · exp(log_values + log_rows), kept apart so that nothing overflows.
 
-    An absent part is None: no `values` means 1, no `log_values` or `log_rows` means 0. Positive features
-    have no `values`, ReLU features nothing else, trigonometric ones `values` and `log_rows`.
+    An absent part is None: no `values` means 1, no `log_values` or `log_rows` means 0. Positive
+    features have no `values`, ReLU features nothing else, trigonometric ones `values` and
+    `log_rows`.
     """
 
     values: Float[Tensor, "*batch length num_features"] | None = None
@@ -53,7 +54,7 @@ class Features(NamedTuple):
         return self.values * exponent.exp()
 
     def exponent(self) -> Float[Tensor, "*batch length width"]:
-        """log_values + log_rows; `width` is num_features, or 1 where one exponent serves the row."""
+        """log_values + log_rows; `width` is num_features, or 1 where a row shares one exponent."""
         if self.log_values is not None and self.log_rows is not None:
             return self.log_values + self.log_rows
         if self.log_values is not None:
@@ -102,15 +103,19 @@ class Attention(Protocol):
 class LinearState:
     """All that linear attention remembers of the keys and values it has seen.
 
-        normalizer_m = Σ_j φ_m(k_j) e^(−log_scale_m)          values_m = Σ_j φ_m(k_j) v_j e^(−log_scale_m)
+        normalizer_m = Σ_j φ_m(k_j) e^(−log_scale_m)          values_m = Σ_j φ_m(k_j) v_j
+        e^(−log_scale_m)
 
     with one log-scale per feature, at least the largest exponent seen, so that every sum stays in
-    range. An empty state has log_scale −∞. The log-scale is a frame of reference: never differentiated.
+    range. An empty state has log_scale −∞. The log-scale is a frame of reference: never
+    differentiated.
 
-    One object serves prefix sums, prefill and decoding, and ranks of a sequence-parallel group, because
-    states merge associatively. Size: num_features · (value_dim + 2) numbers per head, at any length.
+    One object serves prefix sums, prefill and decoding, and ranks of a sequence-parallel group,
+    because states merge associatively. Size: num_features · (value_dim + 2) numbers per head, at
+    any length.
 
-    Source: [V 1], Buf and the prefix sums G^PS of Choromanski et al. 2021, Section 2.5.1 and Appendix B.
+    Source: [V 1], Buf and the prefix sums G^PS of Choromanski et al. 2021, Section 2.5.1 and
+    Appendix B.
     """
 
     log_scale: Float[Tensor, "batch key_heads num_features"]
@@ -137,7 +142,8 @@ class LinearState:
         )
 
     def rescaled(self, log_scale: Float[Tensor, "batch key_heads num_features"]) -> LinearState:
-        """The same sums in another frame, which must not be below this one by more than exp allows."""
+        """The same sums in another frame, which must not be below this one by more than exp
+        allows."""
         decay = exp_difference(self.log_scale, log_scale)
         return LinearState(log_scale, self.normalizer * decay, self.values * decay.unsqueeze(-1))
 

@@ -1,7 +1,7 @@
 """The default path: the reference's sums, a tile of keys or queries at a time.
 
-Features exist for one tile only: the backward pass computes them again, so training keeps the inputs, the
-outputs and one state per tile, never anything of size length · num_features.
+Features exist for one tile only: the backward pass computes them again, so training keeps the
+inputs, the outputs and one state per tile, never anything of size length · num_features.
 
 Bidirectional: tiles of keys are absorbed into one state, tiles of queries read it.
 Causal: a chunk reads the state before it, attends within itself, and is absorbed:
@@ -10,11 +10,12 @@ Causal: a chunk reads the state before it, attends within itself, and is absorbe
                  │chunk 1│   │chunk 2│   │chunk 3│          out = D⁻¹ (Q′ S + tril(Q′ K′ᵀ) V)
                  └───────┘   └───────┘   └───────┘
 
-Within a chunk, Q′K′ᵀ is one matrix product, which needs one frame per feature for all rows. A frame taken
-from the whole chunk would let a large later key push an earlier row's keys to 0, and would leak the future
-through rounding. So the frame is that of the state joined with the chunk's first key, and the rows up to the
-first key that rises more than MAX_RISE above it are finished; a further pass, with a frame that has
-absorbed them, starts at that key. Keys of like norms need one pass, and every head goes at its own pace.
+Within a chunk, Q′K′ᵀ is one matrix product, which needs one frame per feature for all rows. A frame
+taken from the whole chunk would let a large later key push an earlier row's keys to 0, and would
+leak the future through rounding. So the frame is that of the state joined with the chunk's first
+key, and the rows up to the first key that rises more than MAX_RISE above it are finished; a further
+pass, with a frame that has absorbed them, starts at that key. Keys of like norms need one pass, and
+every head goes at its own pace.
 """
 
 from __future__ import annotations
@@ -43,8 +44,8 @@ KEY_TILE = 512
 QUERY_TILE = 512
 CAUSAL_CHUNK = 128
 
-# exp(60) = 1e26 leaves float32 room for sums over a chunk, and exp(60 − 87), the smallest share that a feature
-# can have before its partner underflows, is far below rounding.
+# exp(60) = 1e26 leaves float32 room for sums over a chunk, and exp(60 − 87), the smallest share
+# that a feature can have before its partner underflows, is far below rounding.
 MAX_RISE = 60.0
 
 
@@ -186,7 +187,7 @@ def _frame_at(
     state: LinearState,
     exponent: Float[Tensor, "batch key_heads chunk width"],
 ) -> Float[Tensor, "batch key_heads num_features"]:
-    """The frame of the state joined with the key at `start`: all that the row at `start` surely sees.
+    """The frame of the state joined with the key at `start`, which the row at `start` surely sees.
 
     A head that has finished the chunk (start = chunk) keeps its frame.
     """

@@ -4,10 +4,12 @@ A state absorbs keys and is read by queries. Both steps are softmaxes (DESIGN.md
 a_im = log φ_m(q_i) and b_jm = log φ_m(k_j),
 
     absorb:   s_m = max_j b_jm,    Z_m = Σ_j e^(b_jm − s_m),    S_m = Σ_j e^(b_jm − s_m) v_j
-    read:     out_i = Σ_m e^(a_im + s_m − c_i) S_m / Σ_m e^(a_im + s_m − c_i) Z_m,    c_i = max_m (a_im + s_m)
+    read:     out_i = Σ_m w_im S_m / Σ_m w_im Z_m,    w_im = e^(a_im + s_m − c_i),
+              c_i = max_m (a_im + s_m)
 
-Every exponent is at most 0, and the largest of each sum is 0, so nothing overflows, nothing vanishes, and no
-epsilon is needed. `s` and `c` are frames of reference that cancel; they are never differentiated.
+Every exponent is at most 0, and the largest of each sum is 0, so nothing overflows, nothing
+vanishes, and no epsilon is needed. `s` and `c` are frames of reference that cancel; they are never
+differentiated.
 """
 
 from __future__ import annotations
@@ -104,7 +106,7 @@ def read_weights(
     Float[Tensor, "batch key_heads query_length num_features"],
     Float[Tensor, "batch key_heads #query_length 1"],
 ]:
-    """φ(q) e^(s_m − c_i), and c_i: the weight of each feature for each query, in the frame of its largest."""
+    """w_im = φ_m(q_i) e^(s_m − c_i): the weight of each feature for each query, and c_i."""
     exponent = log_scale
     if features.log_values is not None:
         exponent = exponent + features.log_values
@@ -129,8 +131,8 @@ def divide(
 ) -> Float[Tensor, "*batch length value_dim"]:
     """D⁻¹, with 0 for a row that sees no key.
 
-    The normalizer of nonnegative features is 0 only there; that of signed features can vanish or change sign
-    anywhere, and gets the paper's renormalizer.
+    The normalizer of nonnegative features is 0 only there; that of signed features can vanish or
+    change sign anywhere, and gets the paper's renormalizer.
     """
     if is_nonnegative:
         return numerator / (normalizer + (normalizer == 0))

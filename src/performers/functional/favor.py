@@ -1,4 +1,4 @@
-"""FAVOR+: Fast Attention Via positive Orthogonal Random features. The paper's mechanism on one page."""
+"""FAVOR+, Fast Attention Via positive Orthogonal Random features, on one page."""
 
 from __future__ import annotations
 
@@ -64,17 +64,17 @@ def favor_attention(
     return_state: bool = False,
     backend: str | None = None,
 ) -> Output | tuple[Output, LinearState]:
-    """softmax(scale · QKᵀ) V, or any kernel in place of softmax, in time and memory linear in the length.
+    """softmax(scale · QKᵀ) V, or any kernel in place of exp, at a cost linear in the length.
 
         out = D⁻¹ Q′ (K′ᵀ V),    Q′ = φ(√scale · Q),   K′ = φ(√scale · K),   D = diag(Q′ K′ᵀ 1)
 
-    `phi`: the feature map, e.g. `performers.SoftmaxFeatures(dim)`; its ω changes only by `phi.redraw()`.
+    `phi`: the feature map, e.g. `performers.SoftmaxFeatures(dim)`; only `phi.redraw()` changes it.
     `is_causal`: position i attends to j ≤ i; nothing it sees depends on later keys or values.
-    `key_padding_mask`: True = a real key. Masked keys are out of numerator and normalizer; a query that
-    sees no key returns zeros. With padded queries there is nothing to do: their rows are not used.
+    `key_padding_mask`: True = a real key. Masked keys are out of numerator and normalizer; a query
+    that sees no key returns zeros. Rows of padded queries hold what they saw; ignore them.
     `scale`: 1/√dim for softmax features, 1 for generalized kernels, unless given. Must be positive.
-    `normalize`: False leaves out D⁻¹ (Appendix D.3); values then scale with φ and may overflow with it.
-    `enable_gqa`: key heads may divide query heads; query head h reads key head h // (heads / key_heads).
+    `normalize`: False leaves out D⁻¹ (Appendix D.3); the output then is as large as φ makes it.
+    `enable_gqa`: key heads may divide query heads; each key head serves a group of neighbors.
     `initial_state`, `return_state`: continue a sequence. Prefill, chunked prefill and one-token
     decoding are this same call. With `return_state=True` the result is `(out, LinearState)`.
     `backend`: None chooses; "reference" or "chunked" is obeyed.

@@ -3,8 +3,9 @@
 Softmax kernel exp(x·y), Section 2.3 of the paper: `positive_features` (the + of FAVOR+),
 `hyperbolic_features`, `trigonometric_features`. Any other kernel, Section 2.2: `kernel_features`.
 
-All return `Features`, φ with its exponents kept apart; `.dense()` gives the plain φ. The temperature is
-the caller's: for softmax(QKᵀ/√dim) scale queries and keys by dim**-0.25, as `favor_attention` does.
+All return `Features`, φ with its exponents kept apart; `.dense()` gives the plain φ. The
+temperature is the caller's: for softmax(QKᵀ/√dim) scale queries and keys by dim**-0.25, as
+`favor_attention` does.
 """
 
 from __future__ import annotations
@@ -94,8 +95,9 @@ def trigonometric_features(
 class Kernel(NamedTuple):
     """f of a generalized kernel K(x, y) = E[f(ω·x) f(ω·y)].
 
-    `fn` maps projections to values. With `is_exponential` it maps them to the logarithm of values instead,
-    so that attention can work in log space. `is_nonnegative` tells whether values are never below 0.
+    `fn` maps projections to values. With `is_exponential` it maps them to the logarithm of values
+    instead, so that attention can work in log space. `is_nonnegative` tells whether values are
+    never below 0.
     """
 
     fn: Callable[[Tensor], Tensor]
@@ -135,8 +137,9 @@ def kernel_features(
 
         φ(x) = (f(ω₁·x) + ε, …, f(ω_m·x) + ε) / √m,    without ω:  φ(x) = f(x) + ε
 
-    `fn` is a name in `KERNELS` or any elementwise callable. `epsilon` is the paper's kernel epsilon: part
-    of the kernel (it keeps ReLU features from vanishing together), not of the arithmetic.
+    `fn` is a name in `KERNELS` or any elementwise callable. `epsilon` is the paper's kernel
+    epsilon: part of the kernel (it keeps ReLU features from vanishing together), not of the
+    arithmetic.
 
     Cost: O(length · m · dim).  Source: Choromanski et al. 2021, Section 2.2 and Appendix A.4.
     """

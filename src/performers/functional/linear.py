@@ -29,7 +29,7 @@ def linear_attention(
     initial_state: LinearState | None = None,
     backend: str | None = None,
 ) -> tuple[Float[Tensor, "batch heads query_length value_dim"], LinearState]:
-    """Attention with kernel κ(q, k) = φ(√scale · q)·φ(√scale · k), and the state after the last key.
+    """Attention with kernel κ(q, k) = φ(√scale q)·φ(√scale k), and the state after the last key.
 
         bidirectional:  out_i = Σ_j κ(q_i, k_j) v_j / Σ_j κ(q_i, k_j)
         causal:         the sums run over j ≤ i

@@ -23,15 +23,16 @@ def draw_projection(
     distribution: str = "gaussian",
     generator: Generator | None = None,
 ) -> Float[Tensor, "num_projections dim"]:
-    """Draw ω, `num_projections` directions of which each alone is exactly N(0, I) or uniform on a sphere.
+    """Draw ω: every row by itself is N(0, I) or uniform on a sphere; rows may be orthogonal.
 
-    `kind`: "iid" rows are independent; "orthogonal" (R-ORF) takes the rows of Haar-distributed orthogonal
-    matrices, one independent matrix per block of `dim` rows, which lowers the variance of every
-    estimator (Theorem 2) at no bias.
+    `kind`: "iid" rows are independent; "orthogonal" (R-ORF) takes the rows of Haar-distributed
+    orthogonal matrices, one independent matrix per block of `dim` rows, which lowers the variance
+    of every estimator (Theorem 2) at no bias.
     `distribution`: "gaussian" gives rows the length of a Gaussian vector (chi with `dim` degrees of
     freedom); "sphere" gives every row length √dim, the regularized softmax kernel SMREG.
 
-    Drawn on the CPU in float64 and returned in float32, so that a seed means the same on every device.
+    Drawn on the CPU in float64 and returned in float32, so that a seed means the same on every
+    device.
     `generator` must live on the CPU; without one the global generator is used.
 
     Raises ValueError for counts below 1 or unknown words.
@@ -62,8 +63,8 @@ def _haar_matrix(dim: int, generator: Generator | None) -> Tensor:
     """A Haar-distributed orthogonal matrix (Mezzadri 2007).
 
     QR alone is not Haar: LAPACK's Q has a sign convention, so the first coordinate of its first row
-    would always be negative. Moving the signs of R's diagonal into Q makes the factorization unique,
-    and the uniqueness makes Q inherit the invariance of the Gaussian.
+    would always be negative. Moving the signs of R's diagonal into Q makes the factorization
+    unique, and the uniqueness makes Q inherit the invariance of the Gaussian.
     """
     q, r = torch.linalg.qr(_normal(dim, dim, generator))
     return q * r.diagonal().sign()

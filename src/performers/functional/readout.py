@@ -25,8 +25,8 @@ def implied_matrix(
 ) -> Float[Tensor, "batch heads query_length key_length"]:
     """The matrix A with attend(V) = A V, for any mechanism that is linear in its values.
 
-    Column j of A is the output for values that are 1 at key j and 0 elsewhere. Columns are read in blocks of
-    256, so beyond the matrix itself memory stays linear in the length.
+    Column j of A is the output for values that are 1 at key j and 0 elsewhere. Columns are read in
+    blocks of 256, so beyond the matrix itself memory stays linear in the length.
 
     Source: Choromanski et al. 2021, Appendix C.4.
     """

@@ -21,10 +21,10 @@ def softmax_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Float[Tensor, "batch heads query_length value_dim"]:
-    """softmax(scale · QKᵀ) V with the conventions of `favor_attention`: same mask, rows without a key are 0.
+    """softmax(scale · QKᵀ) V, with the masks of `favor_attention`: a row without a key is 0.
 
     `scale` is 1/√dim unless given.
-    Cost: O(query_length · key_length · dim).  Source: Vaswani et al. 2017; Choromanski et al. 2021, Eq. 1–2.
+    Cost: O(query_length · key_length · dim).  Source: Choromanski et al. 2021, Eq. 1 and 2.
     """
     check_attention_inputs(
         query,

@@ -18,12 +18,15 @@ __all__ = ["FavorAttention"]
 class FavorAttention(nn.MultiheadAttention):
     """torch.nn.MultiheadAttention with linear cost: the same words, parameters and `forward`.
 
-    A state dict of nn.MultiheadAttention loads with `strict=False`: the feature map's ω is the only addition.
-    `feature_map`: any `FeatureMap` for `dim = embed_dim // num_heads`; `SoftmaxFeatures(dim)` unless given.
+    A state dict of nn.MultiheadAttention loads with `strict=False`: the feature map's ω is the only
+    addition.
+    `feature_map`: any `FeatureMap` for `dim = embed_dim // num_heads`; `SoftmaxFeatures(dim)`
+    unless given.
 
-    What differs, because no attention matrix exists to change: `dropout` is not applied (said once, by a
-    warning), and `attn_mask` may only be the causal mask. `need_weights=True` (torch's default!) computes
-    the implied matrix, which is quadratic in the length; pass False where the output alone is wanted.
+    What differs, because no attention matrix exists to change: `dropout` is not applied (said once,
+    by a warning), and `attn_mask` may only be the causal mask. `need_weights=True` (torch's
+    default!) computes the implied matrix, which is quadratic in the length; pass False where the
+    output alone is wanted.
 
     >>> attention = FavorAttention(64, 4, batch_first=True)
     >>> x = torch.randn(2, 100, 64)
@@ -61,13 +64,13 @@ class FavorAttention(nn.MultiheadAttention):
         )
         if dropout > 0:
             warnings.warn(
-                "FavorAttention does not apply dropout to attention weights: they are never formed. "
-                "Drop the output instead, or pass dropout=0.",
+                "FavorAttention does not apply dropout to attention weights: they are never "
+                "formed. Drop the output instead, or pass dropout=0.",
                 stacklevel=2,
             )
         self.feature_map = feature_map or SoftmaxFeatures(self.head_dim).to(device=device)
-        # nn.TransformerEncoderLayer replaces the attention of an evaluated layer by its own fused exact
-        # kernel unless this reads False.
+        # nn.TransformerEncoderLayer replaces the attention of an evaluated layer by its own fused
+        # exact kernel unless this reads False.
         self._qkv_same_embed_dim = False
 
     def forward(
@@ -81,11 +84,12 @@ class FavorAttention(nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """As nn.MultiheadAttention.forward, its conventions included: `key_padding_mask` is True for padding.
+        """As nn.MultiheadAttention.forward, its conventions included: `key_padding_mask` is True
+        for padding.
 
         Shapes: (length, batch, embed_dim), with `batch_first` (batch, length, embed_dim), unbatched
-        (length, embed_dim). Returns the output and, with `need_weights`, the implied matrix, averaged over heads
-        or not.
+        (length, embed_dim). Returns the output and, with `need_weights`, the implied matrix,
+        averaged over heads or not.
         """
         is_batched = query.ndim == 3
         if not is_batched:
@@ -98,7 +102,8 @@ class FavorAttention(nn.MultiheadAttention):
         visible = self._visible_keys(key_padding_mask)
         query, key, value = self._project_inputs(query, key, value)
         if is_causal and self.num_extra_keys:
-            # Extra keys come first here, so that every row sees them; each needs a query, dropped below.
+            # Extra keys come first here, so that every row sees them; each needs a query, dropped
+            # below.
             query = F.pad(query, (0, 0, self.num_extra_keys, 0))
         key, value, visible = self._with_extra_keys(key, value, visible)
         query, key, value = (
@@ -162,8 +167,8 @@ class FavorAttention(nn.MultiheadAttention):
         padding = key_padding_mask == -torch.inf
         if not (padding | (key_padding_mask == 0)).all():
             raise ValueError(
-                "key_padding_mask must be bool (True = padding) or hold only 0 and -inf: other additive "
-                "biases have no linear-time form."
+                "key_padding_mask must be bool (True = padding) or hold only 0 and -inf: "
+                "other additive biases have no linear-time form."
             )
         return ~padding
 
@@ -187,6 +192,6 @@ class FavorAttention(nn.MultiheadAttention):
                 return False
         raise ValueError(
             "attn_mask must be None or the causal mask of shape (query_length, key_length) = "
-            f"{(query_length, key_length)}: got {tuple(attn_mask.shape)} with other entries. Arbitrary masks "
-            "have no linear-time form; use key_padding_mask for padding."
+            f"{(query_length, key_length)}: got {tuple(attn_mask.shape)} with other "
+            "entries. Arbitrary masks have no linear-time form; use key_padding_mask for padding."
         )

@@ -26,9 +26,9 @@ __all__ = ["KernelFeatures", "RandomFeatures", "SoftmaxFeatures"]
 class RandomFeatures(nn.Module):
     """A feature map that owns ω: a float32 buffer, saved with the weights, redrawn on demand.
 
-    ω is a function of (seed, layer, num_redraws) alone, so it is the same on every rank and device. It
-    stays float32 under `.half()` and `.to(torch.bfloat16)`: 8 bits of mantissa in ω would turn features of
-    large inputs into other features.
+    ω is a function of (seed, layer, num_redraws) alone, so it is the same on every rank and device.
+    It stays float32 under `.half()` and `.to(torch.bfloat16)`: 8 bits of mantissa in ω would turn
+    features of large inputs into other features.
     """
 
     omega: Tensor | None
@@ -103,9 +103,10 @@ class RandomFeatures(nn.Module):
 class SoftmaxFeatures(RandomFeatures):
     """Random features of the softmax kernel; `default_scale` is 1/√dim, as in softmax attention.
 
-    `estimator`: "positive" (the paper's SM⁺), "hyperbolic" (SM^hyp+, twice the features) or "trigonometric"
-    (SM^trig: unstable, for comparison). `projection`, `distribution`: see `draw_projection`.
-    Defaults are the paper's (Appendix A.3). `layer` sets layers of one model apart under one seed.
+    `estimator`: "positive" (the paper's SM⁺), "hyperbolic" (SM^hyp+, twice the features) or
+    "trigonometric" (SM^trig: unstable, for comparison). `projection`, `distribution`: see
+    `draw_projection`. Defaults are the paper's (Appendix A.3). `layer` sets layers of one model
+    apart under one seed.
 
     Raises ValueError for unknown words or counts below 1.
 
@@ -152,10 +153,12 @@ class SoftmaxFeatures(RandomFeatures):
 
 
 class KernelFeatures(RandomFeatures):
-    """Features of a generalized kernel; Performer-ReLU, the paper's default, is `KernelFeatures(dim)`.
+    """Features of a generalized kernel; Performer-ReLU, the paper's default, is
+    `KernelFeatures(dim)`.
 
-    `fn`: a name in `performers.functional.KERNELS` or an elementwise callable. `epsilon` is added to
-    every value (Appendix A.4). `projection=None` leaves out ω: φ(x) = fn(x) + ε of width dim, and
+    `fn`: a name in `performers.functional.KERNELS` or an elementwise callable. `epsilon` is added
+    to every value (Appendix A.4). `projection=None` leaves out ω: φ(x) = fn(x) + ε of width dim,
+    and
     `num_projections` has no part in it. `default_scale` is 1.
 
     Raises ValueError for unknown words or counts below 1.
