@@ -18,7 +18,7 @@ __all__ = [
 ]
 
 
-def check_count(name: str, count: int) -> None:
+def check_count(name: str, count: object) -> None:
     if not isinstance(count, int) or isinstance(count, bool) or count < 1:
         raise ValueError(f"{name} must be a whole number of at least 1, got {count!r}.")
 
@@ -56,7 +56,7 @@ def check_attention_inputs(
         if tensor.ndim != 4:
             raise ValueError(
                 f"{name} must be (batch, heads, length, dim), got {_shape(tensor)}. "
-                "For one head write x[None, None]; for (batch, length, heads, dim) x.transpose(1, 2)."
+                "For one head write x[None, None]; with heads third, x.transpose(1, 2)."
             )
         if not tensor.is_floating_point():
             raise TypeError(

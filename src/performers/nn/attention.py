@@ -134,7 +134,7 @@ class FavorAttention(nn.MultiheadAttention):
     def _project_inputs(
         self, query: Tensor, key: Tensor, value: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        if self.in_proj_weight is not None:
+        if self.kdim == self.vdim == self.embed_dim:
             weights = self.in_proj_weight.chunk(3)
         else:
             weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
