@@ -3,9 +3,10 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import hypothesis
+import jaxtyping
 import pytest
 import torch
 
@@ -24,11 +25,24 @@ def _seeded() -> None:
 
 
 @pytest.fixture
+def without_shape_checks() -> Iterator[None]:
+    """Call the package as its users do, without jaxtyping's checks around every function.
+
+    For tests of our own error messages, which jaxtyping would forestall with its own, and of
+    torch.compile(fullgraph=True), which cannot trace the checks:
+
+        @pytest.mark.usefixtures("without_shape_checks")
+    """
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture
 def fresh_python() -> Callable[..., str]:
     """Run code in a new interpreter and return what it prints; a failure shows its traceback.
 
-    Modules named in `blocked` cannot be imported there, as if they were not installed. The new
-    process is also free of the jaxtyping import hook, which `torch.compile(fullgraph=True)` needs.
+    Modules named in `blocked` cannot be imported there, as if they were not installed.
     """
 
     def run(code: str, blocked: Sequence[str] = ()) -> str:
