@@ -37,7 +37,7 @@ clean: ## remove the environment and the caches; runs/ stays
 	rm -rf $(VENV) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# The stamps say what the environment holds. They are older than these two files when it must be renewed.
+# The stamps say what the environment holds. When one of these two files is newer, it is renewed.
 $(VENV)/installed-for-use: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(INSTALL) --editable ".[hf,bio,viz]"
 	touch $@

@@ -1,4 +1,7 @@
-"""What every test gets: no network, reproducible draws, a way to run code in a fresh process."""
+"""What every test gets: no network, reproducible draws, a way to run code in a fresh process.
+
+At the root, because the examples in the docstrings of src/ are tests as well.
+"""
 
 import os
 import subprocess
@@ -10,8 +13,14 @@ import jaxtyping
 import pytest
 import torch
 
-# Set before transformers or datasets is imported: a test that asks a hub fails at once.
+# Read when transformers is imported: a test that asks a hub for something fails at once.
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
+
+from transformers import PreTrainedConfig
+
+# transformers makes every configuration a dataclass, yet calls it with keywords that are no fields.
+# jaxtyping would refuse these; this mark, which subclasses inherit, exempts their constructors.
+PreTrainedConfig.__no_type_check__ = True
 
 # The machine may be busy: how long an example takes is no reason to fail.
 hypothesis.settings.register_profile("tests", deadline=None, derandomize=True)
