@@ -24,8 +24,8 @@ __all__ = ["Attention", "FeatureMap", "Features", "LinearState", "exp_difference
 
 
 def exp_difference(
-    exponent: Float[Tensor, "*shape"], frame: Float[Tensor, "*#shape"]
-) -> Float[Tensor, "*shape"]:
+    exponent: Float[Tensor, "*#shape"], frame: Float[Tensor, "*#shape"]
+) -> Float[Tensor, "*#shape"]:
     """exp(exponent − frame), with exp(−∞ − frame) = 0 for every frame, −∞ included.
 
     The exponent of nothing (a masked key, an empty state) is −∞; the frame of nothing is −∞ too,
