@@ -38,15 +38,15 @@ clean: ## remove the environment and the caches; runs/ stays
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamps say what the environment holds. When one of these two files is newer, it is renewed.
-$(VENV)/installed-for-use: pyproject.toml constraints.txt | $(VENV)/bin/python
+$(VENV)/installed-for-use: pyproject.toml constraints.txt | $(VENV)/bin/pip
 	$(INSTALL) --editable ".[hf,bio,viz]"
 	touch $@
 
-$(VENV)/installed-for-development: pyproject.toml constraints.txt | $(VENV)/bin/python
+$(VENV)/installed-for-development: pyproject.toml constraints.txt | $(VENV)/bin/pip
 	$(INSTALL) --editable ".[hf,bio,viz,dev]"
 	touch $@ $(VENV)/installed-for-use
 
 # Debian's venv module has no ensurepip of its own, so the pip of $(PYTHON) brings the environment's.
-$(VENV)/bin/python:
+$(VENV)/bin/pip:
 	$(PYTHON) -m venv --without-pip $(VENV)
-	$(PYTHON) -m pip --python $@ install --quiet --constraint constraints.txt pip
+	$(PYTHON) -m pip --python $(VENV)/bin/python install --quiet --constraint constraints.txt pip
