@@ -15,6 +15,7 @@ __all__ = [
     "check_key_padding_mask",
     "check_omega",
     "check_state",
+    "check_window",
 ]
 
 
@@ -128,14 +129,49 @@ def check_key_padding_mask(mask: Tensor | None, key: Tensor) -> None:
         )
 
 
-def check_state(parts: dict[str, Tensor], expected: dict[str, tuple[int, ...]]) -> None:
-    """Each named part of a LinearState against the shape this call needs."""
-    for name, part in parts.items():
-        if tuple(part.shape) != expected[name]:
+def check_window(
+    window_size: int,
+    query: Tensor,
+    key: Tensor,
+    *,
+    estimates_softmax: bool,
+    is_causal: bool,
+    has_state: bool,
+) -> None:
+    """Whether an exact near field is possible with these arguments."""
+    check_count("window_size", window_size)
+    if not estimates_softmax:
+        raise ValueError(
+            "window_size= puts exact softmax scores beside the features' estimates, so φ must be a "
+            "nonnegative estimate of the softmax kernel, and this one is not. Use SoftmaxFeatures "
+            'with estimator "positive" or "hyperbolic", or window_size=None.'
+        )
+    if query.shape[2] != key.shape[2]:
+        raise ValueError(
+            "a window needs one query per key, for distances to mean something: query length is "
+            f"{query.shape[2]}, key length is {key.shape[2]}. In cross-attention use no window."
+        )
+    if not is_causal and has_state:
+        raise ValueError(
+            "a bidirectional window cannot continue a state: what is near would depend on keys "
+            "that were not kept. Pass is_causal=True, or initial_state=None."
+        )
+
+
+def check_state(shapes: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]]) -> None:
+    """The parts of a state that came from outside, against those that this call needs."""
+    if shapes.keys() != expected.keys():
+        has = "with" if len(shapes) > len(expected) else "without"
+        raise ValueError(
+            f"initial_state was made {has} a window and this call is the other way round: pass the "
+            "window_size= that made it."
+        )
+    for name, shape in expected.items():
+        if shapes[name] != shape:
             raise ValueError(
-                f"initial_state.{name} must have shape {expected[name]} for these inputs, got "
-                f"{_shape(part)}. A state belongs to one batch, feature map and value_dim; reorder "
-                "its batch with state.index_select(index)."
+                f"initial_state.{name} must have shape {shape} for these inputs, got "
+                f"{shapes[name]}. A state belongs to one batch, feature map, value_dim and "
+                "window_size; reorder its batch with state.index_select(index)."
             )
 
 

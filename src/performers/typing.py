@@ -13,14 +13,14 @@ Dimension words, used in every public signature:
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-__all__ = ["Attention", "FeatureMap", "Features", "LinearState", "exp_difference"]
+__all__ = ["Attention", "FeatureMap", "Features", "LinearState", "RecentKeys", "exp_difference"]
 
 
 def exp_difference(
@@ -80,6 +80,21 @@ class FeatureMap(Protocol):
     def is_nonnegative(self) -> bool:
         """Whether φ(q)·φ(k) ≥ 0 always, so that the normalizer cannot vanish or change sign."""
 
+    @property
+    def is_softmax(self) -> bool:
+        """Whether E[φ(q)·φ(k)] = exp(q·k), so that exact scores may stand beside estimated ones."""
+
+    def fitted(
+        self,
+        query: Float[Tensor, "batch heads query_length dim"],
+        key: Float[Tensor, "batch key_heads key_length dim"],
+        key_padding_mask: Bool[Tensor, "batch key_length"] | None,
+        *,
+        scale: float,
+        is_streaming: bool,
+    ) -> FeatureMap:
+        """The map for this call: itself, unless it learns from the call's queries and keys."""
+
     def query_features(self, x: Float[Tensor, "*batch length dim"]) -> Features: ...
 
     def key_features(self, x: Float[Tensor, "*batch length dim"]) -> Features: ...
@@ -100,19 +115,46 @@ class Attention(Protocol):
 
 
 @dataclass(frozen=True)
+class RecentKeys:
+    """The last `window_size` keys and values, which an exact near field needs one by one.
+
+    Before that many have been seen, the first entries are not `visible`.
+    """
+
+    key: Float[Tensor, "batch key_heads window dim"]
+    value: Float[Tensor, "batch key_heads window value_dim"]
+    visible: Bool[Tensor, "batch window"]
+
+    @classmethod
+    def empty(
+        cls, key: Float[Tensor, "batch key_heads _ dim"], value: Tensor, window_size: int
+    ) -> RecentKeys:
+        """The window before the first key, for keys and values like these."""
+        return cls(
+            key=key.new_zeros(*key.shape[:2], window_size, key.shape[-1]),
+            value=value.new_zeros(*value.shape[:2], window_size, value.shape[-1]),
+            visible=torch.zeros(len(key), window_size, dtype=torch.bool, device=key.device),
+        )
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> RecentKeys:
+        return RecentKeys(function(self.key), function(self.value), function(self.visible))
+
+
+@dataclass(frozen=True)
 class LinearState:
     """All that linear attention remembers of the keys and values it has seen.
 
-        normalizer_m = Σ_j φ_m(k_j) e^(−log_scale_m)          values_m = Σ_j φ_m(k_j) v_j
-        e^(−log_scale_m)
+        normalizer_m = Σ_j φ_m(k_j) e^(−log_scale_m)
+        values_m     = Σ_j φ_m(k_j) v_j e^(−log_scale_m)
 
     with one log-scale per feature, at least the largest exponent seen, so that every sum stays in
     range. An empty state has log_scale −∞. The log-scale is a frame of reference: never
     differentiated.
 
     One object serves prefix sums, prefill and decoding, and ranks of a sequence-parallel group,
-    because states merge associatively. Size: num_features · (value_dim + 2) numbers per head, at
-    any length.
+    because states merge associatively. With an exact near field (`window_size=`) the sums hold the
+    far field and `recent` the keys that are still near. Size: num_features · (value_dim + 2)
+    numbers per head, and those of the window, at any length.
 
     Source: [V 1], Buf and the prefix sums G^PS of Choromanski et al. 2021, Section 2.5.1 and
     Appendix B.
@@ -121,6 +163,7 @@ class LinearState:
     log_scale: Float[Tensor, "batch key_heads num_features"]
     normalizer: Float[Tensor, "batch key_heads num_features"]
     values: Float[Tensor, "batch key_heads num_features value_dim"]
+    recent: RecentKeys | None = None
 
     @classmethod
     def empty(
@@ -142,13 +185,18 @@ class LinearState:
         )
 
     def rescaled(self, log_scale: Float[Tensor, "batch key_heads num_features"]) -> LinearState:
-        """The same sums in another frame, which must not be below this one by more than exp
-        allows."""
+        """The same sums in another frame, not so far below this one that exp would overflow."""
         decay = exp_difference(self.log_scale, log_scale)
-        return LinearState(log_scale, self.normalizer * decay, self.values * decay.unsqueeze(-1))
+        values = self.values * decay.unsqueeze(-1)
+        return replace(self, log_scale=log_scale, normalizer=self.normalizer * decay, values=values)
 
     def merge(self, other: LinearState) -> LinearState:
         """The state of both key sets together. Associative and commutative up to rounding."""
+        if self.recent is not None or other.recent is not None:
+            raise ValueError(
+                "states with a window cannot merge: their recent keys are near for one sequence "
+                "only. Merge states made with window_size=None."
+            )
         log_scale = torch.maximum(self.log_scale, other.log_scale)
         mine, theirs = self.rescaled(log_scale), other.rescaled(log_scale)
         return LinearState(
@@ -157,21 +205,32 @@ class LinearState:
 
     def index_select(self, index: Int[Tensor, " chosen"]) -> LinearState:
         """The states of the given batch rows (reordering of beams)."""
-        return self._map(lambda part: part.index_select(0, index.to(part.device)))
+        return self.map(lambda part: part.index_select(0, index.to(part.device)))
 
     def repeat_interleave(self, repeats: int) -> LinearState:
         """Each batch row `repeats` times in succession (expansion to beams)."""
-        return self._map(lambda part: part.repeat_interleave(repeats, dim=0))
+        return self.map(lambda part: part.repeat_interleave(repeats, dim=0))
 
     def detach(self) -> LinearState:
         """The same state cut off from the graph (truncated back-propagation through time)."""
-        return self._map(Tensor.detach)
+        return self.map(Tensor.detach)
 
     def to(self, device: torch.device | str) -> LinearState:
         """The same state on another device; its precision is not the caller's to change."""
-        return self._map(lambda part: part.to(device))
+        return self.map(lambda part: part.to(device))
 
-    def _map(self, function: Callable[[Tensor], Tensor]) -> LinearState:
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every part, by name."""
+        parts = {"log_scale": self.log_scale, "normalizer": self.normalizer, "values": self.values}
+        if self.recent is not None:
+            parts |= {f"recent.{name}": part for name, part in vars(self.recent).items()}
+        return {name: tuple(part.shape) for name, part in parts.items()}
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> LinearState:
+        """The state with a function of a tensor applied to every part."""
         return LinearState(
-            function(self.log_scale), function(self.normalizer), function(self.values)
+            function(self.log_scale),
+            function(self.normalizer),
+            function(self.values),
+            None if self.recent is None else self.recent.map(function),
         )

@@ -10,43 +10,31 @@ Causal: a chunk reads the state before it, attends within itself, and is absorbe
                  │chunk 1│   │chunk 2│   │chunk 3│          out = D⁻¹ (Q′ S + tril(Q′ K′ᵀ) V)
                  └───────┘   └───────┘   └───────┘
 
-Within a chunk, Q′K′ᵀ is one matrix product, which needs one frame per feature for all rows. A frame
-taken from the whole chunk would let a large later key push an earlier row's keys to 0, and would
-leak the future through rounding. So the frame is that of the state joined with the chunk's first
-key, and the rows up to the first key that rises more than MAX_RISE above it are finished; a further
-pass, with a frame that has absorbed them, starts at that key. Keys of like norms need one pass, and
-every head goes at its own pace.
+Exact near field: keys nearer than the window are scored by exp(q·k) itself, in a band around the
+diagonal. The far field of position i is then causal attention to keys that come `window_size` later
+than they are, so the same scan serves; bidirectional attention runs it from both ends.
+
+        keys    ─── far, before ───┃ near ┃─── far, after ───      (after: bidirectional only)
+                                      i
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from dataclasses import replace
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-from performers.backends.reference import (
-    absorb,
-    divide,
-    key_exponent,
-    read,
-    read_weights,
-    row_factor,
-)
-from performers.typing import FeatureMap, LinearState, exp_difference
+from performers.backends.reference import Partial, absorb, last_keys, read, with_recent
+from performers.backends.tiles import Call, band, causal_chunk, recomputed, tiles
+from performers.typing import FeatureMap, LinearState, RecentKeys
 
 __all__ = ["attend"]
 
 KEY_TILE = 512
 QUERY_TILE = 512
 CAUSAL_CHUNK = 128
-
-# exp(60) = 1e26 leaves float32 room for sums over a chunk, and exp(60 − 87), the smallest share
-# that a feature can have before its partner underflows, is far below rounding.
-MAX_RISE = 60.0
 
 
 def attend(
@@ -59,150 +47,151 @@ def attend(
     key_mask: Bool[Tensor, "batch key_length"] | None,
     is_causal: bool,
     normalize: bool,
+    window_size: int | None,
     state: LinearState,
 ) -> tuple[Float[Tensor, "batch key_heads group query_length value_dim"], LinearState]:
     """Attention and the state after it, equal to the reference up to rounding."""
-    arguments = (query, key, value, phi, root, key_mask, normalize, state)
-    return _causal(*arguments) if is_causal else _bidirectional(*arguments)
+    call = Call(phi, root, normalize, state.values.dtype)
+    if window_size is not None:
+        return _windowed(call, query, key, value, key_mask, is_causal, window_size, state)
+    if is_causal:
+        return _causal(call, query, key, value, key_mask, state)
+    return _bidirectional(call, query, key, value, key_mask, state)
 
 
 def _bidirectional(
+    call: Call,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    phi: FeatureMap,
-    root: float,
     key_mask: Tensor | None,
-    normalize: bool,
     state: LinearState,
 ) -> tuple[Tensor, LinearState]:
-    dtype = state.values.dtype
-
     def absorb_tile(
         state: LinearState, key: Tensor, value: Tensor, mask: Tensor | None
     ) -> LinearState:
-        return absorb(state, phi.key_features(key.to(dtype) * root), value.to(dtype), mask)
+        features = call.phi.key_features(call.scaled(key))
+        return absorb(state, features, value.to(call.dtype), mask)
 
-    def read_tile(state: LinearState, query: Tensor) -> Tensor:
-        features = phi.query_features(query.to(dtype) * root)
-        return read(state, features, phi.is_nonnegative, normalize)
+    def read_tile(state: LinearState, rows: Tensor) -> Tensor:
+        return call.output(read(state, call.phi.query_features(call.scaled(rows))))
 
-    for tile in _tiles(key.shape[2], KEY_TILE):
+    for tile in tiles(key.shape[2], KEY_TILE):
         mask = None if key_mask is None else key_mask[:, tile]
-        state = _recomputed(absorb_tile, state, key[:, :, tile], value[:, :, tile], mask)
+        state = recomputed(absorb_tile, state, key[:, :, tile], value[:, :, tile], mask)
     rows = query.flatten(2, 3)
-    outputs = [
-        _recomputed(read_tile, state, rows[:, :, tile])
-        for tile in _tiles(rows.shape[2], QUERY_TILE)
-    ]
-    if not outputs:
-        return query.new_zeros(*query.shape[:-1], value.shape[-1], dtype=dtype), state
+    outputs = [rows.new_zeros(*rows.shape[:2], 0, value.shape[-1], dtype=call.dtype)]
+    for tile in tiles(rows.shape[2], QUERY_TILE):
+        outputs.append(recomputed(read_tile, state, rows[:, :, tile]))
     return torch.cat(outputs, dim=2).unflatten(2, query.shape[2:4]), state
 
 
 def _causal(
+    call: Call,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    phi: FeatureMap,
-    root: float,
     key_mask: Tensor | None,
-    normalize: bool,
     state: LinearState,
 ) -> tuple[Tensor, LinearState]:
-    dtype = state.values.dtype
-
     def chunk(
         state: LinearState, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
     ) -> tuple[Tensor, LinearState]:
-        scaled = (query.to(dtype) * root, key.to(dtype) * root)
-        return _causal_chunk(state, *scaled, value.to(dtype), mask, phi, normalize)
+        partial, state = causal_chunk(call, state, query, key, value, mask)
+        return call.output(partial).unflatten(2, query.shape[2:4]), state
 
-    outputs = [query.new_zeros(*query.shape[:3], 0, value.shape[-1], dtype=dtype)]
-    for tile in _tiles(key.shape[2], CAUSAL_CHUNK):
+    outputs = [query.new_zeros(*query.shape[:3], 0, value.shape[-1], dtype=call.dtype)]
+    for tile in tiles(key.shape[2], CAUSAL_CHUNK):
         mask = None if key_mask is None else key_mask[:, tile]
-        out, state = _recomputed(
-            chunk, state, query[:, :, :, tile], key[:, :, tile], value[:, :, tile], mask
-        )
+        tensors = (query[:, :, :, tile], key[:, :, tile], value[:, :, tile], mask)
+        out, state = recomputed(chunk, state, *tensors)
         outputs.append(out)
     return torch.cat(outputs, dim=3), state
 
 
-def _causal_chunk(
+def _windowed(
+    call: Call,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None,
+    is_causal: bool,
+    window_size: int,
     state: LinearState,
-    query: Float[Tensor, "batch key_heads group chunk dim"],
-    key: Float[Tensor, "batch key_heads chunk dim"],
-    value: Float[Tensor, "batch key_heads chunk value_dim"],
-    key_mask: Bool[Tensor, "batch chunk"] | None,
-    phi: FeatureMap,
-    normalize: bool,
-) -> tuple[Float[Tensor, "batch key_heads group chunk value_dim"], LinearState]:
-    group, length = query.shape[2:4]
-    query_features = phi.query_features(query.flatten(2, 3))
-    key_features = phi.key_features(key)
-    exponent = key_exponent(key_features, key_mask)
-    position = torch.arange(length, device=key.device)
-    earlier = (position[:, None] >= position).repeat(group, 1)  # [group * chunk, chunk]
-    start = position.new_zeros(key.shape[:2])  # [batch, key_heads]: the first unfinished row
-    out = None
-    while True:
-        state = state.rescaled(_frame_at(start, state, exponent.detach()))
-        frame = state.log_scale.unsqueeze(2)  # [batch, key_heads, 1, num_features]
-        waiting = position >= start[..., None]  # [batch, key_heads, chunk]
-        rises = (exponent.detach() > frame + MAX_RISE).any(dim=-1) & waiting
-        stop = torch.where(rises, position, length).amin(dim=-1)
-        inside = waiting & (position < stop[..., None])
-
-        inside_exponent = exponent.masked_fill(~inside[..., None], -torch.inf)
-        key_weights = exp_difference(inside_exponent, frame)
-        if key_features.values is not None:
-            key_weights = key_weights * key_features.values
-        query_weights, row_frame = read_weights(frame, query_features)
-        scores = (query_weights @ key_weights.mT).masked_fill(~earlier, 0.0)
-        rows = scores @ value + query_weights @ state.values
-        finished = inside.repeat(1, 1, group)[..., None]
-        if normalize:
-            normalizer = scores.sum(dim=-1, keepdim=True)
-            normalizer = normalizer + query_weights @ state.normalizer.unsqueeze(-1)
-            rows = divide(rows, normalizer, phi.is_nonnegative)
-        else:
-            row_frame = row_frame.masked_fill(~finished, -torch.inf)
-            rows = rows * row_factor(row_frame, query_features)
-        out = rows if out is None else torch.where(finished, rows, out)
-
-        grown = LinearState(
-            state.log_scale,
-            state.normalizer + key_weights.sum(dim=2),
-            state.values + key_weights.mT @ value,
-        )
-        largest = inside_exponent.detach().amax(dim=2)
-        state = grown.rescaled(torch.maximum(state.log_scale, largest))
-        if not rises.any():
-            return out.unflatten(2, (group, length)), state
-        start = stop
+) -> tuple[Tensor, LinearState]:
+    if query.shape[3] == 0:
+        return query.new_zeros(*query.shape[:4], value.shape[-1], dtype=call.dtype), state
+    recent = state.recent or RecentKeys.empty(key, value, window_size)
+    keys, values, visible = with_recent(recent, key, value, key_mask)
+    far, sums = _far_field(call, query, keys, values, visible, replace(state, recent=None))
+    near = _near_field(call, query, keys, values, visible, is_causal, window_size)
+    partial = far.merge(near)
+    if is_causal:
+        state = replace(sums, recent=last_keys(keys, values, visible, recent))
+    else:
+        # The same from the other end: what is far before i there is far after i here.
+        reversed_mask = None if key_mask is None else key_mask.flip(1)
+        keys, values, visible = with_recent(recent, key.flip(2), value.flip(2), reversed_mask)
+        later, _ = _far_field(call, query.flip(3), keys, values, visible, state)
+        partial = partial.merge(Partial(*(part.flip(3) for part in later)))
+    return call.output(partial), state
 
 
-def _frame_at(
-    start: Int[Tensor, "batch key_heads"],
+def _far_field(
+    call: Call,
+    query: Float[Tensor, "batch key_heads group length dim"],
+    key: Float[Tensor, "batch key_heads longer dim"],
+    value: Float[Tensor, "batch key_heads longer value_dim"],
+    visible: Bool[Tensor, "batch longer"],
     state: LinearState,
-    exponent: Float[Tensor, "batch key_heads chunk width"],
-) -> Float[Tensor, "batch key_heads num_features"]:
-    """The frame of the state joined with the key at `start`, which the row at `start` surely sees.
+) -> tuple[Partial, LinearState]:
+    """What queries get from keys at least a window before them. The keys start a window earlier."""
 
-    A head that has finished the chunk (start = chunk) keeps its frame.
-    """
-    finished = start == exponent.shape[2]
-    index = start.masked_fill(finished, 0)[..., None, None].expand(-1, -1, 1, exponent.shape[-1])
-    first = exponent.gather(2, index).squeeze(2).masked_fill(finished[..., None], -torch.inf)
-    return torch.maximum(state.log_scale, first)
+    def chunk(
+        state: LinearState, query: Tensor, key: Tensor, value: Tensor, mask: Tensor
+    ) -> tuple[Partial, LinearState]:
+        partial, state = causal_chunk(call, state, query, key, value, mask)
+        return _unflattened(partial, query), state
+
+    partials = []
+    for tile in tiles(query.shape[3], CAUSAL_CHUNK):
+        tensors = (query[:, :, :, tile], key[:, :, tile], value[:, :, tile], visible[:, tile])
+        partial, state = recomputed(chunk, state, *tensors)
+        partials.append(partial)
+    return _joined(partials), state
 
 
-def _tiles(length: int, size: int) -> list[slice]:
-    return [slice(start, min(start + size, length)) for start in range(0, length, size)]
+def _near_field(
+    call: Call,
+    query: Float[Tensor, "batch key_heads group length dim"],
+    key: Float[Tensor, "batch key_heads longer dim"],
+    value: Float[Tensor, "batch key_heads longer value_dim"],
+    visible: Bool[Tensor, "batch longer"],
+    is_causal: bool,
+    window_size: int,
+) -> Partial:
+    """What queries get from keys less than a window away. The keys start a window earlier."""
+
+    def rows(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, near: Tensor) -> Partial:
+        return _unflattened(band(call, query, key, value, mask, near), query)
+
+    position = torch.arange(key.shape[2], device=key.device) - window_size
+    partials = []
+    for tile in tiles(query.shape[3], CAUSAL_CHUNK):
+        stop = tile.stop + window_size if is_causal else tile.stop + 2 * window_size
+        span = slice(tile.start, stop)
+        distance = torch.arange(tile.start, tile.stop, device=key.device)[:, None] - position[span]
+        near = distance.abs() < window_size
+        if is_causal:
+            near = near & (distance >= 0)
+        tensors = (query[:, :, :, tile], key[:, :, span], value[:, :, span], visible[:, span])
+        partials.append(recomputed(rows, *tensors, near))
+    return _joined(partials)
 
 
-def _recomputed(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Call a function whose intermediate results the backward pass shall compute again."""
-    if not torch.is_grad_enabled():
-        return function(*arguments)
-    return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
+def _unflattened(partial: Partial, query: Tensor) -> Partial:
+    return Partial(*(part.unflatten(2, query.shape[2:4]) for part in partial))
+
+
+def _joined(partials: list[Partial]) -> Partial:
+    return Partial(*(torch.cat(parts, dim=3) for parts in zip(*partials, strict=True)))

@@ -1,4 +1,4 @@
-"""The specification: linear attention written as its definition, one key at a time.
+"""The specification: linear attention written as its definition, one query position at a time.
 
 A state absorbs keys and is read by queries. Both steps are softmaxes (DESIGN.md, Numerics): with
 a_im = log φ_m(q_i) and b_jm = log φ_m(k_j),
@@ -14,16 +14,62 @@ differentiated.
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import NamedTuple
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from performers.typing import FeatureMap, Features, LinearState, exp_difference
+from performers.typing import FeatureMap, Features, LinearState, RecentKeys, exp_difference
 
-__all__ = ["absorb", "attend", "divide", "key_exponent", "read", "read_weights", "row_factor"]
+__all__ = [
+    "Partial",
+    "absorb",
+    "attend",
+    "exact_partial",
+    "key_exponent",
+    "last_keys",
+    "read",
+    "read_weights",
+    "with_recent",
+]
 
-# Signed features can have a normalizer of any sign. The paper's renormalizer adds 2ε where |D| ≤ ε.
+# Signed features can have a normalizer of any sign. The paper's renormalizer adds 2ε to |D| ≤ ε.
 SIGNED_STABILIZER = 1e-6
+
+
+class Partial(NamedTuple):
+    """What queries got from some of their keys, before D⁻¹: both sums times e^(−frame)."""
+
+    numerator: Float[Tensor, "*batch query_length value_dim"]
+    normalizer: Float[Tensor, "*batch query_length 1"]
+    frame: Float[Tensor, "*batch query_length 1"]
+
+    def merge(self, other: Partial) -> Partial:
+        """What the queries get from both key sets."""
+        frame = torch.maximum(self.frame, other.frame).detach()
+        mine, theirs = exp_difference(self.frame, frame), exp_difference(other.frame, frame)
+        return Partial(
+            self.numerator * mine + other.numerator * theirs,
+            self.normalizer * mine + other.normalizer * theirs,
+            frame,
+        )
+
+    def output(
+        self, normalize: bool, is_nonnegative: bool
+    ) -> Float[Tensor, "*batch query_length value_dim"]:
+        """Divide by the normalizer; a row that sees no key is 0.
+
+        The normalizer of nonnegative features is 0 only there; that of signed features can vanish
+        or change sign anywhere, and gets the paper's renormalizer.
+        """
+        if not normalize:
+            return self.numerator * self.frame.exp()
+        if is_nonnegative:
+            return self.numerator / (self.normalizer + (self.normalizer == 0))
+        nearly_zero = self.normalizer.abs() <= SIGNED_STABILIZER
+        return self.numerator / (self.normalizer + 2 * SIGNED_STABILIZER * nearly_zero)
 
 
 def attend(
@@ -36,32 +82,44 @@ def attend(
     key_mask: Bool[Tensor, "batch key_length"] | None,
     is_causal: bool,
     normalize: bool,
+    window_size: int | None,
     state: LinearState,
 ) -> tuple[Float[Tensor, "batch key_heads group query_length value_dim"], LinearState]:
     """Attention with φ(root · q) and φ(root · k), and the state after it.
 
-    Causal: a Python step per position, for clarity alone.
+    Query i sees the state and the keys j ≤ i, or all keys if not causal. Keys nearer than
+    `window_size` are scored by exp(q·k) itself, the others by φ(q)·φ(k), under one normalizer.
+    A Python step per query position, for clarity alone.
     """
     dtype = state.values.dtype
-    features = phi.key_features(key.to(dtype) * root)
-    query, value = query.to(dtype) * root, value.to(dtype)
+    recent = state.recent
+    if recent is not None:
+        key, value, key_mask = with_recent(recent, key, value, key_mask)
+        recent = last_keys(key, value, key_mask, recent)
+    query, key, value = query.to(dtype) * root, key.to(dtype) * root, value.to(dtype)
+    features = phi.key_features(key)
+    everywhere = torch.ones(len(key), key.shape[2], dtype=torch.bool, device=key.device)
+    visible = everywhere if key_mask is None else key_mask
+    earlier_keys = key.shape[2] - query.shape[3] if is_causal else 0  # of the window's memory
 
-    def read_positions(positions: slice) -> Tensor:
-        rows = query[..., positions, :]
-        out = read(state, phi.query_features(rows.flatten(2, 3)), phi.is_nonnegative, normalize)
-        return out.unflatten(2, rows.shape[2:4])
+    outputs = [query[..., :0, :1].expand(*query.shape[:3], 0, value.shape[-1])]
+    for position in range(query.shape[3]):
+        row = query[..., position, :]  # [batch, key_heads, group, dim]
+        distance = position + earlier_keys - torch.arange(key.shape[2], device=key.device)
+        seen = visible & (distance >= 0) if is_causal else visible
+        near = distance.abs() < (window_size or 0)
+        far = absorb(state, features, value, seen & ~near)
+        partial = read(far, phi.query_features(row))
+        if window_size is not None:
+            mask = (seen & near)[:, None, None, :]
+            partial = partial.merge(exact_partial(row, key, value, mask))
+        outputs.append(partial.output(normalize, phi.is_nonnegative).unsqueeze(3))
 
-    if not is_causal:
-        state = absorb(state, features, value, key_mask)
-        return read_positions(slice(None)), state
-    outputs = [read_positions(slice(0, 0))]
-    for position in range(key.shape[2]):
-        here = slice(position, position + 1)
-        one = Features(*(part if part is None else part[..., here, :] for part in features))
-        mask = None if key_mask is None else key_mask[:, here]
-        state = absorb(state, one, value[..., here, :], mask)
-        outputs.append(read_positions(here))
-    return torch.cat(outputs, dim=3), state
+    if recent is not None:
+        visible = visible & (torch.arange(key.shape[2], device=key.device) < query.shape[3])
+    return torch.cat(outputs, dim=3), replace(
+        absorb(state, features, value, visible), recent=recent
+    )
 
 
 def absorb(
@@ -74,70 +132,55 @@ def absorb(
     if value.shape[2] == 0:
         return state
     exponent = key_exponent(features, key_mask)
-    log_scale = torch.maximum(state.log_scale, exponent.detach().amax(dim=2))
-    weights = exp_difference(exponent, log_scale.unsqueeze(2))
+    state = state.rescaled(torch.maximum(state.log_scale, exponent.detach().amax(dim=2)))
+    weights = exp_difference(exponent, state.log_scale.unsqueeze(2))
     if features.values is not None:
         weights = weights * features.values
-    before = state.rescaled(log_scale)
-    return LinearState(
-        log_scale,
-        before.normalizer + weights.sum(dim=2),
-        before.values + weights.mT @ value,
+    return replace(
+        state,
+        normalizer=state.normalizer + weights.sum(dim=2),
+        values=state.values + weights.mT @ value,
     )
 
 
-def read(
-    state: LinearState, features: Features, is_nonnegative: bool, normalize: bool
-) -> Float[Tensor, "batch key_heads query_length value_dim"]:
-    """What queries find in the state: D⁻¹ Q′ (K′ᵀ V), or Q′ (K′ᵀ V) without `normalize`.
-
-    A factor of a whole row of features cancels in D⁻¹, so `log_rows` matters only without it.
-    """
+def read(state: LinearState, features: Features) -> Partial:
+    """What queries find in the state."""
     weights, frame = read_weights(state.log_scale.unsqueeze(2), features)
-    numerator = weights @ state.values
-    if normalize:
-        return divide(numerator, weights @ state.normalizer.unsqueeze(-1), is_nonnegative)
-    return numerator * row_factor(frame, features)
+    return Partial(weights @ state.values, weights @ state.normalizer.unsqueeze(-1), frame)
 
 
 def read_weights(
     log_scale: Float[Tensor, "batch key_heads 1 num_features"], features: Features
 ) -> tuple[
     Float[Tensor, "batch key_heads query_length num_features"],
-    Float[Tensor, "batch key_heads #query_length 1"],
+    Float[Tensor, "batch key_heads query_length 1"],
 ]:
-    """w_im = φ_m(q_i) e^(s_m − c_i): the weight of each feature for each query, and c_i."""
-    exponent = log_scale
+    """w_im = φ_m(q_i) e^(s_m − c_i), the weight of each feature for each query, and c_i.
+
+    The factor of a whole row goes to the frame, untouched by rounding with ω·q.
+    """
+    parts = [part for part in (features.log_values, features.values) if part is not None]
+    exponent = log_scale.expand(*parts[0].shape)
     if features.log_values is not None:
         exponent = exponent + features.log_values
     frame = exponent.detach().amax(dim=-1, keepdim=True)
     weights = exp_difference(exponent, frame)
     if features.values is not None:
         weights = weights * features.values
-    return weights, frame
+    return weights, frame if features.log_rows is None else frame + features.log_rows
 
 
-def row_factor(
-    frame: Float[Tensor, "*batch query_length 1"], features: Features
-) -> Float[Tensor, "*batch query_length 1"]:
-    """What the division by the normalizer would have cancelled; 0 where nothing was visible."""
-    return (frame if features.log_rows is None else frame + features.log_rows).exp()
-
-
-def divide(
-    numerator: Float[Tensor, "*batch length value_dim"],
-    normalizer: Float[Tensor, "*batch length 1"],
-    is_nonnegative: bool,
-) -> Float[Tensor, "*batch length value_dim"]:
-    """D⁻¹, with 0 for a row that sees no key.
-
-    The normalizer of nonnegative features is 0 only there; that of signed features can vanish or
-    change sign anywhere, and gets the paper's renormalizer.
-    """
-    if is_nonnegative:
-        return numerator / (normalizer + (normalizer == 0))
-    nearly_zero = normalizer.abs() <= SIGNED_STABILIZER
-    return numerator / (normalizer + 2 * SIGNED_STABILIZER * nearly_zero)
+def exact_partial(
+    query: Float[Tensor, "*batch query_length dim"],
+    key: Float[Tensor, "*batch key_length dim"],
+    value: Float[Tensor, "*batch key_length value_dim"],
+    mask: Bool[Tensor, "*#batch #query_length key_length"],
+) -> Partial:
+    """What queries get by exp(q·k) itself from the keys that the mask shows them."""
+    scores = (query @ key.mT).masked_fill(~mask, -torch.inf)
+    frame = scores.detach().amax(dim=-1, keepdim=True)
+    weights = exp_difference(scores, frame)
+    return Partial(weights @ value, weights.sum(dim=-1, keepdim=True), frame)
 
 
 def key_exponent(
@@ -148,3 +191,34 @@ def key_exponent(
     if key_mask is None:
         return exponent
     return exponent.masked_fill(~key_mask[:, None, :, None], -torch.inf)
+
+
+def with_recent(
+    recent: RecentKeys,
+    key: Float[Tensor, "batch key_heads key_length dim"],
+    value: Float[Tensor, "batch key_heads key_length value_dim"],
+    key_mask: Bool[Tensor, "batch key_length"] | None,
+) -> tuple[
+    Float[Tensor, "batch key_heads longer dim"],
+    Float[Tensor, "batch key_heads longer value_dim"],
+    Bool[Tensor, "batch longer"],
+]:
+    """The keys and values that a window remembers, followed by the new ones."""
+    if key_mask is None:
+        key_mask = torch.ones(len(key), key.shape[2], dtype=torch.bool, device=key.device)
+    return (
+        torch.cat([recent.key.to(key.dtype), key], dim=2),
+        torch.cat([recent.value.to(value.dtype), value], dim=2),
+        torch.cat([recent.visible, key_mask], dim=1),
+    )
+
+
+def last_keys(
+    key: Float[Tensor, "batch key_heads key_length dim"],
+    value: Float[Tensor, "batch key_heads key_length value_dim"],
+    key_mask: Bool[Tensor, "batch key_length"],
+    window: RecentKeys,
+) -> RecentKeys:
+    """What a window like the given one remembers after these keys."""
+    start = key.shape[2] - window.key.shape[2]
+    return RecentKeys(key[:, :, start:], value[:, :, start:], key_mask[:, start:])

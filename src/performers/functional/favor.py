@@ -26,6 +26,7 @@ def favor_attention(
     scale: float | None = ...,
     normalize: bool = ...,
     enable_gqa: bool = ...,
+    window_size: int | None = ...,
     initial_state: LinearState | None = ...,
     return_state: Literal[False] = ...,
     backend: str | None = ...,
@@ -43,6 +44,7 @@ def favor_attention(
     scale: float | None = ...,
     normalize: bool = ...,
     enable_gqa: bool = ...,
+    window_size: int | None = ...,
     initial_state: LinearState | None = ...,
     *,
     return_state: Literal[True],
@@ -60,6 +62,7 @@ def favor_attention(
     scale: float | None = None,
     normalize: bool = True,
     enable_gqa: bool = False,
+    window_size: int | None = None,
     initial_state: LinearState | None = None,
     return_state: bool = False,
     backend: str | None = None,
@@ -75,6 +78,8 @@ def favor_attention(
     `scale`: 1/√dim for softmax features, 1 for generalized kernels, unless given. Must be positive.
     `normalize`: False leaves out D⁻¹ (Appendix D.3); the output then is as large as φ makes it.
     `enable_gqa`: key heads may divide query heads; each key head serves a group of neighbors.
+    `window_size`: keys with |i − j| < window_size are scored exactly, the others by φ, under one
+    normalizer; a window of the whole length is exact attention. For softmax features only.
     `initial_state`, `return_state`: continue a sequence. Prefill, chunked prefill and one-token
     decoding are this same call. With `return_state=True` the result is `(out, LinearState)`.
     `backend`: None chooses; "reference" or "chunked" is obeyed.
@@ -91,16 +96,19 @@ def favor_attention(
     >>> favor_attention(query, key, value, SoftmaxFeatures(dim=64), is_causal=True).shape
     torch.Size([2, 4, 1000, 64])
     """
+    scale = phi.default_scale if scale is None else scale
+    is_streaming = is_causal or return_state or initial_state is not None
     out, state = linear_attention(
         query,
         key,
         value,
-        phi,
+        phi.fitted(query, key, key_padding_mask, scale=scale, is_streaming=is_streaming),
         is_causal=is_causal,
         key_padding_mask=key_padding_mask,
-        scale=phi.default_scale if scale is None else scale,
+        scale=scale,
         normalize=normalize,
         enable_gqa=enable_gqa,
+        window_size=window_size,
         initial_state=initial_state,
         backend=backend,
     )

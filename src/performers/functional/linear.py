@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from performers.backends import choose_backend
-from performers.checks import check_attention_inputs, check_state
-from performers.typing import FeatureMap, LinearState
+from performers.checks import check_attention_inputs, check_state, check_window
+from performers.typing import FeatureMap, LinearState, RecentKeys
 
 __all__ = ["linear_attention"]
 
@@ -26,6 +27,7 @@ def linear_attention(
     scale: float = 1.0,
     normalize: bool = True,
     enable_gqa: bool = False,
+    window_size: int | None = None,
     initial_state: LinearState | None = None,
     backend: str | None = None,
 ) -> tuple[Float[Tensor, "batch heads query_length value_dim"], LinearState]:
@@ -33,6 +35,9 @@ def linear_attention(
 
         bidirectional:  out_i = Σ_j κ(q_i, k_j) v_j / Σ_j κ(q_i, k_j)
         causal:         the sums run over j ≤ i
+
+    With `window_size` the keys with |i − j| < window_size are scored by exp(scale · q·k), not κ: for
+    feature maps of the softmax kernel only, and for one query per key.
 
     φ is applied tile by tile inside the backend, so features are never stored. Sums and states are
     float32 (float64 for float64 inputs), under autocast too; the output has the dtype of `query`.
@@ -50,15 +55,24 @@ def linear_attention(
         scale=scale,
     )
     attend = choose_backend(backend)
+    if window_size is not None:
+        check_window(
+            window_size,
+            query,
+            key,
+            estimates_softmax=phi.is_softmax and phi.is_nonnegative,
+            is_causal=is_causal,
+            has_state=initial_state is not None,
+        )
     batch, key_heads, _, value_dim = value.shape
     dtype = torch.promote_types(value.dtype, torch.float32)
     state = LinearState.empty(
         batch, key_heads, phi.num_features, value_dim, device=value.device, dtype=dtype
     )
+    if window_size is not None and is_causal:
+        state = replace(state, recent=RecentKeys.empty(key, value, window_size))
     if initial_state is not None:
-        check_state(
-            vars(initial_state), {name: tuple(part.shape) for name, part in vars(state).items()}
-        )
+        check_state(initial_state.shapes(), state.shapes())
         state = initial_state
     if key_padding_mask is not None:
         # Masked keys weigh 0, but 0 · NaN is NaN, and padding may hold anything.
@@ -74,6 +88,7 @@ def linear_attention(
             key_mask=key_padding_mask,
             is_causal=is_causal,
             normalize=normalize,
+            window_size=window_size,
             state=state,
         )
     return out.flatten(1, 2).to(query.dtype), state

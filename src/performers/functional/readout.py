@@ -48,6 +48,7 @@ def attention_matrix(
     scale: float | None = None,
     normalize: bool = True,
     enable_gqa: bool = False,
+    window_size: int | None = None,
 ) -> Float[Tensor, "batch heads query_length key_length"]:
     """The matrix that `favor_attention` with these arguments applies to its values: D⁻¹ Q′K′ᵀ.
 
@@ -66,6 +67,7 @@ def attention_matrix(
             scale=scale,
             normalize=normalize,
             enable_gqa=enable_gqa,
+            window_size=window_size,
         ),
         key,
     )

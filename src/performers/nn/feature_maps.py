@@ -18,7 +18,7 @@ from performers.functional.features import (
     trigonometric_features,
 )
 from performers.functional.projections import DISTRIBUTIONS, PROJECTIONS, draw_projection
-from performers.typing import Features
+from performers.typing import FeatureMap, Features
 
 __all__ = ["KernelFeatures", "RandomFeatures", "SoftmaxFeatures"]
 
@@ -60,6 +60,19 @@ class RandomFeatures(nn.Module):
         self.register_buffer("omega", omega)
         self.register_buffer("num_redraws", torch.zeros((), dtype=torch.int64, device="cpu"))
         self.reset_parameters()
+
+    def fitted(
+        self,
+        query: Tensor,
+        key: Tensor,
+        key_padding_mask: Tensor | None,
+        *,
+        scale: float,
+        is_streaming: bool,
+    ) -> FeatureMap:
+        """Itself: these features do not depend on the call."""
+        phi: FeatureMap = self  # type: ignore[assignment]  # subclasses have the features
+        return phi
 
     def reset_parameters(self) -> None:
         """Draw the first ω of this seed and layer."""
@@ -138,6 +151,10 @@ class SoftmaxFeatures(RandomFeatures):
         return self.dim**-0.5
 
     @property
+    def is_softmax(self) -> bool:
+        return True
+
+    @property
     def is_nonnegative(self) -> bool:
         return self.estimator != "trigonometric"
 
@@ -190,6 +207,10 @@ class KernelFeatures(RandomFeatures):
     @property
     def default_scale(self) -> float:
         return 1.0
+
+    @property
+    def is_softmax(self) -> bool:
+        return False
 
     @property
     def is_nonnegative(self) -> bool:

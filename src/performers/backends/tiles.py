@@ -1,0 +1,144 @@
+"""What the chunked path does with one tile: attend within a causal chunk, or within a band."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from performers.backends.reference import Partial, exact_partial, key_exponent, read_weights
+from performers.typing import FeatureMap, LinearState, exp_difference
+
+__all__ = ["Call", "band", "causal_chunk", "recomputed", "tiles"]
+
+# exp(60) = 1e26 leaves float32 room for sums over a chunk, and exp(60 − 87), the smallest share
+# that a feature can have before its partner underflows, is far below rounding.
+MAX_RISE = 60.0
+
+
+@dataclass(frozen=True)
+class Call:
+    """What stays the same over all tiles of one call of attention."""
+
+    phi: FeatureMap
+    root: float
+    normalize: bool
+    dtype: torch.dtype
+
+    def scaled(self, x: Tensor) -> Tensor:
+        """Queries or keys as φ takes them."""
+        return x.to(self.dtype) * self.root
+
+    def output(self, partial: Partial) -> Tensor:
+        return partial.output(self.normalize, self.phi.is_nonnegative)
+
+
+def causal_chunk(
+    call: Call,
+    state: LinearState,
+    query: Float[Tensor, "batch key_heads group chunk dim"],
+    key: Float[Tensor, "batch key_heads chunk dim"],
+    value: Float[Tensor, "batch key_heads chunk value_dim"],
+    key_mask: Bool[Tensor, "batch chunk"] | None,
+) -> tuple[Partial, LinearState]:
+    """What a chunk's queries get from the state and from the chunk's keys up to each, and the state
+    that has absorbed the chunk. Rows of the result: [batch, key_heads, group · chunk, ·].
+
+    Q′K′ᵀ is one matrix product, which needs one frame per feature for all rows. A frame taken from
+    the whole chunk would let a large later key push an earlier row's keys to 0, and would leak the
+    future through rounding. So the frame is that of the state joined with the first key, and the
+    rows up to the first key that rises more than MAX_RISE above it are finished; a further pass,
+    with a frame that has absorbed them, starts at that key. Keys of like norms need one pass, and
+    every head goes at its own pace.
+    """
+    group, length = query.shape[2:4]
+    query_features = call.phi.query_features(call.scaled(query.flatten(2, 3)))
+    key_features = call.phi.key_features(call.scaled(key))
+    value = value.to(call.dtype)
+    exponent = key_exponent(key_features, key_mask)
+    position = torch.arange(length, device=key.device)
+    earlier = (position[:, None] >= position).repeat(group, 1)  # [group * chunk, chunk]
+    start = position.new_zeros(key.shape[:2])  # [batch, key_heads]: the first unfinished row
+    partial = None
+    while True:
+        state = state.rescaled(_frame_at(start, state, exponent.detach()))
+        frame = state.log_scale.unsqueeze(2)  # [batch, key_heads, 1, num_features]
+        waiting = position >= start[..., None]  # [batch, key_heads, chunk]
+        rises = (exponent.detach() > frame + MAX_RISE).any(dim=-1) & waiting
+        stop = torch.where(rises, position, length).amin(dim=-1)
+        inside = waiting & (position < stop[..., None])
+
+        inside_exponent = exponent.masked_fill(~inside[..., None], -torch.inf)
+        key_weights = exp_difference(inside_exponent, frame)
+        if key_features.values is not None:
+            key_weights = key_weights * key_features.values
+        query_weights, row_frame = read_weights(frame, query_features)
+        scores = (query_weights @ key_weights.mT).masked_fill(~earlier, 0.0)
+        rows = Partial(
+            scores @ value + query_weights @ state.values,
+            scores.sum(dim=-1, keepdim=True) + query_weights @ state.normalizer.unsqueeze(-1),
+            row_frame,
+        )
+        if partial is None:
+            partial = rows
+        else:
+            finished = inside.repeat(1, 1, group)[..., None]
+            pairs = zip(rows, partial, strict=True)
+            partial = Partial(*(torch.where(finished, new, old) for new, old in pairs))
+
+        absorbed = replace(
+            state,
+            normalizer=state.normalizer + key_weights.sum(dim=2),
+            values=state.values + key_weights.mT @ value,
+        )
+        largest = inside_exponent.detach().amax(dim=2)
+        state = absorbed.rescaled(torch.maximum(state.log_scale, largest))
+        if not rises.any():
+            return partial, state
+        start = stop
+
+
+def _frame_at(
+    start: Int[Tensor, "batch key_heads"],
+    state: LinearState,
+    exponent: Float[Tensor, "batch key_heads chunk width"],
+) -> Float[Tensor, "batch key_heads num_features"]:
+    """The frame of the state joined with the key at `start`, which the row at `start` surely sees.
+
+    A head that has finished the chunk (start = chunk) keeps its frame.
+    """
+    finished = start == exponent.shape[2]
+    index = start.masked_fill(finished, 0)[..., None, None].expand(-1, -1, 1, exponent.shape[-1])
+    first = exponent.gather(2, index).squeeze(2).masked_fill(finished[..., None], -torch.inf)
+    return torch.maximum(state.log_scale, first)
+
+
+def band(
+    call: Call,
+    query: Float[Tensor, "batch key_heads group rows dim"],
+    key: Float[Tensor, "batch key_heads keys dim"],
+    value: Float[Tensor, "batch key_heads keys value_dim"],
+    visible: Bool[Tensor, "batch keys"],
+    near: Bool[Tensor, "rows keys"],
+) -> Partial:
+    """What queries get exactly from the keys near them. Rows as in `causal_chunk`."""
+    mask = near.repeat(query.shape[2], 1) & visible[:, None, None, :]
+    rows = call.scaled(query.flatten(2, 3))
+    return exact_partial(rows, call.scaled(key), value.to(call.dtype), mask)
+
+
+def tiles(length: int, size: int) -> Iterator[slice]:
+    """0:size, size:2·size, … up to the length."""
+    return (slice(start, min(start + size, length)) for start in range(0, length, size))
+
+
+def recomputed(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a function whose intermediate results the backward pass shall compute again."""
+    if not torch.is_grad_enabled():
+        return function(*arguments)
+    return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
