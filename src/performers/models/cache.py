@@ -1,0 +1,25 @@
+"""`PerformerCache`: what `generate()` carries from one token to the next."""
+
+from __future__ import annotations
+
+from transformers.cache_utils import Cache
+
+from performers.models.config import PerformerConfig
+from performers.models.mechanisms import MECHANISMS
+
+__all__ = ["PerformerCache"]
+
+
+class PerformerCache(Cache):
+    """One memory per layer: for FAVOR+ a `LinearState`, whose size does not depend on the length.
+
+    `generate()` makes one by itself. Make one to continue a sequence over several calls:
+
+        cache = PerformerCache(model.config)
+        turn = model.generate(prompt, past_key_values=cache)
+        turn = model.generate(torch.cat([turn, more], dim=1), past_key_values=cache)
+    """
+
+    def __init__(self, config: PerformerConfig) -> None:
+        memory = MECHANISMS[config.attention].memory
+        super().__init__(layers=[memory() for _ in range(config.num_hidden_layers)])

@@ -1,0 +1,205 @@
+"""`PerformerConfig`: every choice that a model is built from, checked when it is made."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import fields
+from typing import Any, ClassVar
+
+from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
+
+from performers.checks import check_choice, check_count
+from performers.functional.projections import DISTRIBUTIONS, PROJECTIONS
+from performers.models.mechanisms import MECHANISMS
+from performers.models.positions import POSITIONS
+from performers.nn.feature_maps import ESTIMATORS
+
+__all__ = ["SIZES", "PerformerConfig"]
+
+# (n_heads, n_layers, d_ff, d) of the paper: Section 4.1; Appendix D.4 (one head, where attention
+# dominates); Section 4.4, the ProGen shape for proteins.
+SIZES: dict[str, dict[str, int]] = {
+    "regular": {
+        "num_attention_heads": 8,
+        "num_hidden_layers": 6,
+        "intermediate_size": 2048,
+        "hidden_size": 512,
+    },
+    "small": {
+        "num_attention_heads": 1,
+        "num_hidden_layers": 6,
+        "intermediate_size": 64,
+        "hidden_size": 64,
+    },
+    "protein": {
+        "num_attention_heads": 8,
+        "num_hidden_layers": 36,
+        "intermediate_size": 1024,
+        "hidden_size": 512,
+    },
+}
+
+
+class PerformerConfig(PreTrainedConfig):
+    """A Performer in transformers' words, the paper's defaults where the paper names one.
+
+    `attention`: the mechanism. "performer-relu" (the paper's default for training), any other
+    kernel as "performer-<kernel>", "performer-softmax", "exact" (an ordinary Transformer) or
+    "identity" (the paper's X: no attention at all).
+    `num_projections`, `projection`, `distribution`, `estimator`, `seed`: see `SoftmaxFeatures`;
+    `kernel_epsilon`: see `KernelFeatures`. `projection=None` is a kernel without ω.
+    `estimator` matters to "performer-softmax", `kernel_epsilon` to the other kernels.
+    `position`: "rotary", "learned" (limited to `max_position_embeddings`) or "sinusoidal";
+    `rope_theta` is the base of both rotary and sinusoidal wavelengths.
+    `num_key_value_heads`: fewer than `num_attention_heads` for grouped-query attention.
+    `is_decoder`: causal attention. PerformerForCausalLM and PerformerForMaskedLM set it themselves.
+    `hidden_dropout_prob` drops embeddings and the outputs of sublayers; attention weights are
+    never formed and never dropped.
+
+    Raises ValueError or TypeError for values that do not fit, and for a misspelt name.
+    Source: Choromanski et al. 2021, Appendix A.
+
+    >>> PerformerConfig(hidden_size=128, num_attention_heads=4).head_dim
+    32
+    >>> PerformerConfig.named("protein", attention="performer-softmax").num_hidden_layers
+    36
+    """
+
+    model_type = "performer"
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+
+    vocab_size: int = 32
+    hidden_size: int = 512
+    num_hidden_layers: int = 6
+    num_attention_heads: int = 8
+    num_key_value_heads: int | None = None
+    intermediate_size: int = 2048
+    max_position_embeddings: int = 8192
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float = 0.1
+    layer_norm_eps: float = 1e-5
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    is_decoder: bool = False
+    use_cache: bool = True
+
+    attention: str = "performer-relu"
+    num_projections: int = 256
+    projection: str | None = "orthogonal"
+    distribution: str = "gaussian"
+    estimator: str = "positive"
+    kernel_epsilon: float = 1e-3
+    seed: int = 0
+    position: str = "rotary"
+    rope_theta: float = 10000.0
+
+    @classmethod
+    def named(cls, size: str, **overrides: Any) -> PerformerConfig:
+        """A size of the paper, with any field changed: "regular", "small" or "protein".
+
+        (n_heads, n_layers, d_ff, d) = (8, 6, 2048, 512), (1, 6, 64, 64), (8, 36, 1024, 512).
+        """
+        check_choice("size", size, SIZES)
+        return cls(**{**SIZES[size], **overrides})
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    def __post_init__(self, **unclaimed: Any) -> None:
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        super().__post_init__(**unclaimed)
+        # transformers keeps attributes it does not know. One that resembles ours is a misspelling.
+        for name in unclaimed.keys() & vars(self).keys():
+            known = [field.name for field in fields(self)]
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
+            if near:
+                raise ValueError(
+                    f"PerformerConfig has no field {name!r}. Did you mean {near[0]!r}?"
+                )
+        self.check()
+
+    def check(self) -> None:
+        """Raise for the first field that does not fit. Models call it again when they are built."""
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "intermediate_size",
+            "max_position_embeddings",
+            "num_projections",
+        ):
+            check_count(name, getattr(self, name))
+        check_choice("attention", self.attention, MECHANISMS)
+        check_choice("position", self.position, POSITIONS)
+        check_choice("hidden_act", self.hidden_act, ACT2FN)
+        check_choice("distribution", self.distribution, DISTRIBUTIONS)
+        check_choice("estimator", self.estimator, ESTIMATORS)
+        if self.projection is not None:
+            check_choice("projection", self.projection, PROJECTIONS)
+        elif self.attention == "performer-softmax":
+            raise ValueError(
+                "attention='performer-softmax' needs random projections: projection is None. "
+                f"Choose one of {sorted(PROJECTIONS)}."
+            )
+        self._check_divisible("hidden_size", "num_attention_heads")
+        self._check_divisible("num_attention_heads", "num_key_value_heads")
+        if self.position == "rotary" and self.head_dim % 2:
+            raise ValueError(
+                "rotary positions turn pairs of coordinates: hidden_size / num_attention_heads "
+                f"must be even, got {self.hidden_size} / {self.num_attention_heads} = "
+                f"{self.head_dim}."
+            )
+        if self.position == "sinusoidal" and self.hidden_size % 2:
+            raise ValueError(
+                "sinusoidal positions are pairs of sine and cosine: hidden_size must be even, got "
+                f"{self.hidden_size}."
+            )
+        self._check_number("hidden_dropout_prob", lowest=0.0, below=1.0)
+        self._check_number("layer_norm_eps", lowest=0.0)
+        self._check_number("initializer_range", lowest=0.0)
+        self._check_number("kernel_epsilon", lowest=0.0)
+        self._check_number("rope_theta", lowest=1.0)
+        for name in ("tie_word_embeddings", "is_decoder", "use_cache"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be true or false, got {getattr(self, name)!r}.")
+        if not isinstance(self.seed, int):
+            raise TypeError(f"seed must be a whole number, got {self.seed!r}.")
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            self._check_token(name)
+
+    def _check_divisible(self, whole: str, part: str) -> None:
+        if getattr(self, whole) % getattr(self, part):
+            raise ValueError(
+                f"{part} must divide {whole}: got {getattr(self, part)} and {getattr(self, whole)}."
+            )
+
+    def _check_number(self, name: str, lowest: float, below: float = float("inf")) -> None:
+        number = getattr(self, name)
+        if not isinstance(number, (int, float)) or isinstance(number, bool):
+            raise TypeError(
+                f"{name} must be a number, got {number!r}. In YAML write 1.0e-5, not 1e-5, which "
+                "is a string there."
+            )
+        if not lowest <= number < below:
+            raise ValueError(
+                f"{name} must be at least {lowest:g} and below {below:g}, got {number!r}."
+            )
+
+    def _check_token(self, name: str) -> None:
+        tokens = getattr(self, name)
+        for token in tokens if isinstance(tokens, list) else [tokens]:
+            if token is None:
+                continue
+            if not isinstance(token, int) or not 0 <= token < self.vocab_size:
+                raise ValueError(
+                    f"{name} must be None or a token of the vocabulary, 0 to "
+                    f"{self.vocab_size - 1}, got {token!r}."
+                )

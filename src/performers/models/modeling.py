@@ -1,0 +1,445 @@
+"""The models: pre-norm Transformer blocks around a mechanism that they are given.
+
+embeddings ─► [ x + attention(norm(x)) ─► x + mlp(norm(x)) ] × layers ─► norm ─► head
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Generator, Tensor, nn
+from torch.nn import functional as F
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    MaskedLMOutput,
+)
+from transformers.utils.generic import can_return_tuple
+
+from performers.functional import implied_matrix
+from performers.models.cache import PerformerCache
+from performers.models.config import PerformerConfig
+from performers.models.mechanisms import MECHANISMS
+from performers.models.positions import POSITIONS, Rotation
+from performers.nn import RandomFeatures
+
+__all__ = [
+    "PerformerForCausalLM",
+    "PerformerForMaskedLM",
+    "PerformerModel",
+    "PerformerPreTrainedModel",
+]
+
+TIED = {"lm_head.weight": "performer.embed_tokens.weight"}  # if config.tie_word_embeddings
+
+
+class PerformerAttention(nn.Module):
+    """Multi-head attention: projections around a mechanism."""
+
+    def __init__(self, config: PerformerConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.is_causal = config.is_decoder
+        self.head_dim = config.head_dim
+        key_size = (config.num_key_value_heads or config.num_attention_heads) * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.k_proj = nn.Linear(config.hidden_size, key_size)
+        self.v_proj = nn.Linear(config.hidden_size, key_size)
+        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.mechanism = MECHANISMS[config.attention].build(config, layer)
+
+    def forward(
+        self,
+        hidden: Float[Tensor, "batch length hidden"],
+        rotation: Rotation | None,
+        key_padding_mask: Bool[Tensor, "batch past_and_length"] | None,
+        past_key_values: PerformerCache | None,
+        output_attentions: bool,
+    ) -> tuple[
+        Float[Tensor, "batch length hidden"], Float[Tensor, "batch heads length length"] | None
+    ]:
+        query, key, value = (
+            project(hidden).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        if rotation is not None:
+            query, key = rotation.turn(query), rotation.turn(key)
+
+        def attend(value: Tensor) -> Tensor:
+            return self.mechanism(
+                query,
+                key,
+                value,
+                is_causal=self.is_causal,
+                key_padding_mask=key_padding_mask,
+            )
+
+        matrix = implied_matrix(attend, key) if output_attentions else None
+        if past_key_values is None:
+            out = attend(value)
+        else:
+            memory = past_key_values.layers[self.layer]
+            out = memory.attend(self.mechanism, query, key, value, key_padding_mask)
+        return self.out_proj(out.transpose(1, 2).flatten(2)), matrix
+
+
+class PerformerMLP(nn.Module):
+    """Two linear layers with a nonlinearity between, of width `intermediate_size`."""
+
+    def __init__(self, config: PerformerConfig) -> None:
+        super().__init__()
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.activation = ACT2FN[config.hidden_act]
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(
+        self, hidden: Float[Tensor, "batch length hidden"]
+    ) -> Float[Tensor, "batch length hidden"]:
+        return self.down_proj(self.activation(self.up_proj(hidden)))
+
+
+class PerformerLayer(GradientCheckpointingLayer):
+    """One block; the norms come first, so that the residual path is never normalized."""
+
+    def __init__(self, config: PerformerConfig, layer: int) -> None:
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.attention = PerformerAttention(config, layer)
+        self.mlp_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = PerformerMLP(config)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(
+        self,
+        hidden: Float[Tensor, "batch length hidden"],
+        rotation: Rotation | None,
+        key_padding_mask: Bool[Tensor, "batch past_and_length"] | None,
+        output_attentions: bool,
+        past_key_values: PerformerCache | None,
+    ) -> tuple[
+        Float[Tensor, "batch length hidden"], Float[Tensor, "batch heads length length"] | None
+    ]:
+        out, matrix = self.attention(
+            self.attention_norm(hidden),
+            rotation,
+            key_padding_mask,
+            past_key_values,
+            output_attentions,
+        )
+        hidden = hidden + self.dropout(out)
+        return hidden + self.dropout(self.mlp(self.mlp_norm(hidden))), matrix
+
+
+class PerformerPreTrainedModel(PreTrainedModel):
+    """What all Performer models share: their config, how weights start, and redrawing."""
+
+    config: PerformerConfig
+    config_class = PerformerConfig
+    base_model_prefix = "performer"
+    supports_gradient_checkpointing = True
+    _no_split_modules: ClassVar[list[str]] = ["PerformerLayer"]
+    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
+    _supports_context_parallel = False
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, RandomFeatures):
+            # from_pretrained allocates what a checkpoint lacks and marks what it holds.
+            buffers = module.buffers(recurse=False)
+            if not all(getattr(buffer, "_is_hf_initialized", False) for buffer in buffers):
+                module.reset_parameters()
+
+    def redraw_features(self, generator: Generator | None = None) -> None:
+        """Draw ω of every layer anew, as `RandomFeatures.redraw` does; saved with the weights."""
+        for module in self.modules():
+            if isinstance(module, RandomFeatures):
+                module.redraw(generator)
+
+
+class PerformerModel(PerformerPreTrainedModel):
+    """Embeddings and blocks without a head. Causal if `config.is_decoder`."""
+
+    def __init__(self, config: PerformerConfig) -> None:
+        super().__init__(config)
+        config.check()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.positions = POSITIONS[config.position](config)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.layers = nn.ModuleList(
+            PerformerLayer(config, layer) for layer in range(config.num_hidden_layers)
+        )
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Int[Tensor, "batch length"] | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Int[Tensor, "rows length"] | None = None,
+        past_key_values: PerformerCache | None = None,
+        inputs_embeds: Float[Tensor, "batch length hidden"] | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+    ) -> BaseModelOutputWithPast:
+        """Hidden states of every position.
+
+        `attention_mask`: (batch, length), 1 or True for a real token, 0 for padding on either side;
+        with a cache it covers the cached positions as well. Positions are counted over real tokens
+        unless `position_ids` gives them.
+        `past_key_values`: a `PerformerCache`, changed in place; the inputs continue its sequence.
+        `use_cache`: make one; by default only causal models do, outside of training.
+        `output_attentions`: return the matrix that each layer implies, quadratic in the length.
+
+        Raises ValueError or TypeError for masks, caches and positions that do not fit.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("pass exactly one of input_ids and inputs_embeds.")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if output_attentions is None:
+            output_attentions = self.config.output_attentions
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        past_key_values = self._cache(past_key_values, use_cache)
+        past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
+        if output_attentions and past_length:
+            raise ValueError(
+                "output_attentions needs the keys of the whole sequence, and the cache does not "
+                "keep them. Pass the whole sequence with use_cache=False."
+            )
+        batch, length = inputs_embeds.shape[:2]
+        key_padding_mask = _key_padding_mask(attention_mask, batch, past_length + length)
+        if position_ids is None:
+            position_ids = _count_positions(key_padding_mask, past_length, inputs_embeds)
+
+        hidden = self.dropout(self.positions.add_to(inputs_embeds, position_ids))
+        rotation = self.positions.rotation(position_ids)
+        hidden_states, matrices = [hidden], []
+        for layer in self.layers:
+            hidden, matrix = layer(
+                hidden,
+                rotation,
+                key_padding_mask,
+                output_attentions,
+                past_key_values=past_key_values,
+            )
+            hidden_states.append(hidden)
+            matrices.append(matrix)
+        hidden_states[-1] = hidden = self.norm(hidden)
+        return BaseModelOutputWithPast(
+            last_hidden_state=hidden,
+            past_key_values=past_key_values,
+            hidden_states=tuple(hidden_states) if output_hidden_states else None,
+            attentions=tuple(matrices) if output_attentions else None,
+        )
+
+    def _cache(
+        self, past_key_values: PerformerCache | None, use_cache: bool | None
+    ) -> PerformerCache | None:
+        """The cache to continue, a new one, or None."""
+        is_causal = self.config.is_decoder
+        if past_key_values is not None:
+            if not is_causal:
+                raise ValueError(
+                    "past_key_values continues a causal sequence, and this model is bidirectional: "
+                    "build it with is_decoder=True."
+                )
+            if not isinstance(past_key_values, PerformerCache):
+                raise TypeError(
+                    "past_key_values must be a performers.models.PerformerCache, got "
+                    f"{type(past_key_values).__name__}. Make it with PerformerCache(model.config)."
+                )
+            return past_key_values
+        if use_cache is None:
+            use_cache = self.config.use_cache and is_causal and not self.training
+        if self.training and self.is_gradient_checkpointing:
+            use_cache = False  # the backward pass runs layers again, which would count keys twice
+        return PerformerCache(self.config) if use_cache and is_causal else None
+
+
+class PerformerForMaskedLM(PerformerPreTrainedModel):
+    """A bidirectional Performer that predicts masked tokens."""
+
+    _tied_weights_keys: ClassVar[dict[str, str]] = TIED
+    accepts_loss_kwargs = True  # tells the Trainer to pass num_items_in_batch
+
+    def __init__(self, config: PerformerConfig) -> None:
+        super().__init__(_with_is_decoder(config, False))
+        self.performer = PerformerModel(self.config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Int[Tensor, "batch length"] | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Int[Tensor, "rows length"] | None = None,
+        inputs_embeds: Float[Tensor, "batch length hidden"] | None = None,
+        labels: Int[Tensor, "batch length"] | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> MaskedLMOutput:
+        """Logits and, given `labels` (−100 where nothing is to be predicted), the loss.
+
+        Other arguments are those of `PerformerModel.forward`. The loss is the mean over labels, or
+        their sum over `num_items_in_batch`, which the Trainer counts over all devices and
+        accumulated batches.
+        """
+        outputs = self.performer(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+        )
+        logits = self.lm_head(outputs.last_hidden_state)
+        return MaskedLMOutput(
+            loss=None if labels is None else _cross_entropy(logits, labels, num_items_in_batch),
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+class PerformerForCausalLM(PerformerPreTrainedModel, GenerationMixin):
+    """A causal Performer that predicts the next token; `generate()` carries a constant state."""
+
+    _tied_weights_keys: ClassVar[dict[str, str]] = TIED
+    accepts_loss_kwargs = True  # tells the Trainer to pass num_items_in_batch
+
+    def __init__(self, config: PerformerConfig) -> None:
+        super().__init__(_with_is_decoder(config, True))
+        self.performer = PerformerModel(self.config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Int[Tensor, "batch length"] | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Int[Tensor, "rows length"] | None = None,
+        past_key_values: PerformerCache | None = None,
+        inputs_embeds: Float[Tensor, "batch length hidden"] | None = None,
+        labels: Int[Tensor, "batch length"] | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        logits_to_keep: int | Int[Tensor, " positions"] = 0,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> CausalLMOutputWithPast:
+        """Logits and, given `labels`, the loss of predicting each label from what precedes it.
+
+        `labels` are the tokens themselves, not shifted, with −100 where nothing is to be predicted.
+        `logits_to_keep`: only the logits of the last so many positions, or of the given ones.
+        Other arguments are those of `PerformerModel.forward` and `PerformerForMaskedLM.forward`.
+        """
+        outputs = self.performer(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        loss = None
+        if labels is not None:
+            loss = _cross_entropy(logits[:, :-1], labels[:, 1:], num_items_in_batch)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *arguments: Any
+    ) -> None:
+        """Where transformers' `generate()` would make its own cache, of keys and values."""
+        if generation_config.cache_implementation not in (None, "dynamic"):
+            raise ValueError(
+                "a Performer generates with a PerformerCache and no other: got "
+                f"cache_implementation={generation_config.cache_implementation!r}. Leave it out."
+            )
+        if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
+            model_kwargs["past_key_values"] = PerformerCache(self.config)
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *arguments)
+
+
+def _with_is_decoder(config: PerformerConfig, is_decoder: bool) -> PerformerConfig:
+    """The config, with the direction that the head needs; the caller's own is left alone."""
+    config = copy.deepcopy(config)
+    config.is_decoder = is_decoder
+    return config
+
+
+def _key_padding_mask(
+    attention_mask: Tensor | None, batch: int, length: int
+) -> Bool[Tensor, "batch length"] | None:
+    """transformers' attention_mask as a bool mask of real keys."""
+    if attention_mask is None:
+        return None
+    if attention_mask.is_floating_point():
+        raise TypeError(
+            "attention_mask must be bool or whole numbers, 1 for a real token and 0 for padding, "
+            f"got {attention_mask.dtype}. An additive mask has no linear-time form."
+        )
+    if attention_mask.shape != (batch, length):
+        raise ValueError(
+            f"attention_mask must be (batch, length) = {(batch, length)}, the cached positions "
+            f"included, got {tuple(attention_mask.shape)}. Masks of pairs of positions have no "
+            "linear-time form."
+        )
+    return attention_mask.bool()
+
+
+def _count_positions(
+    key_padding_mask: Bool[Tensor, "batch past_and_length"] | None,
+    past_length: int,
+    embeddings: Float[Tensor, "batch length hidden"],
+) -> Int[Tensor, "rows length"]:
+    """0, 1, 2, … over real tokens, so that padding on the left moves no position."""
+    length = past_length + embeddings.shape[1]
+    if key_padding_mask is None:
+        return torch.arange(past_length, length, device=embeddings.device).unsqueeze(0)
+    counted = key_padding_mask.long().cumsum(dim=-1) - 1
+    return counted.clamp(min=0)[:, past_length:]
+
+
+def _cross_entropy(
+    logits: Float[Tensor, "batch length vocabulary"],
+    labels: Int[Tensor, "batch length"],
+    num_items_in_batch: Tensor | int | None,
+) -> Float[Tensor, ""]:
+    """Mean cross-entropy over labels other than −100; 0 where there is none, not 0/0.
+
+    The sum is divided by `num_items_in_batch` if the Trainer gives it: it multiplies the loss by
+    the number of processes, and only a loss over all of their labels comes out right.
+    """
+    if logits.shape[:2] != labels.shape:
+        raise ValueError(
+            "labels must have one entry per logit: labels (shifted, for a causal model) are "
+            f"{tuple(labels.shape)}, logits {tuple(logits.shape[:2])}."
+        )
+    total = F.cross_entropy(
+        logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100, reduction="sum"
+    )
+    count = (labels != -100).sum() if num_items_in_batch is None else num_items_in_batch
+    return total / torch.as_tensor(count, device=total.device).clamp(min=1)

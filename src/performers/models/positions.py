@@ -1,0 +1,126 @@
+"""Where a token stands: rotary, learned or sinusoidal positions, by name.
+
+Learned and sinusoidal positions are added to the token embeddings; rotary ones turn queries and
+keys, before the feature map sees them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from performers.models.config import PerformerConfig
+
+__all__ = ["POSITIONS", "Positions", "Rotation"]
+
+
+class Rotation(NamedTuple):
+    """cos and sin of the angle by which each pair of coordinates is turned at each position."""
+
+    cos: Float[Tensor, "batch 1 length half_dim"]
+    sin: Float[Tensor, "batch 1 length half_dim"]
+
+    def turn(self, x: Float[Tensor, "b h l d"]) -> Float[Tensor, "b h l d"]:
+        """Turn coordinates (i, i + dim/2) of queries or keys; x keeps its dtype and its norm."""
+        first, second = x.chunk(2, dim=-1)
+        turned = torch.cat(
+            [first * self.cos - second * self.sin, second * self.cos + first * self.sin], dim=-1
+        )
+        return turned.to(x.dtype)
+
+
+class Positions(nn.Module):
+    """What a kind of positions may do: add to the embeddings, or turn queries and keys."""
+
+    def add_to(
+        self,
+        embeddings: Float[Tensor, "batch length hidden"],
+        position_ids: Int[Tensor, "rows length"],
+    ) -> Float[Tensor, "batch length hidden"]:
+        return embeddings
+
+    def rotation(self, position_ids: Int[Tensor, "rows length"]) -> Rotation | None:
+        return None
+
+
+class Rotary(Positions):
+    """Rotary positions: q_i·k_j depends on i − j alone, and no length is too long.
+
+    Source: Su et al. 2021, "RoFormer", arXiv 2104.09864, Eq. 34.
+    """
+
+    def __init__(self, config: PerformerConfig) -> None:
+        super().__init__()
+        self.dim = config.head_dim
+        self.theta = config.rope_theta
+
+    def rotation(self, position_ids: Int[Tensor, "rows length"]) -> Rotation:
+        angles = _angles(position_ids, self.dim // 2, self.theta).unsqueeze(1)
+        return Rotation(angles.cos(), angles.sin())
+
+
+class Learned(Positions):
+    """One trained vector per position, for at most `max_position_embeddings` of them."""
+
+    def __init__(self, config: PerformerConfig) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+
+    def add_to(
+        self,
+        embeddings: Float[Tensor, "batch length hidden"],
+        position_ids: Int[Tensor, "rows length"],
+    ) -> Float[Tensor, "batch length hidden"]:
+        """Raises ValueError for a position beyond the table."""
+        limit = self.embedding.num_embeddings
+        if position_ids.numel() and int(position_ids.max()) >= limit:
+            raise ValueError(
+                f"learned positions end at max_position_embeddings={limit}, got position "
+                f"{int(position_ids.max())}. Shorten the sequence, or build the model with a "
+                "larger max_position_embeddings or with position='rotary', which has no limit."
+            )
+        return embeddings + self.embedding(position_ids)
+
+
+class Sinusoidal(Positions):
+    """Fixed sines and cosines, beside embeddings scaled by √hidden_size to be of like size.
+
+    Source: Vaswani et al. 2017, arXiv 1706.03762, Sections 3.4 and 3.5, the sines before the
+    cosines.
+    """
+
+    def __init__(self, config: PerformerConfig) -> None:
+        super().__init__()
+        self.theta = config.rope_theta
+
+    def add_to(
+        self,
+        embeddings: Float[Tensor, "batch length hidden"],
+        position_ids: Int[Tensor, "rows length"],
+    ) -> Float[Tensor, "batch length hidden"]:
+        hidden = embeddings.shape[-1]
+        angles = _angles(position_ids, hidden // 2, self.theta)
+        waves = torch.cat([angles.sin(), angles.cos()], dim=-1)
+        return embeddings * math.sqrt(hidden) + waves.to(embeddings.dtype)
+
+
+def _angles(
+    position_ids: Int[Tensor, "rows length"], count: int, theta: float
+) -> Float[Tensor, "rows length count"]:
+    """position · θ^(−i/count) for i = 0 … count − 1, in float32 whatever the model's dtype is."""
+    # Computed, not kept in a buffer: a buffer would be cast to half precision with the weights.
+    exponents = torch.arange(count, dtype=torch.float32, device=position_ids.device) / count
+    return position_ids.unsqueeze(-1).float() * theta**-exponents
+
+
+POSITIONS: dict[str, Callable[[PerformerConfig], Positions]] = {
+    "rotary": Rotary,
+    "learned": Learned,
+    "sinusoidal": Sinusoidal,
+}
