@@ -50,6 +50,7 @@ class PerformerConfig(PreTrainedConfig):
     `num_projections`, `projection`, `distribution`, `estimator`, `seed`: see `SoftmaxFeatures`;
     `kernel_epsilon`: see `KernelFeatures`. `projection=None` is a kernel without ω.
     `estimator` matters to "performer-softmax", `kernel_epsilon` to the other kernels.
+    `window_size`: "performer-softmax" scores keys nearer than this exactly, see `favor_attention`.
     `position`: "rotary", "learned" (limited to `max_position_embeddings`) or "sinusoidal";
     `rope_theta` is the base of both rotary and sinusoidal wavelengths.
     `num_key_value_heads`: fewer than `num_attention_heads` for grouped-query attention.
@@ -93,6 +94,7 @@ class PerformerConfig(PreTrainedConfig):
     distribution: str = "gaussian"
     estimator: str = "positive"
     kernel_epsilon: float = 1e-3
+    window_size: int | None = None
     seed: int = 0
     position: str = "rotary"
     rope_theta: float = 10000.0
@@ -149,6 +151,14 @@ class PerformerConfig(PreTrainedConfig):
                 "attention='performer-softmax' needs random projections: projection is None. "
                 f"Choose one of {sorted(PROJECTIONS)}."
             )
+        if self.window_size is not None:
+            check_count("window_size", self.window_size)
+            if self.attention != "performer-softmax" or self.estimator == "trigonometric":
+                raise ValueError(
+                    "window_size puts exact softmax scores beside estimated ones: it needs "
+                    "attention='performer-softmax' with a positive estimator, got "
+                    f"attention={self.attention!r}, estimator={self.estimator!r}."
+                )
         self._check_divisible("hidden_size", "num_attention_heads")
         self._check_divisible("num_attention_heads", "num_key_value_heads")
         if self.position == "rotary" and self.head_dim % 2:

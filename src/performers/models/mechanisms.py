@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from performers.baselines import Identity
 from performers.functional import KERNELS, favor_attention, softmax_attention
-from performers.models.memory import KeysAndValues, State, TokenCount
+from performers.models.memory import KeysAndValues, Nothing, State
 from performers.nn import KernelFeatures, SoftmaxFeatures
 from performers.typing import LinearState
 
@@ -28,11 +28,14 @@ Output = Float[Tensor, "batch heads query_length value_dim"]
 
 
 class Favor(nn.Module):
-    """`favor_attention` with a feature map of its own."""
+    """`favor_attention` with a feature map of its own, and a window of exact scores if asked."""
 
-    def __init__(self, feature_map: SoftmaxFeatures | KernelFeatures) -> None:
+    def __init__(
+        self, feature_map: SoftmaxFeatures | KernelFeatures, window_size: int | None = None
+    ) -> None:
         super().__init__()
         self.feature_map = feature_map
+        self.window_size = window_size
 
     def forward(
         self,
@@ -42,11 +45,9 @@ class Favor(nn.Module):
         *,
         is_causal: bool = False,
         key_padding_mask: Bool[Tensor, "batch key_length"] | None = None,
-        initial_state: LinearState | None = None,
-        return_state: bool = False,
-    ) -> Output | tuple[Output, LinearState]:
+    ) -> Output:
         """Arguments and result are those of `favor_attention`."""
-        out, state = favor_attention(
+        return favor_attention(
             query,
             key,
             value,
@@ -54,10 +55,30 @@ class Favor(nn.Module):
             is_causal=is_causal,
             key_padding_mask=key_padding_mask,
             enable_gqa=True,
-            initial_state=initial_state,
+            window_size=self.window_size,
+        )
+
+    def resume(
+        self,
+        query: Float[Tensor, "batch heads length dim"],
+        key: Float[Tensor, "batch key_heads length dim"],
+        value: Float[Tensor, "batch key_heads length value_dim"],
+        key_padding_mask: Bool[Tensor, "batch length"] | None,
+        state: LinearState | None,
+    ) -> tuple[Float[Tensor, "batch heads length value_dim"], LinearState]:
+        """Causal attention of positions that continue a sequence, and the state after them."""
+        return favor_attention(
+            query,
+            key,
+            value,
+            self.feature_map,
+            is_causal=True,
+            key_padding_mask=key_padding_mask,
+            enable_gqa=True,
+            window_size=self.window_size,
+            initial_state=state,
             return_state=True,
         )
-        return (out, state) if return_state else out
 
 
 class Exact(nn.Module):
@@ -87,7 +108,7 @@ class Mechanism(NamedTuple):
     """How to build a mechanism for one layer of a model, and what it remembers when generating."""
 
     build: Callable[[PerformerConfig, int], nn.Module]
-    memory: type[KeysAndValues | State | TokenCount]
+    memory: type[KeysAndValues | Nothing | State]
 
 
 def _exact(config: PerformerConfig, layer: int) -> Exact:
@@ -109,7 +130,8 @@ def _performer_softmax(config: PerformerConfig, layer: int) -> Favor:
             distribution=config.distribution,
             seed=config.seed,
             layer=layer,
-        )
+        ),
+        window_size=config.window_size,
     )
 
 
@@ -130,7 +152,7 @@ def _performer_kernel(fn: str, config: PerformerConfig, layer: int) -> Favor:
 
 MECHANISMS: dict[str, Mechanism] = {
     "exact": Mechanism(_exact, memory=KeysAndValues),
-    "identity": Mechanism(_identity, memory=TokenCount),
+    "identity": Mechanism(_identity, memory=Nothing),
     "performer-softmax": Mechanism(_performer_softmax, memory=State),
     **{  # performer-relu, performer-exp, …
         f"performer-{fn}": Mechanism(partial(_performer_kernel, fn), memory=State) for fn in KERNELS

@@ -1,54 +1,40 @@
-"""What one layer remembers between calls of `generate()`: a linear state, keys and values, or
-nothing.
+"""What one layer remembers while a sequence is generated: a linear state, all keys, or nothing.
 
 Each memory is a layer of a transformers `Cache` that knows how its mechanisms continue a sequence:
-`attend` takes the queries, keys and values of the new positions alone.
+`attend` takes queries, keys and values of the new positions alone.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
-from performers.typing import LinearState
+from performers.typing import Attention, LinearState
 
-__all__ = ["KeysAndValues", "State", "TokenCount"]
+if TYPE_CHECKING:
+    from performers.models.mechanisms import Favor
 
+__all__ = ["KeysAndValues", "Memory", "Nothing", "State"]
+
+Query = Float[Tensor, "batch heads new_length dim"]
+Key = Float[Tensor, "batch key_heads new_length dim"]
+Value = Float[Tensor, "batch key_heads new_length value_dim"]
+Mask = Bool[Tensor, "batch length"]  # of all positions so far, the new ones last
 Output = Float[Tensor, "batch heads new_length value_dim"]
 
 
-class TokenCount(CacheLayerMixin):
-    """Memory of a mechanism in which no position sees another: the number of positions so far."""
+class Memory(CacheLayerMixin):
+    """A memory whose size does not depend on the length; it counts the positions it has seen."""
 
-    is_croppable = True
     supports_early_init = False
 
     def __init__(self) -> None:
         super().__init__()
         self.num_tokens = 0
-
-    def attend(
-        self,
-        mechanism: nn.Module,
-        query: Float[Tensor, "batch heads new_length dim"],
-        key: Float[Tensor, "batch key_heads new_length dim"],
-        value: Float[Tensor, "batch key_heads new_length value_dim"],
-        key_padding_mask: Bool[Tensor, "batch length"] | None,
-    ) -> Output:
-        """Attention of the new positions over all so far; the mask covers all of them."""
-        self.num_tokens += key.shape[2]
-        if key_padding_mask is not None:
-            key_padding_mask = key_padding_mask[:, -key.shape[2] :]
-        return self._attend(mechanism, query, key, value, key_padding_mask)
-
-    def _attend(
-        self, mechanism: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
-    ) -> Tensor:
-        return mechanism(query, key, value, is_causal=True, key_padding_mask=mask)
 
     def get_seq_length(self) -> int:
         return self.num_tokens
@@ -65,16 +51,30 @@ class TokenCount(CacheLayerMixin):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
+        """Refused: there are no keys and values to return."""
         raise TypeError(
-            f"{type(self).__name__} keeps no keys and values to return: use it with the "
-            "Performer models, which call `attend`."
+            f"{type(self).__name__} keeps no keys and values to return. It serves the Performer "
+            "models, which call attend()."
         )
 
     def reset(self) -> None:
         self.num_tokens = 0
 
+
+class Nothing(Memory):
+    """Memory of a mechanism in which no position sees another."""
+
+    is_croppable = True
+
+    def attend(
+        self, mechanism: Attention, query: Query, key: Key, value: Value, mask: Mask | None
+    ) -> Output:
+        """Attention of the new positions over all so far."""
+        self.num_tokens += key.shape[2]
+        return mechanism(query, key, value, is_causal=True)
+
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last tokens; `tokens_to_remove` is negative, as everywhere in transformers."""
+        """Forget the last tokens; the number is negative, as everywhere in transformers."""
         self.num_tokens += tokens_to_remove
 
     def reorder_cache(self, beam_idx: Int[Tensor, " beams"]) -> None: ...
@@ -83,32 +83,23 @@ class TokenCount(CacheLayerMixin):
 
     def batch_repeat_interleave(self, repeats: int) -> None: ...
 
-    def offload(self) -> None: ...
 
-    def prefetch(self) -> None: ...
-
-
-class State(TokenCount):
-    """Memory of linear attention: one `LinearState`, of the same size at every length."""
-
-    is_croppable = False
+class State(Memory):
+    """Memory of linear attention: one `LinearState`."""
 
     def __init__(self) -> None:
         super().__init__()
         self.state: LinearState | None = None
 
-    def _attend(
-        self, mechanism: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
-    ) -> Tensor:
-        out, self.state = mechanism(
-            query,
-            key,
-            value,
-            is_causal=True,
-            key_padding_mask=mask,
-            initial_state=self.state,
-            return_state=True,
-        )
+    def attend(
+        self, mechanism: Favor, query: Query, key: Key, value: Value, mask: Mask | None
+    ) -> Output:
+        """Attention of the new positions over all so far."""
+        new_length = key.shape[2]
+        if mask is not None:
+            mask = mask[:, mask.shape[1] - new_length :]
+        self.num_tokens += new_length
+        out, self.state = mechanism.resume(query, key, value, mask, self.state)
         return out
 
     def reset(self) -> None:
@@ -136,9 +127,9 @@ class State(TokenCount):
 
 
 CANNOT_FORGET = (
-    "a linear state sums over all tokens seen and cannot give the last ones back, so assisted and "
-    "prompt-lookup decoding and Cache.crop are not available. Generate without an assistant, or "
-    "use a model with attention='exact'."
+    "a linear state sums over all tokens seen and cannot give the last ones back: assisted and "
+    "prompt-lookup decoding and cropping the cache are not possible. Generate without an "
+    "assistant, or use a model with attention='exact'."
 )
 
 
@@ -146,19 +137,14 @@ class KeysAndValues(DynamicLayer):
     """Memory of exact attention: all keys and values, which grow with the length."""
 
     def attend(
-        self,
-        mechanism: nn.Module,
-        query: Float[Tensor, "batch heads new_length dim"],
-        key: Float[Tensor, "batch key_heads new_length dim"],
-        value: Float[Tensor, "batch key_heads new_length value_dim"],
-        key_padding_mask: Bool[Tensor, "batch length"] | None,
+        self, mechanism: Attention, query: Query, key: Key, value: Value, mask: Mask | None
     ) -> Output:
-        """Attention of the new positions over all so far; the mask covers all of them."""
+        """Attention of the new positions over all so far."""
         keys, values = self.update(key, value)
         past_length = keys.shape[2] - key.shape[2]
         if key.shape[2] == 1:  # the last position sees every key, so no causal mask is needed
-            return mechanism(query, keys, values, key_padding_mask=key_padding_mask)
+            return mechanism(query, keys, values, key_padding_mask=mask)
         # Causal attention takes one query per key: rows of the past are computed and dropped.
         queries = F.pad(query, (0, 0, past_length, 0))
-        out = mechanism(queries, keys, values, is_causal=True, key_padding_mask=key_padding_mask)
+        out = mechanism(queries, keys, values, is_causal=True, key_padding_mask=mask)
         return out[:, :, past_length:]
