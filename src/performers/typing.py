@@ -100,6 +100,7 @@ class FeatureMap(Protocol):
     def key_features(self, x: Float[Tensor, "*batch length dim"]) -> Features: ...
 
 
+@runtime_checkable
 class Attention(Protocol):
     """A mechanism: (Q, K, V) to an output of the queries' length."""
 
