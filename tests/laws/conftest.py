@@ -1,0 +1,16 @@
+"""The laws hold for every backend, and are put to the test across many small tiles."""
+
+import pytest
+
+from performers.backends import chunked
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(without_shape_checks: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short sequences cross several tiles, whose sizes are primes that divide nothing here.
+
+    Shapes are checked in tests/contract; here they would take most of the time.
+    """
+    monkeypatch.setattr(chunked, "KEY_TILE", 11)
+    monkeypatch.setattr(chunked, "QUERY_TILE", 5)
+    monkeypatch.setattr(chunked, "CAUSAL_CHUNK", 7)

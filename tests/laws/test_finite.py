@@ -1,0 +1,91 @@
+"""No NaN at any norm, and no epsilon: attention returns averages of the values, always."""
+
+import pytest
+import torch
+
+from cases import FEATURE_MAPS, MASKS, NONNEGATIVE, NORMS, inputs
+from performers import SoftmaxFeatures, favor_attention
+
+BACKENDS = ("reference", "chunked")
+CAUSAL = (False, True)
+DTYPES = (torch.float64, torch.float32, torch.bfloat16)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("is_causal", CAUSAL)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("norms", NORMS)
+def test_outputs_lie_among_the_values_at_any_norm(norms, dtype, is_causal, backend):
+    query, key, value = inputs(dtype=dtype, norms=norms)
+    low, high = value.amin(dim=2, keepdim=True), value.amax(dim=2, keepdim=True)
+    low, high = (x.repeat_interleave(2, dim=1) for x in (low, high))
+    slack = 1e-5 + torch.finfo(dtype).eps
+    for name in NONNEGATIVE:
+        phi = FEATURE_MAPS[name](5, 11)
+        out = favor_attention(query, key, value, phi, is_causal, enable_gqa=True, backend=backend)
+        assert (out >= low - slack * low.abs()).all(), name  # false for NaN as well
+        assert (out <= high + slack * high.abs()).all(), name
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("is_causal", CAUSAL)
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16])
+@pytest.mark.parametrize("norms", ["1", "10", "growing", "huge then tiny"])
+def test_attention_over_ones_is_one(norms, dtype, is_causal, backend):
+    query, key, value = inputs(norms=norms)
+    query, key, value = (x.clamp(-6e4, 6e4).to(dtype) for x in (query, key, torch.ones_like(value)))
+    for name in NONNEGATIVE:
+        phi = FEATURE_MAPS[name](5, 11)
+        out = favor_attention(query, key, value, phi, is_causal, enable_gqa=True, backend=backend)
+        torch.testing.assert_close(out, torch.ones_like(out), rtol=2e-6, atol=0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("is_causal", CAUSAL)
+@pytest.mark.parametrize("norms", NORMS)
+def test_features_of_any_sign_stay_finite(norms, is_causal, backend):
+    query, key, value = inputs(norms=norms)
+    for name in FEATURE_MAPS.keys() - set(NONNEGATIVE):
+        phi = FEATURE_MAPS[name](5, 11)
+        out = favor_attention(query, key, value, phi, is_causal, enable_gqa=True, backend=backend)
+        assert out.isfinite().all(), name
+
+
+@pytest.mark.parametrize("is_causal", CAUSAL)
+@pytest.mark.parametrize("norms", NORMS)
+def test_gradients_are_finite_at_any_norm(norms, is_causal):
+    for name in NONNEGATIVE:
+        tensors = [x.requires_grad_() for x in inputs(norms=norms)]
+        mask = MASKS["left"](23)
+        out = favor_attention(*tensors, FEATURE_MAPS[name](5, 11), is_causal, mask, enable_gqa=True)
+        out.sum().backward()
+        for x in tensors:
+            assert x.grad.isfinite().all(), name
+
+
+def test_large_values_do_not_overflow_beside_rising_keys():
+    # A causal chunk holds keys that rise far above its frame; their weights times the values must
+    # stay in range although each output is an average.
+    phi = SoftmaxFeatures(3, 7)
+    phi.omega.copy_(torch.ones(7, 3))
+    key = torch.linspace(0, 1, 13)[:, None].expand(1, 1, 13, 3)  # exponents rise to about 1.5
+    for factor in (1, 3, 6, 9):
+        scaled = key * factor
+        value = torch.full((1, 1, 13, 2), 1e30)
+        out = favor_attention(scaled, scaled, value, phi, is_causal=True, scale=1.0)
+        torch.testing.assert_close(out, value, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("is_causal", CAUSAL)
+def test_a_default_chunk_is_as_safe_as_a_small_one(is_causal, monkeypatch):
+    monkeypatch.undo()  # the sizes that users get
+    phi = SoftmaxFeatures(16, 37)
+    for norms in ("1", "growing", "one huge key"):
+        query, key, value = inputs(523, heads=2, key_heads=2, dim=16, norms=norms)
+        out = favor_attention(query, key, value, phi, is_causal)
+        ones = favor_attention(query, key, torch.ones_like(value), phi, is_causal)
+        reference = favor_attention(query, key, value, phi, is_causal, backend="reference")
+        assert out.isfinite().all()
+        torch.testing.assert_close(ones, torch.ones_like(ones), rtol=1e-5, atol=0)
+        if norms == "1":
+            torch.testing.assert_close(out, reference, rtol=1e-4, atol=1e-5)

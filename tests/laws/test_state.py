@@ -1,0 +1,193 @@
+"""A state is all that later queries need: prefill, decoding and merging give what one call gives."""
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from cases import FEATURE_MAPS, MASKS, inputs
+from performers import LinearState, SoftmaxFeatures, favor_attention
+
+BACKENDS = ("reference", "chunked")
+NORMS = ("1", "growing", "huge then tiny")
+
+
+def continued(
+    tensors: tuple[Tensor, Tensor, Tensor],
+    phi: SoftmaxFeatures,
+    cuts: list[int],
+    mask: Tensor | None = None,
+    **options: object,
+) -> tuple[Tensor, LinearState]:
+    """Causal attention to one piece after another, the state handed on."""
+    outputs, state = [], None
+    for start, stop in itertools.pairwise([0, *cuts, tensors[0].shape[2]]):
+        piece = (x[:, :, start:stop] for x in tensors)
+        out, state = favor_attention(
+            *piece,
+            phi,
+            is_causal=True,
+            key_padding_mask=None if mask is None else mask[:, start:stop],
+            enable_gqa=True,
+            initial_state=state,
+            return_state=True,
+            **options,
+        )
+        outputs.append(out)
+    return torch.cat(outputs, dim=2), state
+
+
+def assert_same_state(state: LinearState, other: LinearState) -> None:
+    """Equal sums, whatever the frame."""
+    frame = torch.maximum(state.log_scale, other.log_scale)
+    for mine, theirs in zip(
+        vars(state.rescaled(frame)).values(), vars(other.rescaled(frame)).values(), strict=True
+    ):
+        if mine is not None:
+            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", FEATURE_MAPS)
+def test_pieces_with_carried_state_equal_the_whole(name, backend):
+    phi = FEATURE_MAPS[name](5, 11)
+    for norms, mask in itertools.product(NORMS, ("no mask", "left", "holes")):
+        tensors = inputs(norms=norms, dtype=torch.float64)
+        mask = MASKS[mask](23)
+        whole = favor_attention(*tensors, phi, True, mask, enable_gqa=True, backend=backend)
+        for cuts in ([5], [0, 7, 7, 20], list(range(1, 23))):
+            pieces, _ = continued(tensors, phi, cuts, mask, backend=backend)
+            torch.testing.assert_close(pieces, whole, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("name", FEATURE_MAPS)
+def test_every_backend_leaves_the_state_of_the_definition(name, is_causal, backend):
+    phi = FEATURE_MAPS[name](5, 11)
+    mask = MASKS["holes"](23)
+    query, key, value = inputs(dtype=torch.float64)
+    _, state = favor_attention(
+        query, key, value, phi, is_causal, mask, None, True, True, return_state=True,
+        backend=backend,
+    )  # fmt: skip
+    features = phi.key_features(key * phi.default_scale**0.5).dense()
+    features = features * mask[:, None, :, None]
+    scale = state.log_scale.exp()
+    torch.testing.assert_close(state.normalizer * scale, features.sum(dim=2), rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(
+        state.values * scale.unsqueeze(-1), features.mT @ value, rtol=1e-6, atol=1e-9
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_bidirectional_attention_continues_a_state_too(backend):
+    phi = SoftmaxFeatures(5, 11)
+    query, key, value = inputs()
+    whole = favor_attention(query, key, value, phi, enable_gqa=True, backend=backend)
+    _, state = favor_attention(
+        query, key[:, :, :9], value[:, :, :9], phi, enable_gqa=True, return_state=True
+    )
+    rest = (key[:, :, 9:], value[:, :, 9:])
+    out = favor_attention(
+        query, *rest, phi, enable_gqa=True, initial_state=state, backend=backend
+    )
+    torch.testing.assert_close(out, whole, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", FEATURE_MAPS)
+def test_merging_is_associative_and_commutative(name):
+    phi = FEATURE_MAPS[name](5, 11)
+    for norms in NORMS:
+        query, key, value = inputs(norms=norms, dtype=torch.float64)
+
+        def of(start: int, stop: int, key: Tensor = key, value: Tensor = value) -> LinearState:
+            span = (key[:, :, start:stop], value[:, :, start:stop])
+            return favor_attention(
+                query[:, :3], *span, phi, return_state=True  # noqa: B023  # called at once
+            )[1]
+
+        whole, (a, b, c) = of(0, 23), (of(0, 5), of(5, 16), of(16, 23))
+        assert_same_state(a.merge(b).merge(c), whole)
+        assert_same_state(a.merge(b.merge(c)), whole)
+        assert_same_state(c.merge(a).merge(b), whole)
+        empty = LinearState.empty(2, 3, phi.num_features, 7, dtype=torch.float64)
+        assert_same_state(empty.merge(whole), whole)
+        assert_same_state(whole.merge(empty), whole)
+        assert_same_state(empty.merge(empty), empty)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_state_is_float32_and_of_constant_size(dtype):
+    phi = SoftmaxFeatures(5, 11)
+    sizes = set()
+    for length in (1, 23):
+        _, state = continued(inputs(length, dtype=dtype), phi, [])
+        assert {part.dtype for part in vars(state).values() if part is not None} == {torch.float32}
+        sizes.add(sum(p.untyped_storage().nbytes() for p in vars(state).values() if p is not None))
+    assert len(sizes) == 1
+
+
+def test_a_state_follows_its_rows_when_beams_are_reordered():
+    phi = SoftmaxFeatures(5, 11)
+    tensors = inputs()
+    _, state = continued(tensors, phi, [11])
+    index = torch.tensor([1, 0, 0])
+    step = inputs(1, batch=3)
+    expected, _ = continued(
+        tuple(torch.cat([x[index], y], dim=2) for x, y in zip(tensors, step, strict=True)), phi, []
+    )
+    out = favor_attention(
+        *step, phi, True, enable_gqa=True, initial_state=state.index_select(index)
+    )
+    torch.testing.assert_close(out, expected[:, :, -1:], rtol=1e-5, atol=1e-6)
+    twice = state.repeat_interleave(2)
+    assert torch.equal(twice.values, state.values[[0, 0, 1, 1]])
+
+
+def test_a_detached_state_cuts_the_graph():
+    phi = SoftmaxFeatures(5, 11)
+    tensors = tuple(x.requires_grad_() for x in inputs())
+    _, state = continued(tensors, phi, [])
+    assert state.values.requires_grad
+    assert not any(part.requires_grad for part in vars(state.detach()).values() if part is not None)
+
+
+def decoded(length: int) -> tuple[Tensor, Tensor]:
+    """Outputs of one parallel call and of prefill, odd pieces and single tokens, in bfloat16."""
+    phi = SoftmaxFeatures(8, 17)
+    tensors = inputs(length, heads=2, key_heads=1, batch=1, dim=8, dtype=torch.bfloat16)
+    parallel = favor_attention(*tensors, phi, is_causal=True, enable_gqa=True)
+    prefill = length // 3
+    pieces = list(range(prefill, length // 2, 37))
+    tokens = list(range(length // 2, length))
+    with torch.no_grad():
+        return parallel, continued(tensors, phi, pieces + tokens)[0]
+
+
+def test_decoding_equals_the_parallel_run(monkeypatch):
+    monkeypatch.undo()
+    parallel, by_token = decoded(1021)
+    torch.testing.assert_close(by_token, parallel, rtol=2**-7, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_decoding_8192_tokens_equals_the_parallel_run(monkeypatch):
+    monkeypatch.undo()
+    parallel, by_token = decoded(8192)
+    torch.testing.assert_close(by_token, parallel, rtol=2**-7, atol=1e-4)
+
+
+def test_the_sums_of_many_tokens_do_not_stall():
+    # In bfloat16 a sum of ones stops at 256, and attention over ones would return too much.
+    phi = SoftmaxFeatures(8, 17)
+    query, key, value = inputs(4099, heads=1, key_heads=1, batch=1, dim=8, dtype=torch.bfloat16)
+    value = torch.ones_like(value)
+    _, state = favor_attention(query, key, value, phi, is_causal=True, return_state=True)
+    torch.testing.assert_close(
+        state.values[..., 0], state.normalizer, rtol=1e-5, atol=0
+    )
+    token = (x[:, :, :1] for x in (query, key, value))
+    out = favor_attention(*token, phi, is_causal=True, initial_state=state)
+    torch.testing.assert_close(out, torch.ones_like(out), rtol=0, atol=0)

@@ -1,0 +1,98 @@
+"""Linear attention by its definition: float64, log space, quadratic, and no code of the package.
+
+    log|φ_m(x)| and the sign of φ_m(x) from the paper's formulas, written here a second time;
+    A_ij = Σ_m φ_m(q_i) φ_m(k_j),    out_i = Σ_j A_ij v_j / Σ_j A_ij over the visible j
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from performers.nn import KernelFeatures, RandomFeatures, SoftmaxFeatures
+
+
+class Attended(NamedTuple):
+    """What attention should return, and how much a relative error of A is amplified in each row."""
+
+    out: Tensor  # (batch, heads, query_length, value_dim), float64
+    condition: Tensor  # (batch, heads, query_length): Σ_jm |terms| / |Σ_jm terms|, 1 for φ ≥ 0
+
+
+def attended(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    phi: RandomFeatures,
+    is_causal: bool = False,
+    key_padding_mask: Tensor | None = None,
+    scale: float | None = None,
+    normalize: bool = True,
+) -> Attended:
+    """Every row by itself, in the frame of its largest term. Key heads are repeated for groups."""
+    group = query.shape[1] // key.shape[1]
+    root = math.sqrt(phi.default_scale if scale is None else scale)
+    query, key, value = (x.double() for x in (query, key, value))
+    visible = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool)
+    if is_causal:
+        visible = visible.tril()
+    visible = visible.expand(len(query), 1, -1, -1)
+    if key_padding_mask is not None:
+        absent = ~key_padding_mask[:, None, :, None]
+        key, value = key.masked_fill(absent, 0), value.masked_fill(absent, 0)
+        visible = visible & key_padding_mask[:, None, None, :]
+    key, value = (x.repeat_interleave(group, dim=1) for x in (key, value))
+
+    query_sign, query_log = log_features(query * root, phi)
+    key_sign, key_log = log_features(key * root, phi)
+    # (batch, heads, query_length, key_length, num_features)
+    log_terms = query_log.unsqueeze(3) + key_log.unsqueeze(2)
+    log_terms = log_terms.masked_fill(~visible.unsqueeze(-1), -torch.inf)
+    signs = query_sign.unsqueeze(3) * key_sign.unsqueeze(2)
+    frame = torch.zeros(*query.shape[:3], 1, 1, dtype=torch.float64)
+    if normalize and log_terms.shape[3]:
+        frame = log_terms.amax(dim=(3, 4), keepdim=True)
+        frame = frame.masked_fill(frame == -torch.inf, 0.0)
+    terms = signs * (log_terms - frame).exp()
+    matrix = terms.sum(dim=-1)
+    normalizer = matrix.sum(dim=-1, keepdim=True)
+    is_empty = (terms == 0).all(dim=-1).all(dim=-1)
+    condition = terms.abs().sum(dim=(3, 4)) / normalizer.squeeze(-1).abs()
+    condition = condition.masked_fill(is_empty, 1.0)
+    if normalize:
+        matrix = matrix / normalizer.masked_fill(is_empty.unsqueeze(-1), 1.0)
+    return Attended(matrix @ value, condition)
+
+
+def log_features(x: Tensor, phi: RandomFeatures) -> tuple[Tensor, Tensor]:
+    """The signs of φ(x) and log|φ(x)|, −∞ where φ is 0."""
+    omega = None if phi.omega is None else phi.omega.double()
+    projected = x if omega is None else x @ omega.T
+    half_square = x.square().sum(dim=-1, keepdim=True) / 2
+    log_root_m = math.log(1 if omega is None else len(omega)) / 2
+    if isinstance(phi, SoftmaxFeatures):
+        if phi.estimator == "trigonometric":
+            waves = torch.cat([projected.sin(), projected.cos()], dim=-1)
+            return waves.sign(), waves.abs().log() + half_square - log_root_m
+        if phi.estimator == "hyperbolic":
+            projected = torch.cat([projected, -projected], dim=-1) - math.log(2) / 2
+        return torch.ones_like(projected), projected - half_square - log_root_m
+    assert isinstance(phi, KernelFeatures)
+    if phi.fn == "exp":
+        log_values = torch.logaddexp(projected, torch.tensor(phi.epsilon, dtype=torch.float64).log())
+        return torch.ones_like(log_values), log_values - log_root_m
+    values = _FUNCTIONS[phi.fn](projected) + phi.epsilon
+    return values.sign(), values.abs().log() - log_root_m
+
+
+_FUNCTIONS = {
+    "relu": lambda u: u.clamp(min=0),
+    "sigmoid": lambda u: 1 / (1 + (-u).exp()),
+    "abs": torch.abs,
+    "elu+1": lambda u: torch.where(u > 0, u + 1, u.clamp(max=0).exp()),
+    "gelu": lambda u: u * (1 + torch.erf(u / math.sqrt(2))) / 2,
+    "cos": torch.cos,
+    "tanh": torch.tanh,
+    "identity": lambda u: u,
+}
