@@ -1,0 +1,182 @@
+"""What is scored: 15 % of the amino acids (bidirectional) or every next token (unidirectional).
+
+The collators turn items of a `TokenDataset` into the batch a transformers model takes: `input_ids`,
+`attention_mask` (1 = real) and `labels` (−100 = not scored), each int64 (batch, length), padded on
+the right.
+
+Which positions are masked is a function of (seed, epoch, the tokens of the row) and of nothing
+else: not of the batch a row comes in, of its neighbours, of the worker, the rank or the number of
+steps before it. A run that resumes therefore masks exactly as the run that was never stopped, and
+two models are evaluated on the same positions.
+
+Source: Choromanski et al. 2021, Appendix A.1 and C; Devlin et al. 2019, Section 3.1 (15 %,
+80/10/10).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from jaxtyping import Float64, Int64
+from torch import Tensor
+
+from performers.data.vocabulary import AMINO_ACID_IDS, EOS_TOKEN_ID, MASK_TOKEN_ID, PAD_TOKEN_ID
+
+__all__ = ["NOT_SCORED", "CausalCollator", "Collator", "MaskedCollator", "mask_tokens", "pad"]
+
+NOT_SCORED = -100
+
+Batch = dict[str, Tensor]
+
+
+class Collator(Protocol):
+    """What turns items of a dataset into a batch, and knows which tokens it scores."""
+
+    @property
+    def scored_token_ids(self) -> tuple[int, ...]: ...
+
+    def set_epoch(self, epoch: int) -> None: ...
+
+    def __call__(self, items: Sequence[Batch]) -> Batch: ...
+
+
+@dataclass
+class MaskedCollator:
+    """Batches for masked language modeling: `labels` are the tokens that `mask_tokens` chose.
+
+    `set_epoch` makes each epoch mask other positions. Call it when an epoch starts, with the number
+    of epochs done; an evaluation leaves it at 0 and so always scores the same positions. DataLoader
+    workers hold a copy, so it takes effect when they start (not with `persistent_workers=True`).
+    """
+
+    seed: int = 0
+    mask_rate: float = 0.15
+    pad_to_multiple_of: int = 1
+    epoch: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.mask_rate < 1:
+            raise ValueError(
+                f"mask_rate must be between 0 and 1, got {self.mask_rate}. BERT's is 0.15."
+            )
+
+    @property
+    def scored_token_ids(self) -> tuple[int, ...]:
+        """The tokens that a label can be: amino acids, never special tokens."""
+        return tuple(AMINO_ACID_IDS)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __call__(self, items: Sequence[Batch]) -> Batch:
+        input_ids, attention_mask = pad(items, self.pad_to_multiple_of)
+        masked_ids, labels = mask_tokens(input_ids, self.seed, self.epoch, self.mask_rate)
+        return {"input_ids": masked_ids, "attention_mask": attention_mask, "labels": labels}
+
+
+@dataclass
+class CausalCollator:
+    """Batches for next-token prediction: `labels` are the real tokens, unshifted.
+
+    Models shift the labels themselves, as transformers' do: position i is scored on token i + 1.
+    What is scored is each amino acid and each end of a sequence; the first token of a row has
+    nothing before it and never counts.
+    """
+
+    pad_to_multiple_of: int = 1
+
+    @property
+    def scored_token_ids(self) -> tuple[int, ...]:
+        """The tokens that a label can be: amino acids and the end of a sequence."""
+        return (EOS_TOKEN_ID, *AMINO_ACID_IDS)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Nothing is drawn at random here, so every epoch is the same."""
+
+    def __call__(self, items: Sequence[Batch]) -> Batch:
+        input_ids, attention_mask = pad(items, self.pad_to_multiple_of)
+        labels = input_ids.masked_fill(attention_mask == 0, NOT_SCORED)
+        labels[:, 0] = NOT_SCORED
+        return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+
+
+def pad(
+    items: Sequence[Batch], multiple_of: int = 1
+) -> tuple[Int64[Tensor, "batch length"], Int64[Tensor, "batch length"]]:
+    """`input_ids` and `attention_mask` of items of unequal length, padded on the right.
+
+    `multiple_of` rounds the length up, which keeps the number of shapes small for a compiled model.
+    """
+    rows = [item["input_ids"] for item in items]
+    length = -(-max(len(row) for row in rows) // multiple_of) * multiple_of
+    input_ids = torch.full((len(rows), length), PAD_TOKEN_ID, dtype=torch.int64)
+    for padded, row in zip(input_ids, rows, strict=True):
+        padded[: len(row)] = row
+    return input_ids, (input_ids != PAD_TOKEN_ID).long()
+
+
+def mask_tokens(
+    input_ids: Int64[Tensor, "batch length"], seed: int, epoch: int = 0, mask_rate: float = 0.15
+) -> tuple[Int64[Tensor, "batch length"], Int64[Tensor, "batch length"]]:
+    """BERT's masking, a function of (seed, epoch, the row's tokens): masked input ids and labels.
+
+    Each amino acid is chosen with probability `mask_rate`, independently. A chosen one becomes
+    <mask> (80 %), a random amino acid (10 %) or stays (10 %); its label is what it was. Special
+    tokens are never chosen. A row always has at least one label (the position nearest to being
+    chosen), so that no batch is without a loss.
+
+    Source: Devlin et al. 2019, Section 3.1.
+    """
+    bits = _random_bits(input_ids, seed, epoch)
+    choice, action, substitute = _uniform(bits), _uniform(_mix(bits)), _mix(_mix(bits))
+
+    is_amino_acid = input_ids >= AMINO_ACID_IDS.start
+    choice = choice.masked_fill(~is_amino_acid, torch.inf)
+    chosen = is_amino_acid & ((choice < mask_rate) | (choice == choice.amin(dim=1, keepdim=True)))
+
+    masked_ids = input_ids.masked_fill(chosen & (action < 0.8), MASK_TOKEN_ID)
+    random_ids = AMINO_ACID_IDS.start + substitute.remainder(len(AMINO_ACID_IDS))
+    masked_ids = torch.where(chosen & (action >= 0.9), random_ids, masked_ids)
+    return masked_ids, input_ids.masked_fill(~chosen, NOT_SCORED)
+
+
+# A torch.Generator per row would need a loop over rows and could not be seeded by the row itself. A
+# counter-based generator has no state: the bits of position i are a hash of (row key, i). The hash
+# is SplitMix64 (Steele, Lea and Flood 2014), whose 64-bit arithmetic wraps around exactly as
+# torch's int64 does.
+_GOLDEN_GAMMA = 0x9E3779B97F4A7C15 - 2**64
+
+
+def _random_bits(
+    input_ids: Int64[Tensor, "batch length"], seed: int, epoch: int
+) -> Int64[Tensor, "batch length"]:
+    position = torch.arange(1, input_ids.shape[1] + 1, device=input_ids.device) * _GOLDEN_GAMMA
+    is_real = input_ids != PAD_TOKEN_ID
+    content = (_mix(position + input_ids) * is_real).sum(dim=1, keepdim=True)
+    run = torch.tensor([_as_int64(seed), epoch], device=input_ids.device)
+    row_key = _mix(content + _mix(run[0] + _mix(run[1])))
+    return _mix(row_key + position)
+
+
+def _mix(bits: Int64[Tensor, "*shape"]) -> Int64[Tensor, "*shape"]:
+    """The output function of SplitMix64: each bit of the input flips half the bits."""
+    bits = (bits ^ _shift_right(bits, 30)) * (0xBF58476D1CE4E5B9 - 2**64)
+    bits = (bits ^ _shift_right(bits, 27)) * (0x94D049BB133111EB - 2**64)
+    return bits ^ _shift_right(bits, 31)
+
+
+def _shift_right(bits: Int64[Tensor, "*shape"], by: int) -> Int64[Tensor, "*shape"]:
+    """The shift of unsigned integers: torch's own copies the sign bit."""
+    return (bits >> by) & ((1 << (64 - by)) - 1)
+
+
+def _uniform(bits: Int64[Tensor, "*shape"]) -> Float64[Tensor, "*shape"]:
+    """The upper 53 bits as a number in [0, 1)."""
+    return _shift_right(bits, 11).double() * 2.0**-53
+
+
+def _as_int64(number: int) -> int:
+    return (number + 2**63) % 2**64 - 2**63

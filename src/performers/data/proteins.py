@@ -1,0 +1,324 @@
+"""From proteins to what a model trains on: deduplicate, split by homology, crop or concatenate.
+
+    FASTA ──read_proteins──► Protein(sequence, cluster, family)
+          ──split_proteins──► train, valid, test, ood
+          ──crop_sequences──► <bos> M K V … L <eos>        at most length tokens, or
+          ──concatenate_sequences──► M K V … L <eos> M A … windows of length tokens
+
+Source: Choromanski et al. 2021, Appendix C.1. The paper splits at random and says that homologues
+may then stand on both sides; here no cluster does, unless the paper's split is asked for.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import Literal
+
+import torch
+from jaxtyping import Int64, UInt8
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from performers.checks import check_choice, check_count
+from performers.data.clusters import cluster_by_kmers
+from performers.data.fasta import FastaRecord, read_fasta
+from performers.data.vocabulary import BOS_TOKEN_ID, EOS_TOKEN_ID, VOCAB_SIZE, encode
+
+__all__ = [
+    "SAMPLE_PATH",
+    "SPLITS",
+    "Protein",
+    "ProteinSplits",
+    "TokenDataset",
+    "concatenate_sequences",
+    "crop_sequences",
+    "find_protein",
+    "load_proteins",
+    "read_proteins",
+    "split_proteins",
+]
+
+SAMPLE_PATH = Path(__file__).parent / "sample" / "proteins.fasta.gz"
+
+Source = str | Path | Sequence[str | Path]
+
+SPLITS = ("train", "valid", "test", "ood")
+
+_BOS = torch.tensor([BOS_TOKEN_ID], dtype=torch.uint8)
+_EOS = torch.tensor([EOS_TOKEN_ID], dtype=torch.uint8)
+
+# `performers data proteins` writes these at the end of a description, in the manner of UniProt's
+# OS= and GN=.
+_GROUPS = re.compile(r"(?:^|\s)Cluster=(\S+) Family=(\S+)$")
+
+
+@dataclass(frozen=True)
+class Protein:
+    """A protein and the groups that a split keeps whole. A family contains whole clusters."""
+
+    identifier: str
+    description: str
+    sequence: str
+    cluster: str
+    family: str
+
+
+@dataclass(frozen=True, eq=False)
+class TokenDataset(Dataset[dict[str, Tensor]]):
+    """Sequences of token ids; item i is `{"input_ids": Int64[Tensor, " length"]}`.
+
+    They lie end to end in one byte tensor, which workers share: 187 million residues take 187 MB.
+    """
+
+    tokens: UInt8[Tensor, " tokens"]
+    starts: Int64[Tensor, " sequences_plus_one"]
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"the dataset has {len(self)} sequences, got index {index}.")
+        start, end = self.starts[index % len(self)], self.starts[index % len(self) + 1]
+        return {"input_ids": self.tokens[start:end].long()}
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each sequence, special tokens included."""
+        return self.starts.diff().tolist()
+
+    def token_counts(self) -> Int64[Tensor, " vocabulary"]:
+        """How often each token id occurs."""
+        return torch.bincount(self.tokens, minlength=VOCAB_SIZE)
+
+
+@dataclass(frozen=True, eq=False)
+class ProteinSplits:
+    """Training, validation and test sets, and `ood`: families with no member elsewhere."""
+
+    train: TokenDataset
+    valid: TokenDataset
+    test: TokenDataset
+    ood: TokenDataset
+    num_proteins: int
+    num_duplicates: int
+
+    def summary(self) -> dict[str, int]:
+        """Counts for a report: proteins, duplicates, sequences and tokens of each split."""
+        counts = {"proteins": self.num_proteins, "duplicates": self.num_duplicates}
+        for name in SPLITS:
+            dataset: TokenDataset = getattr(self, name)
+            counts |= {f"{name}_sequences": len(dataset), f"{name}_tokens": len(dataset.tokens)}
+        return counts
+
+
+def load_proteins(
+    source: Source = "sample",
+    *,
+    length: int = 1024,
+    concatenate: bool = False,
+    split_by: Literal["cluster", "sequence"] = "cluster",
+    valid_fraction: float = 0.1,
+    test_fraction: float = 0.1,
+    ood_fraction: float = 0.1,
+    seed: int = 0,
+) -> ProteinSplits:
+    """Read, deduplicate, split and tokenize proteins.
+
+    source: `"sample"` (the UniProt sample that ships with the package) or FASTA files, gzipped or
+        not.
+    length, concatenate: one protein a sequence, cropped to `length` tokens; or proteins end to end
+        in windows of `length`. The paper's are 1024 cropped and 8192 concatenated.
+    split_by, the fractions, seed: see `split_proteins`.
+
+    Raises ValueError for a bad option, for a defect of a file (see `read_fasta`) and for too few
+    proteins to fill each split; FileNotFoundError for a file that is not there.
+    """
+    check_count("length", length)
+    _check_split(split_by, valid_fraction, test_fraction, ood_fraction)
+    proteins, num_duplicates = read_proteins(source)
+    split = split_proteins(
+        proteins,
+        split_by=split_by,
+        valid_fraction=valid_fraction,
+        test_fraction=test_fraction,
+        ood_fraction=ood_fraction,
+        seed=seed,
+    )
+    build = concatenate_sequences if concatenate else crop_sequences
+    return ProteinSplits(
+        **{name: build([protein.sequence for protein in split[name]], length) for name in SPLITS},
+        num_proteins=len(proteins) + num_duplicates,
+        num_duplicates=num_duplicates,
+    )
+
+
+def read_proteins(source: Source = "sample") -> tuple[list[Protein], int]:
+    """The distinct proteins of a source in file order, and how many repetitions were dropped.
+
+    Clusters and families come from `Cluster=… Family=…` at the end of the descriptions, where
+    `performers data proteins` writes them. If any protein lacks them, or there are several files,
+    whose groups know nothing of each other, all are clustered afresh by shared words
+    (`cluster_by_kmers`), which sees close homologues only, and each cluster is its own family.
+    """
+    distinct: dict[str, FastaRecord] = {}
+    num_records = 0
+    paths = (
+        [SAMPLE_PATH if source == "sample" else source]
+        if isinstance(source, str | Path)
+        else source
+    )
+    for record in read_fasta(paths):
+        num_records += 1
+        distinct.setdefault(record.sequence, record)
+    records = list(distinct.values())
+    groups = [_GROUPS.search(record.description) for record in records]
+    if len(paths) == 1 and all(groups):
+        labels = [(found[1], found[2]) for found in groups if found]
+    else:
+        clusters = cluster_by_kmers([record.sequence for record in records])
+        labels = [(str(cluster), str(cluster)) for cluster in clusters]
+    proteins = [
+        Protein(record.identifier, _GROUPS.sub("", record.description), record.sequence, *label)
+        for record, label in zip(records, labels, strict=True)
+    ]
+    return proteins, num_records - len(proteins)
+
+
+def find_protein(accession: str, source: Source = "sample") -> Protein:
+    """The protein of an accession, as `P00974` in `sp|P00974|BPT1_BOVIN`, or of an identifier.
+
+    Raises KeyError when the source has no such protein.
+    """
+    for protein in read_proteins(source)[0]:
+        if accession == protein.identifier or accession in protein.identifier.split("|"):
+            return protein
+    raise KeyError(
+        f"no protein {accession!r} in {source}. Give an accession that stands in its headers."
+    )
+
+
+def split_proteins(
+    proteins: Sequence[Protein],
+    *,
+    split_by: Literal["cluster", "sequence"] = "cluster",
+    valid_fraction: float = 0.1,
+    test_fraction: float = 0.1,
+    ood_fraction: float = 0.1,
+    seed: int = 0,
+) -> dict[str, list[Protein]]:
+    """Divide proteins into `train`, `valid`, `test` and `ood`.
+
+    First whole families go to `ood`, then whole clusters to `valid` and `test` (with
+    `split_by="sequence"`, as in the paper, single proteins, and homologues leak), as long as they
+    fit into the fraction; `train` is what remains. The order in which groups are tried is a hash of
+    the seed and the group's own sequences, so the split does not depend on the order of the files.
+
+    Raises ValueError when a split with a positive fraction, or `train`, would be empty.
+    """
+    _check_split(split_by, valid_fraction, test_fraction, ood_fraction)
+    unit = _cluster if split_by == "cluster" else _sequence
+    split = {}
+    remaining = list(proteins)
+    for name, fraction, unit_of in (
+        ("ood", ood_fraction, _family),
+        ("valid", valid_fraction, unit),
+        ("test", test_fraction, unit),
+    ):
+        split[name], remaining = _take_whole_groups(
+            remaining, unit_of, fraction * len(proteins), seed
+        )
+        if fraction and not split[name]:
+            raise ValueError(
+                f"the {name} split needs at least one group that fits into {fraction:g} of "
+                f"{len(proteins)} proteins ({len(set(map(unit_of, proteins)))} groups). Give more "
+                f"or more varied proteins, a larger {name}_fraction, or {name}_fraction=0 to go "
+                "without."
+            )
+    if not remaining:
+        raise ValueError(f"no protein of {len(proteins)} is left to train on. Give more proteins.")
+    split["train"] = remaining
+    # Neighbours within a split must not be homologues: concatenated, they would share a window.
+    return {name: sorted(split[name], key=lambda p: _hash(p.sequence, seed)) for name in SPLITS}
+
+
+def crop_sequences(sequences: Sequence[str], length: int) -> TokenDataset:
+    """One protein a sequence, `<bos> letters <eos>`, of which the first `length` tokens stay.
+
+    A protein that is cut has no <eos>: it does not end there.
+    """
+    check_count("length", length)
+    rows = [torch.cat([_BOS, encode(sequence).byte(), _EOS])[:length] for sequence in sequences]
+    ends = torch.tensor([0] + [len(row) for row in rows]).cumsum(0)
+    return TokenDataset(torch.cat([torch.empty(0, dtype=torch.uint8), *rows]), ends)
+
+
+def concatenate_sequences(sequences: Sequence[str], length: int) -> TokenDataset:
+    """Whole proteins end to end, each followed by <eos>, in disjoint windows of `length` tokens.
+
+    The tokens after the last whole window are left out, so that every sequence has the same length.
+
+    Raises ValueError when the proteins do not fill one window.
+    """
+    check_count("length", length)
+    rows = [torch.cat([encode(sequence).byte(), _EOS]) for sequence in sequences]
+    chain = torch.cat([torch.empty(0, dtype=torch.uint8), *rows])
+    num_windows = len(chain) // length
+    if sequences and not num_windows:
+        raise ValueError(
+            f"concatenated proteins must fill one window of length {length}: {len(sequences)} "
+            f"proteins have {len(chain)} tokens. Give more proteins, a larger fraction, or a "
+            "smaller length."
+        )
+    return TokenDataset(chain[: num_windows * length], torch.arange(num_windows + 1) * length)
+
+
+def _check_split(
+    split_by: str, valid_fraction: float, test_fraction: float, ood_fraction: float
+) -> None:
+    check_choice("split_by", split_by, ("cluster", "sequence"))
+    fractions = {"valid": valid_fraction, "test": test_fraction, "ood": ood_fraction}
+    for name, fraction in fractions.items():
+        if not 0 <= fraction < 1:
+            raise ValueError(f"{name}_fraction must be at least 0 and below 1, got {fraction}.")
+    if sum(fractions.values()) >= 1:
+        raise ValueError(
+            f"the fractions must leave something to train on: together {fractions} reach 1."
+        )
+
+
+def _take_whole_groups(
+    proteins: Sequence[Protein], group_of: Callable[[Protein], str], quota: float, seed: int
+) -> tuple[list[Protein], list[Protein]]:
+    """Groups in the order of their hash, as long as they fit: what was taken and what was left."""
+    groups = defaultdict(list)
+    for protein in proteins:
+        groups[group_of(protein)].append(protein)
+    taken: list[Protein] = []
+    left: list[Protein] = []
+    for group in sorted(
+        groups.values(), key=lambda group: min(_hash(p.sequence, seed) for p in group)
+    ):
+        (taken if len(taken) + len(group) <= quota else left).extend(group)
+    return taken, left
+
+
+def _family(protein: Protein) -> str:
+    return protein.family
+
+
+def _cluster(protein: Protein) -> str:
+    return protein.cluster
+
+
+def _sequence(protein: Protein) -> str:
+    return protein.sequence
+
+
+def _hash(sequence: str, seed: int) -> bytes:
+    return blake2b(f"{seed} {sequence}".encode(), digest_size=16).digest()
