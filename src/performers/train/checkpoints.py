@@ -1,0 +1,190 @@
+"""Which checkpoints are whole, and whether one fits the model that is to load it.
+
+The Trainer writes a checkpoint file by file into its final place, so after a kill the newest
+folder may be a fragment. A checkpoint here is whole once it holds a seal, written last and in one
+step, that lists every file with its size.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from performers.models import PerformerConfig
+from performers.train.tasks import TASKS, Model
+
+__all__ = [
+    "SealCheckpoints",
+    "check_weights",
+    "is_whole",
+    "last_whole_checkpoint",
+    "load_model",
+    "remove_fragments",
+    "seconds_until",
+    "write_atomically",
+]
+
+SEAL = "whole.json"
+
+
+class SealCheckpoints(TrainerCallback):
+    """Seals every checkpoint when all ranks have written theirs, and counts the time of the steps.
+
+    `seconds`: spent in optimizer steps so far. The seal keeps it, so that a resumed run counts on.
+    """
+
+    def __init__(self, seconds: float = 0.0) -> None:
+        self.seconds = seconds
+        self._started = 0.0
+
+    def on_step_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        self._started = time.perf_counter()
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        self.seconds += time.perf_counter() - self._started
+
+    def on_save(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.barrier()
+        if state.is_world_process_zero:
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
+            sizes.pop(SEAL, None)
+            seal = {"seconds": self.seconds, "files": sizes}
+            write_atomically(folder / SEAL, json.dumps(seal, indent=1))
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write so that a kill at any moment leaves the old file or the new one, never a part."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def is_whole(checkpoint: Path) -> bool:
+    """Whether every file that the seal lists is there in full."""
+    try:
+        seal = json.loads((checkpoint / SEAL).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return False
+    return all(
+        (checkpoint / name).is_file() and (checkpoint / name).stat().st_size == size
+        for name, size in seal["files"].items()
+    )
+
+
+def seconds_until(checkpoint: Path) -> float:
+    """Seconds of optimizer steps that a whole checkpoint has behind it."""
+    return float(json.loads((checkpoint / SEAL).read_text(encoding="utf-8"))["seconds"])
+
+
+def last_whole_checkpoint(folder: Path) -> Path | None:
+    """The whole checkpoint of the highest step; None if there is none."""
+    whole = [checkpoint for checkpoint in _checkpoints(folder) if is_whole(checkpoint)]
+    return max(whole, key=_step, default=None)
+
+
+def remove_fragments(folder: Path) -> list[str]:
+    """Delete checkpoints that are not whole, and return their names."""
+    fragments = [checkpoint for checkpoint in _checkpoints(folder) if not is_whole(checkpoint)]
+    for fragment in fragments:
+        shutil.rmtree(fragment)
+    return [fragment.name for fragment in fragments]
+
+
+def check_weights(checkpoint: Path, model: nn.Module) -> None:
+    """Refuse a checkpoint whose weights are not exactly those of the model, by name and shape.
+
+    Reads only the header of the file. transformers would fill in missing weights at random.
+    """
+    path = checkpoint / "model.safetensors"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{checkpoint} must hold a model.safetensors, as `performers train` writes it in the "
+            "model/ folder of a run. Give that folder, or that of the run."
+        )
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = file.keys()
+            saved = {name: tuple(file.get_slice(name).get_shape()) for name in names}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged and cannot be loaded: {error}.") from error
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    shared = _shared_names(model)
+    for name in sorted(saved.keys() | expected.keys()):
+        if saved.get(name) != expected.get(name) and not (name in shared and name not in saved):
+            raise ValueError(
+                f"the checkpoint {checkpoint} does not match its config: {name} is "
+                f"{saved.get(name, 'absent')} in the checkpoint and "
+                f"{expected.get(name, 'absent')} in the model of the config."
+            )
+
+
+def load_model(checkpoint: Path) -> tuple[Model, str]:
+    """The model in a folder (a run, its model/ or one of its checkpoints/), and its task.
+
+    Raises FileNotFoundError if there is none, ValueError if its weights and config disagree.
+    """
+    folder = checkpoint / "model" if (checkpoint / "model").is_dir() else checkpoint
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{checkpoint} must be a run with a finished model/, or a folder that "
+            "save_pretrained wrote: it has no config.json."
+        ) from error
+    named = {task.model.__name__: name for name, task in TASKS.items()}
+    architecture = (config.get("architectures") or ["nothing"])[0]
+    if architecture not in named:
+        raise ValueError(f"{folder} must hold one of {sorted(named)}, but holds {architecture}.")
+    task = named[architecture]
+    with torch.device("meta"):
+        check_weights(folder, TASKS[task].model(PerformerConfig.from_pretrained(folder)))
+    return TASKS[task].model.from_pretrained(folder).eval(), task
+
+
+def _shared_names(model: nn.Module) -> set[str]:
+    """Names of tensors that are the same memory as another: saved once, under one name."""
+    by_memory: dict[int, list[str]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        by_memory.setdefault(id(tensor), []).append(name)
+    return {name for names in by_memory.values() if len(names) > 1 for name in names}
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    return [path for path in folder.glob("checkpoint-*") if path.is_dir() and _step(path) >= 0]
+
+
+def _step(checkpoint: Path) -> int:
+    step = checkpoint.name.rpartition("-")[2]
+    return int(step) if step.isdigit() else -1

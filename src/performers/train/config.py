@@ -1,0 +1,294 @@
+"""What a run is, as a YAML file that a person can read: `RunConfig` and how it is loaded.
+
+    task: masked-lm                  # predict hidden residues; causal-lm predicts the next one
+    data: {source: sample, length: 256}
+    model: {hidden_size: 128, num_hidden_layers: 2, attention: performer-relu}
+    trainer: {max_steps: 500, learning_rate: 1e-3}
+    compare: [exact]                 # the same run again with exact attention
+
+Keys under `model` are those of `PerformerConfig`, keys under `trainer` those of transformers'
+`TrainingArguments`. Every key is checked against those classes before anything else happens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import inspect
+import sys
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import TrainingArguments
+
+from performers.checks import check_choice
+from performers.models import MECHANISMS, PerformerConfig
+
+__all__ = ["TASKS", "DataConfig", "RunConfig", "load_config", "shipped_configs"]
+
+CONFIGS = Path(__file__).parent / "configs"
+
+TASKS = ("masked-lm", "causal-lm")
+
+# Keys that the run itself sets, with what to do instead.
+SET_BY_THE_RUN = {
+    "model": {
+        "vocab_size": "the vocabulary is that of the amino acids",
+        "pad_token_id": "it is the vocabulary's",
+        "bos_token_id": "it is the vocabulary's",
+        "eos_token_id": "it is the vocabulary's",
+        "is_decoder": "write task: causal-lm",
+        "seed": "write seed at the top level",
+    },
+    "trainer": {
+        "output_dir": "use --output",
+        "resume_from_checkpoint": "use --resume",
+        "seed": "write seed at the top level",
+        "data_seed": "write seed at the top level",
+        "save_strategy": "checkpoints are written every trainer.save_steps steps and at the end",
+        "save_only_model": "a run is resumed from the optimizer's state as well",
+        "ignore_data_skip": "a resumed run goes on with the data where it stopped",
+        "batch_eval_metrics": "metrics are always summed batch by batch",
+        "load_best_model_at_end": "the report is about the last step of every model",
+        "push_to_hub": "push the model/ folder of the run yourself",
+        "report_to": "TensorBoard events are always in the tensorboard/ folder of the run",
+    },
+}
+
+# The paper's hyperparameters (Appendix A.2). Its Adam decays weights apart from the gradient, which
+# PyTorch calls AdamW, and its learning rate is fixed.
+PAPER_ARGUMENTS: dict[str, Any] = {
+    "learning_rate": 1e-3,
+    "lr_scheduler_type": "constant_with_warmup",
+    "warmup_steps": 0.0,
+    "optim": "adamw_torch",
+    "adam_beta1": 0.9,
+    "adam_beta2": 0.98,
+    "adam_epsilon": 1e-9,
+    "weight_decay": 0.1,
+    "max_grad_norm": 0.5,
+}
+
+# Two checkpoints at least: while one is being written, the one before it is the only whole one.
+RUN_ARGUMENTS: dict[str, Any] = {
+    "logging_steps": 50.0,
+    "eval_strategy": "steps",
+    "eval_steps": 500.0,
+    "save_steps": 500.0,
+    "save_total_limit": 2,
+}
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which proteins, and how they become sequences of tokens: see `performers.data.load_proteins`.
+
+    `source`: "sample" is the set that ships with the package; else FASTA files, gzipped or not.
+    `length`, `concatenate`: proteins cropped to 1024 tokens or joined into windows of 8192 are the
+    paper's two tasks (Appendix C.1).
+    `split_by` and the fractions: what is held out, whole clusters of similar sequences by default.
+    """
+
+    source: str | list[str] = "sample"
+    length: int = 1024
+    concatenate: bool = False
+    split_by: str = "cluster"
+    valid_fraction: float = 0.1
+    test_fraction: float = 0.1
+    ood_fraction: float = 0.1
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One training run and what it is compared with.
+
+    `seed` sets weights, ω, the order of the data, masks and splits.
+    `redraw_every`: draw new random features after so many optimizer steps; 0 never.
+    `compare`: mechanisms trained once more on the same data, steps and seed.
+    """
+
+    task: str = "masked-lm"
+    seed: int = 0
+    redraw_every: int = 1000
+    compare: list[str] = field(default_factory=list)
+    data: DataConfig = field(default_factory=DataConfig)
+    model: dict[str, Any] = field(default_factory=dict)
+    trainer: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def attention(self) -> str:
+        """The mechanism that the run is about."""
+        return str(self.model["attention"])
+
+    def with_attention(self, attention: str) -> RunConfig:
+        """The same run with another mechanism."""
+        return dataclasses.replace(self, model={**self.model, "attention": attention})
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, width=100)
+
+
+def shipped_configs() -> dict[str, str]:
+    """Name → first comment line of every config that ships with the package."""
+    return {
+        path.stem: path.read_text(encoding="utf-8").splitlines()[0].removeprefix("# ")
+        for path in sorted(CONFIGS.glob("*.yaml"))
+    }
+
+
+def load_config(config: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
+    """The run that a YAML file (a path, or the name of a shipped one) and overrides describe.
+
+    `overrides`: `key=value` with dotted keys; values are read as YAML.
+
+    Raises FileNotFoundError for a config that is not there, ValueError for everything in it that
+    cannot be meant.
+
+    >>> load_config("demo", ["trainer.max_steps=7"]).trainer["max_steps"]
+    7
+    """
+    path = _find(config)
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        where = " ".join(str(error).split())
+        raise ValueError(f"{path} must be a YAML file: {where}") from error
+    if not isinstance(tree, dict):
+        raise ValueError(
+            f"{path} must be a YAML mapping such as 'task: masked-lm', got {type(tree).__name__}."
+        )
+    for override in overrides:
+        _apply(tree, override)
+    return _checked(tree, str(path))
+
+
+def _find(config: str | Path) -> Path:
+    path = Path(config)
+    if path.is_file():
+        return path
+    shipped = CONFIGS / f"{config}.yaml"
+    if path.suffix in {"", ".yaml"} and shipped.is_file():
+        return shipped
+    if path.suffix or len(path.parts) > 1:
+        raise FileNotFoundError(
+            f"there is no config file {config}. Shipped configs, by name: "
+            f"{', '.join(shipped_configs())}."
+        )
+    check_choice("config", str(config), shipped_configs())
+    raise AssertionError("an unknown name has been refused")
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    """Set one dotted key of the tree to one value."""
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise ValueError(
+            f"an override must be key=value, as trainer.max_steps=100: got {override!r}."
+        )
+    *parents, last = key.strip().split(".")
+    for parent in parents:
+        tree = tree.setdefault(parent, {})
+        if not isinstance(tree, dict):
+            raise ValueError(f"{override!r} sets a key inside {parent!r}, which holds one value.")
+    try:
+        tree[last] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"the value in {override!r} must be YAML: {error}") from error
+
+
+def _checked(tree: Mapping[str, Any], source: str) -> RunConfig:
+    top = _section(RunConfig, tree, "", source)
+    data = DataConfig(**_section(DataConfig, top.get("data", {}), "data", source))
+    model = _section(PerformerConfig, top.get("model", {}), "model", source)
+    trainer = _section(TrainingArguments, top.get("trainer", {}), "trainer", source)
+    model = {"attention": PerformerConfig.attention, **model}
+    trainer = {**PAPER_ARGUMENTS, **RUN_ARGUMENTS, **trainer}
+    config = RunConfig(**{**top, "data": data, "model": model, "trainer": trainer})
+    check_choice("task", config.task, TASKS)
+    for attention in config.compare:
+        check_choice("attention in compare", attention, MECHANISMS)
+    if config.redraw_every < 0:
+        raise ValueError(f"redraw_every must be at least 0 (0 = never), got {config.redraw_every}.")
+    if config.data.length < 2:
+        raise ValueError(f"data.length must be at least 2, got {config.data.length}.")
+    if not config.data.valid_fraction > 0:
+        raise ValueError("data.valid_fraction must be above 0: the curves of a run need a set.")
+    limit = trainer["save_total_limit"]
+    if limit is not None and limit < 2:
+        raise ValueError(
+            f"trainer.save_total_limit must be at least 2, got {limit}: while a checkpoint is "
+            "being written, the one before it is the only whole one."
+        )
+    return config
+
+
+def _section(owner: type, given: object, name: str, source: str) -> dict[str, Any]:
+    """The keys of one section, each known to `owner` and of its type."""
+    if not isinstance(given, Mapping):
+        raise ValueError(f"{name} in {source} must be a mapping of keys, got {given!r}.")
+    known = {entry.name for entry in dataclasses.fields(owner)}
+    checked = {}
+    for key, value in given.items():
+        dotted = f"{name}.{key}" if name else str(key)
+        if key in SET_BY_THE_RUN.get(name, {}):
+            raise ValueError(f"{dotted} is not to be set: {SET_BY_THE_RUN[name][key]}.")
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known - SET_BY_THE_RUN.get(name, {}).keys())
+            hint = f"Did you mean {near[0]!r}?" if near else f"See the fields of {owner.__name__}."
+            raise ValueError(f"unknown key {dotted!r} in {source}. {hint}")
+        checked[str(key)] = _typed(value, _annotation(owner, key), dotted)
+    return checked
+
+
+def _annotation(owner: type, key: str) -> Any:
+    """The declared type of one field, read in the module that declares it."""
+    base = next(base for base in owner.__mro__ if key in inspect.get_annotations(base))
+    declared = types.SimpleNamespace(__annotations__={key: inspect.get_annotations(base)[key]})
+    return typing.get_type_hints(declared, vars(sys.modules[base.__module__]))[key]
+
+
+# What a person writes for a value of each type.
+WORDS = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "a word",
+    list: "a list",
+    dict: "a mapping of keys",
+    type(None): "null",
+}
+
+
+def _typed(value: object, annotation: Any, key: str) -> Any:
+    """`value` as what the annotation asks for, or an error that names the key.
+
+    YAML reads 1e-3 as a string and 1 as an integer where a float is meant; both are converted.
+    Annotations beyond plain values (enumerations, nested options) are left to their owner.
+    """
+    if typing.get_origin(annotation) in {typing.Union, types.UnionType}:
+        options = typing.get_args(annotation)
+    else:
+        options = (annotation,)
+    plain = [typing.get_origin(option) or option for option in options]
+    for option in plain:
+        if option is type(None) and value is None:
+            return None
+        if isinstance(option, type) and type(value) is option:
+            return value
+    if float in plain and isinstance(value, int | str) and not isinstance(value, bool):
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    if set(plain) <= WORDS.keys():
+        expected = " or ".join(WORDS[option] for option in plain)
+        raise ValueError(f"{key} must be {expected}, got {value!r}.")
+    return value

@@ -1,0 +1,78 @@
+"""On what a run was made, and how much memory it took."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import os
+import platform
+import re
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+__all__ = ["PeakMemory", "describe_environment"]
+
+PACKAGES = ("performers", "torch", "transformers", "accelerate", "safetensors", "numpy")
+
+
+def describe_environment() -> dict[str, Any]:
+    """Versions and hardware, as they go into a report."""
+    return {
+        "python": platform.python_version(),
+        "packages": {name: metadata.version(name) for name in PACKAGES},
+        "system": f"{platform.system()} {platform.machine()}",
+        "processor": _processor(),
+        "cores": os.process_cpu_count() if hasattr(os, "process_cpu_count") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "accelerators": [
+            torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())
+        ],
+    }
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        found = re.search(r"model name\s*: (.+)", cpuinfo.read_text(encoding="utf-8"))
+        if found:
+            return found[1]
+    return platform.processor() or platform.machine()
+
+
+class PeakMemory:
+    """The most memory in use since this was made, beyond what was in use then, in bytes.
+
+    On an accelerator this is what torch allocated. On a CPU it is the resident memory of the
+    process, whose high-water mark Linux resets on request; elsewhere it is not known (None).
+    """
+
+    def __init__(self) -> None:
+        gc.collect()
+        self.before = 0
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+            self.before = torch.cuda.memory_allocated()
+        elif Path("/proc/self/clear_refs").exists():
+            # What an earlier model has freed may still be held by the allocator: give it back.
+            trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+            if trim is not None:
+                trim(0)
+            Path("/proc/self/clear_refs").write_text("5")
+            self.before = _process_bytes("VmRSS")
+
+    def measure(self) -> int | None:
+        if torch.cuda.is_available():
+            return torch.cuda.max_memory_allocated() - self.before
+        if Path("/proc/self/clear_refs").exists():
+            return _process_bytes("VmHWM") - self.before
+        return None
+
+
+def _process_bytes(field: str) -> int:
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    found = re.search(rf"{field}:\s+(\d+) kB", status)
+    assert found, f"Linux says {field} of a process"
+    return int(found[1]) * 1024

@@ -1,0 +1,38 @@
+"""Drawing new random features while a model trains."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+__all__ = ["RedrawFeatures"]
+
+
+class RedrawFeatures(TrainerCallback):
+    """Calls `model.redraw_features()` after every `every` optimizer steps.
+
+    ω and the number of redraws are buffers, so a checkpoint saved at such a step holds the new ω,
+    and a run resumed from it goes on with the same draws. ω is a function of (seed, layer,
+    number of redraws), so all ranks draw the same.
+
+    Source: Choromanski et al. 2021, Section 4.3 and Appendix A.6 ("redrawing").
+    """
+
+    def __init__(self, every: int) -> None:
+        if every < 1:
+            raise ValueError(f"every must be at least 1 optimizer step, got {every}.")
+        self.every = every
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if state.global_step % self.every == 0:
+            assert model is not None, "the Trainer hands its model to callbacks"
+            model.redraw_features()

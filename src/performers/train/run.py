@@ -1,0 +1,284 @@
+"""A training run: a folder that fills up, can be left at any moment and continued to the same end.
+
+runs/demo/
+├── config.yaml          the run, every key resolved
+├── environment.json     versions and hardware
+├── checkpoints/         the last two; only whole ones are resumed from
+├── tensorboard/
+├── model/               the trained model, for from_pretrained
+├── attention.npz        its attention matrices of one protein
+├── result.json          what it reached
+├── compare/exact/…      the same five of each model that it is compared with
+└── metrics.json         all numbers of the run; the report is drawn from them
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate import PartialState
+from safetensors.torch import load_file
+from transformers import set_seed
+from transformers.utils.logging import disable_progress_bar
+
+from performers.data.baseline import EmpiricalBaseline
+from performers.data.proteins import SPLITS, ProteinSplits, TokenDataset, load_proteins
+from performers.train.attention import save_attention_maps
+from performers.train.checkpoints import (
+    check_weights,
+    last_whole_checkpoint,
+    remove_fragments,
+    seconds_until,
+    write_atomically,
+)
+from performers.train.config import RunConfig
+from performers.train.environment import PeakMemory, describe_environment
+from performers.train.tasks import TASKS, build_model, model_config
+from performers.train.trainer import ProteinTrainer, training_arguments
+
+__all__ = ["Run", "has_finished", "holds_run"]
+
+TITLES = {
+    "valid": "Validation, clusters held out",
+    "test": "Test, clusters held out",
+    "ood": "Out of distribution, families held out",
+}
+
+
+def holds_run(folder: Path) -> bool:
+    """Whether a run was ever started in the folder."""
+    return (folder / "config.yaml").exists()
+
+
+def has_finished(folder: Path) -> bool:
+    """Whether the run in the folder has all its numbers."""
+    return (folder / "metrics.json").exists()
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that has passed every check and has its data; `train` does the work."""
+
+    config: RunConfig
+    folder: Path
+    data: ProteinSplits
+
+    @classmethod
+    def prepare(cls, config: RunConfig, folder: Path, resume: bool = False) -> Run:
+        """Check everything that can be checked before training; creates the folder.
+
+        Raises ValueError, TypeError or FileNotFoundError for a config, data, a folder or
+        checkpoints that cannot be used, and FileExistsError for a folder that holds a run
+        although `resume` is not set.
+        """
+        configs = _configs(config)
+        arguments = [training_arguments(c, folder) for c in configs.values()]
+        _check_folder(config, folder, resume)
+        for name, one in configs.items():
+            checkpoint = last_whole_checkpoint(_place(folder, config, name) / "checkpoints")
+            if checkpoint is not None:
+                with torch.device("meta"):
+                    check_weights(checkpoint, build_model(one))
+        data = load_proteins(**vars(config.data), seed=config.seed)
+        # Touching the device starts the process group of torchrun. No rank writes into the folder
+        # before every rank has looked at it.
+        assert arguments[0].device is not None
+        state = PartialState()
+        state.wait_for_everyone()
+        if state.is_main_process:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(folder / "environment.json", _json(describe_environment()))
+            write_atomically(folder / "config.yaml", config.to_yaml())
+        state.wait_for_everyone()
+        return cls(config, folder, data)
+
+    def train(self) -> dict[str, Any] | None:
+        """Train the model and those it is compared with; writes and returns the metrics.
+
+        Under torchrun only the first process has them; the others return None. Interrupted at any
+        moment, a run prepared with `resume=True` goes on from the last whole checkpoint and ends
+        with the same numbers.
+        """
+        # The Trainer has bars of its own; one for every file that is saved would break them up.
+        disable_progress_bar()
+        models = [
+            self._train_model(one, _place(self.folder, self.config, name))
+            for name, one in _configs(self.config).items()
+        ]
+        state = PartialState()
+        if not state.is_main_process:
+            return None
+        metrics = {
+            "created": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+            "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+            "config": self.config.to_dict(),
+            "environment": describe_environment() | {"processes": state.num_processes},
+            "data": self._describe_data(),
+            "baseline": self._evaluate_baseline(),
+            "models": models,
+        }
+        write_atomically(self.folder / "metrics.json", _json(metrics))
+        return metrics
+
+    def _train_model(self, config: RunConfig, folder: Path) -> dict[str, Any]:
+        """Train one model to its last step and evaluate it, or read what was done before."""
+        result = folder / "result.json"
+        if result.exists():
+            return json.loads(result.read_text(encoding="utf-8"))
+        state = PartialState()
+        if state.is_main_process:
+            for fragment in remove_fragments(folder / "checkpoints"):
+                print(f"Removed {fragment}: it was only half written.", file=sys.stderr)
+        state.wait_for_everyone()
+        checkpoint = last_whole_checkpoint(folder / "checkpoints")
+        memory = PeakMemory()
+        set_seed(config.seed)
+        trainer = ProteinTrainer(
+            config,
+            folder,
+            build_model(config),
+            train=self.data.train,
+            valid=self.data.valid,
+            seconds=0.0 if checkpoint is None else seconds_until(checkpoint),
+        )
+        if checkpoint is None or not _is_last_step(checkpoint):
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        peak_memory = memory.measure()
+        # All that follows is a function of the last checkpoint, so that it can be interrupted, too.
+        checkpoint = last_whole_checkpoint(folder / "checkpoints")
+        assert checkpoint is not None, "the Trainer saves the last step"
+        log = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        model.load_state_dict(load_file(checkpoint / "model.safetensors"), strict=False)
+        seconds = seconds_until(checkpoint)
+        tokens = log["num_input_tokens_seen"]
+        scores = {
+            name: _without_prefix(trainer.evaluate(split, metric_key_prefix=name), name)
+            for name, split in self._evaluated()
+        }
+        outcome = {
+            "attention": config.attention,
+            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+            "device": str(trainer.args.device),
+            "steps": log["global_step"],
+            "tokens": tokens,
+            "seconds": seconds,
+            "tokens_per_second": tokens / seconds,
+            "peak_memory": peak_memory,
+            "metrics": scores,
+            "history": log["log_history"],
+        }
+        if state.is_main_process:
+            shutil.rmtree(folder / "model", ignore_errors=True)
+            model.save_pretrained(folder / "model")
+            if config.attention != "identity":  # which has no matrix to look at
+                protein = save_attention_maps(model, folder / "attention.npz")
+                file = (folder / "attention.npz").relative_to(self.folder).as_posix()
+                outcome["attention_maps"] = {"file": file, "protein": protein}
+            write_atomically(result, _json(outcome))
+        state.wait_for_everyone()
+        return outcome
+
+    def _evaluated(self) -> Iterator[tuple[str, TokenDataset]]:
+        """The splits that hold anything, the training set apart."""
+        for name in SPLITS[1:]:
+            split: TokenDataset = getattr(self.data, name)
+            if len(split):
+                yield name, split
+
+    def _evaluate_baseline(self) -> dict[str, dict[str, float]]:
+        collator = TASKS[self.config.task].collator(self.config.seed)
+        baseline = EmpiricalBaseline.fit(self.data.train, collator.scored_token_ids)
+        return {name: baseline.evaluate(split, collator) for name, split in self._evaluated()}
+
+    def _describe_data(self) -> dict[str, Any]:
+        source = self.config.data.source
+        files = [source] if isinstance(source, str) else source
+        counts = self.data.summary()
+        what = "the UniProt sample of the package" if source == "sample" else ", ".join(files)
+        return {
+            "description": (
+                f"{what}: {counts['proteins']:,} proteins, {counts['duplicates']:,} duplicates "
+                f"dropped, {counts['train_sequences']:,} sequences with "
+                f"{counts['train_tokens']:,} tokens to train on"
+            ),
+            "splits": {
+                name: {"title": TITLES[name], "sequences": len(split)}
+                for name, split in self._evaluated()
+            },
+            **counts,
+        }
+
+
+def _configs(config: RunConfig) -> dict[str, RunConfig]:
+    """The run's own model and those of `compare`, each checked, by mechanism."""
+    names = dict.fromkeys([config.attention, *config.compare])
+    configs = {name: config.with_attention(name) for name in names}
+    for one in configs.values():
+        model_config(one)
+    return configs
+
+
+def _place(folder: Path, config: RunConfig, name: str) -> Path:
+    """Where the files of one model lie; the run's own model is at the top."""
+    return folder if name == config.attention else folder / "compare" / name
+
+
+def _check_folder(config: RunConfig, folder: Path, resume: bool) -> None:
+    if not holds_run(folder):
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise FileExistsError(
+                f"the output folder {folder} holds something that is not a run. Choose an empty or "
+                "a new one with --output."
+            )
+        return
+    if not resume:
+        raise FileExistsError(
+            f"the output folder {folder} already holds a run. Add --resume to go on with it, or "
+            "choose another folder with --output."
+        )
+    saved = _flat(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")))
+    given = _flat(yaml.safe_load(config.to_yaml()))
+    for key in sorted(saved.keys() | given.keys()):
+        if saved.get(key) != given.get(key):
+            raise ValueError(
+                f"the run in {folder} does not match the config: {key} was "
+                f"{saved.get(key, 'not set')!r} and is {given.get(key, 'not set')!r}. Resume with "
+                f"the config {folder / 'config.yaml'}, or choose another folder with --output."
+            )
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted keys of a tree."""
+    flat = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _is_last_step(checkpoint: Path) -> bool:
+    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    return bool(state["global_step"] >= state["max_steps"])
+
+
+def _without_prefix(metrics: dict[str, float], prefix: str) -> dict[str, float]:
+    """The paper's metrics of one evaluation, without the Trainer's own timings."""
+    names = ("accuracy", "loss", "perplexity", "bits_per_character", "num_scored")
+    return {name: metrics[f"{prefix}_{name}"] for name in names}
+
+
+def _json(tree: dict[str, Any]) -> str:
+    return json.dumps(tree, indent=2) + "\n"

@@ -1,0 +1,53 @@
+"""Results as a table for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+__all__ = ["aligned", "results_table", "scores_table"]
+
+
+def results_table(metrics: Mapping[str, Any]) -> str:
+    """All models of a run beside the empirical baseline, one block per split."""
+    lines = []
+    for split, baseline in metrics["baseline"].items():
+        rows = [["empirical baseline", *_cells(baseline)]]
+        for model in metrics["models"]:
+            rows.append([model["attention"], *_cells(model["metrics"][split])])
+        lines += ["", metrics["data"]["splits"][split]["title"], *aligned([HEADER, *rows])]
+    return "\n".join(lines[1:])
+
+
+def scores_table(scores: Mapping[str, Any]) -> str:
+    """The metrics of one evaluation, one a line."""
+    return "\n".join(
+        aligned([[name.replace("_", " "), _number(value)] for name, value in scores.items()])
+    )
+
+
+HEADER = ["", "accuracy", "perplexity", "bits per character"]
+
+
+def _cells(scores: Mapping[str, float]) -> list[str]:
+    return [
+        f"{scores['accuracy']:.2%}",
+        f"{scores['perplexity']:.3f}",
+        f"{scores['bits_per_character']:.3f}",
+    ]
+
+
+def _number(value: object) -> str:
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+def aligned(rows: Sequence[Sequence[str]], right: bool = True) -> list[str]:
+    """One line per row, in columns; all but the first are set to the right if asked."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            cell.rjust(width) if right and index else cell.ljust(width)
+            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]

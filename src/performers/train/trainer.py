@@ -1,0 +1,145 @@
+"""transformers' Trainer, set up for proteins: arguments, collators, metrics and callbacks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch.utils.data import DataLoader, Dataset
+from transformers import (
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.integrations import TensorBoardCallback
+
+from performers.data.masking import Collator
+from performers.train.checkpoints import SealCheckpoints
+from performers.train.config import RunConfig
+from performers.train.metrics import TokenMetrics, score_tokens
+from performers.train.redraw import RedrawFeatures
+from performers.train.tasks import TASKS, Model
+
+__all__ = ["ProteinTrainer", "training_arguments"]
+
+
+def training_arguments(config: RunConfig, folder: Path) -> TrainingArguments:
+    """The Trainer's arguments for one model whose files lie in `folder`.
+
+    Raises ValueError for values that transformers refuses.
+    """
+    return TrainingArguments(
+        **{"dataloader_pin_memory": False, "logging_nan_inf_filter": False, **config.trainer},
+        output_dir=str(folder / "checkpoints"),
+        seed=config.seed,
+        data_seed=config.seed,
+        save_strategy="steps",
+        batch_eval_metrics=True,
+        include_num_input_tokens_seen="non_padding",
+        report_to="none",
+    )
+
+
+class ProteinTrainer(Trainer):
+    """A Trainer that scores as the paper does and writes checkpoints that can be told apart."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        folder: Path,
+        model: Model,
+        train: Dataset,
+        valid: Dataset,
+        seconds: float = 0.0,
+    ) -> None:
+        task = TASKS[config.task]
+        self.clock = SealCheckpoints(seconds)
+        collator = task.collator(config.seed)
+        callbacks: list[TrainerCallback] = [self.clock, SetMaskingEpoch(collator)]
+        if config.redraw_every:
+            callbacks.append(RedrawFeatures(config.redraw_every))
+        super().__init__(
+            model=model,
+            args=training_arguments(config, folder),
+            data_collator=collator,
+            train_dataset=train,
+            eval_dataset=valid,
+            compute_metrics=TokenMetrics(),
+            preprocess_logits_for_metrics=lambda logits, labels: score_tokens(
+                logits, labels, shift=task.shift
+            ),
+            callbacks=callbacks,
+        )
+        # Positions to score must not change from one evaluation to the next.
+        self.eval_collator: Collator = task.collator(config.seed)
+        self.remove_callback(PrinterCallback)
+        if not self.args.disable_tqdm:
+            self.remove_callback(ProgressCallback)
+            self.add_callback(ProgressLine(config.attention))
+        if self.is_world_process_zero():
+            events = TensorBoardCallback()
+            events.logging_dir = str(folder / "tensorboard")
+            self.add_callback(events)
+
+    def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
+        collator, self.data_collator = self.data_collator, self.eval_collator
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.data_collator = collator
+
+
+class SetMaskingEpoch(TrainerCallback):
+    """Tells the collator which epoch begins, so that every epoch masks other residues."""
+
+    def __init__(self, collator: Collator) -> None:
+        self.collator = collator
+
+    def on_epoch_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        self.collator.set_epoch(int(state.epoch or 0))
+
+
+class ProgressLine(ProgressCallback):
+    """A progress bar that carries the latest numbers, instead of printing every log entry."""
+
+    SHOWN: ClassVar = {"loss": "loss", "eval_loss": "valid loss", "eval_accuracy": "valid accuracy"}
+
+    def __init__(self, description: str) -> None:
+        super().__init__()
+        self.description = description
+        self.latest: dict[str, str] = {}
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        super().on_train_begin(*args, **kwargs)
+        if self.training_bar is not None:
+            self.training_bar.set_description(f"training {self.description}")
+
+    def on_prediction_step(self, *args: Any, **kwargs: Any) -> None:
+        super().on_prediction_step(*args, **kwargs)
+        if self.prediction_bar is not None:
+            self.prediction_bar.set_description(f"evaluating {self.description}")
+            self.prediction_bar.leave = False
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        for key, name in self.SHOWN.items():
+            if key in (logs or {}):
+                self.latest[name] = f"{logs[key]:.3f}"
+        if self.training_bar is not None:
+            self.training_bar.set_postfix(self.latest)

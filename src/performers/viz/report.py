@@ -1,0 +1,226 @@
+"""report.html: one self-contained page about a training run, made from its metrics.json."""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from string import Template
+from typing import Any
+
+import numpy as np
+import yaml
+from matplotlib.figure import Figure
+
+from performers.viz.figures import attention_figure, curves_figure
+
+__all__ = ["write_report"]
+
+TEMPLATE = Path(__file__).with_name("report.html")
+
+TASKS = {
+    "masked-lm": (
+        "15 % of the residues are hidden; the model predicts them from the rest of the protein.",
+        "hidden residues",
+    ),
+    "causal-lm": ("The model predicts each residue from those before it.", "next residues"),
+}
+
+
+def write_report(run: Path) -> Path:
+    """Write report.html and its PNGs into the run folder; returns the path of the page.
+
+    Reads metrics.json and, where a model left one, its attention.npz. The page holds its images
+    and styles itself and asks no network for anything.
+    """
+    metrics = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
+    models = metrics["models"]
+    curves = curves_figure(
+        {model["attention"]: model["history"] for model in models},
+        metrics["baseline"]["valid"],
+    )
+    page = Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
+        title=html.escape(f"{models[0]['attention']} on proteins"),
+        headline=html.escape(_headline(metrics)),
+        subtitle=html.escape(_subtitle(metrics)),
+        figures=_key_figures(metrics),
+        explanation=html.escape(_explanation(metrics)),
+        tables="".join(_metrics_table(metrics, split) for split in metrics["baseline"]),
+        cost_explanation=html.escape(_cost_explanation(models)),
+        cost=_cost_table(models),
+        curves=_save_and_embed(curves, run / "curves.png"),
+        attention="".join(_attention(run, metrics)),
+        facts=_facts(metrics),
+        config=html.escape(yaml.safe_dump(metrics["config"], sort_keys=False).rstrip()),
+    )
+    path = run / "report.html"
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+def _headline(metrics: Mapping[str, Any]) -> str:
+    model = metrics["models"][0]
+    accuracy = model["metrics"]["valid"]["accuracy"]
+    baseline = metrics["baseline"]["valid"]["accuracy"]
+    what = TASKS[metrics["config"]["task"]][1]
+    verdict = "more" if accuracy > baseline else "no more"
+    return (
+        f"{model['attention']} predicts {accuracy:.1%} of the {what} of proteins it has not seen, "
+        f"{verdict} than the {baseline:.1%} that the commonest amino acid gets."
+    )
+
+
+def _subtitle(metrics: Mapping[str, Any]) -> str:
+    model = metrics["models"][0]
+    return (
+        f"{model['parameters']:,} parameters, {model['steps']:,} optimizer steps in "
+        f"{_duration(model['seconds'])}, {metrics['created']}."
+    )
+
+
+def _explanation(metrics: Mapping[str, Any]) -> str:
+    return (
+        f"{TASKS[metrics['config']['task']][0]} Proteins are split by cluster of similar "
+        "sequences, so that no relative of a training protein is among those tested. The empirical "
+        "baseline knows only how frequent each amino acid is in the training set. All models saw "
+        "the same batches in the same order, from the same seed."
+    )
+
+
+def _cost_explanation(models: Sequence[Mapping[str, Any]]) -> str:
+    where = "device memory" if models[0]["device"] != "cpu" else "resident memory of the process"
+    return (
+        "Time is that of the optimizer steps alone. Memory is the most that training added: "
+        f"weights, gradients, optimizer state and activations ({where})."
+    )
+
+
+def _key_figures(metrics: Mapping[str, Any]) -> str:
+    models = metrics["models"]
+    figures = [
+        (f"{model['metrics']['valid']['accuracy']:.1%}", f"accuracy, {model['attention']}")
+        for model in models
+    ]
+    figures.append((f"{metrics['baseline']['valid']['accuracy']:.1%}", "empirical baseline"))
+    figures.append((f"{models[0]['metrics']['valid']['perplexity']:.2f}", "perplexity"))
+    figures.append((_duration(models[0]["seconds"]), "of training"))
+    return "".join(
+        f"<li{' class=first' if index == 0 else ''}><b>{html.escape(value)}</b>"
+        f"<span>{html.escape(label)}</span></li>"
+        for index, (value, label) in enumerate(figures)
+    )
+
+
+def _metrics_table(metrics: Mapping[str, Any], split: str) -> str:
+    rows = [("empirical baseline", metrics["baseline"][split], "baseline")]
+    for index, model in enumerate(metrics["models"]):
+        rows.append((model["attention"], model["metrics"][split], "" if index else "main"))
+    first = rows[0][1]
+    description = metrics["data"]["splits"][split]
+    return _table(
+        f"{description['title']}: {description['sequences']:,} proteins, "
+        f"{first['num_scored']:,} scored positions",
+        ["", "accuracy", "perplexity", "bits per character"],
+        [
+            (
+                kind,
+                [
+                    name,
+                    f"{scores['accuracy']:.2%}",
+                    f"{scores['perplexity']:.3f}",
+                    f"{scores['bits_per_character']:.3f}",
+                ],
+            )
+            for name, scores, kind in rows
+        ],
+    )
+
+
+def _cost_table(models: Sequence[Mapping[str, Any]]) -> str:
+    return _table(
+        "",
+        ["", "training time", "tokens per second", "peak memory", "parameters"],
+        [
+            (
+                "" if index else "main",
+                [
+                    model["attention"],
+                    _duration(model["seconds"]),
+                    f"{model['tokens_per_second']:,.0f}",
+                    _bytes(model["peak_memory"]),
+                    f"{model['parameters']:,}",
+                ],
+            )
+            for index, model in enumerate(models)
+        ],
+    )
+
+
+def _table(caption: str, header: Sequence[str], rows: Iterable[tuple[str, Sequence[str]]]) -> str:
+    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
+    body = "".join(
+        f'<tr class="{kind}">'
+        + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells)
+        + "</tr>"
+        for kind, cells in rows
+    )
+    caption = f"<caption>{html.escape(caption)}</caption>" if caption else ""
+    return f'<div class="wide"><table>{caption}<tr>{head}</tr>{body}</table></div>'
+
+
+def _attention(run: Path, metrics: Mapping[str, Any]) -> Iterable[str]:
+    for model in metrics["models"]:
+        if "attention_maps" not in model:
+            continue
+        name = model["attention"]
+        with np.load(run / model["attention_maps"]["file"]) as arrays:
+            figure = attention_figure(arrays["attention"])
+        source = _save_and_embed(figure, run / f"attention-{name}.png")
+        protein = html.escape(model["attention_maps"]["protein"])
+        yield (
+            f'<figure><img alt="Attention matrices of {html.escape(name)}" src="{source}">'
+            f"<figcaption>Attention of {html.escape(name)} on {protein}. A linear mechanism never "
+            "forms these matrices; they are read out through one-hot values. Each panel has its "
+            "own color scale.</figcaption></figure>"
+        )
+
+
+def _facts(metrics: Mapping[str, Any]) -> str:
+    environment = metrics["environment"]
+    hardware = ", ".join(
+        [*environment["accelerators"], f"{environment['processor']} ({environment['cores']} cores)"]
+    )
+    facts = {
+        "command": metrics["command"],
+        "seed": str(metrics["config"]["seed"]),
+        "data": metrics["data"]["description"],
+        "hardware": f"{hardware}, {environment['threads']} threads",
+        "versions": ", ".join(
+            [f"Python {environment['python']}"]
+            + [f"{name} {version}" for name, version in environment["packages"].items()]
+        ),
+    }
+    return "".join(
+        f"<dt>{html.escape(name)}</dt><dd>{html.escape(text)}</dd>" for name, text in facts.items()
+    )
+
+
+def _save_and_embed(figure: Figure, path: Path) -> str:
+    figure.savefig(path, format="png")
+    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode("ascii")
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    if seconds < 7200:
+        return f"{seconds / 60:.1f} min"
+    return f"{seconds / 3600:.1f} h"
+
+
+def _bytes(count: int | None) -> str:
+    if count is None:
+        return "not known"
+    return f"{count / 2**20:,.0f} MiB" if count < 2**30 else f"{count / 2**30:.2f} GiB"

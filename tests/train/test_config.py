@@ -1,0 +1,103 @@
+"""A config means what it says, and what it cannot mean is named before any work."""
+
+import pytest
+import yaml
+
+from performers.train import load_config, shipped_configs
+from performers.train.tasks import model_config
+
+
+@pytest.mark.parametrize("name", shipped_configs())
+def test_every_shipped_config_loads_and_describes_a_model(name):
+    config = load_config(name)
+    assert model_config(config).attention == config.attention
+    assert shipped_configs()[name]
+
+
+def test_the_papers_hyperparameters_are_the_defaults(config_file):
+    trainer = load_config(config_file).trainer
+    assert (trainer["adam_beta1"], trainer["adam_beta2"]) == (0.9, 0.98)
+    assert trainer["adam_epsilon"] == 1e-9
+    assert trainer["learning_rate"] == 1e-3
+    assert trainer["weight_decay"] == 0.1
+    assert trainer["max_grad_norm"] == 0.5
+    assert model_config(load_config(config_file)).hidden_dropout_prob == 0.1
+
+
+def test_the_papers_protein_model_is_the_paper_s():
+    model = model_config(load_config("protein-mlm"))
+    shape = (
+        model.num_attention_heads,
+        model.num_hidden_layers,
+        model.intermediate_size,
+        model.hidden_size,
+    )
+    assert shape == (8, 36, 1024, 512)
+    assert (model.attention, model.num_projections) == ("performer-relu", 256)
+
+
+def test_overrides_reach_every_section(config_file):
+    config = load_config(
+        config_file, ["seed=3", "model.attention=exact", "trainer.learning_rate=2e-4", "compare=[]"]
+    )
+    assert (config.seed, config.attention, config.compare) == (3, "exact", [])
+    assert config.trainer["learning_rate"] == 2e-4
+
+
+def test_a_config_survives_being_written_and_read(config_file, tmp_path):
+    config = load_config(config_file)
+    (tmp_path / "again.yaml").write_text(config.to_yaml())
+    assert load_config(tmp_path / "again.yaml") == config
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("redraw_evry=3", "unknown key 'redraw_evry'.*Did you mean 'redraw_every'"),
+        ("model.hiden_size=3", "unknown key 'model.hiden_size'.*Did you mean 'hidden_size'"),
+        ("trainer.learning_rat=3", "'trainer.learning_rat'.*Did you mean 'learning_rate'"),
+        ("data.lenght=3", "unknown key 'data.lenght'.*Did you mean 'length'"),
+        ("trainer.qqqqq=3", "unknown key 'trainer.qqqqq'.*See the fields of TrainingArguments"),
+        ("trainer.output_dir=x", "trainer.output_dir is not to be set: use --output"),
+        ("model.vocab_size=7", "model.vocab_size is not to be set"),
+        ("trainer.max_steps=many", "trainer.max_steps must be a whole number, got 'many'"),
+        ("trainer.learning_rate=fast", "trainer.learning_rate must be a number, got 'fast'"),
+        ("model.num_hidden_layers=2.5", "model.num_hidden_layers must be a whole number, got 2.5"),
+        ("data.concatenate=1", "data.concatenate must be true or false, got 1"),
+        ("seed=true", "seed must be a whole number, got True"),
+        ("task=masked", "unknown task 'masked'.*Did you mean 'masked-lm'"),
+        ("compare=[exakt]", "unknown attention in compare 'exakt'.*Did you mean 'exact'"),
+        ("compare=exact", "compare must be a list, got 'exact'"),
+        ("redraw_every=-1", "redraw_every must be at least 0"),
+        ("data.length=1", "data.length must be at least 2"),
+        ("data.valid_fraction=0", "data.valid_fraction must be above 0"),
+        ("trainer.save_total_limit=1", "save_total_limit must be at least 2"),
+        ("model=3", "model must be a mapping of keys, got 3"),
+        ("seed.deep=3", "sets a key inside 'seed', which holds one value"),
+        ("seed", "an override must be key=value"),
+        ("data.source=[", "must be YAML"),
+    ],
+)
+def test_a_wrong_key_or_value_is_named(config_file, override, words):
+    with pytest.raises(ValueError, match=words):
+        load_config(config_file, [override])
+
+
+def test_a_missing_config_names_the_shipped_ones():
+    with pytest.raises(FileNotFoundError, match=r"no config file runs/x.yaml.*demo"):
+        load_config("runs/x.yaml")
+    with pytest.raises(ValueError, match=r"unknown config 'demmo'.*Did you mean 'demo'"):
+        load_config("demmo")
+
+
+@pytest.mark.parametrize("text", ["- a list", "task: [", ""])
+def test_a_file_that_is_no_config_is_refused(tmp_path, text):
+    path = tmp_path / "wrong.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"wrong.yaml must be a YAML"):
+        load_config(path)
+
+
+def test_yaml_floats_without_a_dot_are_numbers(config_file):
+    assert yaml.safe_load("1e-3") == "1e-3"  # why the config converts
+    assert load_config(config_file, ["trainer.learning_rate=1e-3"]).trainer["learning_rate"] == 1e-3

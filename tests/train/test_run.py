@@ -1,0 +1,246 @@
+"""A run can be left at any moment: what it ends with is what it would have ended with."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from performers.train import Run, has_finished, load_config
+from performers.train.checkpoints import is_whole, last_whole_checkpoint
+from performers.train.redraw import RedrawFeatures
+from performers.train.tasks import build_model
+from performers.train.trainer import ProteinTrainer
+
+# Starts the run in a process of its own that kills itself with signal 9 where the test says.
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+import torch
+from performers.train import Run, load_config
+from performers.train import checkpoints
+from performers.train.checkpoints import SealCheckpoints
+
+torch.set_num_threads(1)
+moment, step, config, folder = sys.argv[1], int(sys.argv[2]), *sys.argv[3:]
+
+def killing(method):
+    def wrapped(self, args, state, control, **kwargs):
+        if state.global_step == step and "compare" not in args.output_dir:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return method(self, args, state, control, **kwargs)
+    return wrapped
+
+setattr(SealCheckpoints, moment, killing(getattr(SealCheckpoints, moment)))
+Run.prepare(load_config(config), Path(folder)).train()
+"""
+
+
+@pytest.fixture(scope="module")
+def whole_run(config_file, tmp_path_factory):
+    """The folder and the metrics of a run that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    torch.set_num_threads(1)
+    return folder, Run.prepare(load_config(config_file), folder).train()
+
+
+def comparable(metrics):
+    """What must not depend on when a run was interrupted: all but times and memory."""
+    timings = ("_runtime", "_per_second", "_preparation_time", "total_flos")
+    return [
+        {
+            "attention": model["attention"],
+            "metrics": model["metrics"],
+            "tokens": model["tokens"],
+            "history": [
+                {key: value for key, value in entry.items() if not key.endswith(timings)}
+                for entry in model["history"]
+            ],
+        }
+        for model in metrics["models"]
+    ]
+
+
+@pytest.mark.parametrize(
+    ("moment", "step", "last"),
+    [
+        ("on_step_end", 13, "checkpoint-10"),  # between two checkpoints
+        ("on_save", 10, "checkpoint-5"),  # all files of a checkpoint are there but the seal
+    ],
+)
+def test_a_run_killed_with_signal_9_ends_with_the_same_numbers(
+    moment, step, last, whole_run, config_file, tmp_path
+):
+    folder = tmp_path / "killed"
+    arguments = [moment, str(step), str(config_file), str(folder)]
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, *arguments], capture_output=True, text=True
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert last_whole_checkpoint(folder / "checkpoints").name == last
+    assert not has_finished(folder)
+
+    resumed = Run.prepare(load_config(config_file), folder, resume=True).train()
+    assert comparable(resumed) == comparable(whole_run[1])
+    for name in ("model", "compare/exact/model"):
+        weights = load_file(whole_run[0] / name / "model.safetensors")
+        again = load_file(folder / name / "model.safetensors")
+        assert weights.keys() == again.keys()
+        assert all(torch.equal(weights[key], again[key]) for key in weights)
+
+
+def test_a_run_killed_after_its_last_step_takes_no_further_step(whole_run, config_file, tmp_path):
+    folder = tmp_path / "run"
+    (folder / "checkpoints").parent.mkdir()
+    for name in ("config.yaml", "environment.json"):
+        (folder / name).write_bytes((whole_run[0] / name).read_bytes())
+    last = last_whole_checkpoint(whole_run[0] / "checkpoints")
+    (folder / "checkpoints" / last.name).mkdir(parents=True)
+    for path in last.iterdir():
+        (folder / "checkpoints" / last.name / path.name).write_bytes(path.read_bytes())
+    resumed = Run.prepare(load_config(config_file), folder, resume=True).train()
+    assert comparable(resumed) == comparable(whole_run[1])
+
+
+def test_every_checkpoint_of_a_run_is_whole_and_holds_the_redrawn_features(whole_run):
+    folder, _ = whole_run
+    checkpoints = sorted((folder / "checkpoints").iterdir())
+    assert [path.name for path in checkpoints] == ["checkpoint-15", "checkpoint-17"]
+    assert all(is_whole(path) for path in checkpoints)
+    for path in checkpoints:
+        weights = load_file(path / "model.safetensors")
+        redraws = [int(value) for name, value in weights.items() if name.endswith("num_redraws")]
+        assert redraws == [5, 5]  # every 3 steps; the checkpoint of step 15 is after the fifth
+
+
+def test_the_metrics_say_what_the_models_reached(whole_run):
+    folder, metrics = whole_run
+    assert metrics == json.loads((folder / "metrics.json").read_text())
+    assert [model["attention"] for model in metrics["models"]] == ["performer-relu", "exact"]
+    assert set(metrics["baseline"]) == {"valid", "test", "ood"}
+    for model in metrics["models"]:
+        assert model["steps"] == 17
+        assert model["seconds"] > 0
+        for split, scores in model["metrics"].items():
+            # Models and baseline answer the same questions.
+            assert scores["num_scored"] == metrics["baseline"][split]["num_scored"]
+        (last,) = [e for e in model["history"] if e["step"] == 17 and "eval_loss" in e]
+        assert last["eval_loss"] == model["metrics"]["valid"]["loss"]
+    performer, exact = metrics["models"]
+    assert performer["tokens"] == exact["tokens"]
+    assert performer["parameters"] == exact["parameters"]
+
+
+def test_the_models_of_a_run_start_from_the_same_weights(config_file):
+    config = load_config(config_file)
+    torch.manual_seed(0)
+    performer = build_model(config).state_dict()
+    torch.manual_seed(0)
+    exact = build_model(config.with_attention("exact")).state_dict()
+    assert exact.keys() <= performer.keys()
+    assert all(torch.equal(performer[name], weight) for name, weight in exact.items())
+
+
+def test_masks_change_with_the_epoch_and_not_between_evaluations(config_file, tmp_path):
+    config = load_config(config_file)
+    run = Run.prepare(config, tmp_path / "run")
+    model = build_model(config)
+    trainer = ProteinTrainer(config, tmp_path / "run", model, run.data.train, run.data.valid)
+
+    def labels(loader):
+        return torch.cat([batch["labels"].flatten() for batch in loader])
+
+    before = labels(trainer.get_eval_dataloader())
+    trainer.data_collator.set_epoch(1)
+    assert torch.equal(labels(trainer.get_eval_dataloader()), before)
+    first = [run.data.train[0]]
+    masks = []
+    for epoch in (0, 1):
+        trainer.data_collator.set_epoch(epoch)
+        masks.append(trainer.data_collator(first)["labels"])
+    assert not torch.equal(*masks)
+
+
+def test_features_are_redrawn_every_so_many_steps(config_file):
+    class State:
+        global_step = 0
+
+    model, state, redraw = build_model(load_config(config_file)), State(), RedrawFeatures(3)
+    counts = []
+    for state.global_step in range(1, 8):
+        redraw.on_step_end(None, state, None, model=model)
+        counts.append(int(model.performer.layers[0].attention.mechanism.feature_map.num_redraws))
+    assert counts == [0, 0, 1, 1, 1, 2, 2]
+
+
+def test_a_folder_that_holds_a_run_is_refused(whole_run, config_file):
+    folder, _ = whole_run
+    before = sorted(path.name for path in folder.rglob("*"))
+    with pytest.raises(FileExistsError, match=r"already holds a run. Add --resume"):
+        Run.prepare(load_config(config_file), folder)
+    assert sorted(path.name for path in folder.rglob("*")) == before
+
+
+def test_a_folder_that_holds_something_else_is_refused(config_file, tmp_path):
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(FileExistsError, match="holds something that is not a run"):
+        Run.prepare(load_config(config_file), tmp_path)
+
+
+def test_resuming_with_another_config_is_refused_by_key(whole_run, config_file):
+    config = load_config(config_file, ["model.intermediate_size=19"])
+    with pytest.raises(ValueError, match=r"model.intermediate_size was 17 and is 19"):
+        Run.prepare(config, whole_run[0], resume=True)
+
+
+def test_a_checkpoint_that_does_not_fit_is_refused_before_work(whole_run, config_file, tmp_path):
+    folder = tmp_path / "run"
+    last = last_whole_checkpoint(whole_run[0] / "checkpoints")
+    (folder / "checkpoints" / last.name).mkdir(parents=True)
+    for path in last.iterdir():
+        (folder / "checkpoints" / last.name / path.name).write_bytes(path.read_bytes())
+    config = load_config(config_file, ["model.intermediate_size=19"])
+    (folder / "config.yaml").write_text(config.to_yaml())
+    with pytest.raises(ValueError, match=r"does not match its config: .*17.* in the checkpoint"):
+        Run.prepare(config, folder, resume=True)
+
+
+def test_nothing_is_created_when_the_data_is_wrong(config_file, tmp_path):
+    wrong = tmp_path / "wrong.fasta"
+    wrong.write_text(">p1\nMK1V\n")
+    config = load_config(config_file, [f"data.source=[{wrong}]"])
+    with pytest.raises(ValueError, match=r"wrong.fasta, line 2: '1'"):
+        Run.prepare(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_with_twice_the_batch(config_file, tmp_path):
+    """torchrun with gloo; every rank sees half of the batch that one process would see."""
+    config = yaml.safe_load(config_file.read_text())
+    config["model"]["hidden_dropout_prob"] = 0.0  # ranks drop other units than one process
+    config["compare"] = []
+    losses = {}
+    for processes, batch in ((1, 12), (2, 6)):
+        config["trainer"]["per_device_train_batch_size"] = batch
+        path = tmp_path / f"config{processes}.yaml"
+        path.write_text(yaml.safe_dump(config))
+        folder = tmp_path / f"run{processes}"
+        launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
+        command = ["-m", "performers.cli", "train", str(path), "--output", str(folder)]
+        done = subprocess.run(
+            [sys.executable, *launcher, *command],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        assert done.returncode == 0, done.stderr
+        metrics = json.loads((folder / "metrics.json").read_text())
+        losses[processes] = [e["loss"] for e in metrics["models"][0]["history"] if "loss" in e]
+        assert metrics["environment"]["processes"] == processes
+    torch.testing.assert_close(losses[1], losses[2], rtol=1e-3, atol=1e-3)
