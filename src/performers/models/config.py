@@ -116,11 +116,12 @@ class PerformerConfig(PreTrainedConfig):
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         super().__post_init__(**unclaimed)
-        # transformers keeps attributes it does not know. One that resembles ours is a misspelling.
+        # transformers keeps attributes it does not know. One that resembles ours is a misspelling,
+        # other than a further special token.
+        known = [field.name for field in fields(self)]
         for name in unclaimed.keys() & vars(self).keys():
-            known = [field.name for field in fields(self)]
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
-            if near:
+            near = difflib.get_close_matches(name, known, n=1)
+            if near and not name.endswith("_token_id") and not hasattr(type(self), name):
                 raise ValueError(
                     f"PerformerConfig has no field {name!r}. Did you mean {near[0]!r}?"
                 )

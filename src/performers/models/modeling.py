@@ -261,7 +261,7 @@ class PerformerModel(PerformerPreTrainedModel):
             return past_key_values
         if use_cache is None:
             use_cache = self.config.use_cache and is_causal and not self.training
-        if self.training and self.is_gradient_checkpointing:
+        if self.training and any(layer.gradient_checkpointing for layer in self.layers):
             use_cache = False  # the backward pass runs layers again, which would count keys twice
         return PerformerCache(self.config) if use_cache and is_causal else None
 

@@ -1,0 +1,134 @@
+"""PerformerConfig: the paper's sizes, and what a wrong word or number gets."""
+
+import pytest
+import torch
+
+from performers.functional import KERNELS
+from performers.models import MECHANISMS, PerformerConfig, PerformerForMaskedLM
+
+
+def test_mechanisms_are_exact_identity_softmax_and_every_kernel():
+    kernels = {f"performer-{kernel}" for kernel in KERNELS}
+    assert set(MECHANISMS) == {"exact", "identity", "performer-softmax", *kernels}
+    assert PerformerConfig().attention == "performer-relu"
+
+
+@pytest.mark.parametrize(
+    ("size", "heads", "layers", "d_ff", "d"),
+    [("regular", 8, 6, 2048, 512), ("small", 1, 6, 64, 64), ("protein", 8, 36, 1024, 512)],
+)
+def test_named_sizes_have_the_shapes_and_parameter_counts_of_the_paper(
+    size, heads, layers, d_ff, d
+):
+    vocabulary = 29
+    with torch.device("meta"):
+        model = PerformerForMaskedLM(PerformerConfig.named(size, vocab_size=vocabulary))
+    attention = 4 * (d * d + d)
+    mlp = (d * d_ff + d_ff) + (d_ff * d + d)
+    norms = 2 * 2 * d
+    assert model.num_parameters() == layers * (attention + mlp + norms) + 2 * d + vocabulary * d
+    assert len(model.performer.layers) == layers
+    for layer in model.performer.layers:
+        assert layer.attention.mechanism.feature_map.omega.shape == (256, d // heads)
+        assert layer.mlp.up_proj.weight.shape == (d_ff, d)
+
+
+def test_a_named_size_takes_overrides():
+    config = PerformerConfig.named("regular", attention="exact", num_hidden_layers=2)
+    assert (config.attention, config.num_hidden_layers, config.hidden_size) == ("exact", 2, 512)
+
+
+def test_a_saved_config_comes_back_equal(tiny_config, tmp_path):
+    config = tiny_config(attention="performer-softmax", projection="iid", window_size=5, seed=7)
+    config.save_pretrained(tmp_path)
+    assert PerformerConfig.from_pretrained(tmp_path).to_dict() == config.to_dict()
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("attention", "performer-rleu", "Did you mean 'performer-relu'"),
+        ("attention", "performer", "unknown attention 'performer'"),
+        ("position", "rotery", "Did you mean 'rotary'"),
+        ("estimator", "postive", "Did you mean 'positive'"),
+        ("distribution", "gauss", "Did you mean 'gaussian'"),
+        ("projection", "orthogonl", "Did you mean 'orthogonal'"),
+        ("hidden_act", "gellu", "Did you mean 'gelu'"),
+        ("num_projections", 0, "num_projections must be a whole number of at least 1, got 0"),
+        ("num_hidden_layers", "6", "num_hidden_layers must be a whole number of at least 1"),
+        ("vocab_size", 2.5, "vocab_size must be a whole number"),
+        ("num_attention_heads", 7, "num_attention_heads must divide hidden_size: got 7 and 24"),
+        ("num_key_value_heads", 2, "num_key_value_heads must divide num_attention_heads: got 2"),
+        ("num_attention_heads", 8, "must be even, got 24 / 8 = 3"),
+        ("hidden_dropout_prob", 1.0, "hidden_dropout_prob must be at least 0 and below 1"),
+        ("layer_norm_eps", "1e-5", "layer_norm_eps must be a number, got '1e-5'. In YAML write"),
+        ("kernel_epsilon", -1.0, "kernel_epsilon must be at least 0"),
+        ("initializer_range", float("nan"), "initializer_range must be at least 0"),
+        ("rope_theta", 0.5, "rope_theta must be at least 1"),
+        ("seed", 0.5, "seed must be a whole number, got 0.5"),
+        ("is_decoder", "yes", "is_decoder must be true or false, got 'yes'"),
+        ("pad_token_id", 31, "pad_token_id must be None or a token of the vocabulary, 0 to 30"),
+        ("eos_token_id", [1, -1], "eos_token_id must be None or a token of the vocabulary"),
+        ("window_size", 0, "window_size must be a whole number of at least 1"),
+        ("window_size", 4, "it needs attention='performer-softmax'"),
+    ],
+)
+def test_a_wrong_value_is_named_with_what_must_hold(tiny_config, field, value, words):
+    with pytest.raises((ValueError, TypeError)) as caught:
+        tiny_config(**{field: value})
+    assert words in str(caught.value)
+
+
+def test_sinusoidal_positions_need_an_even_width(tiny_config):
+    with pytest.raises(ValueError, match="hidden_size must be even, got 33"):
+        tiny_config(position="sinusoidal", hidden_size=33)
+
+
+def test_softmax_features_need_projections(tiny_config):
+    with pytest.raises(ValueError, match="needs random projections: projection is None"):
+        tiny_config(attention="performer-softmax", projection=None)
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("num_layers", "num_hidden_layers"),
+        ("num_attention_head", "num_attention_heads"),
+        ("atention", "attention"),
+        ("hidden_dropout", "hidden_dropout_prob"),
+        ("num_projection", "num_projections"),
+    ],
+)
+def test_a_misspelt_field_is_refused_with_the_one_meant(name, meant):
+    with pytest.raises(ValueError, match=f"no field '{name}'. Did you mean '{meant}'"):
+        PerformerConfig(**{name: 1})
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "auto_map",
+        "finetuning_task",
+        "mask_token_id",
+        "name_or_path",
+        "num_labels",
+        "quantization_config",
+        "task_specific_params",
+        "tokenizer_class",
+        "torch_dtype",
+    ],
+)
+def test_what_other_tools_write_into_a_config_is_no_misspelling(name):
+    PerformerConfig(**{name: 3 if name == "num_labels" else None})
+
+
+def test_a_config_broken_after_it_was_made_is_refused_by_the_model(tiny_config):
+    config = tiny_config()
+    config.attention = "softmax"
+    with pytest.raises(ValueError, match="unknown attention 'softmax'"):
+        PerformerForMaskedLM(config)
+
+
+def test_an_unknown_size_is_refused():
+    with pytest.raises(ValueError, match=r"unknown size 'proteins'.*Did you mean 'protein'"):
+        PerformerConfig.named("proteins")
