@@ -24,7 +24,7 @@ if TYPE_CHECKING:  # what the table below says at run time, said to type checker
         PerformerForMaskedLM,
         PerformerModel,
     )
-    from performers.nn import FavorAttention, KernelFeatures, SoftmaxFeatures
+    from performers.nn import FavorAttention, KernelFeatures, SharpFeatures, SoftmaxFeatures
     from performers.typing import LinearState
 
     __version__: str
@@ -37,6 +37,7 @@ __all__ = [
     "PerformerForCausalLM",
     "PerformerForMaskedLM",
     "PerformerModel",
+    "SharpFeatures",
     "SoftmaxFeatures",
     "attention_matrix",
     "draw_projection",
@@ -55,6 +56,7 @@ _HOME = {
     "PerformerModel": "models",
     "FavorAttention": "nn",
     "KernelFeatures": "nn",
+    "SharpFeatures": "nn",
     "SoftmaxFeatures": "nn",
     "LinearState": "typing",
 }

@@ -36,7 +36,7 @@ def linear_attention(
         bidirectional:  out_i = Σ_j κ(q_i, k_j) v_j / Σ_j κ(q_i, k_j)
         causal:         the sums run over j ≤ i
 
-    With `window_size` the keys with |i − j| < window_size are scored by exp(scale · q·k), not κ: for
+    With `window_size`, keys with |i − j| < window_size are scored by exp(scale · q·k), not κ: for
     feature maps of the softmax kernel only, and for one query per key.
 
     φ is applied tile by tile inside the backend, so features are never stored. Sums and states are

@@ -2,5 +2,6 @@
 
 from performers.nn.attention import FavorAttention
 from performers.nn.feature_maps import KernelFeatures, RandomFeatures, SoftmaxFeatures
+from performers.nn.sharp import SharpFeatures
 
-__all__ = ["FavorAttention", "KernelFeatures", "RandomFeatures", "SoftmaxFeatures"]
+__all__ = ["FavorAttention", "KernelFeatures", "RandomFeatures", "SharpFeatures", "SoftmaxFeatures"]

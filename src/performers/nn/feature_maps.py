@@ -59,7 +59,7 @@ class RandomFeatures(nn.Module):
         self.num_projections = num_projections if omega is not None else dim
         self.register_buffer("omega", omega)
         self.register_buffer("num_redraws", torch.zeros((), dtype=torch.int64, device="cpu"))
-        self.reset_parameters()
+        self._draw(None)
 
     def fitted(
         self,
@@ -99,10 +99,12 @@ class RandomFeatures(nn.Module):
         self.omega.copy_(omega)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        before = self.omega
+        before = dict(self.named_buffers(recurse=False))
         super()._apply(fn, recurse)
-        if before is not None and self.omega is not None and self.omega.dtype != before.dtype:
-            self.omega = before.to(self.omega.device)
+        for name, buffer in before.items():
+            moved = getattr(self, name)
+            if moved.dtype != buffer.dtype:
+                setattr(self, name, buffer.to(moved.device))
         return self
 
     def extra_repr(self) -> str:

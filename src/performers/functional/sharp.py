@@ -1,0 +1,281 @@
+"""Sharper features of the softmax kernel: exact identities, and the best of a family of estimators.
+
+The variance of positive features grows like exp(‖q + k‖²). Three steps lower it, none changes what
+is estimated (DESIGN.md, Sharper than the paper):
+
+    shift     q·k = (q − a)·(k − b) + a·(k − b) + b·q, for any a and b
+    balance   q·k = (M q)·(M⁻ᵀ k), for any invertible M
+    optimal   E[f(ω, q) f(ω, k)] = exp(q·k), for f(ω, x) = Π_i (1 − 4A_i)^¼ ·
+              exp(A_i ω_i² + √(1 − 4A_i) ω_i x_i − x_i²/2) and any A_i < ¼
+
+a and b are the means of queries and keys. M gives both the same diagonal covariance, which
+minimizes E‖q + k‖². A_i minimizes the expected variance of coordinate i, or of all together
+("isotropic", FAVOR++).
+
+Source: Likhosherstov et al. 2022, "Chefs' random tables" (optimal positive features, Theorem 3.2);
+per coordinate, the idea of Likhosherstov et al. 2023, "Dense-exponential random features".
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from performers.checks import check_choice
+from performers.typing import FeatureMap, Features
+
+__all__ = [
+    "OPTIMAL",
+    "Moments",
+    "Reparametrization",
+    "ReparametrizedFeatures",
+    "optimal_exponent",
+    "sharpen",
+]
+
+OPTIMAL = ("coordinate", "isotropic", "none")
+
+# Directions in which the data hardly vary are given this share of the mean variance.
+VARIANCE_FLOOR = 1e-4
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Number, mean and covariance of vectors, per head; batches merge exactly."""
+
+    count: Float[Tensor, "*#batch"]
+    mean: Float[Tensor, "*batch dim"]
+    covariance: Float[Tensor, "*batch dim dim"]
+
+    @classmethod
+    def of(
+        cls,
+        x: Float[Tensor, "batch heads length dim"],
+        mask: Bool[Tensor, "batch length"] | None = None,
+    ) -> Moments:
+        """Moments of each head of each sequence, over the positions that the mask shows."""
+        x = x.detach().double()
+        weight = x.new_ones(len(x), 1, x.shape[2], 1)
+        if mask is not None:
+            weight = mask[:, None, :, None].to(x.dtype)
+            x = x.masked_fill(weight == 0, 0.0)
+        count = weight.sum(dim=2)
+        mean = x.sum(dim=2) / count.clamp(min=1)
+        centered = (x - mean.unsqueeze(2)) * weight
+        covariance = centered.mT @ centered / count.clamp(min=1).unsqueeze(-1)
+        return cls(count.squeeze(-1).expand(mean.shape[:-1]), mean, covariance)
+
+    def merge(self, other: Moments) -> Moments:
+        """The moments of both sets of vectors together (Chan et al. 1979)."""
+        count = self.count + other.count
+        share = (other.count / count.clamp(min=1))[..., None]
+        difference = other.mean - self.mean
+        outer = difference.unsqueeze(-1) * difference.unsqueeze(-2)
+        share_of_matrix = share.unsqueeze(-1)
+        return Moments(
+            count,
+            self.mean + share * difference,
+            (1 - share_of_matrix) * self.covariance
+            + share_of_matrix * other.covariance
+            + share_of_matrix * (1 - share_of_matrix) * outer,
+        )
+
+    def over_batch(self) -> Moments:
+        """The moments of all sequences of the batch together."""
+        total = Moments(self.count[0], self.mean[0], self.covariance[0])
+        for row in range(1, len(self.mean)):
+            total = total.merge(Moments(self.count[row], self.mean[row], self.covariance[row]))
+        return total
+
+
+class Reparametrization(NamedTuple):
+    """a, b, M, M⁻ᵀ and A of the module's docstring; leading dimensions are those of the heads."""
+
+    query_shift: Float[Tensor, "*batch dim"]
+    key_shift: Float[Tensor, "*batch dim"]
+    query_map: Float[Tensor, "*batch dim dim"]
+    key_map: Float[Tensor, "*batch dim dim"]
+    exponent: Float[Tensor, "*batch dim"]
+
+    @classmethod
+    def identity(cls, *batch: int, dim: int) -> Reparametrization:
+        """The one that changes nothing: plain positive features."""
+        zeros = torch.zeros(*batch, dim, dtype=torch.float32, device="cpu")
+        eye = torch.eye(dim, dtype=torch.float32, device="cpu").expand(*batch, dim, dim)
+        return cls(zeros, zeros.clone(), eye.clone(), eye.clone(), zeros.clone())
+
+
+def sharpen(
+    queries: Moments,
+    keys: Moments,
+    *,
+    shift: bool = True,
+    balance: bool = True,
+    optimal: str = "coordinate",
+) -> Reparametrization:
+    """The reparametrization that suits queries and keys with these moments.
+
+    `optimal`: "coordinate" (an A for each), "isotropic" (one A, FAVOR++) or "none" (A = 0, the
+    paper). Where nothing can be learned, from no data or data that do not vary, it is the identity:
+    any reparametrization is correct, only less sharp.
+
+    Cost: two eigendecompositions of dim × dim in float64 per head.
+    """
+    check_choice("optimal", optimal, OPTIMAL)
+    dim = queries.mean.shape[-1]
+    query_shift, key_shift = queries.mean, keys.mean
+    if not shift:
+        query_shift, key_shift = torch.zeros_like(query_shift), torch.zeros_like(key_shift)
+    query_covariance, key_covariance = _regular(queries), _regular(keys)
+    eye = torch.eye(dim, dtype=torch.float64, device=queries.mean.device)
+    query_map = key_map = eye.expand_as(query_covariance)
+    if balance:
+        query_map, key_map = _balancing_maps(query_covariance, key_covariance)
+        both_vary = (_mean_variance(queries) > 0) & (_mean_variance(keys) > 0)
+        query_map = torch.where(both_vary[..., None, None], query_map, eye)
+        key_map = torch.where(both_vary[..., None, None], key_map, eye)
+    # E(q_i + k_i)² of the mapped coordinates, queries and keys independent of each other
+    mean = _mapped(query_map, queries.mean - query_shift) + _mapped(key_map, keys.mean - key_shift)
+    spread = mean.square()
+    spread = spread + (query_map @ queries.covariance @ query_map.mT).diagonal(dim1=-2, dim2=-1)
+    spread = spread + (key_map @ keys.covariance @ key_map.mT).diagonal(dim1=-2, dim2=-1)
+    if optimal == "coordinate":
+        exponent = optimal_exponent(spread, dim=1)
+    elif optimal == "isotropic":
+        exponent = optimal_exponent(spread.sum(dim=-1, keepdim=True), dim=dim).expand_as(spread)
+    else:
+        exponent = torch.zeros_like(spread)
+    parts = (query_shift, key_shift, query_map, key_map, exponent)
+    return Reparametrization(*(part.to(torch.float32) for part in parts))
+
+
+def optimal_exponent(spread: Float[Tensor, "*batch"], dim: int) -> Float[Tensor, "*batch"]:
+    """A that minimizes the log-variance of optimal positive features at E‖q + k‖² = `spread`.
+
+        A = (1 − 1/ρ) / 8,    ρ = (√((2s + d)² + 8ds) − 2s − d) / (4s)
+
+    A = 0 at s = 0, and falls without bound as s grows.
+
+    Source: Likhosherstov et al. 2022, Theorem 3.2.
+    """
+    # 1/ρ = 4s / (√… − 2s − d) = (√… + 2s + d) / (2d), without the cancellation at small s
+    root = ((2 * spread + dim).square() + 8 * dim * spread).sqrt()
+    return (1 - (root + 2 * spread + dim) / (2 * dim)) / 8
+
+
+@dataclass(frozen=True)
+class ReparametrizedFeatures:
+    """φ for the softmax kernel with a reparametrization: E[φ(q)·φ(k)] = exp(q·k) for each.
+
+    x of shape (batch, heads, length, dim) meets a reparametrization with leading dimensions
+    (heads,) or (batch, heads). ω must be Gaussian: "sphere" has another expectation.
+    """
+
+    omega: Float[Tensor, "num_projections dim"]
+    reparametrization: Reparametrization
+
+    @property
+    def num_features(self) -> int:
+        return len(self.omega)
+
+    @property
+    def default_scale(self) -> float:
+        return float(self.omega.shape[1] ** -0.5)
+
+    @property
+    def is_nonnegative(self) -> bool:
+        return True
+
+    @property
+    def is_softmax(self) -> bool:
+        return True
+
+    def fitted(
+        self,
+        query: Tensor,
+        key: Tensor,
+        key_padding_mask: Tensor | None,
+        *,
+        scale: float,
+        is_streaming: bool,
+    ) -> FeatureMap:
+        return self
+
+    def query_features(self, x: Float[Tensor, "*batch length dim"]) -> Features:
+        """φ(q); the factor exp(b·q) of the shift goes to the row."""
+        a, b, query_map, _, _ = self.reparametrization
+        x = x - a.unsqueeze(-2).to(x.dtype)
+        # b·q = b·(q − a) + a·b, and a·b has its other half in the keys
+        constant = (a * b).sum(dim=-1)[..., None, None].to(x.dtype)
+        return self._features(x, query_map, b, constant)
+
+    def key_features(self, x: Float[Tensor, "*batch length dim"]) -> Features:
+        """φ(k); the factor exp(a·(k − b)) of the shift goes to the row."""
+        a, b, _, key_map, _ = self.reparametrization
+        x = x - b.unsqueeze(-2).to(x.dtype)
+        return self._features(x, key_map, a, None)
+
+    def _features(
+        self, centered: Tensor, matrix: Tensor, other_shift: Tensor, constant: Tensor | None
+    ) -> Features:
+        dtype = centered.dtype
+        omega, exponent = self.omega.to(dtype), self.reparametrization.exponent.to(dtype)
+        mapped = centered @ matrix.to(dtype).mT
+        stretch = (1 - 4 * exponent).sqrt().unsqueeze(-2)
+        # Σ_i A_i ω_mi², one constant per feature
+        tilt = exponent.unsqueeze(-2) @ omega.square().mT
+        rows = (centered * other_shift.unsqueeze(-2).to(dtype)).sum(dim=-1, keepdim=True)
+        rows = rows - mapped.square().sum(dim=-1, keepdim=True) / 2
+        rows = rows + stretch.log().sum(dim=-1, keepdim=True) / 2 - math.log(len(omega)) / 2
+        return Features(
+            log_values=mapped @ (omega * stretch).mT + tilt,
+            log_rows=rows if constant is None else rows + constant,
+        )
+
+
+def _regular(moments: Moments) -> Tensor:
+    """The covariance, shrunk toward a ball as if by one more vector, so that it can be inverted."""
+    dim = moments.mean.shape[-1]
+    eye = torch.eye(dim, dtype=torch.float64, device=moments.mean.device)
+    ball = _mean_variance(moments)[..., None, None] * eye
+    ball = torch.where(ball.diagonal(dim1=-2, dim2=-1)[..., None] > 0, ball, eye)
+    share = (1 / (moments.count + 1)).clamp(min=VARIANCE_FLOOR)[..., None, None]
+    return (1 - share) * moments.covariance + share * ball
+
+
+def _mean_variance(moments: Moments) -> Tensor:
+    dim = moments.mean.shape[-1]
+    return moments.covariance.diagonal(dim1=-2, dim2=-1).sum(dim=-1) / dim
+
+
+def _balancing_maps(query_covariance: Tensor, key_covariance: Tensor) -> tuple[Tensor, Tensor]:
+    """M and M⁻ᵀ with M Σ_q Mᵀ = M⁻ᵀ Σ_k M⁻¹, diagonal.
+
+    MᵀM is the matrix geometric mean of Σ_q⁻¹ and Σ_k.
+    """
+    root = _power(query_covariance, 0.5)
+    inverse_root = _power(query_covariance, -0.5)
+    metric = inverse_root @ _power(root @ key_covariance @ root, 0.5) @ inverse_root
+    metric_root = _power(metric, 0.5)
+    _, axes = torch.linalg.eigh(_symmetric(metric_root @ query_covariance @ metric_root))
+    return axes.mT @ metric_root, axes.mT @ _power(metric, -0.5)
+
+
+def _power(matrix: Tensor, exponent: float) -> Tensor:
+    values, vectors = torch.linalg.eigh(_symmetric(matrix))
+    # rounding may leave the least eigenvalues at or below 0
+    least = values.amax(dim=-1, keepdim=True) * 1e-14
+    return (vectors * values.clamp(min=least).pow(exponent).unsqueeze(-2)) @ vectors.mT
+
+
+def _symmetric(matrix: Tensor) -> Tensor:
+    return (matrix + matrix.mT) / 2
+
+
+def _mapped(matrix: Tensor, vector: Tensor) -> Tensor:
+    return (matrix @ vector.unsqueeze(-1)).squeeze(-1)

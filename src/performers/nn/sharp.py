@@ -1,0 +1,213 @@
+"""`SharpFeatures`: softmax features that learn where queries and keys lie."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from performers.checks import check_choice, check_count
+from performers.functional.projections import PROJECTIONS
+from performers.functional.sharp import (
+    OPTIMAL,
+    Moments,
+    Reparametrization,
+    ReparametrizedFeatures,
+    sharpen,
+)
+from performers.nn.feature_maps import RandomFeatures
+from performers.typing import FeatureMap, Features
+
+__all__ = ["SharpFeatures"]
+
+STATISTICS = ("calibrated", "call")
+
+
+class SharpFeatures(RandomFeatures):
+    """Positive features of the softmax kernel that suit the data: still unbiased, only sharper.
+
+    `statistics`: "calibrated" uses what `calibrate` has seen; before it has seen anything these are
+    plain positive features. "call" takes the statistics of every call from its own queries and
+    keys, each sequence by itself: sharper still, but for bidirectional attention only, because the
+    statistics of a whole sequence tell its past about its future.
+    `num_heads`: key heads; each has statistics of its own.
+    `shift`, `balance`, `optimal`: the three steps of `performers.functional.sharp`, all on.
+
+    The statistics are buffers, saved with the weights, and keep their precision under `.half()`.
+
+    Raises ValueError for unknown words or counts below 1.
+    """
+
+    query_shift: Tensor
+    key_shift: Tensor
+    query_map: Tensor
+    key_map: Tensor
+    exponent: Tensor
+
+    def __init__(
+        self,
+        dim: int,
+        num_projections: int = 256,
+        num_heads: int = 1,
+        statistics: str = "calibrated",
+        shift: bool = True,
+        balance: bool = True,
+        optimal: str = "coordinate",
+        projection: str = "orthogonal",
+        seed: int = 0,
+        layer: int = 0,
+    ) -> None:
+        check_count("num_heads", num_heads)
+        check_choice("statistics", statistics, STATISTICS)
+        check_choice("optimal", optimal, OPTIMAL)
+        check_choice("projection", projection, PROJECTIONS)
+        super().__init__(dim, num_projections, projection, "gaussian", seed, layer)
+        self.num_heads = num_heads
+        self.statistics = statistics
+        self.shift = shift
+        self.balance = balance
+        self.optimal = optimal
+        for side in ("query", "key"):
+            count = torch.zeros(num_heads, dtype=torch.float64, device="cpu")
+            self.register_buffer(f"{side}_count", count)
+            self.register_buffer(f"{side}_mean", count[:, None].repeat(1, dim))
+            self.register_buffer(f"{side}_covariance", count[:, None, None].repeat(1, dim, dim))
+        for name, part in Reparametrization.identity(num_heads, dim=dim)._asdict().items():
+            self.register_buffer(name, part)
+
+    @property
+    def num_features(self) -> int:
+        return self.num_projections
+
+    @property
+    def default_scale(self) -> float:
+        return float(self.dim**-0.5)
+
+    @property
+    def is_softmax(self) -> bool:
+        return True
+
+    @property
+    def is_nonnegative(self) -> bool:
+        return True
+
+    @torch.no_grad()
+    def calibrate(
+        self,
+        query: Float[Tensor, "batch heads query_length dim"],
+        key: Float[Tensor, "batch key_heads key_length dim"],
+        key_padding_mask: Bool[Tensor, "batch key_length"] | None = None,
+        scale: float | None = None,
+    ) -> None:
+        """Learn from queries and keys as attention gets them; call it again with further batches.
+
+        `key_padding_mask` hides the padded queries too where there is one query per key.
+        Raises ValueError where a visible query or key is not finite, naming the head.
+        """
+        root = math.sqrt(self.default_scale if scale is None else scale)
+        queries, keys = _moments(query, key, key_padding_mask, root)
+        batch = {"query": queries.over_batch(), "key": keys.over_batch()}
+        for side, new in batch.items():
+            if new.mean.shape[0] != self.num_heads:
+                raise ValueError(
+                    f"calibration needs keys with {self.num_heads} heads, which these features "
+                    f"were made for: got {new.mean.shape[0]}. Pass num_heads= to SharpFeatures."
+                )
+            finite = new.covariance.isfinite().flatten(1).all(dim=1)
+            if not finite.all():
+                heads = ", ".join(map(str, (~finite).nonzero().flatten().tolist()))
+                raise ValueError(
+                    f"calibration needs finite numbers: layer {self.layer} got NaN or infinity in "
+                    f"the {side} of head {heads}. Nothing was learned from this batch."
+                )
+        for side, new in batch.items():
+            for name, part in vars(self._moments(side).merge(new)).items():
+                getattr(self, f"{side}_{name}").copy_(part)
+        self._learn(self._sharpened(self._moments("query"), self._moments("key")))
+
+    def reset_parameters(self) -> None:
+        """Draw the first ω of this seed and layer, and forget all calibration."""
+        super().reset_parameters()
+        for side in ("query", "key"):
+            for part in vars(self._moments(side)).values():
+                part.zero_()
+        self._learn(Reparametrization.identity(self.num_heads, dim=self.dim))
+
+    def fitted(
+        self,
+        query: Tensor,
+        key: Tensor,
+        key_padding_mask: Tensor | None,
+        *,
+        scale: float,
+        is_streaming: bool,
+    ) -> FeatureMap:
+        """The features for one call: of the calibration, or of the call's own statistics."""
+        if self.statistics == "calibrated":
+            return self._with(self._reparametrization())
+        if is_streaming:
+            raise ValueError(
+                'statistics="call" would let a position see its future, so it cannot serve causal '
+                'or streaming attention. Use statistics="calibrated" and calibrate().'
+            )
+        queries, keys = _moments(query, key, key_padding_mask, math.sqrt(scale))
+        return self._with(self._sharpened(_finite(queries), _finite(keys)))
+
+    def query_features(self, x: Float[Tensor, "*batch length dim"]) -> Features:
+        return self._with(self._reparametrization()).query_features(x)
+
+    def key_features(self, x: Float[Tensor, "*batch length dim"]) -> Features:
+        return self._with(self._reparametrization()).key_features(x)
+
+    def extra_repr(self) -> str:
+        return (
+            f"statistics={self.statistics!r}, num_heads={self.num_heads}, shift={self.shift}, "
+            f"balance={self.balance}, optimal={self.optimal!r}, {super().extra_repr()}"
+        )
+
+    def _with(self, reparametrization: Reparametrization) -> ReparametrizedFeatures:
+        assert self.omega is not None, "softmax features always have omega"
+        return ReparametrizedFeatures(self.omega, reparametrization)
+
+    def _reparametrization(self) -> Reparametrization:
+        return Reparametrization(
+            self.query_shift, self.key_shift, self.query_map, self.key_map, self.exponent
+        )
+
+    def _learn(self, reparametrization: Reparametrization) -> None:
+        pairs = zip(self._reparametrization(), reparametrization, strict=True)
+        for buffer, part in pairs:
+            buffer.copy_(part)
+
+    def _moments(self, side: str) -> Moments:
+        names = ("count", "mean", "covariance")
+        return Moments(*(getattr(self, f"{side}_{name}") for name in names))
+
+    def _sharpened(self, queries: Moments, keys: Moments) -> Reparametrization:
+        return sharpen(queries, keys, shift=self.shift, balance=self.balance, optimal=self.optimal)
+
+
+def _moments(
+    query: Tensor, key: Tensor, key_padding_mask: Tensor | None, root: float
+) -> tuple[Moments, Moments]:
+    """Moments of scaled queries and keys per sequence and key head; a group of queries is one
+    set."""
+    group = query.shape[1] // key.shape[1]
+    rows = query.unflatten(1, (key.shape[1], group)).flatten(2, 3)
+    query_mask = None
+    if key_padding_mask is not None and query.shape[2] == key.shape[2]:
+        query_mask = key_padding_mask.repeat(1, group)
+    keys = Moments.of(key.double() * root, key_padding_mask)
+    return Moments.of(rows.double() * root, query_mask), keys
+
+
+def _finite(moments: Moments) -> Moments:
+    """Moments in which what is not finite counts as nothing learned; attention shows it anyway."""
+    ok = moments.covariance.isfinite().all(dim=-1).all(dim=-1)
+    return Moments(
+        moments.count * ok,
+        moments.mean.where(ok[..., None], 0.0),
+        moments.covariance.where(ok[..., None, None], 0.0),
+    )
