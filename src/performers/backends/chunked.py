@@ -80,7 +80,7 @@ def _bidirectional(
         mask = None if key_mask is None else key_mask[:, tile]
         state = recomputed(absorb_tile, state, key[:, :, tile], value[:, :, tile], mask)
     rows = query.flatten(2, 3)
-    outputs = [rows.new_zeros(*rows.shape[:2], 0, value.shape[-1], dtype=call.dtype)]
+    outputs = [_no_rows(call, rows, value)]
     for tile in tiles(rows.shape[2], QUERY_TILE):
         outputs.append(recomputed(read_tile, state, rows[:, :, tile]))
     return torch.cat(outputs, dim=2).unflatten(2, query.shape[2:4]), state
@@ -100,7 +100,7 @@ def _causal(
         partial, state = causal_chunk(call, state, query, key, value, mask)
         return call.output(partial).unflatten(2, query.shape[2:4]), state
 
-    outputs = [query.new_zeros(*query.shape[:3], 0, value.shape[-1], dtype=call.dtype)]
+    outputs = [_no_rows(call, query, value)]
     for tile in tiles(key.shape[2], CAUSAL_CHUNK):
         mask = None if key_mask is None else key_mask[:, tile]
         tensors = (query[:, :, :, tile], key[:, :, tile], value[:, :, tile], mask)
@@ -119,8 +119,9 @@ def _windowed(
     window_size: int,
     state: LinearState,
 ) -> tuple[Tensor, LinearState]:
-    if query.shape[3] == 0:
-        return query.new_zeros(*query.shape[:4], value.shape[-1], dtype=call.dtype), state
+    length = query.shape[3]
+    if length == 0:
+        return _no_rows(call, query, value), state
     recent = state.recent or RecentKeys.empty(key, value, window_size)
     keys, values, visible = with_recent(recent, key, value, key_mask)
     far, sums = _far_field(call, query, keys, values, visible, replace(state, recent=None))
@@ -129,11 +130,15 @@ def _windowed(
     if is_causal:
         state = replace(sums, recent=last_keys(keys, values, visible, recent))
     else:
+        features = call.phi.key_features(call.scaled(keys[:, :, length:]))
+        last_values = values[:, :, length:].to(call.dtype)
+        whole = absorb(sums, features, last_values, visible[:, length:])
         # The same from the other end: what is far before i there is far after i here.
         reversed_mask = None if key_mask is None else key_mask.flip(1)
         keys, values, visible = with_recent(recent, key.flip(2), value.flip(2), reversed_mask)
         later, _ = _far_field(call, query.flip(3), keys, values, visible, state)
         partial = partial.merge(Partial(*(part.flip(3) for part in later)))
+        state = whole
     return call.output(partial), state
 
 
@@ -187,6 +192,13 @@ def _near_field(
         tensors = (query[:, :, :, tile], key[:, :, span], value[:, :, span], visible[:, span])
         partials.append(recomputed(rows, *tensors, near))
     return _joined(partials)
+
+
+def _no_rows(
+    call: Call, query: Float[Tensor, "*batch length dim"], value: Tensor
+) -> Float[Tensor, "*batch 0 value_dim"]:
+    """The output of no queries, which a backward pass may still start from."""
+    return query[..., :0, :1].to(call.dtype).expand(*query.shape[:-2], 0, value.shape[-1])
 
 
 def _unflattened(partial: Partial, query: Tensor) -> Partial:

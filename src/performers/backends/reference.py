@@ -219,6 +219,6 @@ def last_keys(
     key_mask: Bool[Tensor, "batch key_length"],
     window: RecentKeys,
 ) -> RecentKeys:
-    """What a window like the given one remembers after these keys."""
+    """What a window like the given one remembers after these keys, and no memory of the others."""
     start = key.shape[2] - window.key.shape[2]
-    return RecentKeys(key[:, :, start:], value[:, :, start:], key_mask[:, start:])
+    return RecentKeys(key[:, :, start:], value[:, :, start:], key_mask[:, start:]).map(Tensor.clone)
