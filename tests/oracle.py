@@ -1,7 +1,8 @@
 """Linear attention by its definition: float64, log space, quadratic, and no code of the package.
 
-    log|φ_m(x)| and the sign of φ_m(x) from the paper's formulas, written here a second time;
-    A_ij = Σ_m φ_m(q_i) φ_m(k_j),    out_i = Σ_j A_ij v_j / Σ_j A_ij over the visible j
+log|φ_m(x)| and the sign of φ_m(x) from the paper's formulas, written here a second time;
+A_ij = Σ_m φ_m(q_i) φ_m(k_j), or exp(q_i·k_j) for |i − j| < window_size,
+out_i = Σ_j A_ij v_j / Σ_j A_ij over the visible j
 """
 
 import math
@@ -29,6 +30,7 @@ def attended(
     key_padding_mask: Tensor | None = None,
     scale: float | None = None,
     normalize: bool = True,
+    window_size: int = 0,
 ) -> Attended:
     """Every row by itself, in the frame of its largest term. Key heads are repeated for groups."""
     group = query.shape[1] // key.shape[1]
@@ -48,11 +50,18 @@ def attended(
     key_sign, key_log = log_features(key * root, phi)
     # (batch, heads, query_length, key_length, num_features)
     log_terms = query_log.unsqueeze(3) + key_log.unsqueeze(2)
-    log_terms = log_terms.masked_fill(~visible.unsqueeze(-1), -torch.inf)
     signs = query_sign.unsqueeze(3) * key_sign.unsqueeze(2)
+    if window_size:
+        distance = torch.arange(query.shape[2])[:, None] - torch.arange(key.shape[2])
+        is_near = (distance.abs() < window_size).unsqueeze(-1)
+        exact = (query @ key.mT).unsqueeze(-1) * root**2
+        only_term = torch.nn.functional.pad(exact, (0, log_terms.shape[-1] - 1), value=-torch.inf)
+        log_terms = torch.where(is_near, only_term, log_terms)
+        signs = torch.where(is_near, 1.0, signs)
+    log_terms = log_terms.masked_fill(~visible.unsqueeze(-1), -torch.inf)
     frame = torch.zeros(*query.shape[:3], 1, 1, dtype=torch.float64)
     if normalize and log_terms.shape[3]:
-        frame = log_terms.amax(dim=(3, 4), keepdim=True)
+        frame = log_terms.detach().amax(dim=(3, 4), keepdim=True)
         frame = frame.masked_fill(frame == -torch.inf, 0.0)
     terms = signs * (log_terms - frame).exp()
     matrix = terms.sum(dim=-1)
@@ -80,7 +89,9 @@ def log_features(x: Tensor, phi: RandomFeatures) -> tuple[Tensor, Tensor]:
         return torch.ones_like(projected), projected - half_square - log_root_m
     assert isinstance(phi, KernelFeatures)
     if phi.fn == "exp":
-        log_values = torch.logaddexp(projected, torch.tensor(phi.epsilon, dtype=torch.float64).log())
+        log_values = torch.logaddexp(
+            projected, torch.tensor(phi.epsilon, dtype=torch.float64).log()
+        )
         return torch.ones_like(log_values), log_values - log_root_m
     values = _FUNCTIONS[phi.fn](projected) + phi.epsilon
     return values.sign(), values.abs().log() - log_root_m

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-
 from cases import FEATURE_MAPS, MASKS, NORMS, inputs
+
 from performers import SoftmaxFeatures, favor_attention
 
 BACKENDS = ("reference", "chunked")

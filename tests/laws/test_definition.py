@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from torch import Tensor
-
 from cases import FEATURE_MAPS, MASKS, NONNEGATIVE, NORMS, inputs
 from oracle import Attended, attended
+from torch import Tensor
+
 from performers import KernelFeatures, SoftmaxFeatures, favor_attention
 
 BACKENDS = ("reference", "chunked", None)

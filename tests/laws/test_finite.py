@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-
 from cases import FEATURE_MAPS, MASKS, NONNEGATIVE, NORMS, inputs
-from performers import SoftmaxFeatures, favor_attention
+
+from performers import KernelFeatures, SoftmaxFeatures, favor_attention
 
 BACKENDS = ("reference", "chunked")
 CAUSAL = (False, True)
@@ -63,17 +63,17 @@ def test_gradients_are_finite_at_any_norm(norms, is_causal):
             assert x.grad.isfinite().all(), name
 
 
-def test_large_values_do_not_overflow_beside_rising_keys():
-    # A causal chunk holds keys that rise far above its frame; their weights times the values must
-    # stay in range although each output is an average.
-    phi = SoftmaxFeatures(3, 7)
-    phi.omega.copy_(torch.ones(7, 3))
-    key = torch.linspace(0, 1, 13)[:, None].expand(1, 1, 13, 3)  # exponents rise to about 1.5
-    for factor in (1, 3, 6, 9):
-        scaled = key * factor
-        value = torch.full((1, 1, 13, 2), 1e30)
-        out = favor_attention(scaled, scaled, value, phi, is_causal=True, scale=1.0)
-        torch.testing.assert_close(out, value, rtol=1e-5, atol=0)
+@pytest.mark.parametrize("rise", [0.0, 1.0, 5.0, 30.0])
+def test_values_of_a_million_do_not_overflow_beside_rising_keys(rise, monkeypatch):
+    # Within a causal chunk keys may rise above the chunk's frame, and weigh far more than 1 until
+    # the division. φ(x) = exp(x), so that entries are exponents; all features rise together.
+    monkeypatch.undo()  # the tiles that users get
+    phi = KernelFeatures(256, fn="exp", epsilon=0.0, projection=None)
+    key = (rise * torch.arange(257.0))[:, None].expand(1, 1, 257, 256)
+    value = torch.full((1, 1, 257, 2), 1e6)
+    out, state = favor_attention(key, key, value, phi, is_causal=True, return_state=True)
+    torch.testing.assert_close(out, value, rtol=1e-5, atol=0)
+    assert state.values.isfinite().all()
 
 
 @pytest.mark.parametrize("is_causal", CAUSAL)

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-
 from cases import FEATURE_MAPS, MASKS, inputs
+
 from performers import SoftmaxFeatures, favor_attention, softmax_attention
 
 BACKENDS = ("reference", "chunked")

@@ -1,0 +1,61 @@
+"""Sums stay float32, and training keeps nothing of the size of the features."""
+
+import gc
+
+import pytest
+import torch
+from cases import inputs
+
+from performers import SoftmaxFeatures, favor_attention
+
+CAUSAL = (False, True)
+
+
+@pytest.mark.parametrize("is_causal", CAUSAL)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_does_not_touch_the_sums(dtype, is_causal):
+    phi = SoftmaxFeatures(5, 11)
+    tensors = [x.requires_grad_() for x in inputs(dtype=dtype)]
+    plain = favor_attention(*tensors, phi, is_causal, enable_gqa=True)
+    plain_gradients = torch.autograd.grad(plain.sum(), tensors)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out, state = favor_attention(*tensors, phi, is_causal, enable_gqa=True, return_state=True)
+    gradients = torch.autograd.grad(out.sum(), tensors)
+    assert state.values.dtype == torch.float32
+    assert torch.equal(out, plain)
+    for one, other in zip(gradients, plain_gradients, strict=True):
+        assert torch.equal(one, other)
+
+
+def bytes_kept(length: int, num_features: int, is_causal: bool, window_size: int | None) -> int:
+    """Memory that a forward pass leaves behind for the backward pass, inputs and output apart."""
+    phi = SoftmaxFeatures(16, num_features)
+    tensors = inputs(length, batch=1, heads=1, key_heads=1, dim=16, value_dim=16)
+    for x in tensors:
+        x.requires_grad_()
+    before = living_storages()
+    # What autograd saves in C++ becomes visible to Python by passing through a hook.
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
+        out = favor_attention(*tensors, phi, is_causal, window_size=window_size)
+    after = living_storages()
+    del after[out.untyped_storage().data_ptr()]
+    return sum(size for pointer, size in after.items() if pointer not in before)
+
+
+def living_storages() -> dict[int, int]:
+    """Address and size of the memory of all tensors that Python knows."""
+    gc.collect()
+    storages = [x.untyped_storage() for x in gc.get_objects() if type(x) is torch.Tensor]
+    return {storage.data_ptr(): storage.nbytes() for storage in storages}
+
+
+@pytest.mark.parametrize("is_causal", CAUSAL)
+@pytest.mark.parametrize("window_size", [None, 31])
+def test_training_at_length_16384_keeps_nothing_of_the_size_of_features(
+    window_size, is_causal, monkeypatch
+):
+    monkeypatch.undo()  # the tiles that users get
+    length = 16384
+    few, many = (bytes_kept(length, m, is_causal, window_size) for m in (64, 256))
+    assert few > 0
+    assert many - few < 4 * length * (256 - 64) / 3
