@@ -12,6 +12,7 @@ __all__ = [
     "check_attention_inputs",
     "check_choice",
     "check_count",
+    "check_feature_map",
     "check_key_padding_mask",
     "check_omega",
     "check_state",
@@ -38,6 +39,20 @@ def check_omega(x: Tensor, omega: Tensor) -> None:
             "omega must be a matrix with one column per feature of x: omega is "
             f"{_shape(omega)}, x is {_shape(x)}. "
             f"Draw it with draw_projection(num_projections, dim={x.shape[-1]})."
+        )
+
+
+def check_feature_map(query: Tensor, dim: int, device: torch.device) -> None:
+    """Whether a feature map of this dim on this device is one for these queries."""
+    if query.shape[-1] != dim:
+        raise ValueError(
+            f"the feature map is for dim {dim} per head: query is {_shape(query)}. "
+            f"Make one with dim={query.shape[-1]}."
+        )
+    if query.device != device:
+        raise ValueError(
+            f"the feature map must be on the device of query: it is on {device}, query on "
+            f"{query.device}. Move it with phi.to({str(query.device)!r})."
         )
 
 
@@ -158,20 +173,34 @@ def check_window(
         )
 
 
-def check_state(shapes: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]]) -> None:
-    """The parts of a state that came from outside, against those that this call needs."""
-    if shapes.keys() != expected.keys():
-        has = "with" if len(shapes) > len(expected) else "without"
+def check_state(parts: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """The parts of a state that came from outside, against those that this call would start from.
+
+    Recent keys may be of another dtype: they are inputs, not sums.
+    """
+    if parts.keys() != expected.keys():
+        has = "with" if len(parts) > len(expected) else "without"
         raise ValueError(
             f"initial_state was made {has} a window and this call is the other way round: pass the "
             "window_size= that made it."
         )
-    for name, shape in expected.items():
-        if shapes[name] != shape:
+    for name, needed in expected.items():
+        part = parts[name]
+        if part.shape != needed.shape:
             raise ValueError(
-                f"initial_state.{name} must have shape {shape} for these inputs, got "
-                f"{shapes[name]}. A state belongs to one batch, feature map, value_dim and "
+                f"initial_state.{name} must have shape {_shape(needed)} for these inputs, got "
+                f"{_shape(part)}. A state belongs to one batch, feature map, value_dim and "
                 "window_size; reorder its batch with state.index_select(index)."
+            )
+        if part.device != needed.device:
+            raise ValueError(
+                f"initial_state.{name} must be on the device of value: it is on {part.device}, "
+                f"value on {needed.device}. Move the state with state.to({str(needed.device)!r})."
+            )
+        if part.dtype != needed.dtype and not name.startswith("recent."):
+            raise TypeError(
+                f"initial_state.{name} must be {needed.dtype} for these inputs, got {part.dtype}: "
+                "sums are float32, or float64 for float64 inputs. Pass a state as it was returned."
             )
 
 

@@ -220,12 +220,12 @@ class LinearState:
         """The same state on another device; its precision is not the caller's to change."""
         return self.map(lambda part: part.to(device))
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of every part, by name."""
+    def parts(self) -> dict[str, Tensor]:
+        """Every tensor of the state, by name."""
         parts = {"log_scale": self.log_scale, "normalizer": self.normalizer, "values": self.values}
         if self.recent is not None:
             parts |= {f"recent.{name}": part for name, part in vars(self.recent).items()}
-        return {name: tuple(part.shape) for name, part in parts.items()}
+        return parts
 
     def map(self, function: Callable[[Tensor], Tensor]) -> LinearState:
         """The state with a function of a tensor applied to every part."""

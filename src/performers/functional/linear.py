@@ -72,7 +72,7 @@ def linear_attention(
     if window_size is not None and is_causal:
         state = replace(state, recent=RecentKeys.empty(key, value, window_size))
     if initial_state is not None:
-        check_state(initial_state.shapes(), state.shapes())
+        check_state(initial_state.parts(), state.parts())
         state = initial_state
     if key_padding_mask is not None:
         # Masked keys weigh 0, but 0 · NaN is NaN, and padding may hold anything.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +19,8 @@ __all__ = ["FavorAttention"]
 class FavorAttention(nn.MultiheadAttention):
     """torch.nn.MultiheadAttention with linear cost: the same words, parameters and `forward`.
 
-    A state dict of nn.MultiheadAttention loads with `strict=False`: the feature map's ω is the only
-    addition.
+    A state dict of nn.MultiheadAttention loads: the feature map, the only addition, then stays as
+    it is.
     `feature_map`: any `FeatureMap` for `dim = embed_dim // num_heads`; `SoftmaxFeatures(dim)`
     unless given.
 
@@ -126,6 +127,14 @@ class FavorAttention(nn.MultiheadAttention):
             return out.squeeze(0), None if weights is None else weights.squeeze(0)
         return out if self.batch_first else out.transpose(0, 1), weights
 
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *arguments: Any
+    ) -> None:
+        own = self.feature_map.state_dict(prefix=f"{prefix}feature_map.")
+        if own.keys().isdisjoint(state_dict):
+            state_dict.update(own)  # the checkpoint is of nn.MultiheadAttention
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
+
     @property
     def num_extra_keys(self) -> int:
         """Keys that belong to the module, not to the input: `add_bias_kv` and `add_zero_attn`."""
@@ -152,8 +161,9 @@ class FavorAttention(nn.MultiheadAttention):
             key, value = F.pad(key, (0, 0, 1, 0)), F.pad(value, (0, 0, 1, 0))
         if self.bias_k is not None and self.bias_v is not None:
             batch = key.shape[0]
-            key = torch.cat([self.bias_k.expand(batch, -1, -1), key], dim=1)
-            value = torch.cat([self.bias_v.expand(batch, -1, -1), value], dim=1)
+            bias_k, bias_v = self.bias_k.to(key.dtype), self.bias_v.to(value.dtype)  # autocast
+            key = torch.cat([bias_k.expand(batch, -1, -1), key], dim=1)
+            value = torch.cat([bias_v.expand(batch, -1, -1), value], dim=1)
         if visible is not None:
             visible = F.pad(visible, (self.num_extra_keys, 0), value=True)
         return key, value, visible

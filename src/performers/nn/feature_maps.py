@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Generator, Tensor, nn
 
-from performers.checks import check_choice, check_count
+from performers.checks import check_choice, check_count, check_feature_map
 from performers.functional.features import (
     hyperbolic_features,
     kernel_features,
@@ -70,7 +70,11 @@ class RandomFeatures(nn.Module):
         scale: float,
         is_streaming: bool,
     ) -> FeatureMap:
-        """Itself: these features do not depend on the call."""
+        """Itself: these features do not depend on the call.
+
+        Raises ValueError for queries of another dim or on another device.
+        """
+        check_feature_map(query, self.dim, self.num_redraws.device)
         phi: FeatureMap = self  # type: ignore[assignment]  # subclasses have the features
         return phi
 

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from performers.checks import check_choice, check_count
+from performers.checks import check_choice, check_count, check_feature_map
 from performers.functional.projections import PROJECTIONS
 from performers.functional.sharp import (
     OPTIMAL,
@@ -145,6 +145,7 @@ class SharpFeatures(RandomFeatures):
         is_streaming: bool,
     ) -> FeatureMap:
         """The features for one call: of the calibration, or of the call's own statistics."""
+        check_feature_map(query, self.dim, self.num_redraws.device)
         if self.statistics == "calibrated":
             return self._with(self._reparametrization())
         if is_streaming:
