@@ -35,7 +35,7 @@ def choose(proteins: list[Protein]) -> list[FastaRecord]:
         if len(protein.sequence) <= MAX_RESIDUES:
             families[protein.family].append(protein)
     eligible = [family for family in families.values() if len(family) in FAMILY_SIZES]
-    eligible.sort(key=lambda family: min(_hash(protein.sequence) for protein in family))
+    eligible.sort(key=lambda family: _hash(min(protein.sequence for protein in family)))
     chosen: list[Protein] = []
     for family in eligible:
         if len(chosen) + len(family) < NUM_PROTEINS:

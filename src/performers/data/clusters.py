@@ -42,7 +42,7 @@ def cluster_by_kmers(sequences: Sequence[str]) -> list[int]:
     `needed` words agree on one diagonal (the same shift between the two proteins) and the lengths
     differ by less than a fifth:
 
-        needed = log₇(residues) + 3.5 − 7      rounded up, at least 2
+        needed = log₇(residues) + 3.5 − 7      rounded up, at least 4
 
     so that chance makes few links at any size: letters of the reduced alphabet agree by chance once
     in about 7.
@@ -58,7 +58,7 @@ def cluster_by_kmers(sequences: Sequence[str]) -> list[int]:
     lengths = lengths[by_length]
     starts = lengths.cumsum(0) - lengths
     diagonals = 2 * int(lengths[0])  # how many there can be
-    needed = max(2, math.ceil(math.log(len(text), 7) + 3.5) - _WORD_LENGTH + 1)
+    needed = max(4, math.ceil(math.log(len(text), 7) + 3.5) - _WORD_LENGTH + 1)
 
     words, is_word = _words(text, starts)
     # Residues lie in one line, longest protein first: one index tells protein and position, and the
@@ -84,10 +84,7 @@ def cluster_by_kmers(sequences: Sequence[str]) -> list[int]:
 
 
 def cluster_by_mmseqs(
-    sequences: Sequence[str],
-    min_identity: float = 0.3,
-    min_coverage: float = 0.8,
-    sensitivity: float = 4.0,
+    sequences: Sequence[str], min_identity: float = 0.3, min_coverage: float = 0.8
 ) -> list[int]:
     """Group numbers of proteins linked by an alignment that MMseqs2 finds.
 
@@ -107,7 +104,7 @@ def cluster_by_mmseqs(
     with tempfile.TemporaryDirectory() as folder:
         fasta, result = Path(folder, "proteins.fasta"), Path(folder, "result")
         fasta.write_text("".join(f">{i}\n{sequence}\n" for i, sequence in enumerate(sequences)))
-        options = f"--min-seq-id {min_identity} -c {min_coverage} -s {sensitivity} -e 0.001 -v 1"
+        options = f"--min-seq-id {min_identity} -c {min_coverage} -s 6 -e 0.001 -v 1"
         # These make the groups the connected components of all links that were found.
         options += " --single-step-clustering 1 --cluster-mode 1"
         command = [program, "easy-cluster", str(fasta), str(result), str(Path(folder, "work"))]

@@ -6,13 +6,14 @@ import gzip
 import re
 import zlib
 from collections.abc import Iterable, Iterator
+from io import TextIOWrapper
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple, TextIO
+from typing import NamedTuple
 
 from performers.data.vocabulary import LEGAL_LETTERS
 
-__all__ = ["FastaRecord", "read_fasta"]
+__all__ = ["FastaRecord", "distinct_records", "read_fasta"]
 
 _GZIP_MAGIC = b"\x1f\x8b"
 _ILLEGAL = re.compile(f"[^{LEGAL_LETTERS}]")
@@ -42,6 +43,14 @@ def read_fasta(paths: str | Path | Iterable[str | Path]) -> Iterator[FastaRecord
         paths = [paths]
     for path in map(Path, paths):
         yield from _read_file(path)
+
+
+def distinct_records(records: Iterable[FastaRecord]) -> list[FastaRecord]:
+    """The records without repeated sequences, of which the first record stays."""
+    first: dict[str, FastaRecord] = {}
+    for record in records:
+        first.setdefault(record.sequence, record)
+    return list(first.values())
 
 
 def _read_file(path: Path) -> Iterator[FastaRecord]:
@@ -84,7 +93,7 @@ def _read_file(path: Path) -> Iterator[FastaRecord]:
         )
 
 
-def _open_text(path: Path) -> TextIO:
+def _open_text(path: Path) -> TextIOWrapper:
     with path.open("rb") as file:
         is_gzip = file.read(len(_GZIP_MAGIC)) == _GZIP_MAGIC
         is_empty = file.seek(0, 2) == 0
@@ -99,7 +108,7 @@ def _open_text(path: Path) -> TextIO:
     return opener(path, "rt", encoding="utf-8-sig", errors="replace")
 
 
-def _checked_lines(path: Path, handle: TextIO, headers: list[int]) -> Iterator[str]:
+def _checked_lines(path: Path, handle: TextIOWrapper, headers: list[int]) -> Iterator[str]:
     """The lines of a file for the parser; appends the number of each header line to `headers`."""
     number = 0
     while True:

@@ -25,7 +25,7 @@ from typing import Literal
 
 from performers.checks import check_choice
 from performers.data.clusters import cluster_by_kmers, cluster_by_mmseqs, merge_groups
-from performers.data.fasta import FastaRecord, read_fasta
+from performers.data.fasta import FastaRecord, distinct_records, read_fasta
 
 __all__ = [
     "SOURCES",
@@ -105,7 +105,7 @@ def fetch_proteins(
             )
         records, origin = read_package(SOURCES[source], *map(Path, from_paths), report=report)
 
-    distinct = list({record.sequence: record for record in reversed(records)}.values())[::-1]
+    distinct = distinct_records(records)
     report(f"{len(records):,} proteins, {len(distinct):,} distinct; grouping homologues")
     sequences = [record.sequence for record in distinct]
     clusters, families, method = group_homologues(sequences, clustering)
@@ -133,7 +133,7 @@ def fetch_proteins(
 def read_package(
     package: DebianPackage, path: Path | None = None, *, report: Callable[[str], None] = print
 ) -> tuple[list[FastaRecord], dict[str, object]]:
-    """The proteins of a Debian package, downloaded or at `path` (.deb or folder), and their origin."""
+    """The proteins of a Debian package (from `path`, if not downloaded), and their origin."""
     origin: dict[str, object] = {"package": package.name, "license": package.license}
     if path is not None and path.is_dir():
         return package.read(path), origin
@@ -173,12 +173,12 @@ def group_homologues(
         clusters = cluster_by_kmers(sequences)
         return clusters, clusters, {"method": "performers.data.clusters.cluster_by_kmers"}
     clusters = cluster_by_mmseqs(sequences, min_identity=0.3, min_coverage=0.8)
-    related = cluster_by_mmseqs(sequences, min_identity=0.0, min_coverage=0.5, sensitivity=6.0)
+    related = cluster_by_mmseqs(sequences, min_identity=0.0, min_coverage=0.5)
     method: dict[str, object] = {
-        "method": "MMseqs2 easy-cluster, connected components",
+        "method": "MMseqs2 easy-cluster, sensitivity 6, connected components",
         "version": _run("mmseqs", "version").strip(),
         "cluster": "E ≤ 0.001, at least 30 % identity over 80 % of both",
-        "family": "E ≤ 0.001 over 50 % of both, sensitivity 6",
+        "family": "E ≤ 0.001 over 50 % of both",
     }
     return clusters, merge_groups(clusters, related), method
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from jaxtyping import Float64, Int64
@@ -30,17 +29,6 @@ __all__ = ["NOT_SCORED", "CausalCollator", "Collator", "MaskedCollator", "mask_t
 NOT_SCORED = -100
 
 Batch = dict[str, Tensor]
-
-
-class Collator(Protocol):
-    """What turns items of a dataset into a batch, and knows which tokens it scores."""
-
-    @property
-    def scored_token_ids(self) -> tuple[int, ...]: ...
-
-    def set_epoch(self, epoch: int) -> None: ...
-
-    def __call__(self, items: Sequence[Batch]) -> Batch: ...
 
 
 @dataclass
@@ -101,6 +89,10 @@ class CausalCollator:
         labels = input_ids.masked_fill(attention_mask == 0, NOT_SCORED)
         labels[:, 0] = NOT_SCORED
         return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+
+
+# What turns items of a dataset into a batch, and knows which tokens it scores.
+Collator = MaskedCollator | CausalCollator
 
 
 def pad(

@@ -26,7 +26,7 @@ from torch.utils.data import Dataset
 
 from performers.checks import check_choice, check_count
 from performers.data.clusters import cluster_by_kmers
-from performers.data.fasta import FastaRecord, read_fasta
+from performers.data.fasta import distinct_records, read_fasta
 from performers.data.vocabulary import BOS_TOKEN_ID, EOS_TOKEN_ID, VOCAB_SIZE, encode
 
 __all__ = [
@@ -166,17 +166,11 @@ def read_proteins(source: Source = "sample") -> tuple[list[Protein], int]:
     whose groups know nothing of each other, all are clustered afresh by shared words
     (`cluster_by_kmers`), which sees close homologues only, and each cluster is its own family.
     """
-    distinct: dict[str, FastaRecord] = {}
-    num_records = 0
-    paths = (
-        [SAMPLE_PATH if source == "sample" else source]
-        if isinstance(source, str | Path)
-        else source
-    )
-    for record in read_fasta(paths):
-        num_records += 1
-        distinct.setdefault(record.sequence, record)
-    records = list(distinct.values())
+    paths: Sequence[str | Path] = [source] if isinstance(source, str | Path) else source
+    if source == "sample":
+        paths = [SAMPLE_PATH]
+    all_records = list(read_fasta(paths))
+    records = distinct_records(all_records)
     groups = [_GROUPS.search(record.description) for record in records]
     if len(paths) == 1 and all(groups):
         labels = [(found[1], found[2]) for found in groups if found]
@@ -187,7 +181,7 @@ def read_proteins(source: Source = "sample") -> tuple[list[Protein], int]:
         Protein(record.identifier, _GROUPS.sub("", record.description), record.sequence, *label)
         for record, label in zip(records, labels, strict=True)
     ]
-    return proteins, num_records - len(proteins)
+    return proteins, len(all_records) - len(proteins)
 
 
 def find_protein(accession: str, source: Source = "sample") -> Protein:
@@ -301,11 +295,14 @@ def _take_whole_groups(
         groups[group_of(protein)].append(protein)
     taken: list[Protein] = []
     left: list[Protein] = []
-    for group in sorted(
-        groups.values(), key=lambda group: min(_hash(p.sequence, seed) for p in group)
-    ):
+    for group in sorted(groups.values(), key=lambda group: _group_hash(group, seed)):
         (taken if len(taken) + len(group) <= quota else left).extend(group)
     return taken, left
+
+
+def _group_hash(group: Sequence[Protein], seed: int) -> bytes:
+    # The hash of one member, not the least of all hashes, which would put large groups first.
+    return _hash(min(protein.sequence for protein in group), seed)
 
 
 def _family(protein: Protein) -> str:

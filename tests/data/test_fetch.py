@@ -1,0 +1,144 @@
+import gzip
+import hashlib
+import json
+import shutil
+import subprocess
+
+import pytest
+
+from performers.data import read_fasta, read_proteins
+from performers.data.fetch import fetch_proteins
+
+NCBI_LETTERS = "-ABCDEFGHIKLMNPQRSTVWXYZU*OJ"
+DATABASES = {"BPO": {"P1": "MKV", "P2": "WYUX"}, "MFO": {"P2": "WYUX"}, "CCO": {"P3": "MKV"}}
+
+
+@pytest.fixture
+def swissprot(tmp_path):
+    """A folder laid out as the package metastudent-data, with three proteins."""
+    root = tmp_path / "package"
+    for ontology, proteins in DATABASES.items():
+        folder = root / "usr/share/metastudent-data/dataset_201401" / ontology
+        folder.mkdir(parents=True)
+        joined = "-" + "".join(sequence + "-" for sequence in proteins.values())
+        packed = bytes(NCBI_LETTERS.index(letter) for letter in joined)
+        (folder / "goasp.fasta.psq").write_bytes(packed)
+        annotation = "".join(f"{name}\tGO:0000001\n" for name in proteins)
+        (folder / "goasp_annot.dat").write_text(annotation)
+    return root
+
+
+@pytest.fixture
+def examples(tmp_path):
+    """A folder laid out as the package mmseqs2-examples."""
+    folder = tmp_path / "package/usr/share/doc/mmseqs2/example-data"
+    folder.mkdir(parents=True)
+    text = ">tr|Q1|Q1_X Some protein OS=X PE=4 SV=1 Split=0 \nMKV\n"
+    (folder / "DB.fasta.gz").write_bytes(gzip.compress(text.encode()))
+    return tmp_path / "package"
+
+
+def test_swissprot_is_read_from_its_blast_databases(swissprot, tmp_path):
+    output = tmp_path / "proteins.fasta.gz"
+    lines = []
+    card = fetch_proteins(
+        output, "swissprot", from_paths=[swissprot], clustering="kmers", report=lines.append
+    )
+    assert [(r.identifier, r.sequence) for r in read_fasta(output)] == [
+        ("P1", "MKV"),
+        ("P2", "WYUX"),
+    ]
+    assert card["counts"]["records"] == 3
+    assert card["counts"]["duplicates"] == 1
+    assert card["counts"]["residues"] == 7
+    assert lines[0] == "3 proteins, 2 distinct; grouping homologues"
+
+
+def test_the_card_beside_the_file_names_source_license_and_checksum(examples, tmp_path):
+    output = tmp_path / "proteins.fasta.gz"
+    card = fetch_proteins(output, "examples", from_paths=[examples], clustering="kmers")
+    assert json.loads((tmp_path / "proteins.json").read_text()) == card
+    assert card["sha256"] == hashlib.sha256(output.read_bytes()).hexdigest()
+    assert card["source"]["package"] == "mmseqs2-examples"
+    assert "UniProt" in card["source"]["license"]
+    assert "CC BY 4.0" in card["source"]["license"]
+    [protein] = read_proteins(output)[0]
+    assert protein.description == "Some protein OS=X PE=4 SV=1"
+
+
+@pytest.mark.skipif(shutil.which("dpkg-deb") is None, reason="dpkg-deb is not installed")
+def test_a_deb_file_is_unpacked_and_its_version_noted(examples, tmp_path):
+    (examples / "DEBIAN").mkdir()
+    (examples / "DEBIAN/control").write_text(
+        "Package: mmseqs2-examples\nVersion: 14-test\nArchitecture: all\n"
+        "Maintainer: Nobody <nobody@example.org>\nDescription: test\n"
+    )
+    package = tmp_path / "examples.deb"
+    command = ["dpkg-deb", "--root-owner-group", "--build", str(examples), str(package)]
+    subprocess.run(command, check=True, capture_output=True)
+    output = tmp_path / "proteins.fasta.gz"
+    card = fetch_proteins(output, "examples", from_paths=[package], clustering="kmers")
+    assert card["source"]["version"] == "14-test"
+    assert card["source"]["package_sha256"] == hashlib.sha256(package.read_bytes()).hexdigest()
+    assert card["counts"]["proteins"] == 1
+
+
+def test_the_same_proteins_give_the_same_bytes(tmp_path):
+    source = tmp_path / "mine.fasta"
+    source.write_text(">a first\nMKV\n>b\nWYW\n")
+    outputs = [tmp_path / "one.fasta.gz", tmp_path / "two.fasta.gz"]
+    for output in outputs:
+        card = fetch_proteins(output, "fasta", from_paths=[source], clustering="kmers")
+    assert outputs[0].read_bytes() == outputs[1].read_bytes()
+    assert card["source"]["files"] == {
+        "mine.fasta": hashlib.sha256(source.read_bytes()).hexdigest()
+    }
+
+
+@pytest.mark.parametrize("existing", ["proteins.fasta.gz", "proteins.json"])
+def test_nothing_is_overwritten(tmp_path, existing):
+    (tmp_path / existing).write_text("precious")
+    with pytest.raises(FileExistsError, match=f"{existing} exists and is not overwritten"):
+        fetch_proteins(tmp_path / "proteins.fasta.gz", "fasta", from_paths=["mine.fasta"])
+    assert (tmp_path / existing).read_text() == "precious"
+
+
+def test_a_failure_leaves_nothing_behind(tmp_path):
+    source = tmp_path / "mine.fasta"
+    source.write_text(">a\nMKV\n>b\nM1V\n")
+    with pytest.raises(ValueError, match="line 4: '1' in 'b'"):
+        fetch_proteins(tmp_path / "proteins.fasta.gz", "fasta", from_paths=[source])
+    assert list(tmp_path.iterdir()) == [source]
+
+
+def test_a_damaged_database_is_refused(swissprot, tmp_path):
+    annotation = swissprot / "usr/share/metastudent-data/dataset_201401/BPO/goasp_annot.dat"
+    annotation.write_text("P1\tGO:0000001\n")
+    with pytest.raises(ValueError, match="has 2 sequences and its annotation 1"):
+        fetch_proteins(tmp_path / "proteins.fasta.gz", "swissprot", from_paths=[swissprot])
+
+
+@pytest.mark.parametrize(
+    ("output", "options", "error", "words"),
+    [
+        ("proteins.fa", {}, ValueError, r"must be named NAME\.fasta\.gz, got 'proteins\.fa'"),
+        ("x/p.fasta.gz", {}, FileNotFoundError, "x does not exist. Create it first"),
+        ("p.fasta.gz", {"source": "trembl"}, ValueError, "unknown source 'trembl'"),
+        ("p.fasta.gz", {"clustering": "kmer"}, ValueError, "unknown clustering 'kmer'"),
+        ("p.fasta.gz", {"source": "fasta"}, ValueError, "needs the files to read"),
+        ("p.fasta.gz", {"from_paths": ["a", "b"]}, ValueError, "one package or folder, got 2"),
+        ("p.fasta.gz", {"from_paths": ["a.deb"]}, FileNotFoundError, r"no such .*: a\.deb"),
+    ],
+)
+@pytest.mark.usefixtures("without_shape_checks")
+def test_bad_options_are_named(tmp_path, output, options, error, words):
+    with pytest.raises(error, match=words):
+        fetch_proteins(tmp_path / output, **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_machine_without_apt_is_told_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(FileNotFoundError, match=r"'apt-get', which is not on the PATH"):
+        fetch_proteins(tmp_path / "proteins.fasta.gz", "swissprot")
+    assert list(tmp_path.iterdir()) == []
