@@ -52,7 +52,7 @@ def assert_same_state(state: LinearState, other: LinearState) -> None:
 @pytest.mark.parametrize("name", FEATURE_MAPS)
 def test_pieces_with_carried_state_equal_the_whole(name, backend):
     phi = FEATURE_MAPS[name](5, 11)
-    for norms, mask in itertools.product(NORMS, ("no mask", "left", "holes")):
+    for norms, mask in zip(NORMS, ("no mask", "left", "holes"), strict=True):
         tensors = inputs(norms=norms, dtype=torch.float64)
         mask = MASKS[mask](23)
         whole = favor_attention(*tensors, phi, True, mask, enable_gqa=True, backend=backend)
