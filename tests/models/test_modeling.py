@@ -122,9 +122,25 @@ def test_rotary_positions_are_those_of_llama(tiny_config):
     torch.testing.assert_close(turned, apply_rotary_pos_emb(query, key, cos, sin))
 
 
+def test_a_rotary_model_sees_the_order_of_tokens_but_not_where_they_start(tiny_model, tokens):
+    # Exact attention only: ω does not turn, so one draw of features can tell where a text starts.
+    model = tiny_model(PerformerForMaskedLM, attention="exact")
+    here = torch.arange(11)[None]
+    logits = model(tokens).logits
+    assert torch.equal(model(tokens, position_ids=here).logits, logits)
+    moved = model(tokens, position_ids=here + 37).logits
+    torch.testing.assert_close(moved, logits, rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(model(tokens, position_ids=here.flip(1)).logits, logits, rtol=0.01)
+
+
 def test_sinusoidal_positions_are_those_of_vaswani(tiny_config):
     positions = POSITIONS["sinusoidal"](tiny_config())
-    waves = positions.add_to(torch.zeros(1, 4, 24), torch.tensor([[0, 3, 17, 1021]]))[0]
+    position_ids = torch.tensor([[0, 3, 17, 1021]])
+    waves = positions.add_to(torch.zeros(1, 4, 24), position_ids)[0]
+    embeddings = torch.randn(1, 4, 24)
+    torch.testing.assert_close(
+        positions.add_to(embeddings, position_ids), math.sqrt(24) * embeddings + waves
+    )
     for row, position in enumerate((0, 3, 17, 1021)):
         for i in range(12):
             angle = position / 10000 ** (2 * i / 24)
