@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from performers.train import Run, has_finished, load_config
 from performers.train.checkpoints import is_whole, last_whole_checkpoint
@@ -166,14 +167,12 @@ def test_masks_change_with_the_epoch_and_not_between_evaluations(config_file, tm
     assert not torch.equal(*masks)
 
 
-def test_features_are_redrawn_every_so_many_steps(config_file):
-    class State:
-        global_step = 0
-
-    model, state, redraw = build_model(load_config(config_file)), State(), RedrawFeatures(3)
+def test_features_are_redrawn_every_so_many_steps(config_file, tmp_path):
+    model, redraw = build_model(load_config(config_file)), RedrawFeatures(3)
+    arguments, control = TrainingArguments(str(tmp_path)), TrainerControl()
     counts = []
-    for state.global_step in range(1, 8):
-        redraw.on_step_end(None, state, None, model=model)
+    for step in range(1, 8):
+        redraw.on_step_end(arguments, TrainerState(global_step=step), control, model=model)
         counts.append(int(model.performer.layers[0].attention.mechanism.feature_map.num_redraws))
     assert counts == [0, 0, 1, 1, 1, 2, 2]
 

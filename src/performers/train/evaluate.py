@@ -56,7 +56,8 @@ class Evaluation:
         task = TASKS[self.task]
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         model = self.model.to(device)
-        loader = DataLoader(self.proteins, self.batch_size, collate_fn=task.collator(self.seed))
+        collator = task.evaluation_collator(self.seed)
+        loader = DataLoader(self.proteins, self.batch_size, collate_fn=collator)
         sums = torch.zeros(3, dtype=torch.float64, device=device)
         for batch in tqdm(loader, desc="evaluating"):
             inputs = {name: tensor.to(device) for name, tensor in batch.items()}

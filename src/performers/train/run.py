@@ -197,7 +197,7 @@ class Run:
                 yield name, split
 
     def _evaluate_baseline(self) -> dict[str, dict[str, float]]:
-        collator = TASKS[self.config.task].collator(self.config.seed)
+        collator = TASKS[self.config.task].evaluation_collator(self.config.seed)
         baseline = EmpiricalBaseline.fit(self.data.train, collator.scored_token_ids)
         return {name: baseline.evaluate(split, collator) for name, split in self._evaluated()}
 

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from performers.data.masking import CausalCollator, Collator, MaskedCollator
-from performers.data.vocabulary import BOS_TOKEN_ID, EOS_TOKEN_ID, PAD_TOKEN_ID, VOCAB_SIZE
+from torch import Tensor
+
+from performers.data.masking import NOT_SCORED, CausalCollator, Collator, MaskedCollator
+from performers.data.vocabulary import (
+    BOS_TOKEN_ID,
+    EOS_TOKEN_ID,
+    MASK_TOKEN_ID,
+    PAD_TOKEN_ID,
+    VOCAB_SIZE,
+)
 from performers.models import PerformerConfig, PerformerForCausalLM, PerformerForMaskedLM
 from performers.train.config import RunConfig
 
@@ -17,16 +25,45 @@ Model = PerformerForMaskedLM | PerformerForCausalLM
 
 @dataclass(frozen=True)
 class Task:
-    """`shift`: whether the logits of a position belong to the label of the next one."""
+    """A model and its batches, which a seed determines.
+
+    `evaluation_collator`: the same batches, with labels only where an answer shows knowledge.
+    `shift`: whether the logits of a position belong to the label of the next one.
+    """
 
     model: type[Model]
     collator: Callable[[int], Collator]
+    evaluation_collator: Callable[[int], Collator]
     shift: bool
 
 
+class HiddenResidues(MaskedCollator):
+    """BERT's masking with labels at the masks alone.
+
+    BERT also chooses residues that it leaves as they are, or replaces by others. Those train a
+    model, but do not test it: one in ten answers would be right by copying the input, which beats
+    the empirical baseline by itself.
+    """
+
+    def __call__(self, items: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+        batch = super().__call__(items)
+        seen = batch["input_ids"] != MASK_TOKEN_ID
+        return {**batch, "labels": batch["labels"].masked_fill(seen, NOT_SCORED)}
+
+
 TASKS = {
-    "masked-lm": Task(PerformerForMaskedLM, lambda seed: MaskedCollator(seed=seed), shift=False),
-    "causal-lm": Task(PerformerForCausalLM, lambda seed: CausalCollator(), shift=True),
+    "masked-lm": Task(
+        model=PerformerForMaskedLM,
+        collator=lambda seed: MaskedCollator(seed=seed),
+        evaluation_collator=lambda seed: HiddenResidues(seed=seed),
+        shift=False,
+    ),
+    "causal-lm": Task(
+        model=PerformerForCausalLM,
+        collator=lambda seed: CausalCollator(),
+        evaluation_collator=lambda seed: CausalCollator(),
+        shift=True,
+    ),
 }
 
 

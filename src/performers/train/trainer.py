@@ -74,8 +74,8 @@ class ProteinTrainer(Trainer):
             ),
             callbacks=callbacks,
         )
-        # Positions to score must not change from one evaluation to the next.
-        self.eval_collator: Collator = task.collator(config.seed)
+        # It stays at epoch 0, so that every evaluation scores the same positions.
+        self.evaluation_collator = task.evaluation_collator(config.seed)
         self.remove_callback(PrinterCallback)
         if not self.args.disable_tqdm:
             self.remove_callback(ProgressCallback)
@@ -86,7 +86,7 @@ class ProteinTrainer(Trainer):
             self.add_callback(events)
 
     def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
-        collator, self.data_collator = self.data_collator, self.eval_collator
+        collator, self.data_collator = self.data_collator, self.evaluation_collator
         try:
             return super().get_eval_dataloader(eval_dataset)
         finally:

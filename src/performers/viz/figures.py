@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Float
 from matplotlib import rc_context
 from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
@@ -17,6 +18,8 @@ __all__ = ["attention_figure", "curves_figure"]
 # The model of the run first, then what it is compared with; told apart in gray print, too.
 COLORS = ("#1f5fbf", "#d1662b", "#3a8f6a", "#7b4fa3", "#8a6d1f")
 BASELINE_COLOR = "#6b7280"
+
+LARGEST_RATIO = 16
 
 STYLE = {
     "font.size": 10,
@@ -77,25 +80,32 @@ def _line(axes: Axes, history: Sequence[Mapping[str, Any]], key: str, **style: A
         axes.plot(*zip(*points, strict=True), **style)
 
 
-def attention_figure(matrices: Float[np.ndarray, "layers heads length length"]) -> Figure:
+def attention_figure(
+    matrices: Float[np.ndarray, "layers heads length length"], layer_numbers: Sequence[int]
+) -> Figure:
     """The attention matrices of one sequence: a row of panels per layer, a panel per head.
 
-    Every panel has its own color scale, from 0 to its 99.5th percentile, so that one bright
-    diagonal does not leave the rest black.
+    Colors say how many times its even share, 1/length, an entry is, on one logarithmic scale for
+    all panels of all figures. `layer_numbers` count from 0.
     """
     layers, heads, length, _ = matrices.shape
+    scale = LogNorm(vmin=1 / LARGEST_RATIO, vmax=LARGEST_RATIO, clip=True)
     with rc_context({**STYLE, "axes.grid": False}):
-        figure = Figure(figsize=(1.0 + 2.1 * heads, 0.6 + 2.1 * layers), layout="constrained")
+        figure = Figure(figsize=(1.8 + 1.95 * heads, 0.7 + 1.95 * layers), layout="constrained")
         panels = figure.subplots(layers, heads, squeeze=False, sharex=True, sharey=True)
         for layer, head in np.ndindex(layers, heads):
-            axes, matrix = panels[layer, head], matrices[layer, head]
-            axes.imshow(matrix, cmap="magma", vmin=0, vmax=max(np.quantile(matrix, 0.995), 1e-12))
+            axes, ratio = panels[layer, head], matrices[layer, head].astype(np.float32) * length
+            image = axes.imshow(np.maximum(ratio, 1e-9), cmap="RdBu_r", norm=scale)
             axes.set_xticks([0, length - 1], ["1", str(length)])
             axes.set_yticks([0, length - 1], ["1", str(length)])
             if layer == 0:
                 axes.set_title(f"head {head + 1}")
             if head == 0:
-                axes.set_ylabel(f"layer {layer + 1}")
+                axes.set_ylabel(f"layer {layer_numbers[layer] + 1}")
+        bar = figure.colorbar(image, ax=panels, shrink=0.8, label="times the even share")
+        ticks = [1 / LARGEST_RATIO, 1 / 4, 1, 4, LARGEST_RATIO]
+        bar.set_ticks(ticks, labels=["≤ 1/16", "1/4", "1", "4", "≥ 16"])
+        bar.outline.set_visible(False)
         figure.supxlabel("residue attended to", fontsize=10, color="#374151")
         figure.supylabel("residue that attends", fontsize=10, color="#374151")
         return figure

@@ -28,6 +28,13 @@ TASKS = {
     "causal-lm": ("The model predicts each residue from those before it.", "next residues"),
 }
 
+SPLITS = {
+    "cluster": "Whole clusters of similar sequences are held out, so that no close relative of a "
+    "training protein is among those tested.",
+    "sequence": "Proteins are held out at random, as in the paper, so that relatives of training "
+    "proteins are among those tested.",
+}
+
 
 def write_report(run: Path) -> Path:
     """Write report.html and its PNGs into the run folder; returns the path of the page.
@@ -82,10 +89,9 @@ def _subtitle(metrics: Mapping[str, Any]) -> str:
 
 def _explanation(metrics: Mapping[str, Any]) -> str:
     return (
-        f"{TASKS[metrics['config']['task']][0]} Proteins are split by cluster of similar "
-        "sequences, so that no relative of a training protein is among those tested. The empirical "
-        "baseline knows only how frequent each amino acid is in the training set. All models saw "
-        "the same batches in the same order, from the same seed."
+        f"{TASKS[metrics['config']['task']][0]} {SPLITS[metrics['config']['data']['split_by']]} "
+        "The empirical baseline knows only how frequent each amino acid is in the training set. "
+        "All models saw the same batches in the same order, from the same seed."
     )
 
 
@@ -120,7 +126,7 @@ def _metrics_table(metrics: Mapping[str, Any], split: str) -> str:
     first = rows[0][1]
     description = metrics["data"]["splits"][split]
     return _table(
-        f"{description['title']}: {description['sequences']:,} proteins, "
+        f"{description['title']}: {description['sequences']:,} sequences, "
         f"{first['num_scored']:,} scored positions",
         ["", "accuracy", "perplexity", "bits per character"],
         [
@@ -176,14 +182,14 @@ def _attention(run: Path, metrics: Mapping[str, Any]) -> Iterable[str]:
             continue
         name = model["attention"]
         with np.load(run / model["attention_maps"]["file"]) as arrays:
-            figure = attention_figure(arrays["attention"])
+            figure = attention_figure(arrays["attention"], arrays["layers"].tolist())
         source = _save_and_embed(figure, run / f"attention-{name}.png")
         protein = html.escape(model["attention_maps"]["protein"])
         yield (
             f'<figure><img alt="Attention matrices of {html.escape(name)}" src="{source}">'
-            f"<figcaption>Attention of {html.escape(name)} on {protein}. A linear mechanism never "
-            "forms these matrices; they are read out through one-hot values. Each panel has its "
-            "own color scale.</figcaption></figure>"
+            f"<figcaption>The attention matrices of {html.escape(name)} on {protein}. Rows attend "
+            "to columns. A linear mechanism never forms its matrices; they are read out through "
+            "one-hot values.</figcaption></figure>"
         )
 
 
@@ -214,7 +220,7 @@ def _save_and_embed(figure: Figure, path: Path) -> str:
 
 def _duration(seconds: float) -> str:
     if seconds < 100:
-        return f"{seconds:.0f} s"
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
     if seconds < 7200:
         return f"{seconds / 60:.1f} min"
     return f"{seconds / 3600:.1f} h"

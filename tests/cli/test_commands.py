@@ -1,0 +1,203 @@
+"""The commands: what they print, what they refuse, and in how many lines."""
+
+import json
+
+import pytest
+import torch
+import yaml
+from typer.testing import CliRunner
+
+from performers.cli import app
+from performers.data.vocabulary import STANDARD_AMINO_ACIDS
+from performers.models import MECHANISMS
+from performers.train import shipped_configs
+
+COMMANDS = (
+    ["train"],
+    ["evaluate"],
+    ["generate"],
+    ["report"],
+    ["info"],
+    ["data"],
+    ["data", "proteins"],
+)
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def refused(*arguments):
+    """The one line that a refused command says."""
+    result = run(*arguments)
+    assert result.exit_code == 2, result.output
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: ")
+    return line
+
+
+@pytest.fixture(scope="module")
+def fasta(tmp_path_factory):
+    """37 proteins that alternate between two letters, each its own cluster."""
+    path = tmp_path_factory.mktemp("data") / "proteins.fasta"
+    with path.open("w") as file:
+        for number in range(37):
+            pair = STANDARD_AMINO_ACIDS[number % 19 : number % 19 + 2]
+            file.write(f">p{number} Cluster=c{number} Family=f{number}\n{pair * (5 + number)}\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def config(fasta, tmp_path_factory):
+    tree = {
+        "task": "causal-lm",
+        "data": {"source": [str(fasta)], "length": 29},
+        "model": {
+            "hidden_size": 12,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "intermediate_size": 13,
+            "num_projections": 7,
+        },
+        "trainer": {
+            "max_steps": 2,
+            "per_device_train_batch_size": 5,
+            "use_cpu": True,
+            "disable_tqdm": True,
+        },
+    }
+    path = tmp_path_factory.mktemp("config") / "tiny.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained(config, tmp_path_factory):
+    """A finished run and what was printed on the way."""
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    result = run("train", config, "--output", folder)
+    assert result.exit_code == 0, result.output
+    return folder, result.stdout
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_every_command_explains_itself_with_an_example(command):
+    result = run(*command, "--help")
+    assert result.exit_code == 0
+    if command != ["data"]:
+        assert f"performers {' '.join(command)}" in result.output
+
+
+def test_training_prints_a_table_and_where_the_report_is(trained):
+    folder, printed = trained
+    assert "empirical baseline" in printed
+    assert "performer-relu" in printed
+    assert printed.rstrip().endswith(f"Report: {folder / 'report.html'}")
+    assert (folder / "report.html").stat().st_size > 10_000
+
+
+def test_an_output_folder_with_a_run_is_refused_and_left_alone(trained, config):
+    folder, _ = trained
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    assert "already holds a run. Add --resume" in refused("train", config, "--output", folder)
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+def test_a_finished_run_is_shown_without_training(trained, config):
+    folder, printed = trained
+    result = run("train", config, "--output", folder, "--if-exists", "show")
+    assert result.exit_code == 0
+    assert "This run is finished" in result.stdout
+    table = printed[: printed.index("\nReport")]
+    assert result.stdout.startswith(table)
+
+
+def test_an_interrupted_run_says_how_to_go_on_and_can(config, tmp_path, monkeypatch):
+    def interrupt(self):
+        raise KeyboardInterrupt
+
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr("performers.train.Run.train", interrupt)
+        result = run("train", config, "seed=3", "--output", folder)
+    assert result.exit_code == 130
+    assert f"performers train {config} seed=3 --output {folder} --resume" in result.stderr
+    assert not (folder / "metrics.json").exists()
+    assert run("train", config, "seed=3", "--output", folder, "--if-exists", "show").exit_code == 0
+    assert (folder / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["train", "demmo"], "Did you mean 'demo'?"),
+        (["train", "absent.yaml"], "no config file absent.yaml"),
+        (["train", "demo", "trainer.max_step=3"], "Did you mean 'max_steps'?"),
+        (["train", "demo", "model.num_attention_heads=3"], "num_attention_heads must divide"),
+        (["train", "demo", "trainer.optim=adamm"], "adamm"),
+        (["train", "demo", "data.source=[absent.fasta]"], "absent.fasta"),
+        (["evaluate", "absent", "absent.fasta"], "must be a run with a finished model/"),
+        (["generate", "absent"], "must be a run with a finished model/"),
+        (["generate", "absent", "--temperature", "-1"], "temperature must be at least 0"),
+        (["generate", "absent", "--prompt", "MK1"], "got '1' at position 3"),
+        (["generate", "absent", "--prompt", "MKV", "--length", "3"], "must exceed that of the"),
+        (["report", "absent"], "absent"),
+        (["data", "proteins", "x.fasta.gz", "--source", "swisprot"], "Did you mean 'swissprot'?"),
+    ],
+)
+def test_what_cannot_be_done_is_one_line(arguments, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert words in refused(*arguments)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_is_evaluated_on_any_proteins(trained, fasta):
+    result = run("evaluate", trained[0], fasta, "--json", "--length", "23")
+    assert result.exit_code == 0, result.output
+    scores = json.loads(result.stdout)
+    assert scores["proteins"] == 37
+    assert 0 <= scores["accuracy"] <= 1
+    assert scores["perplexity"] > 1
+    table = run("evaluate", trained[0] / "model", fasta, "--length", "23").stdout
+    assert f"{scores['perplexity']:.4f}" in table
+
+
+def test_sampled_proteins_are_fasta_that_begins_with_the_prompt(trained):
+    arguments = ("generate", trained[0], "--count", "2", "--length", "70", "--prompt", "MKV")
+    result = run(*arguments)
+    assert result.exit_code == 0, result.output
+    records = result.stdout.split(">")[1:]
+    assert len(records) == 2
+    for record in records:
+        header, *lines = record.splitlines()
+        sequence = "".join(lines)
+        assert sequence.startswith("MKV")
+        assert f"length={len(sequence)}" in header
+        assert len(sequence) <= 70
+        assert all(len(line) <= 60 for line in lines)
+        assert sequence.isalpha()
+    assert run(*arguments).stdout == result.stdout
+
+
+def test_a_masked_model_cannot_be_sampled_from(trained, tmp_path):
+    from performers.models import PerformerConfig, PerformerForMaskedLM
+
+    config = PerformerConfig.from_pretrained(trained[0] / "model")
+    with torch.random.fork_rng():
+        PerformerForMaskedLM(config).save_pretrained(tmp_path)
+    assert "must hold a causal model" in refused("generate", tmp_path)
+
+
+def test_info_names_every_word_that_a_config_may_use():
+    result = run("info")
+    assert result.exit_code == 0
+    for word in ("torch", "transformers", "threads", "chunked", *MECHANISMS, *shipped_configs()):
+        assert word in result.stdout
+
+
+def test_a_fasta_set_is_written_with_its_card(fasta, tmp_path):
+    output = tmp_path / "mine.fasta.gz"
+    result = run("data", "proteins", output, "--source", "fasta", "--from", fasta)
+    assert result.exit_code == 0, result.output
+    assert output.exists()
+    assert (tmp_path / "mine.json").exists()

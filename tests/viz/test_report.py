@@ -1,0 +1,104 @@
+"""The report is one page that needs nothing else, and says what the numbers say."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+
+from performers.viz import write_report
+
+ENVIRONMENT = {
+    "python": "3.11",
+    "packages": {"torch": "2.13"},
+    "processor": "A <processor>",
+    "cores": 2,
+    "threads": 1,
+    "accelerators": [],
+}
+
+
+def scores(accuracy):
+    return {
+        "accuracy": accuracy,
+        "loss": 2.0,
+        "perplexity": 7.389,
+        "bits_per_character": 2.885,
+        "num_scored": 1013,
+    }
+
+
+def model(attention, accuracy):
+    return {
+        "attention": attention,
+        "parameters": 1234,
+        "device": "cpu",
+        "steps": 2,
+        "seconds": 61.0,
+        "tokens_per_second": 1017.0,
+        "peak_memory": 3 * 2**20,
+        "metrics": {"valid": scores(accuracy)},
+        "history": [
+            {"step": 1, "loss": 3.0},
+            {"step": 2, "eval_loss": 2.0, "eval_accuracy": accuracy},
+        ],
+    }
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A finished run: its metrics and the attention matrices of its first model."""
+    performer = model("performer-relu", 0.123)
+    performer["attention_maps"] = {"file": "attention.npz", "protein": "BPT1_BOVIN"}
+    matrices = np.random.default_rng(0).random((2, 3, 11, 11)).astype(np.float16)
+    np.savez_compressed(tmp_path / "attention.npz", attention=matrices, layers=np.array([0, 5]))
+    metrics = {
+        "created": "2026-01-01",
+        "command": "performers train demo",
+        "config": {"task": "causal-lm", "seed": 3, "data": {"split_by": "cluster"}},
+        "environment": ENVIRONMENT,
+        "data": {
+            "description": "some proteins",
+            "splits": {"valid": {"title": "Validation", "sequences": 17}},
+        },
+        "baseline": {"valid": scores(0.0907)},
+        "models": [performer, model("exact", 0.131)],
+    }
+    (tmp_path / "metrics.json").write_text(json.dumps(metrics))
+    return tmp_path
+
+
+def test_the_report_asks_no_network_for_anything(run):
+    page = write_report(run).read_text()
+    outside = page.replace("data:image/png;base64,", "")
+    assert not re.search(r"(https?:)?//[a-z]", re.sub(r'src="[A-Za-z0-9+/=]+"', "", outside))
+    assert not re.search(r"<(script|link|iframe)|@import|url\(", page)
+    sources = re.findall(r'src="([^"]{0,22})', page)
+    assert sources == ["data:image/png;base64,"] * 2  # curves and one attention picture
+
+
+def test_the_report_shows_every_number_beside_the_baseline(run):
+    page = write_report(run).read_text()
+    for text in ("12.30%", "13.10%", "9.07%", "7.389", "2.885", "1,013", "61 s", "3 MiB", "1,234"):
+        assert text in page
+    assert "predicts 12.3% of the next residues" in page
+    assert "more than the 9.1%" in page
+    assert "BPT1_BOVIN" in page
+    assert "performers train demo" in page
+
+
+def test_the_headline_does_not_claim_what_was_not_reached(run):
+    metrics = json.loads((run / "metrics.json").read_text())
+    metrics["models"][0]["metrics"]["valid"]["accuracy"] = 0.05
+    (run / "metrics.json").write_text(json.dumps(metrics))
+    assert "no more than the 9.1%" in write_report(run).read_text()
+
+
+def test_words_from_outside_are_escaped(run):
+    assert "A &lt;processor&gt;" in write_report(run).read_text()
+
+
+def test_the_pictures_are_files_as_well(run):
+    write_report(run)
+    for name in ("curves.png", "attention-performer-relu.png"):
+        assert (run / name).read_bytes().startswith(b"\x89PNG")
