@@ -1,0 +1,209 @@
+"""The softmax normalizer by itself, log Σ_j exp(q·k_j), and the cross entropy that is built on it.
+
+    Σ_j exp(q·k_j) = E[φ(q) · Σ_j φ(k_j)]
+
+The sum over the keys is taken once and is a `LinearState` without values. Each query then costs
+O(m), however many keys there are:
+
+    state = absorb_keys(key, phi)
+    log_normalizer(query, phi, state)
+
+The estimate of the normalizer is unbiased; its logarithm is not (Jensen):
+
+    E[log Ẑ] ≈ log Z − Var(Ẑ) / (2 Z²)
+
+So it is too small on average, by half the squared relative error of Ẑ while that is well below 1.
+Past that Ẑ misses the rare ω that make up its mean, and log Ẑ is too small nearly always. The error
+grows like exp(‖q + k‖²) / m, so keep the norms small or use `performers.SharpFeatures`;
+docs/kernels.md has the numbers.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn import functional as F
+
+from performers.backends.reference import read, read_weights
+from performers.backends.tiles import recomputed, tiles
+from performers.checks import check_choice
+from performers.functional.favor import favor_attention
+from performers.typing import FeatureMap, LinearState, exp_difference
+
+__all__ = ["absorb_keys", "approximate_cross_entropy", "log_normalizer"]
+
+QUERY_TILE = 512
+REDUCTIONS = ("mean", "sum", "none")
+
+
+def absorb_keys(
+    key: Float[Tensor, "batch heads key_length dim"],
+    phi: FeatureMap,
+    key_padding_mask: Bool[Tensor, "batch key_length"] | None = None,
+    scale: float | None = None,
+) -> LinearState:
+    """Σ_j φ(√scale · k_j), with one log-scale per feature: all that a normalizer asks of the keys.
+
+    States of several key sets merge: `state.merge(other)`. `scale` is 1/√dim unless given.
+
+    Raises ValueError where φ is no nonnegative estimate of the softmax kernel.
+    Cost: O(key_length · num_features · dim) time, O(num_features) memory beside the keys.
+    """
+    _check_log_is_defined(phi)
+    no_query, no_value = key[:, :, :0], key[..., :0]
+    _, state = favor_attention(
+        no_query,
+        key,
+        no_value,
+        phi,
+        key_padding_mask=key_padding_mask,
+        scale=scale,
+        return_state=True,
+    )
+    return state
+
+
+def log_normalizer(
+    query: Float[Tensor, "batch heads query_length dim"],
+    phi: FeatureMap,
+    state: LinearState,
+    scale: float | None = None,
+) -> Float[Tensor, "batch heads query_length"]:
+    """log Σ_j exp(scale · q·k_j), estimated from the keys that `absorb_keys` has put into a state.
+
+        log Ẑ_i = log Σ_m φ_m(√scale · q_i) Σ_j φ_m(√scale · k_j)
+
+    A state of batch size 1 serves queries of any batch size. Without a key it is −∞. The result is
+    float32, or float64 for float64 states. Bias: see the head of this file.
+
+    Raises ValueError where φ is no nonnegative estimate of the softmax kernel.
+    Cost: O(query_length · num_features · dim), whatever the number of keys.
+
+    >>> from performers import SoftmaxFeatures
+    >>> phi = SoftmaxFeatures(dim=8, num_projections=4096)
+    >>> query, key = torch.randn(1, 1, 5, 8), torch.randn(1, 1, 1000, 8)
+    >>> estimate = log_normalizer(query, phi, absorb_keys(key, phi))
+    >>> exact = (query @ key.mT / 8**0.5).logsumexp(dim=-1)
+    >>> bool((estimate - exact).abs().max() < 0.2)
+    True
+    """
+    _check_log_is_defined(phi)
+    scale = phi.default_scale if scale is None else scale
+    phi = phi.fitted(query, query[:, :, :0], None, scale=scale, is_streaming=True)
+    state = state.map(lambda part: part.expand(len(query), *part.shape[1:]))
+
+    def read_tile(rows: Tensor, state: LinearState) -> Tensor:
+        partial = read(state, phi.query_features(rows * math.sqrt(scale)))
+        return (partial.normalizer.log() + partial.frame).squeeze(-1)
+
+    with torch.autocast(query.device.type, enabled=False):
+        rows = query.to(state.normalizer.dtype)
+        parts = [
+            recomputed(read_tile, rows[:, :, tile], state)
+            for tile in tiles(rows.shape[2], QUERY_TILE)
+        ]
+    return torch.cat([rows[:, :, :0, 0], *parts], dim=2)
+
+
+def approximate_cross_entropy(
+    hidden: Float[Tensor, "*batch dim"],
+    output_embeddings: Float[Tensor, "vocabulary dim"],
+    targets: Int[Tensor, "*batch"],
+    phi: FeatureMap,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+) -> Float[Tensor, "*reduced"]:
+    """Cross entropy of softmax(h Eᵀ) over a large vocabulary without its logits.
+
+        loss = log(1 + exp(log Ẑ_others − h·e_target)),    Ẑ_others = φ(h) · Σ_{j ≠ target} φ(e_j)
+
+    The target's own term is exact in the numerator and in the normalizer, and only the sum over the
+    other tokens is estimated. So the loss is never negative. Were the target a part of the
+    estimate, which typically is too small, training would find a loss without a lower bound.
+
+    The estimate is differentiable in `hidden` and `output_embeddings`. It is too small on average
+    (see the head of this file): train with it, but report the exact cross entropy, and redraw φ as
+    training goes on, lest the weights learn to suit one ω. `SharpFeatures(statistics="call")`
+    measures hidden states and embeddings at every call and is the sharpest choice.
+
+    `targets`: indices of rows of `output_embeddings`; those equal to `ignore_index` are left out.
+    `reduction`: "mean" over the targets that count (NaN if there is none, as in torch), "sum", or
+    "none". The loss is float32, or float64 for float64 inputs.
+
+    Raises ValueError or TypeError for shapes, targets and words that do not fit, or where φ is no
+    nonnegative estimate of the softmax kernel.
+    Cost: O((N + V) · num_features · dim) for N targets and V tokens, where exact logits cost
+    O(N · V · dim): it pays from num_features ≪ N·V/(N + V). Memory O((N + V) · dim), not N · V.
+    """
+    _check_log_is_defined(phi)
+    check_choice("reduction", reduction, REDUCTIONS)
+    _check_tokens(hidden, output_embeddings, targets, ignore_index)
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    counts = targets != ignore_index
+
+    def losses_of(rows: Tensor, own_key: Tensor, state: LinearState) -> Tensor:
+        frame = state.log_scale.unsqueeze(2)
+        weights, row_frame = read_weights(frame, phi.query_features(rows))
+        own_features = phi.key_features(own_key)
+        own = exp_difference(own_features.exponent(), frame)
+        if own_features.values is not None:
+            own = own * own_features.values
+        # Feature by feature no difference is below 0, but for rounding.
+        others = (weights * (state.normalizer.unsqueeze(2) - own).clamp(min=0)).sum(
+            -1, keepdim=True
+        )
+        has_others = others > 0
+        log_others = others.where(has_others, 1.0).log() + row_frame
+        losses = F.softplus(log_others - (rows * own_key).sum(-1, keepdim=True))
+        return losses.where(has_others, 0.0).flatten()
+
+    with torch.autocast(hidden.device.type, enabled=False):
+        query = hidden[counts].to(dtype)[None, None]
+        key = output_embeddings.to(dtype)[None, None]
+        phi = phi.fitted(query, key, None, scale=1.0, is_streaming=False)
+        state = absorb_keys(key, phi, scale=1.0)
+        own_key = key[:, :, targets[counts]]
+        parts = [
+            recomputed(losses_of, query[:, :, tile], own_key[:, :, tile], state)
+            for tile in tiles(query.shape[2], QUERY_TILE)
+        ]
+    losses = torch.cat([query[0, 0, :0, 0], *parts])
+    if reduction == "none":
+        return hidden.new_zeros(targets.shape, dtype=dtype).masked_scatter(counts, losses)
+    return losses.mean() if reduction == "mean" else losses.sum()
+
+
+def _check_log_is_defined(phi: FeatureMap) -> None:
+    if not (phi.is_softmax and phi.is_nonnegative):
+        raise ValueError(
+            "the logarithm of a normalizer needs a nonnegative estimate of the softmax kernel, and "
+            f"{type(phi).__name__} gives none as it is set. Use SharpFeatures, or SoftmaxFeatures "
+            'with estimator "positive" or "hyperbolic".'
+        )
+
+
+def _check_tokens(
+    hidden: Tensor, output_embeddings: Tensor, targets: Tensor, ignore_index: int
+) -> None:
+    if output_embeddings.ndim != 2 or hidden.shape[-1:] != output_embeddings.shape[1:]:
+        raise ValueError(
+            "output_embeddings must be (vocabulary, dim) with the dim of hidden: hidden is "
+            f"{tuple(hidden.shape)}, output_embeddings is {tuple(output_embeddings.shape)}."
+        )
+    if targets.shape != hidden.shape[:-1]:
+        raise ValueError(
+            "there must be one target per hidden vector: hidden is "
+            f"{tuple(hidden.shape)}, targets is {tuple(targets.shape)}."
+        )
+    if targets.dtype != torch.int64:
+        raise TypeError(f"targets must be int64 indices, got {targets.dtype}. Use .long().")
+    vocabulary = len(output_embeddings)
+    outside = (targets != ignore_index) & ((targets < 0) | (targets >= vocabulary))
+    if outside.any():
+        raise ValueError(
+            f"targets must be in 0 … {vocabulary - 1} or ignore_index={ignore_index}, got "
+            f"{int(targets[outside][0])}."
+        )
