@@ -20,7 +20,16 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-__all__ = ["Attention", "FeatureMap", "Features", "LinearState", "RecentKeys", "exp_difference"]
+__all__ = [
+    "Attention",
+    "FeatureMap",
+    "Features",
+    "LinearState",
+    "LogLinear",
+    "LogLinearMap",
+    "RecentKeys",
+    "exp_difference",
+]
 
 
 def exp_difference(
@@ -65,6 +74,28 @@ class Features(NamedTuple):
         return self.values.new_zeros(*self.values.shape[:-1], 1)
 
 
+class LogLinear(NamedTuple):
+    """log φ_m(x) = inputs·directions_m + tilt_m + log_rows: exponential features, not multiplied
+    out.
+
+    `inputs` is x or a linear image of it; `tilt` is None for 0. Leading dimensions of `directions`
+    and
+    `tilt` are none, (heads,) or (batch, heads).
+    """
+
+    inputs: Float[Tensor, "*batch length dim"]
+    directions: Float[Tensor, "*heads num_features dim"]
+    log_rows: Float[Tensor, "*batch length 1"]
+    tilt: Float[Tensor, "*heads num_features"] | None = None
+
+    def features(self) -> Features:
+        """The product: `log_values` and `log_rows`."""
+        log_values = self.inputs @ self.directions.mT
+        if self.tilt is not None:
+            log_values = log_values + self.tilt.unsqueeze(-2)
+        return Features(log_values=log_values, log_rows=self.log_rows)
+
+
 @runtime_checkable
 class FeatureMap(Protocol):
     """φ: what attention needs to know of a feature map. `performers.nn` has the modules."""
@@ -98,6 +129,15 @@ class FeatureMap(Protocol):
     def query_features(self, x: Float[Tensor, "*batch length dim"]) -> Features: ...
 
     def key_features(self, x: Float[Tensor, "*batch length dim"]) -> Features: ...
+
+
+@runtime_checkable
+class LogLinearMap(FeatureMap, Protocol):
+    """A feature map whose features are exponentials of linear functions (where nonnegative)."""
+
+    def log_linear_queries(self, x: Float[Tensor, "*batch length dim"]) -> LogLinear: ...
+
+    def log_linear_keys(self, x: Float[Tensor, "*batch length dim"]) -> LogLinear: ...
 
 
 @runtime_checkable

@@ -82,7 +82,7 @@ def favor_attention(
     normalizer; a window of the whole length is exact attention. For softmax features only.
     `initial_state`, `return_state`: continue a sequence. Prefill, chunked prefill and one-token
     decoding are this same call. With `return_state=True` the result is `(out, LinearState)`.
-    `backend`: None chooses; "reference" or "chunked" is obeyed.
+    `backend`: None chooses; "reference", "chunked" or "landmarks" is obeyed or refused.
 
     Dropout of attention weights has no linear-time form: drop the output instead.
 
@@ -110,6 +110,7 @@ def favor_attention(
         enable_gqa=enable_gqa,
         window_size=window_size,
         initial_state=initial_state,
+        return_state=return_state,
         backend=backend,
     )
-    return (out, state) if return_state else out
+    return out if state is None else (out, state)

@@ -20,13 +20,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from performers.checks import check_choice, check_omega
-from performers.typing import Features
+from performers.typing import Features, LogLinear
 
 __all__ = [
     "KERNELS",
     "Kernel",
     "hyperbolic_features",
     "kernel_features",
+    "log_linear_hyperbolic",
+    "log_linear_positive",
     "positive_features",
     "trigonometric_features",
 ]
@@ -48,9 +50,17 @@ def positive_features(
     >>> positive_features(x, omega).dense()
     tensor([[0.7071, 0.7071]])
     """
-    return Features(
-        log_values=_project(x, omega), log_rows=-_half_square_norm(x) - math.log(len(omega)) / 2
-    )
+    return log_linear_positive(x, omega).features()
+
+
+def log_linear_positive(
+    x: Float[Tensor, "*batch length dim"],
+    omega: Float[Tensor, "num_projections dim"],
+) -> LogLinear:
+    """`positive_features`, not multiplied out."""
+    check_omega(x, omega)
+    log_rows = -_half_square_norm(x) - math.log(len(omega)) / 2
+    return LogLinear(x, omega.to(x.dtype), log_rows)
 
 
 def hyperbolic_features(
@@ -65,11 +75,15 @@ def hyperbolic_features(
 
     Cost: O(length · m · dim).  Source: Choromanski et al. 2021, Lemma 1 and Lemma 2.
     """
-    projected = _project(x, omega)
-    return Features(
-        log_values=torch.cat([projected, -projected], dim=-1),
-        log_rows=-_half_square_norm(x) - math.log(2 * len(omega)) / 2,
-    )
+    return log_linear_hyperbolic(x, omega).features()
+
+
+def log_linear_hyperbolic(
+    x: Float[Tensor, "*batch length dim"],
+    omega: Float[Tensor, "num_projections dim"],
+) -> LogLinear:
+    """`hyperbolic_features`, not multiplied out."""
+    return log_linear_positive(x, torch.cat([omega, -omega]))
 
 
 def trigonometric_features(

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from performers.backends import choose_backend
+from performers.backends import BACKENDS, choose_backend
 from performers.checks import check_attention_inputs, check_state, check_window
 from performers.typing import FeatureMap, LinearState, RecentKeys
 
@@ -29,15 +29,18 @@ def linear_attention(
     enable_gqa: bool = False,
     window_size: int | None = None,
     initial_state: LinearState | None = None,
+    return_state: bool = False,
     backend: str | None = None,
-) -> tuple[Float[Tensor, "batch heads query_length value_dim"], LinearState]:
-    """Attention with kernel κ(q, k) = φ(√scale q)·φ(√scale k), and the state after the last key.
+) -> tuple[Float[Tensor, "batch heads query_length value_dim"], LinearState | None]:
+    """Attention with kernel κ(q, k) = φ(√scale q)·φ(√scale k), and the state after the keys.
 
         bidirectional:  out_i = Σ_j κ(q_i, k_j) v_j / Σ_j κ(q_i, k_j)
         causal:         the sums run over j ≤ i
 
     With `window_size`, keys with |i − j| < window_size are scored by exp(scale · q·k), not κ: for
     feature maps of the softmax kernel only, and for one query per key.
+
+    Returns the output and, with `return_state`, the state, else None.
 
     φ is applied tile by tile inside the backend, so features are never stored. Sums and states are
     float32 (float64 for float64 inputs), under autocast too; the output has the dtype of `query`.
@@ -54,7 +57,6 @@ def linear_attention(
         enable_gqa=enable_gqa,
         scale=scale,
     )
-    attend = choose_backend(backend)
     if window_size is not None:
         check_window(
             window_size,
@@ -78,8 +80,16 @@ def linear_attention(
         # Masked keys weigh 0, but 0 · NaN is NaN, and padding may hold anything.
         absent = ~key_padding_mask[:, None, :, None]
         key, value = key.masked_fill(absent, 0.0), value.masked_fill(absent, 0.0)
+    chosen = choose_backend(
+        backend,
+        query,
+        phi,
+        is_causal=is_causal,
+        window_size=window_size,
+        has_state=return_state or initial_state is not None,
+    )
     with torch.autocast(query.device.type, enabled=False):
-        out, state = attend(
+        out, last = BACKENDS[chosen](
             query.unflatten(1, (key_heads, -1)),
             key,
             value,
@@ -91,4 +101,4 @@ def linear_attention(
             window_size=window_size,
             state=state,
         )
-    return out.flatten(1, 2).to(query.dtype), state
+    return out.flatten(1, 2).to(query.dtype), last if return_state else None

@@ -27,7 +27,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from performers.checks import check_choice
-from performers.typing import FeatureMap, Features
+from performers.typing import FeatureMap, Features, LogLinear
 
 __all__ = [
     "OPTIMAL",
@@ -87,14 +87,17 @@ class Moments:
 
     def over_batch(self) -> Moments:
         """The moments of all sequences of the batch together."""
-        total = Moments(self.count[0], self.mean[0], self.covariance[0])
-        for row in range(1, len(self.mean)):
-            total = total.merge(Moments(self.count[row], self.mean[row], self.covariance[row]))
+        total = Moments(*(part.new_zeros(part.shape[1:]) for part in vars(self).values()))
+        for row in zip(*vars(self).values(), strict=True):
+            total = total.merge(Moments(*row))
         return total
 
 
 class Reparametrization(NamedTuple):
-    """a, b, M, M⁻ᵀ and A of the module's docstring; leading dimensions are those of the heads."""
+    """a, b, M, M⁻ᵀ and A of the module's docstring; leading dimensions are those of the heads.
+
+    float64, because M and M⁻ᵀ undo each other only to the precision in which they are kept.
+    """
 
     query_shift: Float[Tensor, "*batch dim"]
     key_shift: Float[Tensor, "*batch dim"]
@@ -105,8 +108,8 @@ class Reparametrization(NamedTuple):
     @classmethod
     def identity(cls, *batch: int, dim: int) -> Reparametrization:
         """The one that changes nothing: plain positive features."""
-        zeros = torch.zeros(*batch, dim, dtype=torch.float32, device="cpu")
-        eye = torch.eye(dim, dtype=torch.float32, device="cpu").expand(*batch, dim, dim)
+        zeros = torch.zeros(*batch, dim, dtype=torch.float64, device="cpu")
+        eye = torch.eye(dim, dtype=torch.float64, device="cpu").expand(*batch, dim, dim)
         return cls(zeros, zeros.clone(), eye.clone(), eye.clone(), zeros.clone())
 
 
@@ -150,8 +153,7 @@ def sharpen(
         exponent = optimal_exponent(spread.sum(dim=-1, keepdim=True), dim=dim).expand_as(spread)
     else:
         exponent = torch.zeros_like(spread)
-    parts = (query_shift, key_shift, query_map, key_map, exponent)
-    return Reparametrization(*(part.to(torch.float32) for part in parts))
+    return Reparametrization(query_shift, key_shift, query_map, key_map, exponent)
 
 
 def optimal_exponent(spread: Float[Tensor, "*batch"], dim: int) -> Float[Tensor, "*batch"]:
@@ -207,22 +209,28 @@ class ReparametrizedFeatures:
         return self
 
     def query_features(self, x: Float[Tensor, "*batch length dim"]) -> Features:
+        return self.log_linear_queries(x).features()
+
+    def key_features(self, x: Float[Tensor, "*batch length dim"]) -> Features:
+        return self.log_linear_keys(x).features()
+
+    def log_linear_queries(self, x: Float[Tensor, "*batch length dim"]) -> LogLinear:
         """φ(q); the factor exp(b·q) of the shift goes to the row."""
         a, b, query_map, _, _ = self.reparametrization
         x = x - a.unsqueeze(-2).to(x.dtype)
         # b·q = b·(q − a) + a·b, and a·b has its other half in the keys
         constant = (a * b).sum(dim=-1)[..., None, None].to(x.dtype)
-        return self._features(x, query_map, b, constant)
+        return self._log_linear(x, query_map, b, constant)
 
-    def key_features(self, x: Float[Tensor, "*batch length dim"]) -> Features:
+    def log_linear_keys(self, x: Float[Tensor, "*batch length dim"]) -> LogLinear:
         """φ(k); the factor exp(a·(k − b)) of the shift goes to the row."""
         a, b, _, key_map, _ = self.reparametrization
         x = x - b.unsqueeze(-2).to(x.dtype)
-        return self._features(x, key_map, a, None)
+        return self._log_linear(x, key_map, a, None)
 
-    def _features(
+    def _log_linear(
         self, centered: Tensor, matrix: Tensor, other_shift: Tensor, constant: Tensor | None
-    ) -> Features:
+    ) -> LogLinear:
         dtype = centered.dtype
         omega, exponent = self.omega.to(dtype), self.reparametrization.exponent.to(dtype)
         mapped = centered @ matrix.to(dtype).mT
@@ -232,10 +240,9 @@ class ReparametrizedFeatures:
         rows = (centered * other_shift.unsqueeze(-2).to(dtype)).sum(dim=-1, keepdim=True)
         rows = rows - mapped.square().sum(dim=-1, keepdim=True) / 2
         rows = rows + stretch.log().sum(dim=-1, keepdim=True) / 2 - math.log(len(omega)) / 2
-        return Features(
-            log_values=mapped @ (omega * stretch).mT + tilt,
-            log_rows=rows if constant is None else rows + constant,
-        )
+        if constant is not None:
+            rows = rows + constant
+        return LogLinear(mapped, omega * stretch, rows, tilt.squeeze(-2))
 
 
 def _regular(moments: Moments) -> Tensor:

@@ -13,12 +13,14 @@ from performers.checks import check_choice, check_count, check_feature_map
 from performers.functional.features import (
     hyperbolic_features,
     kernel_features,
+    log_linear_hyperbolic,
+    log_linear_positive,
     positive_features,
     resolve_kernel,
     trigonometric_features,
 )
 from performers.functional.projections import DISTRIBUTIONS, PROJECTIONS, draw_projection
-from performers.typing import FeatureMap, Features
+from performers.typing import FeatureMap, Features, LogLinear
 
 __all__ = ["KernelFeatures", "RandomFeatures", "SoftmaxFeatures"]
 
@@ -171,6 +173,14 @@ class SoftmaxFeatures(RandomFeatures):
     def key_features(self, x: Float[Tensor, "*batch length dim"]) -> Features:
         return self.query_features(x)
 
+    def log_linear_queries(self, x: Float[Tensor, "*batch length dim"]) -> LogLinear:
+        """The nonnegative estimators, not multiplied out."""
+        assert self.omega is not None, "softmax features always have omega"
+        return LOG_LINEAR_ESTIMATORS[self.estimator](x, self.omega)
+
+    def log_linear_keys(self, x: Float[Tensor, "*batch length dim"]) -> LogLinear:
+        return self.log_linear_queries(x)
+
     def extra_repr(self) -> str:
         return f"estimator={self.estimator!r}, {super().extra_repr()}"
 
@@ -236,6 +246,11 @@ ESTIMATORS: dict[str, Callable[[Tensor, Tensor], Features]] = {
     "positive": positive_features,
     "hyperbolic": hyperbolic_features,
     "trigonometric": trigonometric_features,
+}
+
+LOG_LINEAR_ESTIMATORS: dict[str, Callable[[Tensor, Tensor], LogLinear]] = {
+    "positive": log_linear_positive,
+    "hyperbolic": log_linear_hyperbolic,
 }
 
 

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from performers.checks import check_choice, check_count, check_feature_map
+from performers.checks import check_attention_inputs, check_choice, check_count, check_feature_map
 from performers.functional.projections import PROJECTIONS
 from performers.functional.sharp import (
     OPTIMAL,
@@ -18,7 +18,7 @@ from performers.functional.sharp import (
     sharpen,
 )
 from performers.nn.feature_maps import RandomFeatures
-from performers.typing import FeatureMap, Features
+from performers.typing import FeatureMap, Features, LogLinear
 
 __all__ = ["SharpFeatures"]
 
@@ -36,6 +36,7 @@ class SharpFeatures(RandomFeatures):
     `shift`, `balance`, `optimal`: the three steps of `performers.functional.sharp`, all on.
 
     The statistics are buffers, saved with the weights, and keep their precision under `.half()`.
+    They are constants to differentiation: whatever they are, the estimate is unbiased.
 
     Raises ValueError for unknown words or counts below 1.
     """
@@ -106,15 +107,15 @@ class SharpFeatures(RandomFeatures):
         `key_padding_mask` hides the padded queries too where there is one query per key.
         Raises ValueError where a visible query or key is not finite, naming the head.
         """
-        root = math.sqrt(self.default_scale if scale is None else scale)
-        queries, keys = _moments(query, key, key_padding_mask, root)
+        scale = self.default_scale if scale is None else scale
+        queries, keys = self._moments_of(query, key, key_padding_mask, scale)
+        if key.shape[1] != self.num_heads:
+            raise ValueError(
+                f"calibration needs keys with {self.num_heads} heads, which these features were "
+                f"made for: got {key.shape[1]}. Pass num_heads= to SharpFeatures."
+            )
         batch = {"query": queries.over_batch(), "key": keys.over_batch()}
         for side, new in batch.items():
-            if new.mean.shape[0] != self.num_heads:
-                raise ValueError(
-                    f"calibration needs keys with {self.num_heads} heads, which these features "
-                    f"were made for: got {new.mean.shape[0]}. Pass num_heads= to SharpFeatures."
-                )
             finite = new.covariance.isfinite().flatten(1).all(dim=1)
             if not finite.all():
                 heads = ", ".join(map(str, (~finite).nonzero().flatten().tolist()))
@@ -147,20 +148,31 @@ class SharpFeatures(RandomFeatures):
         """The features for one call: of the calibration, or of the call's own statistics."""
         check_feature_map(query, self.dim, self.num_redraws.device)
         if self.statistics == "calibrated":
+            if self.num_heads not in (1, key.shape[1]):
+                raise ValueError(
+                    f"these features were made for {self.num_heads} key heads and key has "
+                    f"{key.shape[1]}. Pass num_heads= to SharpFeatures."
+                )
             return self._with(self._reparametrization())
         if is_streaming:
             raise ValueError(
                 'statistics="call" would let a position see its future, so it cannot serve causal '
                 'or streaming attention. Use statistics="calibrated" and calibrate().'
             )
-        queries, keys = _moments(query, key, key_padding_mask, math.sqrt(scale))
+        queries, keys = self._moments_of(query, key, key_padding_mask, scale)
         return self._with(self._sharpened(_finite(queries), _finite(keys)))
 
     def query_features(self, x: Float[Tensor, "*batch length dim"]) -> Features:
-        return self._with(self._reparametrization()).query_features(x)
+        return self.log_linear_queries(x).features()
 
     def key_features(self, x: Float[Tensor, "*batch length dim"]) -> Features:
-        return self._with(self._reparametrization()).key_features(x)
+        return self.log_linear_keys(x).features()
+
+    def log_linear_queries(self, x: Float[Tensor, "*batch length dim"]) -> LogLinear:
+        return self._with(self._reparametrization()).log_linear_queries(x)
+
+    def log_linear_keys(self, x: Float[Tensor, "*batch length dim"]) -> LogLinear:
+        return self._with(self._reparametrization()).log_linear_keys(x)
 
     def extra_repr(self) -> str:
         return (
@@ -186,22 +198,32 @@ class SharpFeatures(RandomFeatures):
         names = ("count", "mean", "covariance")
         return Moments(*(getattr(self, f"{side}_{name}") for name in names))
 
+    def _moments_of(
+        self, query: Tensor, key: Tensor, key_padding_mask: Tensor | None, scale: float
+    ) -> tuple[Moments, Moments]:
+        """Moments of scaled queries and keys per sequence and key head; a group of queries is one
+        set."""
+        check_attention_inputs(
+            query,
+            key,
+            key,
+            is_causal=False,
+            key_padding_mask=key_padding_mask,
+            enable_gqa=True,
+            scale=scale,
+        )
+        check_feature_map(query, self.dim, self.num_redraws.device)
+        group = query.shape[1] // key.shape[1]
+        rows = query.unflatten(1, (key.shape[1], group)).flatten(2, 3)
+        query_mask = None
+        if key_padding_mask is not None and query.shape[2] == key.shape[2]:
+            query_mask = key_padding_mask.repeat(1, group)
+        root = math.sqrt(scale)
+        keys = Moments.of(key.double() * root, key_padding_mask)
+        return Moments.of(rows.double() * root, query_mask), keys
+
     def _sharpened(self, queries: Moments, keys: Moments) -> Reparametrization:
         return sharpen(queries, keys, shift=self.shift, balance=self.balance, optimal=self.optimal)
-
-
-def _moments(
-    query: Tensor, key: Tensor, key_padding_mask: Tensor | None, root: float
-) -> tuple[Moments, Moments]:
-    """Moments of scaled queries and keys per sequence and key head; a group of queries is one
-    set."""
-    group = query.shape[1] // key.shape[1]
-    rows = query.unflatten(1, (key.shape[1], group)).flatten(2, 3)
-    query_mask = None
-    if key_padding_mask is not None and query.shape[2] == key.shape[2]:
-        query_mask = key_padding_mask.repeat(1, group)
-    keys = Moments.of(key.double() * root, key_padding_mask)
-    return Moments.of(rows.double() * root, query_mask), keys
 
 
 def _finite(moments: Moments) -> Moments:

@@ -1,0 +1,151 @@
+"""Bidirectional attention as two calls of a fused softmax kernel, with the projections as
+landmarks.
+
+Where log φ_m(x) = x·ω_m + (a number of the row), FAVOR+ is softmax attention twice:
+
+    landmark m attends to the keys       S_m, s_m = softmax_j(ω_m·k_j + row_j) v_j,  its log-sum-exp
+    query i attends to the landmarks     out_i = softmax_m(q_i·ω_m + s_m) S_m
+
+so the kernel that PyTorch has for exact attention does the work, forward and backward, at its speed
+and without storing a feature. Its numbers are added to the logits by columns of their own: 1 on one
+side, the number on the other, in three parts where bfloat16 would round it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from torch.nn import functional as F
+
+from performers.typing import FeatureMap, LinearState, LogLinearMap
+
+__all__ = ["attend", "refusal"]
+
+# What stands for −∞ in a logit: the kernel multiplies it, and 0 · ∞ is NaN. Far below any real
+# logit.
+HIDDEN = -1e30
+
+
+def refusal(
+    query: Tensor, phi: FeatureMap, *, is_causal: bool, window_size: int | None, has_state: bool
+) -> str | None:
+    """Why this backend cannot serve a call; None if it can."""
+    if query.device.type != "cpu":
+        return "its fused kernel is used on the CPU only"
+    if is_causal or window_size is not None:
+        return "it serves bidirectional attention without a window only"
+    if has_state:
+        return "it neither takes nor gives a LinearState"
+    if not (isinstance(phi, LogLinearMap) and phi.is_softmax and phi.is_nonnegative):
+        return "it needs positive features of the softmax kernel"
+    return None
+
+
+def attend(
+    query: Float[Tensor, "batch key_heads group query_length dim"],
+    key: Float[Tensor, "batch key_heads key_length dim"],
+    value: Float[Tensor, "batch key_heads key_length value_dim"],
+    phi: LogLinearMap,
+    *,
+    root: float,
+    key_mask: Bool[Tensor, "batch key_length"] | None,
+    is_causal: bool,
+    normalize: bool,
+    window_size: int | None,
+    state: LinearState,
+) -> tuple[Float[Tensor, "batch key_heads group query_length value_dim"], LinearState]:
+    """What `reference.attend` computes, up to rounding. The state, empty and unused, comes back."""
+    assert not is_causal, "`refusal` lets only bidirectional calls in"
+    assert window_size is None, "`refusal` lets no window in"
+    wide = torch.promote_types(query.dtype, torch.float32)
+    keys = phi.log_linear_keys(key.to(wide) * root)
+    # float16 cannot hold exponents. bfloat16 can, and has matrix units of its own; but it would
+    # round the mapped inputs of sharp features, which their balance has made sensitive.
+    kernel_dtype = query.dtype if query.dtype == torch.bfloat16 and keys.tilt is None else wide
+    rows = keys.log_rows
+    if key_mask is not None:
+        rows = rows.masked_fill(~key_mask[:, None, :, None], HIDDEN)
+    directions = keys.directions.expand(*key.shape[:2], -1, -1)
+    found, log_sum = _attend_with_bias(directions, keys.inputs, rows, value.to(wide), kernel_dtype)
+
+    queries = phi.log_linear_queries(query.flatten(2, 3).to(wide) * root)
+    tilts = [part.tilt for part in (keys, queries) if part.tilt is not None]
+    bias = sum(tilts, log_sum).unsqueeze(-1)
+    directions = queries.directions.expand_as(directions)
+    out, log_sum = _attend_with_bias(queries.inputs, directions, bias, found, kernel_dtype)
+    if not normalize:
+        out = out * (log_sum.unsqueeze(-1) + queries.log_rows).exp()
+    if key_mask is not None:
+        out = out * key_mask.any(dim=1)[:, None, None, None]
+    return out.unflatten(2, query.shape[2:4]), state
+
+
+def _attend_with_bias(
+    query: Float[Tensor, "batch heads query_length dim"],
+    key: Float[Tensor, "batch heads key_length dim"],
+    bias: Float[Tensor, "batch heads key_length 1"],
+    value: Float[Tensor, "batch heads key_length value_dim"],
+    dtype: torch.dtype,
+) -> tuple[
+    Float[Tensor, "batch heads query_length value_dim"],
+    Float[Tensor, "batch heads query_length"],
+]:
+    """softmax_j(q_i·k_j + bias_j) v_j and the log-sum-exp of its logits, in the dtype of `bias`."""
+    parts = _parts(bias, dtype)
+    # The kernel wants one width for all; the last column of value stays 0 for _FusedSoftmax.
+    width = max(key.shape[-1] + len(parts), value.shape[-1] + 1)
+    ones = query.new_ones(1).to(dtype).expand(*query.shape[:-1], len(parts))
+    padded = (
+        _padded([query.to(dtype), ones], width),
+        _padded([key.to(dtype), *parts], width),
+        _padded([value.to(dtype)], width),
+    )
+    out, log_sum = _FusedSoftmax.apply(*padded)
+    return out[..., : value.shape[-1]].to(bias.dtype), log_sum.to(bias.dtype)
+
+
+def _parts(bias: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    """Numbers of `dtype` that add up to the bias: one if it is as wide as that, else three."""
+    parts = []
+    for _ in range(1 if dtype == bias.dtype else 3):
+        parts.append(bias.to(dtype))
+        bias = bias - parts[-1].to(bias.dtype)
+    return parts
+
+
+def _padded(parts: list[Tensor], width: int) -> Tensor:
+    joined = torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
+    return F.pad(joined, (0, width - joined.shape[-1]))
+
+
+class _FusedSoftmax(torch.autograd.Function):
+    """softmax(QKᵀ) V and its log-sum-exp, both differentiable, by PyTorch's fused CPU kernel.
+
+    The kernel's backward knows no gradient of the log-sum-exp. That gradient, g_i, adds g_i P_ij to
+    the gradient of the logits P_ij (dO_i·v_j − dO_i·O_i), so it may as well be taken from dO_i·O_i:
+    in the last column of V, which must be 0, O is set to 1 and dO to −g.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        out, log_sum = kernel(query, key, value, scale=1.0)
+        ctx.save_for_backward(query, key, value, out, log_sum)
+        return out, log_sum
+
+    @staticmethod
+    def backward(
+        ctx: Any, out_gradient: Tensor, log_sum_gradient: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        query, key, value, out, log_sum = ctx.saved_tensors
+        out_gradient, out = out_gradient.clone(), out.clone()
+        out_gradient[..., -1] = -log_sum_gradient
+        out[..., -1] = 1
+        kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        gradients: tuple[Tensor, Tensor, Tensor] = kernel(
+            out_gradient, query, key, value, out, log_sum, 0.0, False, scale=1.0
+        )
+        return gradients
