@@ -24,7 +24,13 @@ if TYPE_CHECKING:  # what the table below says at run time, said to type checker
         PerformerForMaskedLM,
         PerformerModel,
     )
-    from performers.nn import FavorAttention, KernelFeatures, SharpFeatures, SoftmaxFeatures
+    from performers.nn import (
+        FavorAttention,
+        KernelFeatures,
+        SharpFeatures,
+        SoftmaxFeatures,
+        diagnose,
+    )
     from performers.typing import LinearState
 
     __version__: str
@@ -40,6 +46,7 @@ __all__ = [
     "SharpFeatures",
     "SoftmaxFeatures",
     "attention_matrix",
+    "diagnose",
     "draw_projection",
     "favor_attention",
     "softmax_attention",
@@ -58,6 +65,7 @@ _HOME = {
     "KernelFeatures": "nn",
     "SharpFeatures": "nn",
     "SoftmaxFeatures": "nn",
+    "diagnose": "nn",
     "LinearState": "typing",
 }
 

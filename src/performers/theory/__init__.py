@@ -17,6 +17,13 @@ from performers.theory.orthogonality import (
     orthogonality_gap_bound,
     orthogonality_gap_bound_beautiful,
 )
+from performers.theory.output_error import (
+    log_joint_moment_hyperbolic,
+    log_joint_moment_optimal,
+    log_joint_moment_positive,
+    log_joint_moment_trigonometric,
+    mse_attention,
+)
 from performers.theory.regularized_kernel import (
     regularized_ratio,
     regularized_ratio_asymptote,
@@ -33,6 +40,11 @@ from performers.theory.tails import (
 from performers.theory.uniform_convergence import sufficient_projections
 
 __all__ = [
+    "log_joint_moment_hyperbolic",
+    "log_joint_moment_optimal",
+    "log_joint_moment_positive",
+    "log_joint_moment_trigonometric",
+    "mse_attention",
     "mse_hyperbolic",
     "mse_optimal_positive",
     "mse_positive",
