@@ -5,13 +5,12 @@ Those are imported when a command runs: `performers --help` answers without load
 
 from __future__ import annotations
 
-from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
-from performers.cli.errors import one_line_errors
+from performers.cli.errors import MISTAKES, one_line_errors
 
 __all__ = ["app", "main"]
 
@@ -25,13 +24,6 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Fetch data sets.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
-
-
-class IfExists(str, Enum):
-    """What to do with an output folder that already holds a run."""
-
-    refuse = "refuse"
-    show = "show"
 
 
 def main() -> None:
@@ -55,12 +47,12 @@ def train(
         bool, typer.Option("--resume", help="Go on from the last whole checkpoint in the folder.")
     ] = False,
     if_exists: Annotated[
-        IfExists,
+        Literal["refuse", "show"],
         typer.Option(
             help="If the folder holds a run: refuse, or show its results (and go on with it "
             "if it is not finished)."
         ),
-    ] = IfExists.refuse,
+    ] = "refuse",
 ) -> None:
     """Train a model and write a report.
 
@@ -81,14 +73,15 @@ def train(
 
     folder = output or Path("runs") / Path(config).stem
     with one_line_errors():
-        if if_exists is IfExists.show and holds_run(folder):
+        if if_exists == "show" and holds_run(folder):
             if has_finished(folder):
                 _print_results(folder)
                 return
             resume = True
         run = Run.prepare(load_config(config, overrides or []), folder, resume=resume)
     try:
-        metrics = run.train()
+        with one_line_errors((FloatingPointError,)):
+            metrics = run.train()
     except KeyboardInterrupt:
         again = " ".join(["performers train", config, *(overrides or []), f"--output {folder}"])
         typer.echo(
@@ -208,7 +201,8 @@ def proteins(
         typer.Option("--from", help="A .deb or unpacked folder to read instead of downloading."),
     ] = None,
     clustering: Annotated[
-        str | None, typer.Option(help="mmseqs or kmers; chosen by size unless given.")
+        Literal["mmseqs", "kmers"] | None,
+        typer.Option(help="How homologues are found; chosen by size unless given."),
     ] = None,
 ) -> None:
     """Write a set of distinct proteins with clusters of homologues, and a card that says
@@ -226,7 +220,7 @@ def proteins(
     """
     from performers.data.fetch import fetch_proteins
 
-    with one_line_errors(RuntimeError):
+    with one_line_errors((*MISTAKES, RuntimeError)):
         card = fetch_proteins(
             output, source, from_paths=from_path or [], clustering=clustering, report=typer.echo
         )
@@ -238,5 +232,10 @@ def _print_results(folder: Path) -> None:
 
     from performers.train import results_table
 
+    report = folder / "report.html"
+    if not report.exists():
+        from performers.viz import write_report
+
+        write_report(folder)
     typer.echo(results_table(json.loads((folder / "metrics.json").read_text(encoding="utf-8"))))
-    typer.echo(f"\nThis run is finished. Report: {folder / 'report.html'}")
+    typer.echo(f"\nThis run is finished. Report: {report}")

@@ -7,18 +7,24 @@ from contextlib import contextmanager
 
 import typer
 
-__all__ = ["one_line_errors"]
+__all__ = ["MISTAKES", "one_line_errors"]
+
+# What the checks before long work raise.
+MISTAKES = (ValueError, TypeError, OSError, ModuleNotFoundError)
 
 
 @contextmanager
-def one_line_errors(*more: type[Exception]) -> Iterator[None]:
-    """Turn the errors that a caller can cause into one line on stderr, and `more` kinds with them.
+def one_line_errors(kinds: tuple[type[Exception], ...] = MISTAKES) -> Iterator[None]:
+    """Turn errors of these kinds into one line on stderr.
 
-    It goes around the checks that come before long work and not around the work itself: what goes
-    wrong there is our mistake, and its traceback is wanted.
+    For the work itself only kinds that it raises on purpose are given: the traceback of any other
+    error there is wanted.
     """
     try:
         yield
-    except (ValueError, TypeError, OSError, ModuleNotFoundError, *more) as error:
-        typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+    except kinds as error:
+        message = str(error)
+        if isinstance(error, OSError) and error.strerror:  # raised by the system, not by us
+            message = f"{error.filename}: {error.strerror}"
+        typer.echo(f"error: {' '.join(message.split())}", err=True)
         raise typer.Exit(2) from None

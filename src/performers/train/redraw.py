@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from performers.models import PerformerPreTrainedModel
 
 __all__ = ["RedrawFeatures"]
 
@@ -30,7 +31,7 @@ class RedrawFeatures(TrainerCallback):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        model: nn.Module | None = None,
+        model: PerformerPreTrainedModel | None = None,
         **kwargs: Any,
     ) -> None:
         if state.global_step % self.every == 0:

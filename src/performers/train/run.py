@@ -260,7 +260,7 @@ def _check_folder(config: RunConfig, folder: Path, resume: bool) -> None:
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Dotted keys of a tree."""
-    flat = {}
+    flat: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, dict):
             flat |= _flat(value, f"{prefix}{key}.")

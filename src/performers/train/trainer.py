@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from torch.utils.data import DataLoader, Dataset
 from transformers import (
@@ -47,6 +48,8 @@ def training_arguments(config: RunConfig, folder: Path) -> TrainingArguments:
 class ProteinTrainer(Trainer):
     """A Trainer that scores as the paper does and writes checkpoints that can be told apart."""
 
+    data_collator: Any
+
     def __init__(
         self,
         config: RunConfig,
@@ -59,7 +62,11 @@ class ProteinTrainer(Trainer):
         task = TASKS[config.task]
         self.clock = SealCheckpoints(seconds)
         collator = task.collator(config.seed)
-        callbacks: list[TrainerCallback] = [self.clock, SetMaskingEpoch(collator)]
+        callbacks: list[TrainerCallback] = [
+            self.clock,
+            SetMaskingEpoch(collator),
+            StopWhenDiverged(),
+        ]
         if config.redraw_every:
             callbacks.append(RedrawFeatures(config.redraw_every))
         super().__init__(
@@ -109,10 +116,33 @@ class SetMaskingEpoch(TrainerCallback):
         self.collator.set_epoch(int(state.epoch or 0))
 
 
+class StopWhenDiverged(TrainerCallback):
+    """Ends a run whose loss is no longer a number, before such weights are saved.
+
+    Raises FloatingPointError.
+    """
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        loss = (logs or {}).get("loss", 0.0)
+        if not math.isfinite(loss):
+            raise FloatingPointError(
+                f"training diverged: the loss is {loss} at step {state.global_step}. Start again "
+                "with a lower trainer.learning_rate or with trainer.warmup_steps."
+            )
+
+
+SHOWN = {"loss": "loss", "eval_loss": "valid loss", "eval_accuracy": "valid accuracy"}
+
+
 class ProgressLine(ProgressCallback):
     """A progress bar that carries the latest numbers, instead of printing every log entry."""
-
-    SHOWN: ClassVar = {"loss": "loss", "eval_loss": "valid loss", "eval_accuracy": "valid accuracy"}
 
     def __init__(self, description: str) -> None:
         super().__init__()
@@ -138,8 +168,7 @@ class ProgressLine(ProgressCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        for key, name in self.SHOWN.items():
-            if key in (logs or {}):
-                self.latest[name] = f"{logs[key]:.3f}"
+        logged = logs or {}
+        self.latest |= {name: f"{logged[key]:.3f}" for key, name in SHOWN.items() if key in logged}
         if self.training_bar is not None:
             self.training_bar.set_postfix(self.latest)

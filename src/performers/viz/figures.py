@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float
-from matplotlib import rc_context
+from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
@@ -46,7 +46,7 @@ def curves_figure(
     `histories`: of each model the Trainer's log, entries with "step" and "loss" (training) or
     "eval_loss" and "eval_accuracy" (validation). `baseline`: "loss" and "accuracy".
     """
-    with rc_context(STYLE):
+    with style.context(STYLE):
         figure = Figure(figsize=(9.6, 3.6), layout="constrained")
         loss, accuracy = figure.subplots(1, 2)
         for color, (name, history) in zip(COLORS, histories.items(), strict=False):
@@ -90,7 +90,7 @@ def attention_figure(
     """
     layers, heads, length, _ = matrices.shape
     scale = LogNorm(vmin=1 / LARGEST_RATIO, vmax=LARGEST_RATIO, clip=True)
-    with rc_context({**STYLE, "axes.grid": False}):
+    with style.context({**STYLE, "axes.grid": False}):
         figure = Figure(figsize=(1.8 + 1.95 * heads, 0.7 + 1.95 * layers), layout="constrained")
         panels = figure.subplots(layers, heads, squeeze=False, sharex=True, sharey=True)
         for layer, head in np.ndindex(layers, heads):
