@@ -17,8 +17,8 @@ from performers.nn.feature_maps import ESTIMATORS
 
 __all__ = ["SIZES", "PerformerConfig"]
 
-# (n_heads, n_layers, d_ff, d) of the paper: Section 4.1; Appendix D.4 (one head, where attention
-# dominates); Section 4.4, the ProGen shape for proteins.
+# (n_heads, n_layers, d_ff, d) of the paper: "regular" in Section 4.1, "small", where attention
+# dominates the cost, in Appendix E, "protein" in Section 4.4.
 SIZES: dict[str, dict[str, int]] = {
     "regular": {
         "num_attention_heads": 8,
