@@ -1,0 +1,311 @@
+"""`FavorAttention` stands where torch.nn.MultiheadAttention stood."""
+
+import copy
+import itertools
+import pickle
+import re
+import warnings
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from performers import FavorAttention, KernelFeatures, SoftmaxFeatures
+from performers.typing import FeatureMap, Features
+
+EMBED, HEADS, DIM = 15, 3, 5
+BATCH, LENGTH, KEY_LENGTH = 2, 11, 7
+
+
+class TaylorFeatures(nn.Module):
+    """exp(x·y) to the fourth order: (1, x, x⊗x/√2!, …). Nothing random, and a map of one's own.
+
+    For |x·y| < 1 its relative error is below 1/5! and mostly far below.
+    """
+
+    num_features = sum(DIM**order for order in range(5))
+    default_scale = DIM**-0.5
+    is_nonnegative = False
+    is_softmax = True
+
+    def fitted(self, query: Tensor, key: Tensor, *rest: object, **options: object) -> FeatureMap:
+        return self
+
+    def query_features(self, x: Tensor) -> Features:
+        powers = [torch.ones_like(x[..., :1])]
+        for order in range(1, 5):
+            product = powers[-1].unsqueeze(-1) * x.unsqueeze(-2) / order**0.5
+            powers.append(product.flatten(-2))
+        return Features(values=torch.cat(powers, dim=-1))
+
+    key_features = query_features
+
+
+def pair(**options: object) -> tuple[nn.MultiheadAttention, FavorAttention]:
+    """Torch's module, and ours with its parameters and features that leave nothing to chance."""
+    theirs = nn.MultiheadAttention(EMBED, HEADS, **options)
+    for parameter in theirs.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    ours = FavorAttention(EMBED, HEADS, **options, feature_map=TaylorFeatures())
+    ours.load_state_dict(theirs.state_dict())
+    return theirs, ours
+
+
+def sequences(kdim: int = EMBED, vdim: int = EMBED, batch_first: bool = True) -> list[Tensor]:
+    tensors = [
+        torch.randn(BATCH, LENGTH, EMBED),
+        torch.randn(BATCH, KEY_LENGTH, kdim),
+        torch.randn(BATCH, KEY_LENGTH, vdim),
+    ]
+    return tensors if batch_first else [x.transpose(0, 1) for x in tensors]
+
+
+def assert_same(theirs: tuple, ours: tuple) -> None:
+    """Same shapes, and outputs equal but for the end of the Taylor series."""
+    for expected, came in zip(theirs, ours, strict=True):
+        assert (expected is None) == (came is None)
+        if expected is not None:
+            torch.testing.assert_close(came, expected, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("add_bias_kv", [False, True])
+@pytest.mark.parametrize("add_zero_attn", [False, True])
+@pytest.mark.parametrize(("kdim", "vdim"), [(None, None), (5, 13)])
+def test_it_agrees_with_exact_attention_where_features_are_exact(
+    batch_first, bias, add_bias_kv, add_zero_attn, kdim, vdim
+):
+    theirs, ours = pair(
+        batch_first=batch_first,
+        bias=bias,
+        add_bias_kv=add_bias_kv,
+        add_zero_attn=add_zero_attn,
+        kdim=kdim,
+        vdim=vdim,
+    )
+    tensors = sequences(kdim or EMBED, vdim or EMBED, batch_first)
+    padding = torch.arange(KEY_LENGTH) >= torch.tensor([[5], [7]])
+    for mask, need_weights, average in itertools.product(
+        (None, padding), (False, True), (False, True)
+    ):
+        options = {
+            "key_padding_mask": mask,
+            "need_weights": need_weights,
+            "average_attn_weights": average,
+        }
+        assert_same(theirs(*tensors, **options), ours(*tensors, **options))
+
+
+@pytest.mark.parametrize("add_bias_kv", [False, True])
+@pytest.mark.parametrize("add_zero_attn", [False, True])
+@pytest.mark.parametrize("mask_dtype", [torch.bool, torch.float32])
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_it_agrees_with_exact_causal_attention(is_causal, mask_dtype, add_zero_attn, add_bias_kv):
+    theirs, ours = pair(batch_first=True, add_bias_kv=add_bias_kv, add_zero_attn=add_zero_attn)
+    x = torch.randn(BATCH, LENGTH, EMBED)
+    mask = torch.ones(LENGTH, LENGTH, dtype=torch.bool).triu(1)
+    padding = torch.arange(LENGTH) >= torch.tensor([[9], [11]])
+    if mask_dtype != torch.bool:
+        mask, padding = (torch.zeros(m.shape).masked_fill(m, -torch.inf) for m in (mask, padding))
+    for need_weights in (False, True):
+        options = {
+            "attn_mask": mask,
+            "key_padding_mask": padding,
+            "need_weights": need_weights,
+            "average_attn_weights": False,
+        }
+        # Torch's own hint drops the padding mask; the result must not depend on the hint.
+        assert_same(theirs(x, x, x, **options), ours(x, x, x, **options, is_causal=is_causal))
+
+
+@pytest.mark.parametrize("average", [False, True])
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_a_sequence_without_a_batch_axis_is_taken(batch_first, average):
+    theirs, ours = pair(batch_first=batch_first)
+    query, key, value = (x[0] for x in sequences())
+    padding = torch.arange(KEY_LENGTH) >= 5
+    for options in ({}, {"key_padding_mask": padding}, {"need_weights": False}):
+        options = {"average_attn_weights": average, **options}
+        assert_same(theirs(query, key, value, **options), ours(query, key, value, **options))
+
+
+def test_a_mask_that_hides_nothing_is_no_mask():
+    _, ours = pair(batch_first=True)
+    query, key, value = sequences()
+    plain, _ = ours(query, key, value)
+    for mask in (torch.zeros(LENGTH, KEY_LENGTH), torch.zeros(LENGTH, KEY_LENGTH).bool()):
+        torch.testing.assert_close(ours(query, key, value, attn_mask=mask)[0], plain)
+
+
+def test_padding_never_reaches_the_output():
+    _, ours = pair(batch_first=True)
+    query, key, value = sequences()
+    padding = torch.arange(KEY_LENGTH).expand(BATCH, -1) >= 5
+    out, weights = ours(query, key, value, padding)
+    for x in (key, value):
+        x[padding] = torch.nan
+    dirty, dirty_weights = ours(query, key, value, padding)
+    assert torch.equal(out, dirty)
+    assert torch.equal(weights, dirty_weights)
+
+
+class TestStateDict:
+    def test_of_torch_loads_and_leaves_omega_alone(self):
+        ours = FavorAttention(EMBED, HEADS)
+        omega = ours.feature_map.omega.clone()
+        theirs = nn.MultiheadAttention(EMBED, HEADS)
+        assert ours.load_state_dict(theirs.state_dict()) == ([], [])
+        assert torch.equal(ours.in_proj_weight, theirs.in_proj_weight)
+        assert torch.equal(ours.feature_map.omega, omega)
+
+    def test_of_torch_loads_inside_a_model(self):
+        theirs = nn.TransformerEncoderLayer(EMBED, HEADS)
+        ours = copy.deepcopy(theirs)
+        ours.self_attn = FavorAttention(EMBED, HEADS)
+        nn.Sequential(ours).load_state_dict(nn.Sequential(theirs).state_dict())
+        assert torch.equal(ours.self_attn.in_proj_weight, theirs.self_attn.in_proj_weight)
+
+    def test_of_ours_brings_its_omega(self):
+        saved, loaded = (
+            FavorAttention(EMBED, HEADS, feature_map=SoftmaxFeatures(5, 11, seed=s)) for s in (0, 1)
+        )
+        loaded.load_state_dict(saved.state_dict())
+        x = torch.randn(LENGTH, BATCH, EMBED)
+        assert torch.equal(loaded(x, x, x)[0], saved(x, x, x)[0])
+
+    def test_with_half_a_feature_map_is_refused(self):
+        state = FavorAttention(EMBED, HEADS).state_dict()
+        del state["feature_map.omega"]
+        with pytest.raises(RuntimeError, match=r"Missing key.*feature_map\.omega"):
+            FavorAttention(EMBED, HEADS).load_state_dict(state)
+
+    def test_fills_a_module_of_the_meta_device(self):
+        saved = FavorAttention(EMBED, HEADS, batch_first=True)
+        with torch.device("meta"):
+            shell = FavorAttention(EMBED, HEADS, batch_first=True)
+        shell.load_state_dict(saved.state_dict(), assign=True)
+        query, key, value = sequences()
+        assert torch.equal(shell(query, key, value)[0], saved(query, key, value)[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_every_dtype_is_computed_with_the_same_omega(dtype):
+    attention = FavorAttention(EMBED, HEADS, add_bias_kv=True)
+    x = torch.randn(LENGTH, BATCH, EMBED)
+    expected, _ = attention(x, x, x)
+    cast = copy.deepcopy(attention).to(dtype)
+    assert torch.equal(cast.feature_map.omega, attention.feature_map.omega)
+    out, weights = cast(*(x.to(dtype),) * 3)
+    assert out.dtype == weights.dtype == dtype
+    torch.testing.assert_close(out.float(), expected, rtol=0, atol=0.02)
+
+
+def test_it_runs_under_autocast_with_extra_keys():
+    attention = FavorAttention(EMBED, HEADS, add_bias_kv=True, add_zero_attn=True)
+    x = torch.randn(LENGTH, BATCH, EMBED)
+    expected, _ = attention(x, x, x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out, _ = attention(x, x, x)
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.float(), expected, rtol=0, atol=0.02)
+
+
+def test_copies_and_pickles_give_the_same_output():
+    attention = FavorAttention(EMBED, HEADS, feature_map=KernelFeatures(5, 11))
+    x = torch.randn(LENGTH, BATCH, EMBED)
+    for copied in (copy.deepcopy(attention), pickle.loads(pickle.dumps(attention))):
+        assert torch.equal(copied(x, x, x)[0], attention(x, x, x)[0])
+
+
+class TestInsideTorch:
+    """Torch's encoder has a fused exact path for evaluation, which must not replace ours."""
+
+    @pytest.fixture
+    def layer(self) -> nn.TransformerEncoderLayer:
+        layer = nn.TransformerEncoderLayer(EMBED, HEADS, 17, dropout=0.0, batch_first=True)
+        # Few features, so that the exact answer would be told apart.
+        layer.self_attn = FavorAttention(
+            EMBED, HEADS, batch_first=True, feature_map=SoftmaxFeatures(5, 2)
+        )
+        return layer
+
+    @staticmethod
+    def by_hand(layer: nn.TransformerEncoderLayer, x: Tensor, **options: Tensor) -> Tensor:
+        x = layer.norm1(x + layer.self_attn(x, x, x, need_weights=False, **options)[0])
+        return layer.norm2(x + layer.linear2(layer.linear1(x).relu()))
+
+    @pytest.mark.parametrize("training", [False, True])
+    @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+    def test_a_layer_uses_our_attention(self, layer, training, context):
+        layer.train(training)
+        x = 3 * torch.randn(BATCH, LENGTH, EMBED)
+        padding = torch.arange(LENGTH) >= torch.tensor([[9], [11]])
+        causal = nn.Transformer.generate_square_subsequent_mask(LENGTH)
+        with context():
+            torch.testing.assert_close(layer(x), self.by_hand(layer, x))
+            torch.testing.assert_close(
+                layer(x, src_key_padding_mask=padding),
+                self.by_hand(layer, x, key_padding_mask=padding),
+            )
+            torch.testing.assert_close(
+                layer(x, causal, is_causal=True), self.by_hand(layer, x, attn_mask=causal)
+            )
+
+    def test_a_stack_uses_our_attention(self, layer):
+        x = 3 * torch.randn(BATCH, LENGTH, EMBED)
+        padding = torch.arange(LENGTH) >= torch.tensor([[9], [11]])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch says that it will not nest its tensors
+            stack = nn.TransformerEncoder(layer, 2).eval()
+        expected = x
+        for one in stack.layers:
+            expected = self.by_hand(one, expected, key_padding_mask=padding)
+        with torch.no_grad():
+            out = stack(x, src_key_padding_mask=padding)
+        torch.testing.assert_close(out[~padding], expected[~padding])
+
+    def test_it_trains(self, layer):
+        layer.train()
+        layer(torch.randn(BATCH, LENGTH, EMBED)).square().sum().backward()
+        assert layer.self_attn.in_proj_weight.grad.abs().sum() > 0
+
+
+class TestErrors:
+    def test_dropout_is_not_applied_and_says_so(self):
+        with pytest.warns(UserWarning, match="does not apply dropout to attention weights"):
+            attention = FavorAttention(EMBED, HEADS, dropout=0.1)
+        x = torch.randn(LENGTH, BATCH, EMBED)
+        assert torch.equal(attention(x, x, x)[0], attention(x, x, x)[0])
+
+    @pytest.mark.parametrize(
+        "mask",
+        [
+            torch.ones(LENGTH, LENGTH, dtype=torch.bool).triu(2),
+            torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril(-1),
+            torch.randn(LENGTH, LENGTH),
+            torch.ones(LENGTH, LENGTH).triu(1),
+            torch.ones(BATCH * HEADS, LENGTH, LENGTH, dtype=torch.bool).triu(1),
+        ],
+        ids=["wider", "backward", "bias", "float without -inf", "by head"],
+    )
+    def test_masks_without_a_linear_form_are_refused(self, mask):
+        x = torch.randn(LENGTH, BATCH, EMBED)
+        with pytest.raises(ValueError, match="attn_mask must be None or the causal mask of shape"):
+            FavorAttention(EMBED, HEADS)(x, x, x, attn_mask=mask)
+
+    def test_a_padding_bias_is_refused(self):
+        x = torch.randn(LENGTH, BATCH, EMBED)
+        with pytest.raises(ValueError, match=r"must be bool .* or hold only 0 and -inf"):
+            FavorAttention(EMBED, HEADS)(x, x, x, key_padding_mask=torch.randn(BATCH, LENGTH))
+
+    def test_a_hint_without_its_mask_is_refused(self):
+        x = torch.randn(LENGTH, BATCH, EMBED)
+        with pytest.raises(ValueError, match="is_causal=True is a hint about attn_mask"):
+            FavorAttention(EMBED, HEADS)(x, x, x, is_causal=True)
+
+    def test_a_feature_map_of_another_dim_is_refused(self):
+        attention = FavorAttention(EMBED, HEADS, feature_map=SoftmaxFeatures(EMBED))
+        x = torch.randn(LENGTH, BATCH, EMBED)
+        with pytest.raises(ValueError, match=re.escape("the feature map is for dim 15 per head")):
+            attention(x, x, x)

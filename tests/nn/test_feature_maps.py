@@ -1,0 +1,203 @@
+"""Feature maps own ω: a float32 buffer, a function of (seed, layer, number of redraws)."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from performers import KernelFeatures, SoftmaxFeatures, favor_attention
+
+BUILDERS = {
+    "softmax": lambda **options: SoftmaxFeatures(5, 11, **options),
+    "kernel": lambda **options: KernelFeatures(5, 11, **options),
+}
+
+
+@pytest.fixture(params=BUILDERS)
+def build(request):
+    return BUILDERS[request.param]
+
+
+def test_omega_is_what_it_always_was():
+    """Golden values: a saved seed must give the same ω in every later version."""
+    golden = {
+        (0, 0, 0): [[0.091115, 0.659278, 0.550632], [0.300588, -1.721854, 2.011857]],
+        (0, 1, 0): [[0.934678, -0.205564, -2.126723], [-1.810625, 2.811425, -1.067501]],
+        (1, 0, 0): [[0.619049, 0.033144, 0.733701], [0.974956, 0.541273, -0.847055]],
+        (7, 3, 2): [[0.480664, -1.299905, 1.172107], [1.226499, -0.685283, -1.262971]],
+    }
+    for (seed, layer, redraws), rows in golden.items():
+        phi = SoftmaxFeatures(3, 2, seed=seed, layer=layer)
+        for _ in range(redraws):
+            phi.redraw()
+        torch.testing.assert_close(phi.omega, torch.tensor(rows), rtol=1e-5, atol=1e-6)
+
+
+def test_omega_depends_on_seed_layer_and_redraws_and_on_nothing_else(build):
+    drawn = {}
+    for seed in range(3):
+        for layer in range(3):
+            torch.manual_seed(seed + layer)  # the global generator has no part in it
+            phi = build(seed=seed, layer=layer)
+            for redraws in range(3):
+                drawn[seed, layer, redraws] = phi.omega.clone()
+                assert phi.num_redraws == redraws
+                phi.redraw()
+    values = list(drawn.values())
+    assert all(not torch.equal(x, y) for i, x in enumerate(values) for y in values[:i])
+    again = build(seed=1, layer=2)
+    again.redraw()
+    assert torch.equal(again.omega, drawn[1, 2, 1])
+    again.reset_parameters()
+    assert torch.equal(again.omega, drawn[1, 2, 0])
+
+
+def test_drawing_leaves_the_global_generator_alone(build):
+    before = torch.get_rng_state()
+    build().redraw()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_generator_of_the_caller_decides_the_redraw(build):
+    first, second = build(seed=0), build(seed=1)
+    for phi in (first, second):
+        phi.redraw(torch.Generator().manual_seed(7))
+        assert phi.num_redraws == 1
+    assert torch.equal(first.omega, second.omega)
+
+
+def test_redraws_continue_after_loading(build):
+    saved, loaded = build(seed=3), build(seed=3)
+    saved.redraw()
+    saved.redraw()
+    loaded.load_state_dict(saved.state_dict())
+    assert torch.equal(loaded.omega, saved.omega)
+    saved.redraw()
+    loaded.redraw()
+    assert torch.equal(loaded.omega, saved.omega)
+
+
+def test_forward_never_redraws(build):
+    phi = build().train()
+    before = phi.omega.clone()
+    favor_attention(*torch.randn(3, 1, 2, 7, 5), phi)
+    assert torch.equal(phi.omega, before)
+    assert phi.num_redraws == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_omega_stays_float32_when_its_module_is_cast(build, dtype):
+    phi = build()
+    before = phi.omega.clone()
+    model = nn.Sequential(nn.Linear(5, 5), phi).to(dtype)
+    assert model[0].weight.dtype == dtype
+    assert phi.omega.dtype == torch.float32
+    assert torch.equal(phi.omega, before)
+    assert phi.num_redraws.dtype == torch.int64
+    model.half().float()
+    assert torch.equal(phi.omega, before)
+
+
+def test_omega_survives_copies_and_pickles(build):
+    phi = build()
+    phi.redraw()
+    for copied in (copy.deepcopy(phi), pickle.loads(pickle.dumps(phi))):
+        assert torch.equal(copied.omega, phi.omega)
+        assert copied.num_redraws == 1
+        copied.redraw()
+        assert not torch.equal(copied.omega, phi.omega)
+    file = io.BytesIO()
+    torch.save(phi.state_dict(), file)
+    file.seek(0)
+    loaded = build(seed=1)
+    loaded.load_state_dict(torch.load(file, weights_only=True))
+    assert torch.equal(loaded.omega, phi.omega)
+
+
+def test_omega_survives_the_meta_device(build):
+    phi = build()
+    for make in (lambda: build(seed=1).to("meta"), lambda: _under_meta(build)):
+        shell = make()
+        shell.load_state_dict(phi.state_dict(), assign=True)
+        assert torch.equal(shell.omega, phi.omega)
+        assert shell.omega.device.type == "cpu"
+
+
+def test_reset_parameters_fills_a_module_made_on_the_meta_device(build):
+    shell = _under_meta(build).to_empty(device="cpu")
+    shell.reset_parameters()
+    assert torch.equal(shell.omega, build().omega)
+    assert shell.num_redraws == 0
+
+
+def _under_meta(build):
+    with torch.device("meta"):
+        return build()
+
+
+def test_omega_is_saved_and_is_not_trained(build):
+    phi = build()
+    assert set(phi.state_dict()) == {"omega", "num_redraws"}
+    assert not list(phi.parameters())
+
+
+def test_without_omega_the_kernel_acts_on_the_input_itself():
+    phi = KernelFeatures(5, fn="elu+1", epsilon=0.0, projection=None)
+    assert phi.omega is None
+    assert phi.num_features == 5
+    phi.redraw()
+    x = torch.randn(1, 2, 7, 5)
+    torch.testing.assert_close(phi.query_features(x).dense(), nn.functional.elu(x) + 1)
+
+
+def test_any_elementwise_callable_is_a_kernel():
+    by_name, by_hand = KernelFeatures(5, 11, "gelu"), KernelFeatures(5, 11, nn.functional.gelu)
+    tensors = torch.randn(3, 1, 2, 7, 5)
+    torch.testing.assert_close(
+        favor_attention(*tensors, by_name), favor_attention(*tensors, by_hand)
+    )
+
+
+ONE_GRAPH = """
+import torch
+from performers import SoftmaxFeatures, favor_attention
+
+query, key, value = torch.randn(3, 2, 3, 7, 5).unbind()
+query.requires_grad_()
+phi = SoftmaxFeatures(5, 11)
+compiled = torch.compile(favor_attention, backend="aot_eager", fullgraph=True)
+results = []
+for attend in (favor_attention, compiled):
+    out = attend(query, key, value, phi)
+    results.append((out, torch.autograd.grad(out.square().sum(), query)[0]))
+torch.testing.assert_close(*results)
+print("equal")
+"""
+
+CAUSAL = """
+import torch
+from torch import nn
+from performers import FavorAttention
+
+attention = FavorAttention(15, 3, batch_first=True)
+mask = nn.Transformer.generate_square_subsequent_mask(7)
+x = torch.randn(2, 7, 15)
+results = []
+for attend in (attention, torch.compile(attention, backend="aot_eager")):
+    out, _ = attend(x, x, x, attn_mask=mask, need_weights=False)
+    results.append((out, torch.autograd.grad(out.square().sum(), attention.in_proj_weight)[0]))
+torch.testing.assert_close(*results)
+print("equal")
+"""
+
+
+def test_bidirectional_attention_compiles_as_one_graph(fresh_python):
+    assert fresh_python(ONE_GRAPH).splitlines()[-1] == "equal"
+
+
+@pytest.mark.slow
+def test_compiled_causal_attention_is_equal(fresh_python):
+    assert fresh_python(CAUSAL).splitlines()[-1] == "equal"
