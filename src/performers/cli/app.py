@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from performers.cli.diagnose import diagnose
 from performers.cli.errors import MISTAKES, one_line_errors
 
 __all__ = ["app", "main"]
@@ -24,6 +25,7 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Fetch data sets.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
+app.command()(diagnose)
 
 
 def main() -> None:

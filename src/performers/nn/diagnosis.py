@@ -195,37 +195,39 @@ def diagnose(
 
 
 def compare(
-    query: Float[Tensor, "batch heads length dim"],
-    key: Float[Tensor, "batch key_heads length dim"],
-    value: Float[Tensor, "batch key_heads length value_dim"],
+    query: Float[Tensor, "batch heads query_length dim"],
+    key: Float[Tensor, "batch key_heads key_length dim"],
+    value: Float[Tensor, "batch key_heads key_length value_dim"],
     num_projections: int = 256,
-    window_size: int = 32,
+    window_size: int | None = 32,
     is_causal: bool = False,
     scale: float | None = None,
     target_error: float | None = None,
 ) -> dict[str, Diagnosis]:
     """`diagnose` for plain positive features, sharp ones, and sharp ones with a window, at one m.
 
+    `window_size`: None for cross-attention, which has no window.
+
     Bidirectional: sharp features take the statistics of each sequence. Causal: those of the first
     half of the batch, and the other half is diagnosed; a batch of one serves for both.
     """
     dim, key_heads = key.shape[-1], key.shape[1]
     statistics = "calibrated" if is_causal else "call"
-    positive = SoftmaxFeatures(dim, num_projections)
-    sharp = SharpFeatures(dim, num_projections, key_heads, statistics=statistics)
+    positive = SoftmaxFeatures(dim, num_projections).to(query.device)
+    sharp = SharpFeatures(dim, num_projections, key_heads, statistics).to(query.device)
     if is_causal:
         half = len(query) // 2
         seen = slice(half) if half else slice(None)
         sharp.calibrate(query[seen], key[seen], scale=scale)
         query, key, value = query[half:], key[half:], value[half:]
-    maps = (positive, sharp, sharp)
+    maps: tuple[SoftmaxFeatures | SharpFeatures, ...] = (positive, sharp, sharp)
     windows = (None, None, window_size)
     return {
         name: diagnose(
             query,
             key,
             value,
-            phi.to(query.device),
+            phi,
             is_causal,
             scale=scale,
             enable_gqa=True,
@@ -388,7 +390,7 @@ class _Sequence:
             mse_attention(
                 self.log_weights[:, i],
                 self.real_value,
-                self._log_joint_moment(fitted, query[:, i], key),
+                self._log_joint_moment(phi, fitted, query[:, i], key),
                 phi.num_projections,
                 self.near[i],
             )
@@ -399,6 +401,7 @@ class _Sequence:
 
     def _log_joint_moment(
         self,
+        phi: SoftmaxFeatures | SharpFeatures,
         fitted: FeatureMap,
         query: Float[Tensor, "heads dim"],
         key: Float[Tensor, "heads keys dim"],
@@ -408,7 +411,8 @@ class _Sequence:
             exponent = exponent[0] if exponent.ndim == 3 else exponent
             repeats = len(query) // len(exponent)
             return log_joint_moment_optimal(query, key, exponent.repeat_interleave(repeats, dim=0))
-        return JOINT_MOMENTS[fitted.estimator](query, key)
+        assert isinstance(phi, SoftmaxFeatures), "sharp features are fitted to a reparametrization"
+        return JOINT_MOMENTS[phi.estimator](query, key)
 
     def _effective_features(
         self,

@@ -1,0 +1,140 @@
+"""`performers diagnose`: how well linear attention would do in each layer of a real model."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from performers.cli.errors import one_line_errors
+
+__all__ = ["diagnose"]
+
+
+def diagnose(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL_OR_TENSORS",
+            help="A model folder of transformers, or a safetensors file with query, key and value "
+            "(or LAYER.query, …), each (batch, heads, length, dim).",
+        ),
+    ],
+    text: Annotated[
+        Path | None, typer.Option(help="A text file for the model to read; needed for models.")
+    ] = None,
+    length: Annotated[int, typer.Option(min=2, help="Tokens per sequence.")] = 256,
+    sequences: Annotated[int, typer.Option(min=1, help="Sequences of the text to use.")] = 2,
+    num_projections: Annotated[int, typer.Option(min=1, help="Projections m.")] = 256,
+    window: Annotated[
+        int, typer.Option(min=1, help="Keys with |i − j| below this are exact in 'sharp + window'.")
+    ] = 32,
+    target_error: Annotated[
+        float | None, typer.Option(help="Find the smallest m for this error too (slow).")
+    ] = None,
+    causal: Annotated[
+        bool, typer.Option("--causal", help="Tensors of a file are those of causal attention.")
+    ] = False,
+    heads: Annotated[
+        bool, typer.Option("--heads", help="Print a table of every head, not of layers alone.")
+    ] = False,
+    output: Annotated[
+        Path, typer.Option(help="The picture to write, with the suffix .png and .svg.")
+    ] = Path("diagnosis.png"),
+    json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Compare plain, sharp and windowed features with exact attention in every layer and head.
+
+    Causal layers: sharp features are calibrated on the first half of the sequences, and the errors
+    are those of the other half.
+
+    Examples:
+
+        performers diagnose path/to/model --text book.txt
+
+        performers diagnose path/to/model --text book.txt --length 512 --heads --target-error 0.1
+
+        performers diagnose attention.safetensors --causal --json
+    """
+    from performers.nn.diagnosis import compare, recommendation
+    from performers.viz.diagnosis import diagnosis_figure
+    from performers.viz.files import save_figure
+
+    with one_line_errors():
+        captured = _captured(source, text, length, sequences, causal)
+        found = {}
+        for layer in captured:
+            typer.echo(f"diagnosing {layer.name}", err=True)
+            found[layer.name] = compare(
+                layer.query,
+                layer.key,
+                layer.value,
+                num_projections,
+                window_size=window if layer.query.shape[2] == layer.key.shape[2] else None,
+                is_causal=layer.is_causal,
+                scale=layer.scale,
+                target_error=target_error,
+            )
+    record = {
+        layer: {kind: dataclasses.asdict(diagnosis) for kind, diagnosis in kinds.items()}
+        for layer, kinds in found.items()
+    }
+    with one_line_errors((OSError,)):
+        written = save_figure(diagnosis_figure(record), output)
+    if json_output:
+        typer.echo(json.dumps(_without_infinity(record), indent=1, allow_nan=False))
+        return
+    if heads:
+        for layer, kinds in found.items():
+            for kind, diagnosis in kinds.items():
+                typer.echo(f"{layer}, {kind}\n{diagnosis}\n")
+    typer.echo(_layers_table(found))
+    typer.echo(f"\n{recommendation(found)}\n\nPicture: {', '.join(map(str, written))}")
+
+
+def _captured(source: str, text: Path | None, length: int, sequences: int, causal: bool) -> Any:
+    from performers.convert import capture_text, read_captured
+
+    path = Path(source)
+    if path.is_file():
+        return read_captured(path, causal)
+    if not path.is_dir():
+        raise FileNotFoundError(f"there is no model folder and no safetensors file at {path}.")
+    if text is None:
+        raise ValueError("a model needs something to read: pass --text FILE.")
+    return capture_text(path, text.read_text(encoding="utf-8"), length, sequences)
+
+
+def _without_infinity(record: Any) -> Any:
+    """JSON has no infinity: an expected error beyond all numbers becomes null."""
+    if isinstance(record, Mapping):
+        return {key: _without_infinity(value) for key, value in record.items()}
+    if isinstance(record, list | tuple):
+        return [_without_infinity(value) for value in record]
+    return None if isinstance(record, float) and not math.isfinite(record) else record
+
+
+def _layers_table(found: Mapping[str, Mapping[str, Any]]) -> str:
+    """The mean over the heads of each layer."""
+    from performers.train.tables import aligned
+
+    kinds = next(iter(found.values()))
+    header = ["error of the output", "averaging", *kinds, "E‖q + k‖²", "sharp", "features", "sharp"]
+    rows = [header]
+    for layer, of in found.items():
+        plain, sharp = of["positive"], of["sharp"]
+        rows.append(
+            [
+                layer,
+                f"{plain.mean('uniform_error'):.3f}",
+                *(f"{diagnosis.mean('observed_error'):.3f}" for diagnosis in of.values()),
+                *(f"{x.mean('mean_square_sum'):.1f}" for x in (plain, sharp)),
+                *(f"{x.mean('effective_features'):.1f}" for x in (plain, sharp)),
+            ]
+        )
+    return "\n".join(aligned(rows))

@@ -1,0 +1,171 @@
+"""Queries, keys and values of real models, as their attention layers get them.
+
+A model of transformers hands them to the attention function that its configuration names. Here that
+is a function that keeps them and then attends as usual, so any architecture that asks
+transformers' AttentionInterface can be read, and none is changed.
+"""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AttentionInterface, AutoModel, AutoTokenizer, PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+__all__ = ["Captured", "capture_attention", "capture_text", "read_captured"]
+
+# The name of the function below among transformers' attention functions.
+CAPTURE = "performers_capture"
+
+# Arguments that make attention another function than softmax(scale · QKᵀ) V.
+NOT_PLAIN = ("position_bias", "s_aux", "softcap")
+
+
+@dataclass(frozen=True)
+class Captured:
+    """One call of attention in a model. Sequences are whole, so there is no padding to mask."""
+
+    name: str
+    query: Float[Tensor, "batch heads query_length dim"]
+    key: Float[Tensor, "batch key_heads key_length dim"]
+    value: Float[Tensor, "batch key_heads key_length value_dim"]
+    scale: float | None
+    is_causal: bool
+
+
+def capture_attention(model: PreTrainedModel, **inputs: Tensor) -> list[Captured]:
+    """Run the model on these inputs and return what each attention layer got, in order.
+
+    Inputs must not be padded: give no attention_mask. Kept on the device of the model.
+
+    Raises ValueError for models that do not ask the AttentionInterface, and for layers whose
+    attention is not softmax(scale · QKᵀ) V: position biases, soft caps, windows, packed sequences.
+    """
+    before, was_training = model.config._attn_implementation, model.training
+    names = {module: name for name, module in model.named_modules()}
+    calls: list[Captured] = []
+    token = _calls.set((names, calls))
+    try:
+        model.set_attn_implementation(CAPTURE)
+        with torch.no_grad():
+            model.eval()(**inputs)
+    finally:
+        model.set_attn_implementation(before)
+        model.train(was_training)
+        _calls.reset(token)
+    if not calls:
+        raise ValueError(
+            f"{type(model).__name__} computes attention without transformers' AttentionInterface, "
+            "so its queries and keys cannot be captured. Save them to a safetensors file as query, "
+            "key and value instead."
+        )
+    return calls
+
+
+def capture_text(
+    folder: str | Path, text: str, length: int = 256, sequences: int = 4
+) -> list[Captured]:
+    """Load a model and its tokenizer, and capture its attention on windows of a text.
+
+    The text becomes at most `sequences` windows of exactly `length` tokens each, special tokens
+    included.
+
+    Raises ValueError where the model or the text is too short for `length`, OSError where there is
+    no model.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModel.from_pretrained(folder)
+    longest = getattr(model.config, "max_position_embeddings", None) or length
+    if length > longest:
+        raise ValueError(f"length must be at most {longest} for this model, got {length}.")
+    windows = _windows(tokenizer, text, length)[:sequences]
+    inputs = {"input_ids": windows}
+    if model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = windows
+    return capture_attention(model, **inputs)
+
+
+def read_captured(path: str | Path, is_causal: bool = False) -> list[Captured]:
+    """Queries, keys and values from a safetensors file.
+
+    Tensors are named query, key and value, or LAYER.query, LAYER.key and LAYER.value, and have the
+    layout (batch, heads, length, dim).
+
+    Raises ValueError where one of the three is missing or anything else is in the file.
+    """
+    tensors = load_file(path)
+    layers: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        layer, _, role = name.rpartition(".")
+        layers.setdefault(layer, {})[role] = tensor
+    for layer, parts in layers.items():
+        if parts.keys() != {"query", "key", "value"}:
+            raise ValueError(
+                f"{path} must hold query, key and value of every layer: "
+                f"{layer or 'the file'} has {', '.join(sorted(parts))}."
+            )
+    return [
+        Captured(layer or "attention", **layers[layer], scale=None, is_causal=is_causal)
+        for layer in sorted(layers, key=_natural)
+    ]
+
+
+_calls: ContextVar[tuple[dict[nn.Module, str], list[Captured]]] = ContextVar("calls")
+
+
+def _capture(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **options: Any,
+) -> tuple[Tensor, Tensor | None]:
+    names, calls = _calls.get()
+    name = names.get(module, type(module).__name__)
+    given = [word for word in NOT_PLAIN if options.get(word) is not None]
+    if attention_mask is not None:
+        given.append("a mask (of padding, a window shorter than the input, or packed sequences)")
+    if given:
+        raise ValueError(
+            f"{name} attends with {', '.join(given)}, which is not softmax(scale · QKᵀ) V and "
+            "cannot be diagnosed."
+        )
+    causal = getattr(module, "is_causal", False) if is_causal is None else is_causal
+    causal = bool(causal) and query.shape[2] == key.shape[2]  # cross-attention never is
+    calls.append(Captured(name, query, key, value, scaling, causal))
+    options = {"scaling": scaling, "is_causal": is_causal, **options}
+    return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, **options)
+
+
+AttentionInterface.register(CAPTURE, _capture)
+AttentionMaskInterface.register(CAPTURE, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+
+
+def _windows(tokenizer: Any, text: str, length: int) -> Int[Tensor, "windows length"]:
+    pieces = tokenizer(text, truncation=True, max_length=length, return_overflowing_tokens=True)[
+        "input_ids"
+    ]
+    whole = [piece for piece in pieces if len(piece) == length]
+    if not whole:
+        raise ValueError(
+            f"the text must have at least {length} tokens, got {len(pieces[0])}: "
+            "give a longer text or a smaller length."
+        )
+    return torch.tensor(whole)
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Sorts layer.2 before layer.10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]

@@ -1,0 +1,70 @@
+"""Figure of a diagnosis: what linear attention gets wrong in each layer of a model, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from performers.viz.figures import BASELINE_COLOR, COLORS, STYLE
+
+__all__ = ["diagnosis_figure"]
+
+
+def diagnosis_figure(layers: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Figure:
+    """The error, the features in use and E‖q + k‖² of every head (dots) and layer (means).
+
+    `layers`: of each layer and kind of features a `Diagnosis` as a dict, its "heads" a list of
+    dicts.
+    """
+    panels = {
+        "observed_error": "Error of the output",
+        "effective_features": "Features that carry it",
+        "mean_square_sum": "E‖q + k‖², what the variance grows with",
+    }
+    kinds = list(next(iter(layers.values())))
+    with rc_context(STYLE):
+        figure = Figure(figsize=(max(9.6, 2.4 + 0.9 * len(layers)), 8.4), layout="constrained")
+        all_axes = figure.subplots(len(panels), 1, sharex=True)
+        for axes, (name, title) in zip(all_axes, panels.items(), strict=True):
+            for index, kind in enumerate(kinds):
+                shift = 0.22 * (index - (len(kinds) - 1) / 2)
+                _draw(axes, layers, kind, name, shift=shift, color=COLORS[index % len(COLORS)])
+            axes.set_title(title)
+        error, features, spread = all_axes
+        uniform = [_mean(of[kinds[0]], "uniform_error") for of in layers.values()]
+        error.plot(
+            uniform, color=BASELINE_COLOR, linestyle="--", marker="_", label="averaging the values"
+        )
+        error.set_ylim(bottom=0)
+        features.set_yscale("log")
+        features.set_ylim(bottom=0.9)
+        spread.set_yscale("log")
+        spread.set_xticks(range(len(layers)), list(layers), rotation=30, ha="right")
+        figure.legend(*error.get_legend_handles_labels(), loc="outside upper right", ncols=4)
+        return figure
+
+
+def _draw(
+    axes: Axes,
+    layers: Mapping[str, Mapping[str, Mapping[str, Any]]],
+    kind: str,
+    name: str,
+    *,
+    shift: float,
+    color: str,
+) -> None:
+    for position, of in enumerate(layers.values()):
+        numbers = [head[name] for head in of[kind]["heads"]]
+        axes.plot([position + shift] * len(numbers), numbers, ".", color=color, alpha=0.35)
+    means = [_mean(of[kind], name) for of in layers.values()]
+    positions = [position + shift for position in range(len(layers))]
+    axes.plot(positions, means, "_", color=color, markersize=14, markeredgewidth=2.5, label=kind)
+
+
+def _mean(diagnosis: Mapping[str, Any], name: str) -> float:
+    numbers = [head[name] for head in diagnosis["heads"]]
+    return float(sum(numbers) / len(numbers))
