@@ -11,13 +11,14 @@ The output is the same, byte for byte, for the same input.
 
 from __future__ import annotations
 
+import json
 import sys
 from collections import defaultdict
 from hashlib import blake2b
 from pathlib import Path
 
 from performers.data.fasta import FastaRecord
-from performers.data.fetch import SOURCES, group_homologues, read_package, write_proteins
+from performers.data.fetch import SOURCES, card_path, group_homologues, read_package, write_proteins
 from performers.data.proteins import SAMPLE_PATH, Protein, read_proteins
 
 NUM_PROTEINS = 4800
@@ -43,10 +44,10 @@ def choose(proteins: list[Protein]) -> list[FastaRecord]:
     return [FastaRecord(p.identifier, p.description, p.sequence) for p in chosen]
 
 
-def bovine_trypsin_inhibitor(package: Path) -> FastaRecord:
-    records, _ = read_package(SOURCES["swissprot"], package)
+def bovine_trypsin_inhibitor(package: Path) -> tuple[FastaRecord, dict[str, object]]:
+    records, origin = read_package(SOURCES["swissprot"], package)
     sequence = next(record.sequence for record in records if record.identifier == "P00974")
-    return FastaRecord(BPTI_IDENTIFIER, BPTI_DESCRIPTION, sequence)
+    return FastaRecord(BPTI_IDENTIFIER, BPTI_DESCRIPTION, sequence), origin
 
 
 def _hash(sequence: str) -> bytes:
@@ -55,11 +56,9 @@ def _hash(sequence: str) -> bytes:
 
 if __name__ == "__main__":
     examples, swissprot = map(Path, sys.argv[1:])
-    records = [*choose(read_proteins(examples)[0]), bovine_trypsin_inhibitor(swissprot)]
-    clusters, families, _ = group_homologues([record.sequence for record in records], "mmseqs")
-    write_proteins(SAMPLE_PATH, records, clusters, families)
-    print(
-        f"{SAMPLE_PATH}: {SAMPLE_PATH.stat().st_size:,} bytes, {len(records):,} proteins, "
-        f"{sum(len(record.sequence) for record in records):,} residues, "
-        f"{len(set(clusters)):,} clusters, {len(set(families)):,} families"
-    )
+    inhibitor, origin = bovine_trypsin_inhibitor(swissprot)
+    records = [*choose(read_proteins(examples)[0]), inhibitor]
+    clusters, families, method = group_homologues([r.sequence for r in records], "mmseqs")
+    card = json.loads(card_path(examples).read_text(encoding="utf-8"))
+    provenance: dict[str, object] = {"source": [card["source"], origin], "clustering": method}
+    print(write_proteins(SAMPLE_PATH, records, clusters, families, provenance=provenance))

@@ -33,6 +33,7 @@ _MIN_DISTINCT_GROUPS = 4
 # A short protein inside a long one is a domain, and shared domains would chain families together.
 _MIN_LENGTH_RATIO = 0.8
 _INDEX_BITS = 36  # 10¹⁰ residues; a word needs 27 more
+_RESIDUES_A_PASS = 1 << 24  # about a gigabyte of working memory
 
 
 def cluster_by_kmers(sequences: Sequence[str]) -> list[int]:
@@ -63,7 +64,7 @@ def cluster_by_kmers(sequences: Sequence[str]) -> list[int]:
     words, is_word = _words(text, starts)
     # Residues lie in one line, longest protein first: one index tells protein and position, and the
     # smallest index of a word is its occurrence in the longest protein.
-    passes = max(1, len(text) >> 25)
+    passes = max(1, len(text) // _RESIDUES_A_PASS)
     links = []
     for remainder in range(passes):
         index = (is_word & (words.remainder(passes) == remainder)).nonzero().squeeze(1)

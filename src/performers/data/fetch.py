@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import io
 import json
 import shutil
 import subprocess
@@ -30,6 +31,7 @@ from performers.data.fasta import FastaRecord, distinct_records, read_fasta
 __all__ = [
     "SOURCES",
     "Clustering",
+    "card_path",
     "fetch_proteins",
     "group_homologues",
     "read_package",
@@ -68,21 +70,21 @@ def fetch_proteins(
 
     output: a new file, `NAME.fasta.gz`; the card is `NAME.json` in the same folder.
     source: `"swissprot"` or `"examples"`, downloaded with `apt-get download` (225 MB, 10 MB), or
-    `"fasta"`. from_paths: instead of the download, the `.deb` file or the folder it was unpacked
-    to; for `"fasta"`, the files. clustering: `"mmseqs"`, `"kmers"`, or None for MMseqs2 where it is
-    installed and up to 50,000 proteins. report: called with a line of text before each step that
-    takes time.
+        `"fasta"`.
+    from_paths: instead of the download, the `.deb` file or the folder it was unpacked to; for
+        `"fasta"`, the files.
+    clustering: `"mmseqs"`, `"kmers"`, or None for MMseqs2 if installed, up to 50,000 proteins.
+    report: called with a line of text before each step that takes time.
 
     Returns the card. Raises FileExistsError rather than overwrite, FileNotFoundError for a missing
     file or program, ValueError for a bad option or file, RuntimeError with the words of a program
     that failed. Nothing is written until everything is computed.
     """
     output = Path(output)
-    card_path = _card_path(output)
     check_choice("source", source, (*SOURCES, "fasta"))
     if clustering is not None:
         check_choice("clustering", clustering, ("mmseqs", "kmers"))
-    for path in (output, card_path):
+    for path in (output, card_path(output)):
         if path.exists():
             raise FileExistsError(
                 f"{path} exists and is not overwritten. Remove it or choose another name."
@@ -110,24 +112,14 @@ def fetch_proteins(
     sequences = [record.sequence for record in distinct]
     clusters, families, method = group_homologues(sequences, clustering)
     report(f"writing {output}")
-    write_proteins(output, distinct, clusters, families)
-    card: dict[str, object] = {
-        "file": output.name,
-        "sha256": _sha256(output),
-        "source": origin,
-        "clustering": method,
-        "counts": {
-            "records": len(records),
-            "duplicates": len(records) - len(distinct),
-            "proteins": len(distinct),
-            "residues": sum(map(len, sequences)),
-            "longest": max(map(len, sequences)),
-            "clusters": len(set(clusters)),
-            "families": len(set(families)),
-        },
-    }
-    card_path.write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
-    return card
+    return write_proteins(
+        output,
+        distinct,
+        clusters,
+        families,
+        provenance={"source": origin, "clustering": method},
+        num_duplicates=len(records) - len(distinct),
+    )
 
 
 def read_package(
@@ -184,16 +176,48 @@ def group_homologues(
 
 
 def write_proteins(
-    path: Path, records: Sequence[FastaRecord], clusters: Sequence[int], families: Sequence[int]
-) -> None:
-    """Write FASTA.gz with `Cluster=… Family=…` at the end of each description, atomically."""
-    part = path.with_name(path.name + ".part")
+    output: Path,
+    records: Sequence[FastaRecord],
+    clusters: Sequence[int],
+    families: Sequence[int],
+    *,
+    provenance: dict[str, object],
+    num_duplicates: int = 0,
+) -> dict[str, object]:
+    """Write FASTA.gz with `Cluster=… Family=…` after each description, and its card.
+
+    Returns the card. The same proteins give the same bytes. Neither file is ever there in part.
+    """
+    fasta = io.BytesIO()
     # Without a time and a file name in its header, equal contents give equal files.
-    with part.open("wb") as file, gzip.GzipFile("", "wb", 9, file, mtime=0) as compressed:
+    with gzip.GzipFile("", "wb", 9, fasta, mtime=0) as compressed:
         for record, cluster, family in zip(records, clusters, families, strict=True):
             header = f"{record.identifier} {record.description}".strip()
             text = f">{header} Cluster={cluster} Family={family}\n{record.sequence}\n"
             compressed.write(text.encode())
+    card: dict[str, object] = {
+        "file": output.name,
+        "sha256": hashlib.sha256(fasta.getbuffer()).hexdigest(),
+        **provenance,
+        "counts": {
+            "records": len(records) + num_duplicates,
+            "duplicates": num_duplicates,
+            "proteins": len(records),
+            "residues": sum(len(record.sequence) for record in records),
+            "longest": max(len(record.sequence) for record in records),
+            "clusters": len(set(clusters)),
+            "families": len(set(families)),
+        },
+    }
+    text = json.dumps(card, indent=2, ensure_ascii=False) + "\n"
+    _write_whole(card_path(output), text.encode())
+    _write_whole(output, fasta.getbuffer())
+    return card
+
+
+def _write_whole(path: Path, content: bytes | memoryview) -> None:
+    part = path.with_name(path.name + ".part")
+    part.write_bytes(content)
     part.replace(path)
 
 
@@ -241,7 +265,8 @@ SOURCES = {
 }
 
 
-def _card_path(output: Path) -> Path:
+def card_path(output: Path) -> Path:
+    """Where the card of a data set lies: beside it, under the same name."""
     if not output.name.endswith(".fasta.gz"):
         raise ValueError(f"the output must be named NAME.fasta.gz, got {output.name!r}.")
     return output.with_name(output.name.removesuffix(".fasta.gz") + ".json")
