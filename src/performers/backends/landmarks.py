@@ -20,6 +20,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from performers.backends import reference
 from performers.typing import FeatureMap, LinearState, LogLinearMap
 
 __all__ = ["attend", "refusal"]
@@ -60,6 +61,19 @@ def attend(
     """What `reference.attend` computes, up to rounding. The state, empty and unused, comes back."""
     assert not is_causal, "`refusal` lets only bidirectional calls in"
     assert window_size is None, "`refusal` lets no window in"
+    if query.numel() == 0 or key.numel() == 0:  # the fused kernel would stop the process
+        return reference.attend(
+            query,
+            key,
+            value,
+            phi,
+            root=root,
+            key_mask=key_mask,
+            is_causal=is_causal,
+            normalize=normalize,
+            window_size=window_size,
+            state=state,
+        )
     wide = torch.promote_types(query.dtype, torch.float32)
     keys = phi.log_linear_keys(key.to(wide) * root)
     # float16 cannot hold exponents. bfloat16 can, and has matrix units of its own; but it would
