@@ -1,7 +1,9 @@
 """Feature maps and inputs that the tests of attention share."""
 
+import itertools
 from collections.abc import Callable
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -18,6 +20,14 @@ FEATURE_MAPS: dict[str, Callable[[int, int], RandomFeatures]] = {
     "elu+1 without omega": lambda dim, m: KernelFeatures(dim, fn="elu+1", projection=None),
 }
 NONNEGATIVE = [name for name, build in FEATURE_MAPS.items() if build(2, 2).is_nonnegative]
+
+# Who computes it. None chooses: for bidirectional attention with positive features the landmarks
+# backend, which takes no other call; everywhere else the chunked one.
+BACKENDS = ("reference", "chunked")
+every_call = pytest.mark.parametrize(
+    ("backend", "is_causal"),
+    [*itertools.product((*BACKENDS, None), [False]), *itertools.product(BACKENDS, [True])],
+)
 
 # Norms along the sequence: what the entries of queries and keys are multiplied by.
 NORMS: dict[str, Callable[[int], Tensor]] = {

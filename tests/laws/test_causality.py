@@ -2,11 +2,9 @@
 
 import pytest
 import torch
-from cases import FEATURE_MAPS, MASKS, NORMS, inputs
+from cases import BACKENDS, FEATURE_MAPS, MASKS, NORMS, inputs
 
 from performers import SoftmaxFeatures, favor_attention
-
-BACKENDS = ("reference", "chunked")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

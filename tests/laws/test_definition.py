@@ -2,13 +2,12 @@
 
 import pytest
 import torch
-from cases import FEATURE_MAPS, MASKS, NONNEGATIVE, NORMS, inputs
+from cases import BACKENDS, FEATURE_MAPS, MASKS, NONNEGATIVE, NORMS, every_call, inputs
 from oracle import Attended, attended
 from torch import Tensor
 
 from performers import KernelFeatures, SoftmaxFeatures, favor_attention
 
-BACKENDS = ("reference", "chunked", None)
 CAUSAL = (False, True)
 
 
@@ -24,8 +23,7 @@ def assert_equal_to(expected: Attended, out: Tensor, value: Tensor, relative: fl
     assert error[clear].max() <= relative
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("is_causal", CAUSAL)
+@every_call
 @pytest.mark.parametrize("name", FEATURE_MAPS)
 def test_float32_is_within_1e_5_for_entries_up_to_10(name, is_causal, backend):
     phi, mask = FEATURE_MAPS[name](5, 11), MASKS["holes"](23)
@@ -39,8 +37,7 @@ def test_float32_is_within_1e_5_for_entries_up_to_10(name, is_causal, backend):
         assert_equal_to(expected, out, value, relative=1e-5)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("is_causal", CAUSAL)
+@every_call
 @pytest.mark.parametrize("name", FEATURE_MAPS)
 def test_float64_follows_any_norms_along_the_sequence(name, is_causal, backend):
     # The logits reach 1e9, where float64 still holds them to 1e-7.
@@ -54,8 +51,7 @@ def test_float64_follows_any_norms_along_the_sequence(name, is_causal, backend):
         assert_equal_to(expected, out, value, relative=3e-7)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("is_causal", CAUSAL)
+@every_call
 @pytest.mark.parametrize("norms", NORMS)
 def test_float32_loses_nothing_to_the_size_of_exponents(norms, is_causal, backend):
     # φ(x) = exp(x): entries are exponents, one a feature. Whole numbers add without rounding, so
@@ -73,8 +69,7 @@ def test_float32_loses_nothing_to_the_size_of_exponents(norms, is_causal, backen
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("is_causal", CAUSAL)
+@every_call
 @pytest.mark.parametrize("name", NONNEGATIVE)
 def test_half_precision_costs_one_rounding_of_the_output(name, is_causal, backend, dtype):
     phi = FEATURE_MAPS[name](5, 11)
@@ -85,7 +80,7 @@ def test_half_precision_costs_one_rounding_of_the_output(name, is_causal, backen
     assert_equal_to(expected, out.double(), value, relative=1e-5 + torch.finfo(dtype).eps / 2)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [*BACKENDS, None])
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("name", FEATURE_MAPS)
 def test_cross_attention_has_queries_of_its_own_length(name, mask, backend):
@@ -98,8 +93,7 @@ def test_cross_attention_has_queries_of_its_own_length(name, mask, backend):
     assert_equal_to(attended(query, key, value, phi, False, mask), out, value, relative=1e-5)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("is_causal", CAUSAL)
+@every_call
 @pytest.mark.parametrize("name", FEATURE_MAPS)
 def test_without_normalizer_the_output_is_the_plain_sum(name, is_causal, backend):
     phi = FEATURE_MAPS[name](5, 11)

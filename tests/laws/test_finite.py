@@ -2,17 +2,15 @@
 
 import pytest
 import torch
-from cases import FEATURE_MAPS, MASKS, NONNEGATIVE, NORMS, inputs
+from cases import FEATURE_MAPS, MASKS, NONNEGATIVE, NORMS, every_call, inputs
 
 from performers import KernelFeatures, SoftmaxFeatures, favor_attention
 
-BACKENDS = ("reference", "chunked")
 CAUSAL = (False, True)
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("is_causal", CAUSAL)
+@every_call
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("norms", NORMS)
 def test_outputs_lie_among_the_values_at_any_norm(norms, dtype, is_causal, backend):
@@ -27,8 +25,7 @@ def test_outputs_lie_among_the_values_at_any_norm(norms, dtype, is_causal, backe
         assert (out <= high + slack * high.abs()).all(), name
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("is_causal", CAUSAL)
+@every_call
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float16])
 @pytest.mark.parametrize("norms", ["1", "10", "growing", "huge then tiny"])
 def test_attention_over_ones_is_one(norms, dtype, is_causal, backend):
@@ -40,8 +37,7 @@ def test_attention_over_ones_is_one(norms, dtype, is_causal, backend):
         torch.testing.assert_close(out, torch.ones_like(out), rtol=2e-6, atol=0)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("is_causal", CAUSAL)
+@every_call
 @pytest.mark.parametrize("norms", NORMS)
 def test_features_of_any_sign_stay_finite(norms, is_causal, backend):
     query, key, value = inputs(norms=norms)

@@ -2,14 +2,13 @@
 
 import pytest
 import torch
-from cases import FEATURE_MAPS, MASKS, inputs
+from cases import BACKENDS, FEATURE_MAPS, MASKS, every_call, inputs
 from oracle import attended
 from torch import Tensor
 from torch.autograd import gradcheck
 
 from performers import KernelFeatures, LinearState, SoftmaxFeatures, favor_attention
 
-BACKENDS = ("reference", "chunked")
 CAUSAL = (False, True)
 SMOOTH = ("positive", "hyperbolic", "trigonometric", "exp", "sigmoid", "elu+1")
 
@@ -19,8 +18,7 @@ def small_inputs(length: int, norms: str = "1") -> list[Tensor]:
     return [x.requires_grad_() for x in inputs(length, dtype=torch.float64, norms=norms, **shape)]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("is_causal", CAUSAL)
+@every_call
 @pytest.mark.parametrize("name", SMOOTH)
 def test_gradients_are_the_slopes_of_the_output(name, is_causal, backend):
     phi = FEATURE_MAPS[name](3, 5)
@@ -34,8 +32,7 @@ def test_gradients_are_the_slopes_of_the_output(name, is_causal, backend):
     assert gradcheck(attend, small_inputs(17), fast_mode=True)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("is_causal", CAUSAL)
+@every_call
 @pytest.mark.parametrize("normalize", [False, True])
 def test_gradients_reach_back_through_a_state(normalize, is_causal, backend):
     phi = SoftmaxFeatures(3, 5)
@@ -61,8 +58,7 @@ def test_gradients_reach_back_through_a_state(normalize, is_causal, backend):
     assert gradcheck(attend, small_inputs(16), fast_mode=True)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("is_causal", CAUSAL)
+@every_call
 @pytest.mark.parametrize("norms", ["1", "10", "growing", "shrinking", "alternating"])
 @pytest.mark.parametrize("name", ["positive", "exp without epsilon", "elu+1 without omega"])
 def test_gradients_equal_those_of_the_definition_at_any_norm(name, norms, is_causal, backend):
@@ -96,8 +92,7 @@ def test_many_passes_over_a_chunk_have_the_gradients_of_one(is_causal):
         torch.testing.assert_close(one, other)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("is_causal", CAUSAL)
+@every_call
 def test_omega_learns_if_asked_to(is_causal, backend):
     phi = SoftmaxFeatures(3, 5)
     tensors = [x.detach() for x in small_inputs(17)]

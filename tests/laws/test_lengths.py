@@ -2,17 +2,15 @@
 
 import pytest
 import torch
-from cases import FEATURE_MAPS, inputs
+from cases import BACKENDS, FEATURE_MAPS, every_call, inputs
 from oracle import attended
 
 from performers import KernelFeatures, SoftmaxFeatures, attention_matrix, favor_attention
 
-BACKENDS = ("reference", "chunked")
 CAUSAL = (False, True)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("is_causal", CAUSAL)
+@every_call
 @pytest.mark.parametrize("name", FEATURE_MAPS)
 def test_an_empty_sequence_gives_an_empty_output_and_an_unchanged_state(name, is_causal, backend):
     phi = FEATURE_MAPS[name](5, 11)
@@ -29,7 +27,7 @@ def test_an_empty_sequence_gives_an_empty_output_and_an_unchanged_state(name, is
     assert torch.equal(after.log_scale, state.log_scale)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [*BACKENDS, None])
 @pytest.mark.parametrize("name", FEATURE_MAPS)
 def test_queries_without_keys_get_zeros(name, backend):
     query, key, value = inputs(5, 0)
@@ -51,8 +49,7 @@ def test_keys_without_queries_fill_the_state(backend):
     torch.testing.assert_close(read, favor_attention(query, key, value, phi, **options))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("is_causal", CAUSAL)
+@every_call
 @pytest.mark.parametrize("length", [1, 2, 7, 11])
 @pytest.mark.parametrize(
     ("dim", "num_projections"), [(1, 1), (1, 3), (5, 1), (5, 3), (5, 5), (5, 13), (2, 31)]
@@ -65,8 +62,7 @@ def test_any_width_and_any_number_of_projections(dim, num_projections, length, i
     torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("is_causal", CAUSAL)
+@every_call
 def test_an_empty_batch_is_no_error(is_causal, backend):
     phi = KernelFeatures(5, 11)
     out = favor_attention(*inputs(batch=0), phi, is_causal, enable_gqa=True, backend=backend)

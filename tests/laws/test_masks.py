@@ -2,16 +2,14 @@
 
 import pytest
 import torch
-from cases import FEATURE_MAPS, MASKS, inputs
+from cases import BACKENDS, FEATURE_MAPS, MASKS, every_call, inputs
 
 from performers import SoftmaxFeatures, favor_attention, softmax_attention
 
-BACKENDS = ("reference", "chunked")
 CAUSAL = (False, True)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("is_causal", CAUSAL)
+@every_call
 @pytest.mark.parametrize("mask", ["left", "right", "holes", "full"])
 def test_padding_may_hold_anything(mask, is_causal, backend):
     query, key, value = inputs()
@@ -26,9 +24,8 @@ def test_padding_may_hold_anything(mask, is_causal, backend):
         assert torch.equal(out, clean), name
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@every_call
 @pytest.mark.parametrize("name", FEATURE_MAPS)
-@pytest.mark.parametrize("is_causal", CAUSAL)
 def test_masking_keys_is_leaving_them_out(is_causal, name, backend):
     phi = FEATURE_MAPS[name](5, 11)
     query, key, value = inputs()
@@ -40,8 +37,7 @@ def test_masking_keys_is_leaving_them_out(is_causal, name, backend):
     torch.testing.assert_close(out[:, :, visible], without, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("is_causal", CAUSAL)
+@every_call
 @pytest.mark.parametrize("name", FEATURE_MAPS)
 def test_a_row_that_sees_no_key_is_zero_with_zero_gradients(name, is_causal, backend):
     phi = FEATURE_MAPS[name](5, 11)

@@ -4,12 +4,11 @@ import itertools
 
 import pytest
 import torch
-from cases import FEATURE_MAPS, MASKS, inputs
+from cases import BACKENDS, FEATURE_MAPS, MASKS, inputs
 from torch import Tensor
 
 from performers import LinearState, SoftmaxFeatures, favor_attention
 
-BACKENDS = ("reference", "chunked")
 NORMS = ("1", "growing", "huge then tiny")
 
 

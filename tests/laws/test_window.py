@@ -4,12 +4,11 @@ import itertools
 
 import pytest
 import torch
-from cases import MASKS, NORMS, inputs
+from cases import BACKENDS, MASKS, NORMS, inputs
 from oracle import attended
 
 from performers import SoftmaxFeatures, favor_attention, softmax_attention
 
-BACKENDS = ("reference", "chunked")
 CAUSAL = (False, True)
 WINDOWS = (1, 2, 7, 11, 23, 29)
 
