@@ -24,7 +24,7 @@ LAYERS = (
     {"train", "viz"},
     {"convert"},
     {"models"},
-    {"nn", "baselines", "distributed"},
+    {"nn", "baselines", "distributed", "sklearn"},
     {"functional"},
     {"backends"},
     {"theory", "data"},
@@ -41,6 +41,7 @@ RESERVED = {
     "matplotlib": {"viz"},
     "typer": {"cli"},
     "Bio": {"data"},
+    "sklearn": {"sklearn"},
     "triton": {"backends"},
 }
 
@@ -138,6 +139,7 @@ def test_imports_point_down():
         ("data/proteins.py", "from performers import theory", "does not lie below data"),
         ("nn/attention.py", "import transformers.cache_utils", "may import transformers"),
         ("train/report.py", "from matplotlib import pyplot", "only viz may import matplotlib"),
+        ("sklearn.py", "from performers.nn import FavorAttention", "does not lie below sklearn"),
         ("__init__.py", "from performers.nn import FavorAttention", "when it is first used"),
         ("helpers.py", "import torch", "'helpers' has no place in LAYERS"),
     ],
