@@ -208,6 +208,18 @@ def test_cross_entropy_and_its_gradients_are_finite_and_never_below_0(norm):
     assert tokens.grad.isfinite().all()
 
 
+def test_without_targets_there_is_no_loss():
+    hidden, tokens, targets = hidden_and_tokens()
+    hidden.requires_grad_()
+    nothing = torch.full_like(targets, -100)
+    phi = features("positive")
+    losses = approximate_cross_entropy(hidden, tokens, nothing, phi, reduction="none")
+    losses.sum().backward()
+    assert (losses == 0).all()
+    assert (hidden.grad == 0).all()
+    assert approximate_cross_entropy(hidden, tokens, nothing, phi).isnan()  # as in torch
+
+
 def test_a_vocabulary_of_one_token_has_no_loss():
     hidden = torch.randn(LENGTH, DIM, requires_grad=True)
     tokens, targets = torch.randn(1, DIM), torch.zeros(LENGTH, dtype=torch.int64)

@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from performers.backends.reference import read, read_weights
-from performers.backends.tiles import recomputed, tiles
+from performers.backends.tiles import recomputed
 from performers.checks import check_choice
 from performers.functional.favor import favor_attention
 from performers.typing import FeatureMap, LinearState, exp_difference
@@ -101,11 +101,8 @@ def log_normalizer(
 
     with torch.autocast(query.device.type, enabled=False):
         rows = query.to(state.normalizer.dtype)
-        parts = [
-            recomputed(read_tile, rows[:, :, tile], state)
-            for tile in tiles(rows.shape[2], QUERY_TILE)
-        ]
-    return torch.cat([rows[:, :, :0, 0], *parts], dim=2)
+        parts = [recomputed(read_tile, tile, state) for tile in rows.split(QUERY_TILE, dim=2)]
+    return torch.cat(parts, dim=2)
 
 
 def approximate_cross_entropy(
@@ -166,11 +163,9 @@ def approximate_cross_entropy(
         phi = phi.fitted(query, key, None, scale=1.0, is_streaming=False)
         state = absorb_keys(key, phi, scale=1.0)
         own_key = key[:, :, targets[counts]]
-        parts = [
-            recomputed(losses_of, query[:, :, tile], own_key[:, :, tile], state)
-            for tile in tiles(query.shape[2], QUERY_TILE)
-        ]
-    losses = torch.cat([query[0, 0, :0, 0], *parts])
+        rows, own_keys = query.split(QUERY_TILE, dim=2), own_key.split(QUERY_TILE, dim=2)
+        parts = [recomputed(losses_of, *tile, state) for tile in zip(rows, own_keys, strict=True)]
+    losses = torch.cat(parts)
     if reduction == "none":
         return hidden.new_zeros(targets.shape, dtype=dtype).masked_scatter(counts, losses)
     return losses.mean() if reduction == "mean" else losses.sum()
