@@ -20,6 +20,9 @@ than they are, so the same scan serves; bidirectional attention runs it from bot
 
 from __future__ import annotations
 
+import itertools
+import math
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -27,7 +30,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from performers.backends.reference import Partial, absorb, last_keys, read, with_recent
-from performers.backends.tiles import Call, band, causal_chunk, recomputed, tiles
+from performers.backends.tiles import Call, band, causal_chunk, recomputed
 from performers.typing import FeatureMap, LinearState, RecentKeys
 
 __all__ = ["attend"]
@@ -52,6 +55,8 @@ def attend(
 ) -> tuple[Float[Tensor, "batch key_heads group query_length value_dim"], LinearState]:
     """Attention and the state after it, equal to the reference up to rounding."""
     call = Call(phi, root, normalize, state.values.dtype)
+    if query.shape[3] == 0 and is_causal:
+        return _no_rows(call, query, value), state
     if window_size is not None:
         return _windowed(call, query, key, value, key_mask, is_causal, window_size, state)
     if is_causal:
@@ -76,13 +81,10 @@ def _bidirectional(
     def read_tile(state: LinearState, rows: Tensor) -> Tensor:
         return call.output(read(state, call.phi.query_features(call.scaled(rows))))
 
-    for tile in tiles(key.shape[2], KEY_TILE):
-        mask = None if key_mask is None else key_mask[:, tile]
-        state = recomputed(absorb_tile, state, key[:, :, tile], value[:, :, tile], mask)
-    rows = query.flatten(2, 3)
-    outputs = [_no_rows(call, rows, value)]
-    for tile in tiles(rows.shape[2], QUERY_TILE):
-        outputs.append(recomputed(read_tile, state, rows[:, :, tile]))
+    for tile in _tiles(KEY_TILE, key, value, key_mask):
+        state = recomputed(absorb_tile, state, *tile)
+    rows = query.flatten(2, 3).split(QUERY_TILE, dim=2)
+    outputs = [recomputed(read_tile, state, tile) for tile in rows]
     return torch.cat(outputs, dim=2).unflatten(2, query.shape[2:4]), state
 
 
@@ -100,11 +102,10 @@ def _causal(
         partial, state = causal_chunk(call, state, query, key, value, mask)
         return call.output(partial).unflatten(2, query.shape[2:4]), state
 
-    outputs = [_no_rows(call, query, value)]
-    for tile in tiles(key.shape[2], CAUSAL_CHUNK):
-        mask = None if key_mask is None else key_mask[:, tile]
-        tensors = (query[:, :, :, tile], key[:, :, tile], value[:, :, tile], mask)
-        out, state = recomputed(chunk, state, *tensors)
+    outputs = []
+    queries = query.split(CAUSAL_CHUNK, dim=3)
+    for rows, tile in zip(queries, _tiles(CAUSAL_CHUNK, key, value, key_mask), strict=True):
+        out, state = recomputed(chunk, state, rows, *tile)
         outputs.append(out)
     return torch.cat(outputs, dim=3), state
 
@@ -159,9 +160,11 @@ def _far_field(
         return _unflattened(partial, query), state
 
     partials = []
-    for tile in tiles(query.shape[3], CAUSAL_CHUNK):
-        tensors = (query[:, :, :, tile], key[:, :, tile], value[:, :, tile], visible[:, tile])
-        partial, state = recomputed(chunk, state, *tensors)
+    queries = query.split(CAUSAL_CHUNK, dim=3)
+    length = query.shape[3]
+    delayed = (key[:, :, :length], value[:, :, :length], visible[:, :length])
+    for rows, tile in zip(queries, _tiles(CAUSAL_CHUNK, *delayed), strict=True):
+        partial, state = recomputed(chunk, state, rows, *tile)
         partials.append(partial)
     return _joined(partials), state
 
@@ -177,21 +180,39 @@ def _near_field(
 ) -> Partial:
     """What queries get from keys less than a window away. The keys start a window earlier."""
 
-    def rows(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, near: Tensor) -> Partial:
-        return _unflattened(band(call, query, key, value, mask, near), query)
+    def rows(near: Tensor, query: Tensor, *keys: Tensor) -> Partial:
+        # whole tiles of keys, joined: slices of the whole would each cost their gradient its length
+        count = len(keys) // 3
+        key, value = torch.cat(keys[:count], dim=2), torch.cat(keys[count : 2 * count], dim=2)
+        visible = torch.cat(keys[2 * count :], dim=1)
+        return _unflattened(band(call, query, key, value, visible, near), query)
 
-    position = torch.arange(key.shape[2], device=key.device) - window_size
+    position = torch.arange(key.shape[2], device=key.device)
+    reach = window_size if is_causal else 2 * window_size
+    tiles = list(_tiles(CAUSAL_CHUNK, key, value, visible))
     partials = []
-    for tile in tiles(query.shape[3], CAUSAL_CHUNK):
-        stop = tile.stop + window_size if is_causal else tile.stop + 2 * window_size
-        span = slice(tile.start, stop)
-        distance = torch.arange(tile.start, tile.stop, device=key.device)[:, None] - position[span]
+    for index, tile in enumerate(query.split(CAUSAL_CHUNK, dim=3)):
+        start, stop = index * CAUSAL_CHUNK, index * CAUSAL_CHUNK + tile.shape[3]
+        span = tiles[index : math.ceil((stop + reach) / CAUSAL_CHUNK)]
+        keys = position[start : start + sum(part[0].shape[2] for part in span)] - window_size
+        distance = position[start:stop, None] - keys
         near = distance.abs() < window_size
         if is_causal:
             near = near & (distance >= 0)
-        tensors = (query[:, :, :, tile], key[:, :, span], value[:, :, span], visible[:, span])
-        partials.append(recomputed(rows, *tensors, near))
+        partials.append(recomputed(rows, near, tile, *itertools.chain(*zip(*span, strict=True))))
     return _joined(partials)
+
+
+def _tiles(
+    size: int, key: Tensor, value: Tensor, key_mask: Tensor | None
+) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+    """Tiles of keys, values and mask. By `split`, whose gradient is one concatenation.
+
+    The gradient of a slice has the length of the whole, and L / size of those cost O(L²).
+    """
+    keys = key.split(size, dim=2)
+    masks = [None] * len(keys) if key_mask is None else key_mask.split(size, dim=1)
+    return zip(keys, value.split(size, dim=2), masks, strict=True)
 
 
 def _no_rows(

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from performers.backends.reference import Partial, exact_partial, key_exponent, read_weights
 from performers.typing import FeatureMap, LinearState, exp_difference
 
-__all__ = ["Call", "band", "causal_chunk", "recomputed", "tiles"]
+__all__ = ["Call", "band", "causal_chunk", "recomputed"]
 
 # exp(60) = 1e26 leaves float32 room for sums over a chunk, and exp(60 − 87), the smallest share
 # that a feature can have before its partner underflows, is far below rounding.
@@ -59,48 +60,49 @@ def causal_chunk(
     group, length = query.shape[2:4]
     query_features = call.phi.query_features(call.scaled(query.flatten(2, 3)))
     key_features = call.phi.key_features(call.scaled(key))
-    value = value.to(call.dtype)
+    value_one = F.pad(value.to(call.dtype), (0, 1), value=1.0)  # [V 1]: both sums in one product
     exponent = key_exponent(key_features, key_mask)
     position = torch.arange(length, device=key.device)
-    earlier = (position[:, None] >= position).repeat(group, 1)  # [group * chunk, chunk]
+    later = (position[:, None] < position).repeat(group, 1)  # [group * chunk, chunk]
     start = position.new_zeros(key.shape[:2])  # [batch, key_heads]: the first unfinished row
+    inside = None  # [batch, key_heads, chunk]: the keys and rows of this pass, None for all
     partial = None
     while True:
         state = state.rescaled(_frame_at(start, state, exponent.detach()))
         frame = state.log_scale.unsqueeze(2)  # [batch, key_heads, 1, num_features]
-        waiting = position >= start[..., None]  # [batch, key_heads, chunk]
-        rises = (exponent.detach() > frame + MAX_RISE).any(dim=-1) & waiting
-        stop = torch.where(rises, position, length).amin(dim=-1)
-        inside = waiting & (position < stop[..., None])
+        largest = exponent.detach().amax(dim=2)
+        is_last = not bool((largest > state.log_scale + MAX_RISE).any())
+        if not is_last or inside is not None:
+            waiting = position >= start[..., None]
+            rises = (exponent.detach() > frame + MAX_RISE).any(dim=-1) & waiting
+            is_last = not bool(rises.any())
+            stop = torch.where(rises, position, length).amin(dim=-1)
+            inside = waiting & (position < stop[..., None])
+            start = stop
 
-        inside_exponent = exponent.masked_fill(~inside[..., None], -torch.inf)
-        key_weights = exp_difference(inside_exponent, frame)
+        seen = exponent
+        if inside is not None:
+            seen = exponent.masked_fill(~inside[..., None], -torch.inf)
+            largest = seen.detach().amax(dim=2)
+        key_weights = exp_difference(seen, frame)
         if key_features.values is not None:
             key_weights = key_weights * key_features.values
         query_weights, row_frame = read_weights(frame, query_features)
-        scores = (query_weights @ key_weights.mT).masked_fill(~earlier, 0.0)
-        rows = Partial(
-            scores @ value + query_weights @ state.values,
-            scores.sum(dim=-1, keepdim=True) + query_weights @ state.normalizer.unsqueeze(-1),
-            row_frame,
-        )
-        if partial is None:
-            partial = rows
-        else:
+        scores = (query_weights @ key_weights.mT).masked_fill(later, 0.0)
+        sums = torch.cat([state.values, state.normalizer.unsqueeze(-1)], dim=-1)
+        both = scores @ value_one + query_weights @ sums
+        rows = Partial(both[..., :-1], both[..., -1:], row_frame)
+        if partial is not None and inside is not None:
             finished = inside.repeat(1, 1, group)[..., None]
             pairs = zip(rows, partial, strict=True)
-            partial = Partial(*(torch.where(finished, new, old) for new, old in pairs))
+            rows = Partial(*(torch.where(finished, new, old) for new, old in pairs))
+        partial = rows
 
-        absorbed = replace(
-            state,
-            normalizer=state.normalizer + key_weights.sum(dim=2),
-            values=state.values + key_weights.mT @ value,
-        )
-        largest = inside_exponent.detach().amax(dim=2)
+        sums = sums + key_weights.mT @ value_one
+        absorbed = replace(state, values=sums[..., :-1], normalizer=sums[..., -1])
         state = absorbed.rescaled(torch.maximum(state.log_scale, largest))
-        if not rises.any():
+        if is_last:
             return partial, state
-        start = stop
 
 
 def _frame_at(
@@ -130,11 +132,6 @@ def band(
     mask = near.repeat(query.shape[2], 1) & visible[:, None, None, :]
     rows = call.scaled(query.flatten(2, 3))
     return exact_partial(rows, call.scaled(key), value.to(call.dtype), mask)
-
-
-def tiles(length: int, size: int) -> Iterator[slice]:
-    """0:size, size:2·size, … up to the length."""
-    return (slice(start, min(start + size, length)) for start in range(0, length, size))
 
 
 def recomputed(function: Callable[..., Any], *arguments: Any) -> Any:
