@@ -180,6 +180,37 @@ def report(
 
 
 @app.command()
+def reproduce(
+    name: Annotated[str, typer.Argument(help="A folder of experiments/, such as figure-4.")],
+    scale: Annotated[
+        Literal["smoke", "reduced", "paper"],
+        typer.Option(help="Seconds, a minute, or the paper's own sizes."),
+    ] = "reduced",
+    draw_only: Annotated[
+        bool, typer.Option("--draw-only", help="Draw again from the numbers of an earlier run.")
+    ] = False,
+) -> None:
+    """Run an experiment of the paper and save its numbers, its figure and its README.
+
+    Examples:
+
+        performers reproduce figure-4 --scale smoke
+
+        performers reproduce theorem-1 --scale paper --draw-only
+    """
+    from performers.cli import reproduce as experiments
+
+    with one_line_errors():
+        folder = experiments.experiment_folder(name)
+        if draw_only:
+            written = experiments.draw(folder, scale)
+    if not draw_only:
+        written = experiments.reproduce(folder, scale, typer.echo)
+    for path in written:
+        typer.echo(f"Wrote {path}")
+
+
+@app.command()
 def info() -> None:
     """Print versions, hardware, and the words that configs may use.
 
