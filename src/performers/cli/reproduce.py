@@ -73,8 +73,8 @@ def experiment_folder(name: str) -> Path:
     return EXPERIMENTS / name
 
 
-def reproduce(folder: Path, scale: str, report: Callable[[str], None]) -> dict[str, Any]:
-    """Run an experiment, save its numbers as SCALE.json in `folder`, draw, and return the record.
+def reproduce(folder: Path, scale: str, report: Callable[[str], None]) -> list[Path]:
+    """Run an experiment, save its numbers as SCALE.json in `folder`, draw; return what was written.
 
     Raises ValueError for an unknown scale, before anything runs.
     """
@@ -91,10 +91,9 @@ def reproduce(folder: Path, scale: str, report: Callable[[str], None]) -> dict[s
         "seconds": round(time.perf_counter() - began, 1),
         "environment": describe_environment(),
     }
-    text = json.dumps(record, indent=1, allow_nan=False)
-    (folder / f"{scale}.json").write_text(text + "\n", encoding="utf-8")
-    draw(folder, scale)
-    return cast("dict[str, Any]", json.loads(text))
+    path = folder / f"{scale}.json"
+    path.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    return [path, *draw(folder, scale)]
 
 
 def draw(folder: Path, scale: str) -> list[Path]:
