@@ -12,17 +12,19 @@ import yaml
 from safetensors.torch import load_file
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
+from performers.data.masking import MaskedCollator
 from performers.train import Run, has_finished, load_config
 from performers.train.checkpoints import is_whole, last_whole_checkpoint
 from performers.train.redraw import RedrawFeatures
 from performers.train.tasks import build_model
-from performers.train.trainer import ProteinTrainer
+from performers.train.trainer import ProteinTrainer, SetMaskingEpoch
 
 # Starts the run in a process of its own that kills itself with signal 9 where the test says.
 KILLED = """
 import os, signal, sys
 from pathlib import Path
 import torch
+from performers.data.masking import MaskedCollator
 from performers.train import Run, load_config
 from performers.train import checkpoints
 from performers.train.checkpoints import SealCheckpoints
@@ -175,6 +177,26 @@ def test_features_are_redrawn_every_so_many_steps(config_file, tmp_path):
         redraw.on_step_end(arguments, TrainerState(global_step=step), control, model=model)
         counts.append(int(model.performer.layers[0].attention.mechanism.feature_map.num_redraws))
     assert counts == [0, 0, 1, 1, 1, 2, 2]
+
+
+def test_the_collator_learns_which_epoch_begins(tmp_path):
+    collator = MaskedCollator()
+    callback = SetMaskingEpoch(collator)
+    arguments, control = TrainingArguments(str(tmp_path)), TrainerControl()
+    epochs = []
+    for epoch in (None, 0.0, 1.0, 2.0):
+        callback.on_epoch_begin(arguments, TrainerState(epoch=epoch), control)
+        epochs.append(collator.epoch)
+    assert epochs == [0, 0, 1, 2]
+
+
+def test_a_diverged_run_ends_before_such_weights_are_saved(config_file, tmp_path):
+    config = load_config(config_file, ["trainer.learning_rate=1e30", "compare=[]"])
+    run = Run.prepare(config, tmp_path / "run")
+    with pytest.raises(FloatingPointError, match=r"diverged: the loss is nan at step \d"):
+        run.train()
+    assert not (tmp_path / "run" / "model").exists()
+    assert last_whole_checkpoint(tmp_path / "run" / "checkpoints") is None
 
 
 def test_a_folder_that_holds_a_run_is_refused(whole_run, config_file):

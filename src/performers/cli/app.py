@@ -5,6 +5,7 @@ Those are imported when a command runs: `performers --help` answers without load
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -85,9 +86,11 @@ def train(
         with one_line_errors((FloatingPointError,)):
             metrics = run.train()
     except KeyboardInterrupt:
-        again = " ".join(["performers train", config, *(overrides or []), f"--output {folder}"])
+        again = ["performers", "train", config, *(overrides or [])]
+        again += ["--output", str(folder), "--resume"]
         typer.echo(
-            f"\nInterrupted. Every whole checkpoint is kept; go on with: {again} --resume", err=True
+            f"\nInterrupted. Every whole checkpoint is kept; go on with: {shlex.join(again)}",
+            err=True,
         )
         raise typer.Exit(130) from None
     if metrics is None:  # another rank writes the report

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from performers.backends import BACKENDS, choose_backend
+from performers.backends.landmarks import refusal
 from performers.functional.projections import DISTRIBUTIONS, PROJECTIONS
 from performers.models import MECHANISMS
 from performers.nn.feature_maps import ESTIMATORS, SoftmaxFeatures
@@ -18,13 +19,6 @@ __all__ = ["describe"]
 def describe() -> str:
     """Versions, hardware, and every word that a config or a call may use."""
     environment = describe_environment()
-    query = torch.empty(1, 1, 1, 64)
-    chosen = {
-        kind: choose_backend(
-            None, query, SoftmaxFeatures(64), is_causal=causal, window_size=None, has_state=False
-        )
-        for kind, causal in (("bidirectional", False), ("causal", True))
-    }
     rows = [
         *environment["packages"].items(),
         ("python", f"{environment['python']} on {environment['system']}"),
@@ -32,7 +26,8 @@ def describe() -> str:
         ("accelerators", ", ".join(environment["accelerators"]) or "none"),
         ("threads", f"{environment['threads']} (set OMP_NUM_THREADS to change)"),
         ("backends", ", ".join(BACKENDS)),
-        *((f"  {kind}", f"{name}: the fastest that can") for kind, name in chosen.items()),
+        ("  bidirectional", _chosen(is_causal=False)),
+        ("  causal", _chosen(is_causal=True)),
         ("attention", ", ".join(MECHANISMS)),
         ("estimators", ", ".join(ESTIMATORS)),
         ("projections", ", ".join(PROJECTIONS)),
@@ -42,3 +37,13 @@ def describe() -> str:
         *shipped_configs().items(),
     ]
     return "\n".join(aligned([[name, text] for name, text in rows], right=False))
+
+
+def _chosen(is_causal: bool) -> str:
+    """The backend that softmax features get when none is named, and why."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    x = torch.empty(1, 1, 1, 64, device=device)
+    phi = SoftmaxFeatures(64)
+    name = choose_backend(None, x, phi, is_causal=is_causal, window_size=None, has_state=False)
+    reason = refusal(x, phi, is_causal=is_causal, window_size=None, has_state=False)
+    return f"{name}, since landmarks cannot: {reason}" if reason else f"{name}, the fastest"

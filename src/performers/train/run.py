@@ -27,7 +27,7 @@ from typing import Any
 import torch
 import yaml
 from accelerate import PartialState
-from safetensors.torch import load_file
+from safetensors.torch import load_model
 from transformers import set_seed
 from transformers.utils.logging import disable_progress_bar
 
@@ -72,6 +72,12 @@ class Run:
     config: RunConfig
     folder: Path
     data: ProteinSplits
+    device: torch.device
+
+    @property
+    def is_main_process(self) -> bool:
+        """Whether this is the process that writes, of those that torchrun started."""
+        return PartialState().is_main_process
 
     @classmethod
     def prepare(cls, config: RunConfig, folder: Path, resume: bool = False) -> Run:
@@ -90,17 +96,17 @@ class Run:
                 with torch.device("meta"):
                     check_weights(checkpoint, build_model(one))
         data = load_proteins(**vars(config.data), seed=config.seed)
-        # Touching the device starts the process group of torchrun. No rank writes into the folder
+        # Asking for the device starts the process group of torchrun. No rank writes into the folder
         # before every rank has looked at it.
-        assert arguments[0].device is not None
+        device = arguments[0].device
         state = PartialState()
         state.wait_for_everyone()
         if state.is_main_process:
             folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(folder / "environment.json", _json(describe_environment()))
             write_atomically(folder / "config.yaml", config.to_yaml())
+            write_atomically(folder / "environment.json", _json(describe_environment()))
         state.wait_for_everyone()
-        return cls(config, folder, data)
+        return cls(config, folder, data, device)
 
     def train(self) -> dict[str, Any] | None:
         """Train the model and those it is compared with; writes and returns the metrics.
@@ -115,14 +121,13 @@ class Run:
             self._train_model(one, _place(self.folder, self.config, name))
             for name, one in _configs(self.config).items()
         ]
-        state = PartialState()
-        if not state.is_main_process:
+        if not self.is_main_process:
             return None
         metrics = {
             "created": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
             "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
             "config": self.config.to_dict(),
-            "environment": describe_environment() | {"processes": state.num_processes},
+            "environment": describe_environment() | {"processes": PartialState().num_processes},
             "data": self._describe_data(),
             "baseline": self._evaluate_baseline(),
             "models": models,
@@ -131,15 +136,22 @@ class Run:
         return metrics
 
     def _train_model(self, config: RunConfig, folder: Path) -> dict[str, Any]:
-        """Train one model to its last step and evaluate it, or read what was done before."""
+        """Train one model to its last step and score it, or read what was found before."""
         result = folder / "result.json"
-        if result.exists():
-            return json.loads(result.read_text(encoding="utf-8"))
-        state = PartialState()
-        if state.is_main_process:
+        if not result.exists():
+            trainer, peak_memory = self._fit(config, folder)
+            outcome = self._score(trainer, folder) | {"peak_memory": peak_memory}
+            if self.is_main_process:
+                write_atomically(result, _json(outcome))
+            PartialState().wait_for_everyone()
+        return json.loads(result.read_text(encoding="utf-8"))
+
+    def _fit(self, config: RunConfig, folder: Path) -> tuple[ProteinTrainer, int | None]:
+        """Train from the last whole checkpoint, or from the start; also the peak of the memory."""
+        if self.is_main_process:
             for fragment in remove_fragments(folder / "checkpoints"):
                 print(f"Removed {fragment}: it was only half written.", file=sys.stderr)
-        state.wait_for_everyone()
+        PartialState().wait_for_everyone()
         checkpoint = last_whole_checkpoint(folder / "checkpoints")
         memory = PeakMemory()
         set_seed(config.seed)
@@ -151,42 +163,43 @@ class Run:
             valid=self.data.valid,
             seconds=0.0 if checkpoint is None else seconds_until(checkpoint),
         )
-        if checkpoint is None or not _is_last_step(checkpoint):
-            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-        peak_memory = memory.measure()
-        # All that follows is a function of the last checkpoint, so that it can be interrupted, too.
+        # The Trainer would take one more step from the last.
+        if checkpoint is not None and _is_last_step(checkpoint):
+            return trainer, None
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        return trainer, memory.measure()
+
+    def _score(self, trainer: ProteinTrainer, folder: Path) -> dict[str, Any]:
+        """Evaluate and save the model of the last checkpoint.
+
+        All of it is a function of that checkpoint, so that it can be interrupted as well.
+        """
         checkpoint = last_whole_checkpoint(folder / "checkpoints")
         assert checkpoint is not None, "the Trainer saves the last step"
-        log = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
         model = trainer.accelerator.unwrap_model(trainer.model)
-        model.load_state_dict(load_file(checkpoint / "model.safetensors"), strict=False)
-        seconds = seconds_until(checkpoint)
-        tokens = log["num_input_tokens_seen"]
-        scores = {
-            name: _without_prefix(trainer.evaluate(split, metric_key_prefix=name), name)
-            for name, split in self._evaluated()
-        }
+        load_model(model, checkpoint / "model.safetensors")
+        log = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        seconds, tokens = seconds_until(checkpoint), log["num_input_tokens_seen"]
         outcome = {
-            "attention": config.attention,
-            "parameters": sum(parameter.numel() for parameter in model.parameters()),
-            "device": str(trainer.args.device),
+            "attention": model.config.attention,
+            "parameters": model.num_parameters(),
+            "device": str(self.device),
             "steps": log["global_step"],
             "tokens": tokens,
             "seconds": seconds,
             "tokens_per_second": tokens / seconds,
-            "peak_memory": peak_memory,
-            "metrics": scores,
+            "metrics": {
+                name: _without_prefix(trainer.evaluate(split, metric_key_prefix=name), name)
+                for name, split in self._evaluated()
+            },
             "history": log["log_history"],
         }
-        if state.is_main_process:
+        if self.is_main_process:
             shutil.rmtree(folder / "model", ignore_errors=True)
             model.save_pretrained(folder / "model")
-            if config.attention != "identity":  # which has no matrix to look at
-                protein = save_attention_maps(model, folder / "attention.npz")
-                file = (folder / "attention.npz").relative_to(self.folder).as_posix()
-                outcome["attention_maps"] = {"file": file, "protein": protein}
-            write_atomically(result, _json(outcome))
-        state.wait_for_everyone()
+            protein = save_attention_maps(model, folder / "attention.npz")
+            file = (folder / "attention.npz").relative_to(self.folder).as_posix()
+            outcome["attention_maps"] = {"file": file, "protein": protein}
         return outcome
 
     def _evaluated(self) -> Iterator[tuple[str, TokenDataset]]:
