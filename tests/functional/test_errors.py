@@ -116,6 +116,31 @@ def test_a_near_miss_of_a_backend_is_named():
     assert "Did you mean 'chunked'?" in str(raised.value)
 
 
+LANDMARKS_REFUSALS = [
+    (SoftmaxFeatures(5), {"is_causal": True}, "it serves bidirectional attention without a window"),
+    (SoftmaxFeatures(5), {"window_size": 3}, "it serves bidirectional attention without a window"),
+    (SoftmaxFeatures(5), {"return_state": True}, "it neither takes nor gives a LinearState"),
+    (KernelFeatures(5), {}, "it needs positive features of the softmax kernel"),
+    (SoftmaxFeatures(5, estimator="trigonometric"), {}, "it needs positive features"),
+]
+
+
+@pytest.mark.parametrize(("phi", "options", "reason"), LANDMARKS_REFUSALS)
+def test_a_named_backend_is_obeyed_or_refused_with_the_reason(phi, options, reason):
+    tensors = inputs(key_heads=6)
+    with refused(f'backend="landmarks" cannot serve this call: {reason}'):
+        favor_attention(*tensors, phi, backend="landmarks", **options)
+    favor_attention(*tensors, phi, backend=None, **options)
+
+
+def test_no_name_means_the_landmarks_where_they_can_serve():
+    tensors, phi = inputs(key_heads=6), SoftmaxFeatures(5)
+    chosen = favor_attention(*tensors, phi)
+    assert torch.equal(chosen, favor_attention(*tensors, phi, backend="landmarks"))
+    causal = favor_attention(*tensors, phi, is_causal=True)
+    assert torch.equal(causal, favor_attention(*tensors, phi, is_causal=True, backend="chunked"))
+
+
 def test_the_implied_matrix_has_the_same_checks():
     query, key, _ = inputs()
     with refused("they must be equal. For grouped-query attention pass enable_gqa=True"):
