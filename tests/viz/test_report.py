@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 
-from performers.viz import write_report
+from performers.viz import attention_figure, write_report
 
 ENVIRONMENT = {
     "python": "3.11",
@@ -54,7 +54,6 @@ def run(tmp_path):
     np.savez_compressed(tmp_path / "attention.npz", attention=matrices, layers=np.array([0, 5]))
     metrics = {
         "created": "2026-01-01",
-        "command": "performers train demo",
         "config": {"task": "causal-lm", "seed": 3, "data": {"split_by": "cluster"}},
         "environment": ENVIRONMENT,
         "data": {
@@ -84,7 +83,7 @@ def test_the_report_shows_every_number_beside_the_baseline(run):
     assert "predicts 12.3% of the next residues" in page
     assert "more than the 9.1%" in page
     assert "BPT1_BOVIN" in page
-    assert "performers train demo" in page
+    assert "performers train config.yaml" in page
 
 
 def test_the_headline_does_not_claim_what_was_not_reached(run):
@@ -92,6 +91,19 @@ def test_the_headline_does_not_claim_what_was_not_reached(run):
     metrics["models"][0]["metrics"]["valid"]["accuracy"] = 0.05
     (run / "metrics.json").write_text(json.dumps(metrics))
     assert "no more than the 9.1%" in write_report(run).read_text()
+
+
+def test_the_future_of_a_causal_matrix_is_left_out():
+    even = np.tril(np.ones((1, 1, 7, 7))) / np.arange(1, 8)[:, None]
+    panel, _ = attention_figure(even, [0]).axes
+    shown = panel.images[0].get_array()
+    assert np.array_equal(shown.mask, np.triu(np.ones((7, 7), bool), 1))
+    np.testing.assert_allclose(shown.compressed(), 1.0, rtol=1e-6)
+
+
+def test_even_attention_has_the_ratio_one():
+    panel, _ = attention_figure(np.full((1, 1, 5, 5), 0.2), [0]).axes
+    np.testing.assert_allclose(panel.images[0].get_array(), 1.0, rtol=1e-6)
 
 
 def test_words_from_outside_are_escaped(run):

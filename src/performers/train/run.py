@@ -15,7 +15,6 @@ runs/demo/
 from __future__ import annotations
 
 import json
-import shlex
 import shutil
 import sys
 from collections.abc import Iterator
@@ -125,7 +124,6 @@ class Run:
             return None
         metrics = {
             "created": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-            "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
             "config": self.config.to_dict(),
             "environment": describe_environment() | {"processes": PartialState().num_processes},
             "data": self._describe_data(),

@@ -19,6 +19,8 @@ __all__ = ["attention_figure", "curves_figure"]
 COLORS = ("#1f5fbf", "#d1662b", "#3a8f6a", "#7b4fa3", "#8a6d1f")
 BASELINE_COLOR = "#6b7280"
 
+HIDDEN_COLOR = "#e5e7eb"
+
 LARGEST_RATIO = 16
 
 STYLE = {
@@ -69,7 +71,7 @@ def curves_figure(
             axes.margins(x=0.02)
         loss.set_title("Loss in nats (faint: training, dots: validation)")
         accuracy.set_title("Validation accuracy")
-        accuracy.yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=0))
+        accuracy.yaxis.set_major_formatter(PercentFormatter(xmax=1))
         loss.legend()
         return figure
 
@@ -85,17 +87,23 @@ def attention_figure(
 ) -> Figure:
     """The attention matrices of one sequence: a row of panels per layer, a panel per head.
 
-    Colors say how many times its even share, 1/length, an entry is, on one logarithmic scale for
-    all panels of all figures. `layer_numbers` count from 0.
+    Colors say how many times its even share an entry is (1/length, or 1/i in row i of a causal
+    matrix, whose future is left gray), on one logarithmic scale for all panels of all figures.
+    `layer_numbers` count from 0.
     """
     layers, heads, length, _ = matrices.shape
+    is_causal = not np.triu(matrices, 1).any()
+    visible = np.arange(1, length + 1)[:, None] if is_causal else length
+    hidden = np.triu(np.ones((length, length), bool), 1) if is_causal else np.False_
     scale = LogNorm(vmin=1 / LARGEST_RATIO, vmax=LARGEST_RATIO, clip=True)
     with style.context({**STYLE, "axes.grid": False}):
         figure = Figure(figsize=(1.8 + 1.95 * heads, 0.7 + 1.95 * layers), layout="constrained")
         panels = figure.subplots(layers, heads, squeeze=False, sharex=True, sharey=True)
         for layer, head in np.ndindex(layers, heads):
-            axes, ratio = panels[layer, head], matrices[layer, head].astype(np.float32) * length
-            image = axes.imshow(np.maximum(ratio, 1e-9), cmap="RdBu_r", norm=scale)
+            axes = panels[layer, head]
+            ratio = np.maximum(matrices[layer, head].astype(np.float32) * visible, 1e-9)
+            axes.set_facecolor(HIDDEN_COLOR)
+            image = axes.imshow(np.ma.masked_where(hidden, ratio), cmap="RdBu_r", norm=scale)
             axes.set_xticks([0, length - 1], ["1", str(length)])
             axes.set_yticks([0, length - 1], ["1", str(length)])
             if layer == 0:

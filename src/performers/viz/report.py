@@ -199,10 +199,11 @@ def _facts(metrics: Mapping[str, Any]) -> str:
         [*environment["accelerators"], f"{environment['processor']} ({environment['cores']} cores)"]
     )
     facts = {
-        "command": metrics["command"],
+        "again": "performers train config.yaml, with the config.yaml beside this page",
         "seed": str(metrics["config"]["seed"]),
         "data": metrics["data"]["description"],
-        "hardware": f"{hardware}, {environment['threads']} threads",
+        "hardware": hardware,
+        "threads": str(environment["threads"]),
         "versions": ", ".join(
             [f"Python {environment['python']}"]
             + [f"{name} {version}" for name, version in environment["packages"].items()]
