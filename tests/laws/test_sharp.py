@@ -9,7 +9,7 @@ from cases import MASKS, NORMS, inputs
 from torch import Tensor
 from torch.autograd import gradcheck
 
-from performers import SharpFeatures, favor_attention, softmax_attention
+from performers import SharpFeatures, SoftmaxFeatures, favor_attention, softmax_attention
 from performers.functional.sharp import (
     OPTIMAL,
     Moments,
@@ -154,8 +154,6 @@ def test_the_optimal_exponent_is_that_of_the_theory(dim):
 def test_uncalibrated_features_are_plain_positive_features():
     tensors = inputs()
     phi = SharpFeatures(5, 11, 3)
-    from performers import SoftmaxFeatures
-
     plain = SoftmaxFeatures(5, 11)
     out = favor_attention(*tensors, phi, enable_gqa=True)
     torch.testing.assert_close(out, favor_attention(*tensors, plain, enable_gqa=True))
@@ -461,10 +459,11 @@ def test_calibration_names_the_layer_and_head_of_what_is_not_finite(bad):
     assert all(torch.equal(buffer, before[name]) for name, buffer in phi.named_buffers())
 
 
-def test_nan_in_a_call_reaches_the_output_it_belongs_to():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nan_in_a_call_reaches_the_output_it_belongs_to(backend):
     query, key, value = anisotropic_inputs(key_heads=6)
     query[0, 2, 5, 1] = math.nan
-    out = favor_attention(query, key, value, SharpFeatures(5, 11, 6, "call"))
+    out = favor_attention(query, key, value, SharpFeatures(5, 11, 6, "call"), backend=backend)
     assert out[0, 2, 5].isnan().all()
     out[0, 2, 5] = 0
     assert out.isfinite().all()
