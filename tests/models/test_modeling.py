@@ -49,7 +49,7 @@ def torch_encoder(model: PerformerModel) -> nn.TransformerEncoder:
     encoder = nn.TransformerEncoder(
         layer,
         config.num_hidden_layers,
-        norm=nn.LayerNorm(config.hidden_size),
+        norm=nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps),
         enable_nested_tensor=False,
     )
     for theirs, ours in zip(encoder.layers, model.layers, strict=True):
@@ -76,6 +76,7 @@ def test_exact_attention_is_the_transformer_encoder_of_torch(
         attention="exact",
         position="learned",
         hidden_act=activation,
+        layer_norm_eps=0.1,
         is_decoder=is_decoder,
     )
     for parameter in model.parameters():  # biases and norms start at 0 and 1, which hides mistakes
@@ -397,6 +398,37 @@ def test_a_model_without_features_has_nothing_to_redraw(tiny_model, tokens):
     before = model(tokens).logits
     model.redraw_features()
     assert torch.equal(model(tokens).logits, before)
+
+
+def test_dropout_falls_on_the_embeddings_and_on_both_sublayers(tiny_model, tokens):
+    model = tiny_model(PerformerModel, hidden_dropout_prob=1 - 1e-7)
+    for parameter in model.parameters():
+        parameter.data += 0.1
+    nothing = model.norm(torch.zeros(24)).expand(3, 11, -1)
+    torch.testing.assert_close(model.train()(tokens).last_hidden_state, nothing)
+    assert not torch.allclose(model.eval()(tokens).last_hidden_state, nothing, atol=0.1)
+
+
+def test_every_word_about_features_reaches_the_features(tiny_config):
+    def feature_maps(**options):
+        layers = PerformerModel(tiny_config(**options)).layers
+        return [layer.attention.mechanism.feature_map for layer in layers]
+
+    words = {"projection": "iid", "distribution": "sphere", "num_projections": 13, "seed": 7}
+    softmax = feature_maps(attention="performer-softmax", estimator="hyperbolic", **words)
+    kernel = feature_maps(attention="performer-tanh", kernel_epsilon=0.5, **words)
+    for maps in (softmax, kernel):
+        for layer, phi in enumerate(maps):
+            assert {word: getattr(phi, word) for word in words} == words
+            assert phi.layer == layer
+    assert [phi.estimator for phi in softmax] == ["hyperbolic"] * 2
+    assert [(phi.fn, phi.epsilon) for phi in kernel] == [("tanh", 0.5)] * 2
+
+
+def test_a_window_as_long_as_the_sequence_is_exact_attention(tiny_model, tokens):
+    windowed = tiny_model(PerformerForMaskedLM, attention="performer-softmax", window_size=11)
+    exact = tiny_model(PerformerForMaskedLM, attention="exact")
+    torch.testing.assert_close(windowed(tokens).logits, exact(tokens).logits, rtol=1e-3, atol=1e-3)
 
 
 def test_the_default_model_is_the_one_of_the_paper():

@@ -151,10 +151,8 @@ class PerformerPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, RandomFeatures):
-            # from_pretrained allocates what a checkpoint lacks and marks what it holds.
-            buffers = module.buffers(recurse=False)
-            if not all(getattr(buffer, "_is_hf_initialized", False) for buffer in buffers):
-                module.reset_parameters()
+            # For a new model, or one whose checkpoint lacks ω; a loaded map never comes here.
+            module.reset_parameters()
 
     def redraw_features(self, generator: Generator | None = None) -> None:
         """Draw ω of every layer anew, as `RandomFeatures.redraw` does; saved with the weights."""
