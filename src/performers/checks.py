@@ -21,11 +21,13 @@ __all__ = [
 
 
 def check_count(name: str, count: object) -> None:
+    """A count such as `num_projections`: a whole number of at least 1."""
     if not isinstance(count, int) or isinstance(count, bool) or count < 1:
         raise ValueError(f"{name} must be a whole number of at least 1, got {count!r}.")
 
 
 def check_choice(what: str, word: object, choices: Collection[str]) -> None:
+    """One of the words that are known here; a near miss is suggested."""
     if word in choices:
         return
     near = difflib.get_close_matches(str(word), choices, n=1)
@@ -34,6 +36,7 @@ def check_choice(what: str, word: object, choices: Collection[str]) -> None:
 
 
 def check_omega(x: Tensor, omega: Tensor) -> None:
+    """ω has one column per feature of x."""
     if omega.ndim != 2 or omega.shape[1] != x.shape[-1]:
         raise ValueError(
             "omega must be a matrix with one column per feature of x: omega is "
@@ -126,6 +129,7 @@ def check_attention_inputs(
 
 
 def check_key_padding_mask(mask: Tensor | None, key: Tensor) -> None:
+    """A bool mask (batch, key_length), True for a real key, where there is one."""
     if mask is None:
         return
     if mask.dtype != torch.bool:
