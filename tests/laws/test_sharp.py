@@ -480,9 +480,9 @@ def test_statistics_of_a_call_refuse_causal_and_streaming_attention(options):
 
 def test_misfits_are_refused_in_words():
     query, key, value = inputs()
-    with pytest.raises(ValueError, match="needs keys with 2 heads.*got 3. Pass num_heads="):
+    with pytest.raises(ValueError, match=r"needs keys with 2 heads.*got 3\. Pass num_heads="):
         SharpFeatures(5, 11, 2).calibrate(query, key)
-    with pytest.raises(ValueError, match="made for 2 key heads and key has 3. Pass num_heads="):
+    with pytest.raises(ValueError, match=r"made for 2 key heads and key has 3\. Pass num_heads="):
         favor_attention(query, key, value, SharpFeatures(5, 11, 2), enable_gqa=True)
     with pytest.raises(ValueError, match="for dim 7 per head"):
         SharpFeatures(7, 11, 3).calibrate(query, key)
