@@ -56,18 +56,17 @@ MECHANISMS = {
     "positive with a window": Mechanism(_favor(FEATURE_MAPS["positive"], window_size=3), True),
 }
 
-contract = [
-    pytest.mark.parametrize("mechanism", MECHANISMS.values(), ids=MECHANISMS),
-    pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str),
-    given(shape=st.permutations(PRIMES), group=st.sampled_from([1, 2]), is_causal=st.booleans()),
-    settings(max_examples=3),
-]
+every_mechanism = pytest.mark.parametrize("mechanism", MECHANISMS.values(), ids=MECHANISMS)
+every_dtype = pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str
+)
+some_shapes = given(
+    shape=st.permutations(PRIMES), group=st.sampled_from([1, 2]), is_causal=st.booleans()
+)
 
 
 def under_contract(test: Callable[..., None]) -> Callable[..., None]:
-    for mark in reversed(contract):
-        test = mark(test)
-    return test
+    return every_mechanism(every_dtype(settings(max_examples=3)(some_shapes(test))))
 
 
 def draw(shape: list[int], group: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -103,9 +102,11 @@ def test_outputs_of_averages_stay_among_the_values(mechanism, dtype, shape, grou
         torch.testing.assert_close(ones, torch.ones_like(ones), rtol=tolerance(dtype), atol=0)
 
 
-@under_contract
-def test_the_output_is_linear_in_the_values(mechanism, dtype, shape, group, is_causal):
-    query, key, value = (x.float() for x in draw(shape, group, dtype))
+@every_mechanism
+@settings(max_examples=3)
+@some_shapes
+def test_the_output_is_linear_in_the_values(mechanism, shape, group, is_causal):
+    query, key, value = draw(shape, group, torch.float32)
     attend = mechanism.build(query.shape[-1])
     out = attend(query, key, value, is_causal)
     twice = attend(query, key, -2 * value, is_causal)

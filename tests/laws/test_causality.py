@@ -9,12 +9,12 @@ from performers import SoftmaxFeatures, favor_attention
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", FEATURE_MAPS)
-@pytest.mark.parametrize("norms", ["1", "growing", "huge then tiny"])
+@pytest.mark.parametrize("norms", ["growing", "huge then tiny"])
 def test_later_keys_and_values_leave_earlier_outputs_bit_identical(norms, name, backend):
     phi = FEATURE_MAPS[name](5, 11)
     query, key, value = inputs(norms=norms)
     before = favor_attention(query, key, value, phi, True, enable_gqa=True, backend=backend)
-    for position in (1, 6, 7, 8, 17, 22):
+    for position in (1, 7, 8, 22):
         for factor in (0.0, 1e4):
             later = [x.clone() for x in (query, key, value)]
             for x in later:

@@ -7,6 +7,7 @@ from cases import FEATURE_MAPS, MASKS, NONNEGATIVE, NORMS, every_call, inputs
 from performers import KernelFeatures, SoftmaxFeatures, favor_attention
 
 CAUSAL = (False, True)
+SOME_MAPS = ("positive", "hyperbolic", "exp without epsilon", "relu")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 
 
@@ -18,7 +19,7 @@ def test_outputs_lie_among_the_values_at_any_norm(norms, dtype, is_causal, backe
     low, high = value.amin(dim=2, keepdim=True), value.amax(dim=2, keepdim=True)
     low, high = (x.repeat_interleave(2, dim=1) for x in (low, high))
     slack = 1e-5 + torch.finfo(dtype).eps
-    for name in NONNEGATIVE:
+    for name in SOME_MAPS:
         phi = FEATURE_MAPS[name](5, 11)
         out = favor_attention(query, key, value, phi, is_causal, enable_gqa=True, backend=backend)
         assert (out >= low - slack * low.abs()).all(), name  # false for NaN as well

@@ -50,13 +50,12 @@ def living_storages() -> dict[int, int]:
     return {storage.data_ptr(): storage.nbytes() for storage in storages}
 
 
-@pytest.mark.parametrize("is_causal", CAUSAL)
-@pytest.mark.parametrize("window_size", [None, 31])
+@pytest.mark.parametrize(("is_causal", "window_size"), [(False, None), (True, None), (True, 31)])
 def test_training_at_length_16384_keeps_nothing_of_the_size_of_features(
-    window_size, is_causal, monkeypatch
+    is_causal, window_size, monkeypatch
 ):
     monkeypatch.undo()  # the tiles that users get
     length = 16384
-    few, many = (bytes_kept(length, m, is_causal, window_size) for m in (64, 256))
+    few, many = (bytes_kept(length, m, is_causal, window_size) for m in (16, 128))
     assert few > 0
-    assert many - few < 4 * length * (256 - 64) / 3
+    assert many - few < 4 * length * (128 - 16) / 3
