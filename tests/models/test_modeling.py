@@ -186,6 +186,16 @@ def test_padding_never_reaches_the_output(
 
 
 @every_mechanism
+@both_heads
+@pytest.mark.parametrize("shape", [(2, 0), (0, 5)])
+def test_an_empty_batch_gives_an_empty_result(tiny_model, mechanism, model_class, shape):
+    nothing = torch.zeros(shape, dtype=torch.long)
+    out = tiny_model(model_class, **mechanism)(nothing, attention_mask=nothing, labels=nothing)
+    assert out.logits.shape == (*shape, 31)
+    assert out.loss == 0
+
+
+@every_mechanism
 def test_later_tokens_leave_earlier_logits_bit_identical(tiny_model, tokens, mechanism):
     model = tiny_model(PerformerForCausalLM, **mechanism)
     changed = tokens.clone()
