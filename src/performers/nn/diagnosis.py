@@ -154,12 +154,17 @@ def diagnose(
     if target_error is not None and not target_error > 0:
         raise ValueError(f"target_error must be above 0, got {target_error!r}.")
     check_count("max_projections", max_projections)
-    if len(query) == 0:
-        raise ValueError("there must be at least one sequence to diagnose: the batch is empty.")
-    cases = [
+    sequences = (
         _Sequence.of(query, key, value, is_causal, key_padding_mask, scale, window_size, row)
         for row in range(len(query))
-    ]
+    )
+    cases = [sequence for sequence in sequences if sequence.visible.any()]
+    if not cases:
+        raise ValueError(
+            "there must be a query that sees a key to diagnose attention: query is "
+            f"{tuple(query.shape)}, key is {tuple(key.shape)}, and key_padding_mask must not hide "
+            "every key."
+        )
 
     def over_batch(numbers: list[Tensor]) -> list[float]:
         return torch.stack(numbers).mean(dim=0).tolist()
