@@ -29,6 +29,7 @@ __all__ = [
     "attend",
     "exact_partial",
     "key_exponent",
+    "key_weights",
     "last_keys",
     "read",
     "read_weights",
@@ -133,9 +134,7 @@ def absorb(
         return state
     exponent = key_exponent(features, key_mask)
     state = state.rescaled(torch.maximum(state.log_scale, exponent.detach().amax(dim=2)))
-    weights = exp_difference(exponent, state.log_scale.unsqueeze(2))
-    if features.values is not None:
-        weights = weights * features.values
+    weights = key_weights(exponent, state.log_scale.unsqueeze(2), features)
     return replace(
         state,
         normalizer=state.normalizer + weights.sum(dim=2),
@@ -159,15 +158,29 @@ def read_weights(
 
     The factor of a whole row goes to the frame, untouched by rounding with ω·q.
     """
-    parts = [part for part in (features.log_values, features.values) if part is not None]
-    exponent = log_scale.expand(*parts[0].shape)
+    exponent = log_scale
     if features.log_values is not None:
         exponent = exponent + features.log_values
     frame = exponent.detach().amax(dim=-1, keepdim=True)
     weights = exp_difference(exponent, frame)
     if features.values is not None:
         weights = weights * features.values
+    frame = frame.expand(*weights.shape[:-1], 1)
     return weights, frame if features.log_rows is None else frame + features.log_rows
+
+
+def key_weights(
+    exponent: Float[Tensor, "batch key_heads key_length width"],
+    frame: Float[Tensor, "batch key_heads 1 num_features"],
+    features: Features,
+) -> Float[Tensor, "batch key_heads key_length num_features"]:
+    """φ_m(k_j) e^(−s_m).
+
+    Features that share one exponent (width 1) have grown one frame: of it, a single column is
+    needed, which spares ReLU features the exponentials.
+    """
+    weights = exp_difference(exponent, frame[..., : exponent.shape[-1]])
+    return weights if features.values is None else weights * features.values
 
 
 def exact_partial(

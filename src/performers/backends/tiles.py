@@ -12,8 +12,14 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from performers.backends.reference import Partial, exact_partial, key_exponent, read_weights
-from performers.typing import FeatureMap, LinearState, exp_difference
+from performers.backends.reference import (
+    Partial,
+    exact_partial,
+    key_exponent,
+    key_weights,
+    read_weights,
+)
+from performers.typing import FeatureMap, LinearState
 
 __all__ = ["Call", "band", "causal_chunk", "recomputed"]
 
@@ -71,10 +77,11 @@ def causal_chunk(
         state = state.rescaled(_frame_at(start, state, exponent.detach()))
         frame = state.log_scale.unsqueeze(2)  # [batch, key_heads, 1, num_features]
         largest = exponent.detach().amax(dim=2)
-        is_last = not bool((largest > state.log_scale + MAX_RISE).any())
+        limit = frame[..., : exponent.shape[-1]] + MAX_RISE
+        is_last = not bool((largest.unsqueeze(2) > limit).any())
         if not is_last or inside is not None:
             waiting = position >= start[..., None]
-            rises = (exponent.detach() > frame + MAX_RISE).any(dim=-1) & waiting
+            rises = (exponent.detach() > limit).any(dim=-1) & waiting
             is_last = not bool(rises.any())
             stop = torch.where(rises, position, length).amin(dim=-1)
             inside = waiting & (position < stop[..., None])
@@ -84,13 +91,11 @@ def causal_chunk(
         if inside is not None:
             seen = exponent.masked_fill(~inside[..., None], -torch.inf)
             largest = seen.detach().amax(dim=2)
-        key_weights = exp_difference(seen, frame)
-        if key_features.values is not None:
-            key_weights = key_weights * key_features.values
-        query_weights, row_frame = read_weights(frame, query_features)
-        scores = (query_weights @ key_weights.mT).masked_fill(later, 0.0)
+        key_side = key_weights(seen, frame, key_features)
+        query_side, row_frame = read_weights(frame, query_features)
+        scores = (query_side @ key_side.mT).masked_fill(later, 0.0)
         sums = torch.cat([state.values, state.normalizer.unsqueeze(-1)], dim=-1)
-        both = scores @ value_one + query_weights @ sums
+        both = scores @ value_one + query_side @ sums
         rows = Partial(both[..., :-1], both[..., -1:], row_frame)
         if partial is not None and inside is not None:
             finished = inside.repeat(1, 1, group)[..., None]
@@ -98,7 +103,7 @@ def causal_chunk(
             rows = Partial(*(torch.where(finished, new, old) for new, old in pairs))
         partial = rows
 
-        sums = sums + key_weights.mT @ value_one
+        sums = sums + key_side.mT @ value_one
         absorbed = replace(state, values=sums[..., :-1], normalizer=sums[..., -1])
         state = absorbed.rescaled(torch.maximum(state.log_scale, largest))
         if is_last:
