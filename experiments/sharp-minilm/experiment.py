@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib import rc_context
+from matplotlib import style
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -29,12 +29,9 @@ class Config:
 
     lengths: tuple[int, ...] = (256, 512)  # the model has 512 positions
     num_projections: tuple[int, ...] = (64, 256, 1024)
-    windows: tuple[int, ...] = (
-        32,
-        64,
-    )  # |i − j| < window: 2 · window − 1 keys, or window if causal
-    sequences: int = 2
-    calibration_sequences: int = 8
+    windows: tuple[int, ...] = (32, 64)  # 2 · window − 1 keys, or `window` keys if causal
+    tokens: int = 512
+    calibration_tokens: int = 4096
     draws: int = 3
     seed: int = 0
 
@@ -42,8 +39,8 @@ class Config:
 FULL = Config()
 REDUCED = replace(FULL, lengths=(256,), draws=1)
 SMOKE = replace(
-    REDUCED, lengths=(64,), num_projections=(16, 64), windows=(8,), sequences=1,
-    calibration_sequences=2,
+    REDUCED, lengths=(64,), num_projections=(16, 64), windows=(8,), tokens=64,
+    calibration_tokens=128,
 )  # fmt: skip
 # The sizes are not the paper's, which has no such experiment: "paper" is the whole table.
 CONFIGS = {"smoke": SMOKE, "reduced": REDUCED, "paper": FULL}
@@ -56,6 +53,7 @@ STEPS: dict[str, dict[str, Any]] = {
     "+ shift + balance + one exponent": {"optimal": "isotropic"},
     SHARP: {},
 }
+LINES = ("-", "--", ":")  # without a window, then each window
 MODES = {"bidirectional": "call", "causal": "calibrated"}
 
 
@@ -63,9 +61,9 @@ def run(config: Config, report: Callable[[str], None]) -> dict[str, Any]:
     model = _model_folder()
     cases = []
     for length in config.lengths:
-        layers = capture_text(model, READ.read_text("utf-8"), length, config.sequences)
-        calibration = capture_text(
-            model, CALIBRATED_ON.read_text("utf-8"), length, config.calibration_sequences
+        layers, calibration = (
+            capture_text(model, path.read_text("utf-8"), length, tokens // length)
+            for path, tokens in ((READ, config.tokens), (CALIBRATED_ON, config.calibration_tokens))
         )
         for mode in MODES:
             report(f"length {length}, {mode}")
@@ -149,22 +147,21 @@ def _summary(errors: Tensor) -> dict[str, float]:
 
 
 def figure(config: dict[str, Any], results: dict[str, Any]) -> Figure:
-    with rc_context(STYLE):
+    with style.context(STYLE):
         cases = results["cases"]
         drawn = Figure(figsize=(5.2 * len(MODES), 1.2 + 3.4 * len(config["lengths"])))
         drawn.set_layout_engine("constrained")
         panels = drawn.subplots(len(config["lengths"]), len(MODES), squeeze=False, sharey=True)
         for axes, case in zip(panels.flat, cases, strict=True):
-            for color, (title, points) in zip(
-                (*COLORS, *COLORS), case["errors"].items(), strict=False
-            ):
+            for title, points in case["errors"].items():
+                name, _, window = title.partition(", window ")
                 axes.errorbar(
                     config["num_projections"],
                     [point["mean"] for point in points],
                     yerr=[point["deviation_over_draws"] for point in points],
                     label=title,
-                    color=color,
-                    linestyle=":" if "window" in title else "-",
+                    color=COLORS[[PLAIN, *STEPS].index(name)],
+                    linestyle=LINES[config["windows"].index(int(window)) + 1 if window else 0],
                     marker="o",
                     markersize=3.5,
                     capsize=2,
@@ -175,10 +172,10 @@ def figure(config: dict[str, Any], results: dict[str, Any]) -> Figure:
             )  # fmt: skip
             axes.set_xscale("log", base=2)
             axes.set_xticks(config["num_projections"], list(map(str, config["num_projections"])))
-            axes.set_ylim(bottom=0)
             axes.set(title=f"{case['mode']}, L = {case['length']}", xlabel="m")
         for axes in panels[:, 0]:
             axes.set_ylabel("relative error of the output")
+        panels[0, 0].set_ylim(bottom=0)  # shared by all
         handles, labels = panels.flat[0].get_legend_handles_labels()
         drawn.legend(handles, labels, loc="outside lower center", ncols=3)
     return drawn
@@ -200,14 +197,12 @@ def summary(config: dict[str, Any], results: dict[str, Any]) -> str:
             cells = [f"{p['mean']:.3f} ± {p['deviation_over_heads']:.2f}" for p in points]
             lines.append(f"| {title} | " + " | ".join(cells) + " |")
         lines.append("")
-    lines.append("± is the deviation over layers and heads; the mean moves by at most ")
-    largest = max(
-        point["deviation_over_draws"]
-        for case in results["cases"]
-        for points in case["errors"].values()
-        for point in points
-    )
-    lines[-1] += f"{largest:.3f} (deviation) from draw to draw."
+    note = "± is the deviation over layers and heads."
+    if config["draws"] > 1:
+        points = [p for case in results["cases"] for row in case["errors"].values() for p in row]
+        largest = max(point["deviation_over_draws"] for point in points)
+        note += f" From draw to draw of ω the means deviate by at most {largest:.3f}."
+    lines.append(note)
     return "\n".join([*lines, "", *_claims(config, results)])
 
 

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AttentionInterface, AutoModel, AutoTokenizer, PreTrainedModel
+from transformers import AttentionInterface, AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -81,16 +81,15 @@ def capture_text(
     Raises ValueError where the model or the text is too short for `length`, OSError where there is
     no model.
     """
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModel.from_pretrained(folder)
-    longest = getattr(model.config, "max_position_embeddings", None) or length
+    config = AutoConfig.from_pretrained(folder)
+    longest = getattr(config, "max_position_embeddings", None) or length
     if length > longest:
         raise ValueError(f"length must be at most {longest} for this model, got {length}.")
-    windows = _windows(tokenizer, text, length)[:sequences]
+    windows = _windows(AutoTokenizer.from_pretrained(folder), text, length)[:sequences]
     inputs = {"input_ids": windows}
-    if model.config.is_encoder_decoder:
+    if config.is_encoder_decoder:
         inputs["decoder_input_ids"] = windows
-    return capture_attention(model, **inputs)
+    return capture_attention(AutoModel.from_pretrained(folder), **inputs)
 
 
 def read_captured(path: str | Path, is_causal: bool = False) -> list[Captured]:

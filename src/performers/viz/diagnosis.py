@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from matplotlib import rc_context
+from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -26,7 +26,7 @@ def diagnosis_figure(layers: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> F
         "mean_square_sum": "E‖q + k‖², what the variance grows with",
     }
     kinds = list(next(iter(layers.values())))
-    with rc_context(STYLE):
+    with style.context(STYLE):
         figure = Figure(figsize=(max(9.6, 2.4 + 0.9 * len(layers)), 8.4), layout="constrained")
         all_axes = figure.subplots(len(panels), 1, sharex=True)
         for axes, (name, title) in zip(all_axes, panels.items(), strict=True):
