@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
 import performers
 from performers.checks import check_choice
@@ -36,6 +36,7 @@ END = "<!-- end of results -->"
 EXPERIMENTS = Path(performers.__file__).parents[2] / "experiments"
 
 
+@runtime_checkable
 class Experiment(Protocol):
     """What an experiment.py holds."""
 

@@ -1,0 +1,157 @@
+"""Experiments run, their figures and READMEs come from saved numbers alone, and what is committed
+says what it should."""
+
+import json
+import shutil
+
+import pytest
+
+from performers.cli import reproduce
+from performers.cli.reproduce import EXPERIMENTS, SCALES
+
+OURS = ["figure-2", "figure-4", "orthogonality-gap", "theorem-1"]
+
+
+def results(name, scale="paper"):
+    return json.loads((EXPERIMENTS / name / f"{scale}.json").read_text(encoding="utf-8"))["results"]
+
+
+@pytest.fixture
+def copy_of(tmp_path):
+    """An experiment without the results that are committed with it."""
+
+    def copy(name):
+        return shutil.copytree(
+            EXPERIMENTS / name,
+            tmp_path / name,
+            ignore=shutil.ignore_patterns("*.json", "*.png", "*.svg", "__pycache__"),
+        )
+
+    return copy
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_an_experiment_writes_numbers_and_from_them_figure_and_readme(name, copy_of):
+    folder = copy_of(name)
+    lines = []
+    written = reproduce.reproduce(folder, "smoke", lines.append)
+    assert [path.name for path in written] == ["smoke.json", "smoke.png", "smoke.svg", "README.md"]
+    assert all(path.stat().st_size > 500 for path in written)
+    assert lines
+    record = json.loads(written[0].read_text(encoding="utf-8"))
+    assert record["environment"]["packages"]["torch"]
+    assert record["config"]["seed"] == 0
+    readme = written[-1].read_text(encoding="utf-8")
+    results_part = readme.partition(reproduce.BEGIN)[2]
+    assert results_part.strip().startswith("**Not at the paper's scale**")
+    assert f"performers reproduce {name} --scale smoke" in results_part
+    before = [path.read_bytes() for path in written]
+    reproduce.draw(folder, "smoke")
+    assert [path.read_bytes() for path in written] == before
+
+
+def test_the_same_seed_gives_the_same_numbers(copy_of):
+    folder = copy_of("theorem-1")
+    runs = []
+    for _ in range(2):
+        reproduce.reproduce(folder, "smoke", lambda line: None)
+        runs.append(json.loads((folder / "smoke.json").read_text(encoding="utf-8"))["results"])
+    assert runs[0] == runs[1]
+
+
+@pytest.mark.parametrize(
+    "name", [n for n in reproduce.experiment_names() if (EXPERIMENTS / n / "paper.json").exists()]
+)
+def test_the_committed_readme_is_what_the_committed_numbers_say(name, tmp_path):
+    folder = shutil.copytree(
+        EXPERIMENTS / name, tmp_path / name, ignore=shutil.ignore_patterns("smoke.*")
+    )
+    before = (folder / "README.md").read_text(encoding="utf-8")
+    scale = next(s for s in reversed(SCALES) if (folder / f"{s}.json").exists())
+    reproduce.draw(folder, scale)
+    assert (folder / "README.md").read_text(encoding="utf-8") == before
+
+
+def test_unknown_experiments_and_scales_are_refused_by_name(copy_of):
+    with pytest.raises(ValueError, match=r"unknown experiment 'figure-22'.* mean 'figure-2'"):
+        reproduce.experiment_folder("figure-22")
+    with pytest.raises(ValueError, match=r"unknown scale 'papr'.*Did you mean 'paper'"):
+        reproduce.reproduce(copy_of("theorem-1"), "papr", lambda line: None)
+
+
+def test_drawing_what_was_never_run_says_how_to_run_it(copy_of):
+    with pytest.raises(FileNotFoundError, match="performers reproduce theorem-1 --scale reduced"):
+        reproduce.draw(copy_of("theorem-1"), "reduced")
+
+
+def test_without_a_checkout_the_error_says_where_experiments_are(monkeypatch, tmp_path):
+    monkeypatch.setattr(reproduce, "EXPERIMENTS", tmp_path / "experiments")
+    with pytest.raises(FileNotFoundError, match="part of the repository, not of the package"):
+        reproduce.experiment_folder("figure-2")
+
+
+def test_a_readme_without_marks_is_left_alone(copy_of):
+    folder = copy_of("theorem-1")
+    (folder / "README.md").write_text("# Mine\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="must hold the marks"):
+        reproduce.reproduce(folder, "smoke", lambda line: None)
+    assert (folder / "README.md").read_text(encoding="utf-8") == "# Mine\n"
+    assert (folder / "smoke.json").exists()
+
+
+def test_figure_2_simulation_agrees_with_lemma_2():
+    found = results("figure-2")
+    points = [point for row in [*found["grid"], found["slice"]] for point in row]
+    for name in ("trigonometric", "positive"):
+        compared = [p for p in points if p[f"simulated_{name}"]]
+        off = [
+            abs(p[f"simulated_{name}"][0] - p[name]) / p[f"simulated_{name}"][1] for p in compared
+        ]
+        assert len(compared) > 500
+        # Some thousand comparisons: one in 16,000 is beyond 4 standard errors by chance.
+        assert max(off) < 5
+
+
+def test_theorem_1_simulation_agrees_with_the_series_and_the_bounds_hold():
+    for row in results("theorem-1")["rows"]:
+        assert abs(row["simulated"] - row["ratio"]) < 4 * row["standard_error"]
+        assert max(row["bound"], row["asymptote"]) < row["ratio"] < 1
+
+
+def test_theorem_2_holds_in_the_simulation_at_dims_2_8_and_64():
+    found = results("orthogonality-gap")
+    by_dim = {row["dim"]: row for row in found["against_dim"] if row["kind"] == "orthogonal"}
+    for dim in (2, 8, 64):
+        gap, standard_error = by_dim[dim]["simulated"]
+        assert gap + 4 * standard_error > by_dim[dim]["bound"]
+        assert gap - 4 * standard_error > 0
+    for row in [*by_dim.values(), *found["against_m"]]:
+        assert abs(row["simulated"][0] - row["exact"]) < 4 * row["simulated"][1]
+
+
+def mean_errors(setting):
+    return {
+        name: [sum(samples) / len(samples) for samples in per_count]
+        for name, per_count in setting["errors"].items()
+    }
+
+
+def test_figure_4_positive_features_win_at_unit_variance_and_orthogonal_ones_at_small_norms():
+    small, _, unit = (mean_errors(setting) for setting in results("figure-4")["settings"])
+    for projection in ("iid", "orthogonal"):
+        positive = unit[f"positive, {projection}"]
+        trigonometric = unit[f"trigonometric, {projection}"]
+        # The last m, 16,384, is large enough for trigonometric normalizers.
+        assert all(p < t for p, t in zip(positive[:-1], trigonometric[:-1], strict=True))
+    for estimator in ("positive", "trigonometric"):
+        orthogonal, iid = small[f"{estimator}, orthogonal"], small[f"{estimator}, iid"]
+        assert all(o < i for o, i in zip(orthogonal, iid, strict=True))
+
+
+def test_figure_4_errors_have_no_floor_but_that_of_an_additive_epsilon_does():
+    small, middle, _ = (mean_errors(setting) for setting in results("figure-4")["settings"])
+    for errors in (small, middle):
+        *_, before, last = errors["positive, orthogonal"]
+        assert last < before / 2
+        *_, before, last = errors["performer-pytorch"]
+        assert last > before / 1.5
