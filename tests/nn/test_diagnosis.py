@@ -99,6 +99,18 @@ def test_norms_are_those_of_scaled_queries_and_keys():
     assert head.mean_square_sum == pytest.approx(float(pairs), rel=1e-5)
 
 
+def test_the_spread_of_sharp_features_is_that_of_mapped_queries_and_keys():
+    query, key, value = inputs(batch=1, key_heads=6)
+    phi = SharpFeatures(5, 11, 6)
+    phi.calibrate(query + 2, key * torch.tensor([3.0, 1, 1, 1, 0.1]))
+    found = diagnose(query, key, value, phi)
+    root = 5**-0.25
+    q = phi.log_linear_queries(query.double() * root).inputs[0]
+    k = phi.log_linear_keys(key.double() * root).inputs[0]
+    pairs = (q[:, :, None] + k[:, None]).square().sum(dim=-1).mean(dim=(1, 2))
+    assert [head.mean_square_sum for head in found.heads] == pytest.approx(pairs.tolist())
+
+
 def test_sharp_features_lower_the_spread_and_the_error():
     query, key, value = inputs(length=97, key_heads=6)
     found = compare(query + 1, key * torch.tensor([2.0, 1, 1, 1, 0.1]), value, 64, window_size=7)

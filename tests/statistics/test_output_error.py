@@ -94,3 +94,12 @@ def test_exact_keys_alone_leave_no_error_and_masked_ones_no_trace():
     alone = theory.mse_attention(scores[:4].log_softmax(-1), value[:4], moment[:4, :4], 5)
     torch.testing.assert_close(masked, alone)
     assert theory.mse_attention(scores.log_softmax(-1), value, moment, 5, visible) == 0
+
+
+def test_features_without_variance_make_no_error():
+    query, key, value = vectors()
+    log_weights = (key @ query).log_softmax(dim=-1)
+    no_variance = torch.zeros(7, 7, dtype=torch.float64)  # J = 1
+    for num_exact in (0, 3):
+        is_exact = torch.arange(7) < num_exact
+        assert theory.mse_attention(log_weights, value, no_variance, 1, is_exact) < 1e-12
