@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from performers import KernelFeatures, SoftmaxFeatures, favor_attention
+from performers.functional import Kernel
 
 BUILDERS = {
     "softmax": lambda **options: SoftmaxFeatures(5, 11, **options),
@@ -201,3 +202,24 @@ def test_bidirectional_attention_compiles_as_one_graph(fresh_python):
 @pytest.mark.slow
 def test_compiled_causal_attention_is_equal(fresh_python):
     assert fresh_python(CAUSAL).splitlines()[-1] == "equal"
+
+
+@pytest.mark.parametrize(
+    ("make", "remedy"),
+    [
+        (lambda: SoftmaxFeatures(5, 7, estimator="trigonometric"), 'estimator="positive"'),
+        (lambda: KernelFeatures(5, 7, fn="cos"), '"relu"'),
+        (lambda: KernelFeatures(5, 7, fn=torch.sin), "is_nonnegative=True"),
+    ],
+)
+def test_features_that_can_be_negative_warn_and_say_what_avoids_it(make, remedy):
+    with pytest.warns(UserWarning, match="normalizer of attention may vanish") as caught:
+        make()
+    assert remedy in str(caught[0].message)
+    assert "normalize=False" in str(caught[0].message)
+
+
+def test_a_callable_that_is_said_to_be_nonnegative_does_not_warn(recwarn):
+    phi = KernelFeatures(5, 7, fn=Kernel(torch.square, is_nonnegative=True))
+    assert phi.is_nonnegative
+    assert not recwarn.list

@@ -3,6 +3,7 @@
 from performers.functional.favor import favor_attention
 from performers.functional.features import (
     KERNELS,
+    Kernel,
     hyperbolic_features,
     kernel_features,
     positive_features,
@@ -20,6 +21,7 @@ from performers.functional.softmax import softmax_attention
 
 __all__ = [
     "KERNELS",
+    "Kernel",
     "absorb_keys",
     "approximate_cross_entropy",
     "attention_matrix",

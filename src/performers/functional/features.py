@@ -144,16 +144,16 @@ KERNELS: dict[str, Kernel] = {
 def kernel_features(
     x: Float[Tensor, "*batch length dim"],
     omega: Float[Tensor, "num_projections dim"] | None,
-    fn: str | Callable[[Tensor], Tensor] = "relu",
+    fn: str | Callable[[Tensor], Tensor] | Kernel = "relu",
     epsilon: float = 1e-3,
 ) -> Features:
     r"""Features of a generalized kernel, K(x, y) = E[(f(ω·x) + ε)(f(ω·y) + ε)].
 
         φ(x) = (f(ω₁·x) + ε, …, f(ω_m·x) + ε) / √m,    without ω:  φ(x) = f(x) + ε
 
-    `fn` is a name in `KERNELS` or any elementwise callable. `epsilon` is the paper's kernel
-    epsilon: part of the kernel (it keeps ReLU features from vanishing together), not of the
-    arithmetic.
+    `fn` is a name in `KERNELS`, any elementwise callable, or a `Kernel`. `epsilon` is the
+    paper's kernel epsilon: part of the kernel (it keeps ReLU features from vanishing together),
+    not of the arithmetic.
 
     Cost: O(length · m · dim).  Source: Choromanski et al. 2021, Section 2.2 and Appendix A.4.
     """
@@ -168,8 +168,10 @@ def kernel_features(
     return Features(values=(kernel.fn(projected) + epsilon) / math.sqrt(columns))
 
 
-def resolve_kernel(fn: str | Callable[[Tensor], Tensor]) -> Kernel:
+def resolve_kernel(fn: str | Callable[[Tensor], Tensor] | Kernel) -> Kernel:
     """The `Kernel` of a name or of a callable, of which nothing is assumed."""
+    if isinstance(fn, Kernel):
+        return fn
     if callable(fn):
         return Kernel(fn)
     check_choice("kernel", fn, KERNELS)

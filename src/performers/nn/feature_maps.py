@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Generator, Tensor, nn
 
 from performers.checks import check_choice, check_count, check_feature_map
 from performers.functional.features import (
+    Kernel,
     hyperbolic_features,
     kernel_features,
     log_linear_hyperbolic,
@@ -149,6 +151,8 @@ class SoftmaxFeatures(RandomFeatures):
         check_choice("projection", projection, PROJECTIONS)
         super().__init__(dim, num_projections, projection, distribution, seed, layer)
         self.estimator = estimator
+        if not self.is_nonnegative:
+            _warn_of_signs("trigonometric features", 'use estimator="positive"')
 
     @property
     def num_features(self) -> int:
@@ -189,9 +193,9 @@ class KernelFeatures(RandomFeatures):
     """Features of a generalized kernel; Performer-ReLU, the paper's default, is
     `KernelFeatures(dim)`.
 
-    `fn`: a name in `performers.functional.KERNELS` or an elementwise callable. `epsilon` is added
-    to every value (Appendix A.4). `projection=None` leaves out ω: φ(x) = fn(x) + ε of width dim,
-    and
+    `fn`: a name in `performers.functional.KERNELS`, an elementwise callable or a `Kernel`.
+    `epsilon` is added to every value (Appendix A.4).
+    `projection=None` leaves out ω: φ(x) = fn(x) + ε of width dim, and
     `num_projections` has no part in it. `default_scale` is 1.
 
     Raises ValueError for unknown words or counts below 1.
@@ -201,20 +205,26 @@ class KernelFeatures(RandomFeatures):
         self,
         dim: int,
         num_projections: int = 256,
-        fn: str | Callable[[Tensor], Tensor] = "relu",
+        fn: str | Callable[[Tensor], Tensor] | Kernel = "relu",
         epsilon: float = 1e-3,
         projection: str | None = "orthogonal",
         distribution: str = "gaussian",
         seed: int = 0,
         layer: int = 0,
     ) -> None:
-        self_kernel = resolve_kernel(fn)
+        kernel = resolve_kernel(fn)
         if not 0 <= epsilon < float("inf"):
             raise ValueError(f"epsilon must be a finite number of at least 0, got {epsilon!r}.")
         super().__init__(dim, num_projections, projection, distribution, seed, layer)
         self.fn = fn
-        self.kernel = self_kernel
+        self.kernel = kernel
         self.epsilon = epsilon
+        if not kernel.is_nonnegative:
+            _warn_of_signs(
+                f"features of the kernel {fn!r}",
+                'use a nonnegative kernel such as "relu" (of a callable of your own say so by '
+                "Kernel(fn, is_nonnegative=True))",
+            )
 
     @property
     def num_features(self) -> int:
@@ -252,6 +262,15 @@ LOG_LINEAR_ESTIMATORS: dict[str, Callable[[Tensor, Tensor], LogLinear]] = {
     "positive": log_linear_positive,
     "hyperbolic": log_linear_hyperbolic,
 }
+
+
+def _warn_of_signs(what: str, remedy: str) -> None:
+    """Python shows it once for each place that makes such a map."""
+    warnings.warn(
+        f"{what} can be negative, so the normalizer of attention may vanish or change sign and "
+        f"outputs may be of any size: {remedy}, or attend with normalize=False.",
+        stacklevel=3,
+    )
 
 
 def _mixed(seed: int, layer: int, num_redraws: int) -> int:
