@@ -52,10 +52,24 @@ def test_word_clusters_do_not_depend_on_the_order():
 
 def test_a_common_repeat_does_not_join_unrelated_proteins():
     generator = random.Random(2)
+    repeat = "SSQQPP" * 11
     sequences = [
-        random_protein(generator, 199) + "Q" * 61 + random_protein(generator, 199) for _ in range(2)
+        random_protein(generator, 199) + repeat + random_protein(generator, 199) for _ in range(2)
     ]
     assert cluster_by_kmers(sequences) == [0, 1]
+
+
+def test_no_word_reaches_from_one_protein_into_the_next():
+    # Side by side, by length, the ends and beginnings make the same 14 letters twice.
+    generator = random.Random(4)
+    end, beginning = "ACDEFGH", "IKLMNPR"
+    sequences = [
+        random_protein(generator, 204) + end,
+        beginning + random_protein(generator, 203),
+        random_protein(generator, 202) + end,
+        beginning + random_protein(generator, 201),
+    ]
+    assert cluster_by_kmers(sequences) == [0, 1, 2, 3]
 
 
 def test_a_domain_does_not_join_proteins_of_unequal_length():

@@ -61,7 +61,7 @@ def test_neighbouring_positions_rows_seeds_and_epochs_are_masked_independently(d
         (chosen[distance:], chosen[:-distance]),
         (scored(seed=distance), chosen),
         (scored(epoch=distance), chosen),
-        (scored(seed=-distance), scored(epoch=distance)),
+        (scored(seed=distance), scored(epoch=distance)),
     ):
         assert_rate(int((other & reference).sum()), reference.numel(), 0.15**2)
 

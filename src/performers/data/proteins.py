@@ -72,7 +72,7 @@ class Protein:
 class TokenDataset(Dataset[dict[str, Tensor]]):
     """Sequences of token ids; item i is `{"input_ids": Int64[Tensor, " length"]}`.
 
-    They lie end to end in one byte tensor, which workers share: 187 million residues take 187 MB.
+    They lie end to end in one byte tensor, which workers share: 165 million residues take 165 MB.
     """
 
     tokens: UInt8[Tensor, " tokens"]
