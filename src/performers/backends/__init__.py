@@ -23,6 +23,7 @@ BACKENDS: dict[str, Callable[..., Any]] = {
 def choose_backend(
     name: str | None,
     query: Tensor,
+    key: Tensor,
     phi: FeatureMap,
     *,
     is_causal: bool,
@@ -34,7 +35,7 @@ def choose_backend(
     That is "landmarks" where it applies and "chunked" everywhere else.
     """
     reason = landmarks.refusal(
-        query, phi, is_causal=is_causal, window_size=window_size, has_state=has_state
+        query, key, phi, is_causal=is_causal, window_size=window_size, has_state=has_state
     )
     if name is None:
         return "chunked" if reason else "landmarks"

@@ -7,8 +7,8 @@ Where log φ_m(x) = x·ω_m + (a number of the row), FAVOR+ is softmax attention
     query i attends to the landmarks     out_i = softmax_m(q_i·ω_m + s_m) S_m
 
 so the kernel that PyTorch has for exact attention does the work, forward and backward, at its speed
-and without storing a feature. Its numbers are added to the logits by columns of their own: 1 on one
-side, the number on the other, in three parts where bfloat16 would round it.
+and without storing a feature. Its numbers are added to the logits by a column of their own: 1 on
+one side, the number on the other.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from performers.backends import reference
 from performers.typing import FeatureMap, LinearState, LogLinearMap
 
 __all__ = ["attend", "refusal"]
@@ -31,7 +30,13 @@ HIDDEN = -1e30
 
 
 def refusal(
-    query: Tensor, phi: FeatureMap, *, is_causal: bool, window_size: int | None, has_state: bool
+    query: Tensor,
+    key: Tensor,
+    phi: FeatureMap,
+    *,
+    is_causal: bool,
+    window_size: int | None,
+    has_state: bool,
 ) -> str | None:
     """Why this backend cannot serve a call; None if it can."""
     if query.device.type != "cpu":
@@ -42,6 +47,8 @@ def refusal(
         return "it neither takes nor gives a LinearState"
     if not (isinstance(phi, LogLinearMap) and phi.is_softmax and phi.is_nonnegative):
         return "it needs positive features of the softmax kernel"
+    if query.numel() == 0 or key.numel() == 0:  # which would stop the process
+        return "its fused kernel needs at least one query and one key"
     return None
 
 
@@ -61,35 +68,20 @@ def attend(
     """What `reference.attend` computes, up to rounding. The state, empty and unused, comes back."""
     assert not is_causal, "`refusal` lets only bidirectional calls in"
     assert window_size is None, "`refusal` lets no window in"
-    if query.numel() == 0 or key.numel() == 0:  # the fused kernel would stop the process
-        return reference.attend(
-            query,
-            key,
-            value,
-            phi,
-            root=root,
-            key_mask=key_mask,
-            is_causal=is_causal,
-            normalize=normalize,
-            window_size=window_size,
-            state=state,
-        )
+    # float16 cannot hold exponents, and bfloat16 would round ω: the kernel works in float32
     wide = torch.promote_types(query.dtype, torch.float32)
     keys = phi.log_linear_keys(key.to(wide) * root)
-    # float16 cannot hold exponents. bfloat16 can, and has matrix units of its own; but it would
-    # round the mapped inputs of sharp features, which their balance has made sensitive.
-    kernel_dtype = query.dtype if query.dtype == torch.bfloat16 and keys.tilt is None else wide
     rows = keys.log_rows
     if key_mask is not None:
         rows = rows.masked_fill(~key_mask[:, None, :, None], HIDDEN)
     directions = keys.directions.expand(*key.shape[:2], -1, -1)
-    found, log_sum = _attend_with_bias(directions, keys.inputs, rows, value.to(wide), kernel_dtype)
+    found, log_sum = _attend_with_bias(directions, keys.inputs, rows, value.to(wide))
 
     queries = phi.log_linear_queries(query.flatten(2, 3).to(wide) * root)
     tilts = [part.tilt for part in (keys, queries) if part.tilt is not None]
     bias = sum(tilts, log_sum).unsqueeze(-1)
     directions = queries.directions.expand_as(directions)
-    out, log_sum = _attend_with_bias(queries.inputs, directions, bias, found, kernel_dtype)
+    out, log_sum = _attend_with_bias(queries.inputs, directions, bias, found)
     if not normalize:
         out = out * (log_sum.unsqueeze(-1) + queries.log_rows).exp()
     if key_mask is not None:
@@ -102,37 +94,23 @@ def _attend_with_bias(
     key: Float[Tensor, "batch heads key_length dim"],
     bias: Float[Tensor, "batch heads key_length 1"],
     value: Float[Tensor, "batch heads key_length value_dim"],
-    dtype: torch.dtype,
 ) -> tuple[
     Float[Tensor, "batch heads query_length value_dim"],
     Float[Tensor, "batch heads query_length"],
 ]:
-    """softmax_j(q_i·k_j + bias_j) v_j and the log-sum-exp of its logits, in the dtype of `bias`."""
-    parts = _parts(bias, dtype)
+    """softmax_j(q_i·k_j + bias_j) v_j and the log-sum-exp of its logits."""
     # The kernel wants one width for all; the last column of value stays 0 for _FusedSoftmax.
-    width = max(key.shape[-1] + len(parts), value.shape[-1] + 1)
-    ones = query.new_ones(1).to(dtype).expand(*query.shape[:-1], len(parts))
-    padded = (
-        _padded([query.to(dtype), ones], width),
-        _padded([key.to(dtype), *parts], width),
-        _padded([value.to(dtype)], width),
+    width = max(key.shape[-1], value.shape[-1]) + 1
+    out, log_sum = _FusedSoftmax.apply(
+        _padded(torch.cat([query, torch.ones_like(query[..., :1])], dim=-1), width),
+        _padded(torch.cat([key, bias], dim=-1), width),
+        _padded(value, width),
     )
-    out, log_sum = _FusedSoftmax.apply(*padded)
-    return out[..., : value.shape[-1]].to(bias.dtype), log_sum.to(bias.dtype)
+    return out[..., : value.shape[-1]], log_sum
 
 
-def _parts(bias: Tensor, dtype: torch.dtype) -> list[Tensor]:
-    """Numbers of `dtype` that add up to the bias: one if it is as wide as that, else three."""
-    parts = []
-    for _ in range(1 if dtype == bias.dtype else 3):
-        parts.append(bias.to(dtype))
-        bias = bias - parts[-1].to(bias.dtype)
-    return parts
-
-
-def _padded(parts: list[Tensor], width: int) -> Tensor:
-    joined = torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
-    return F.pad(joined, (0, width - joined.shape[-1]))
+def _padded(x: Tensor, width: int) -> Tensor:
+    return F.pad(x, (0, width - x.shape[-1]))
 
 
 class _FusedSoftmax(torch.autograd.Function):

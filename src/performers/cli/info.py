@@ -44,6 +44,6 @@ def _chosen(is_causal: bool) -> str:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     x = torch.empty(1, 1, 1, 64, device=device)
     phi = SoftmaxFeatures(64)
-    name = choose_backend(None, x, phi, is_causal=is_causal, window_size=None, has_state=False)
-    reason = refusal(x, phi, is_causal=is_causal, window_size=None, has_state=False)
+    name = choose_backend(None, x, x, phi, is_causal=is_causal, window_size=None, has_state=False)
+    reason = refusal(x, x, phi, is_causal=is_causal, window_size=None, has_state=False)
     return f"{name}, since landmarks cannot: {reason}" if reason else f"{name}, the fastest"

@@ -16,14 +16,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
-import performers
 from performers.checks import check_choice
 from performers.train.environment import describe_environment
-from performers.viz.files import save_figure
+from performers.viz.files import Figure, save_figure
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
-    from matplotlib.figure import Figure
 
 __all__ = ["SCALES", "Experiment", "draw", "experiment_folder", "experiment_names", "reproduce"]
 
@@ -33,7 +31,7 @@ SCALES = ("smoke", "reduced", "paper")
 BEGIN = "<!-- results: written by `performers reproduce`, from the JSON beside this file -->"
 END = "<!-- end of results -->"
 
-EXPERIMENTS = Path(performers.__file__).parents[2] / "experiments"
+EXPERIMENTS = Path(__file__).parents[3] / "experiments"
 
 
 @runtime_checkable

@@ -83,6 +83,7 @@ def linear_attention(
     chosen = choose_backend(
         backend,
         query,
+        key,
         phi,
         is_causal=is_causal,
         window_size=window_size,

@@ -7,7 +7,7 @@ from pathlib import Path
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-__all__ = ["save_figure"]
+__all__ = ["Figure", "save_figure"]
 
 
 def save_figure(figure: Figure, path: Path) -> list[Path]:
