@@ -1,4 +1,4 @@
-"""The default path: the reference's sums, a tile of keys or queries at a time.
+"""The general path: the reference's sums, a tile of keys or queries at a time.
 
 Features exist for one tile only: the backward pass computes them again, so training keeps the
 inputs, the outputs and one state per tile, never anything of size length · num_features.
@@ -55,7 +55,7 @@ def attend(
 ) -> tuple[Float[Tensor, "batch key_heads group query_length value_dim"], LinearState]:
     """Attention and the state after it, equal to the reference up to rounding."""
     call = Call(phi, root, normalize, state.values.dtype)
-    if query.shape[3] == 0 and is_causal:
+    if query.shape[3] == 0 and (is_causal or window_size is not None):
         return _no_rows(call, query, value), state
     if window_size is not None:
         return _windowed(call, query, key, value, key_mask, is_causal, window_size, state)
@@ -121,8 +121,6 @@ def _windowed(
     state: LinearState,
 ) -> tuple[Tensor, LinearState]:
     length = query.shape[3]
-    if length == 0:
-        return _no_rows(call, query, value), state
     recent = state.recent or RecentKeys.empty(key, value, window_size)
     keys, values, visible = with_recent(recent, key, value, key_mask)
     far, sums = _far_field(call, query, keys, values, visible, replace(state, recent=None))
