@@ -12,6 +12,7 @@ from importlib import import_module, metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # what the table below says at run time, said to type checkers and editors
+    from performers.convert import FavorOptions, register
     from performers.functional import (
         attention_matrix,
         draw_projection,
@@ -37,6 +38,7 @@ if TYPE_CHECKING:  # what the table below says at run time, said to type checker
 
 __all__ = [
     "FavorAttention",
+    "FavorOptions",
     "KernelFeatures",
     "LinearState",
     "PerformerConfig",
@@ -49,10 +51,13 @@ __all__ = [
     "diagnose",
     "draw_projection",
     "favor_attention",
+    "register",
     "softmax_attention",
 ]
 
 _HOME = {
+    "FavorOptions": "convert",
+    "register": "convert",
     "attention_matrix": "functional",
     "draw_projection": "functional",
     "favor_attention": "functional",

@@ -1,0 +1,280 @@
+"""The switch: FAVOR+ as an attention implementation of transformers, under the name "favor".
+
+An architecture that asks transformers' AttentionInterface hands queries, keys and values to the
+function that its configuration names, and a mask made by the function registered beside it. Here
+these are `favor` and `favor_mask`. All that depends on transformers' version is in this file.
+
+    model = AutoModel.from_pretrained(path, attn_implementation="favor")
+    model.set_attn_implementation("favor")
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedConfig
+from transformers.masking_utils import (
+    ALL_MASK_ATTENTION_FUNCTIONS,
+    AttentionMaskInterface,
+    causal_mask_function,
+)
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils.output_capturing import _active_collector
+
+from performers.convert.layer import FavorLayer, drop_keys
+from performers.convert.options import FavorOptions
+from performers.functional.readout import implied_matrix
+
+__all__ = ["FAVOR", "attend_exactly", "favor", "favor_mask", "register"]
+
+# The name of FAVOR+ among transformers' attention implementations, and of the child that holds a
+# converted layer's feature map.
+FAVOR = "favor"
+
+# Arguments of an attention call that make it another function than softmax(scale · QKᵀ) V under a
+# mask of padding and causality, and what they are.
+OTHER_ATTENTION = {
+    "position_bias": "a bias for each pair of positions",
+    "s_aux": "attention sinks",
+    "sinks": "attention sinks",
+    "softcap": "a soft cap on its logits",
+    "indices": "keys chosen for each query",
+    "block_indices": "keys chosen for each query",
+    "cu_seq_lens_q": "packed sequences",
+    "cache": "a paged cache",
+}
+
+# What masks are made of in transformers, by the functions' names. Others are packed or custom.
+PLAIN = {"causal_mask_function", "bidirectional_mask_function"}
+LOCAL = {"sliding_window_overlay", "sliding_window_bidirectional_overlay", "chunked_overlay"}
+
+
+def register() -> None:
+    """Make `attn_implementation="favor"` known to transformers; importing performers.convert did.
+
+    It serves every architecture that goes through transformers' AttentionInterface, with the
+    default `FavorOptions` unless `config.favor` has others.
+    """
+    AttentionInterface.register(FAVOR, favor)
+    AttentionMaskInterface.register(FAVOR, favor_mask)
+
+
+def favor(
+    module: nn.Module,
+    query: Float[Tensor, "batch heads query_length dim"],
+    key: Float[Tensor, "batch key_heads key_length dim"],
+    value: Float[Tensor, "batch key_heads key_length value_dim"],
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **options: Any,
+) -> tuple[Float[Tensor, "batch query_length heads value_dim"], Tensor | None]:
+    """Attention of one layer, in the form that transformers asks for.
+
+    `attention_mask` is what `favor_mask` returned. `dropout` drops whole keys, see `drop_keys`. The
+    matrix of weights comes second where `output_attentions=True` asked for it: quadratic.
+
+    Raises ValueError for what has no linear-time form, naming it.
+    """
+    layer = _layer(module, query.device)
+    for word, meaning in OTHER_ATTENTION.items():
+        if options.get(word) is not None:
+            raise ValueError(
+                f"{_name(module)} attends with {meaning} ({word}=), which is not softmax(scale · "
+                "QKᵀ) V and has no linear-time form. Use another attn_implementation for this "
+                "model."
+            )
+    if is_causal is None:
+        is_causal = bool(getattr(module, "is_causal", True))  # as transformers' own functions do
+
+    def attend(value: Tensor) -> Tensor:
+        if layer is None:
+            return attend_exactly(
+                module, query, key, value, attention_mask, scaling, is_causal, **options
+            )
+        return layer(
+            query,
+            key,
+            value,
+            is_causal=is_causal,
+            key_padding_mask=_key_padding_mask(module, attention_mask, key, options),
+            scale=scaling,
+        )
+
+    weights = implied_matrix(attend, key) if _wants_weights(options) else None
+    out = attend(drop_keys(value, dropout) if dropout else value)
+    return out.transpose(1, 2).contiguous(), weights
+
+
+def attend_exactly(
+    module: nn.Module,
+    query: Float[Tensor, "batch heads query_length dim"],
+    key: Float[Tensor, "batch key_heads key_length dim"],
+    value: Float[Tensor, "batch key_heads key_length value_dim"],
+    attention_mask: Tensor | None,
+    scaling: float | None,
+    is_causal: bool,
+    **options: Any,
+) -> Float[Tensor, "batch heads query_length value_dim"]:
+    """Softmax attention as transformers computes it, for a mask that `favor_mask` made."""
+    if attention_mask is not None and attention_mask.ndim == 2:
+        query_length, key_length = query.shape[2], key.shape[2]
+        attention_mask = attention_mask[:, None, None, -key_length:].bool()
+        if is_causal:
+            position = torch.arange(key_length, device=key.device)
+            seen = position <= position[key_length - query_length :, None]
+            attention_mask = attention_mask & seen
+    out, _ = ALL_ATTENTION_FUNCTIONS["sdpa"](
+        module, query, key, value, attention_mask, scaling=scaling, is_causal=is_causal, **options
+    )
+    return out.transpose(1, 2)
+
+
+def favor_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Any] = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    *,
+    config: PreTrainedConfig | None = None,
+    local_size: int | None = None,
+    use_vmap: bool = False,
+    **options: Any,
+) -> Tensor | None:
+    """The mask of one forward pass: which keys are real, bool (batch, key_length), None for all.
+
+    Where a window or a chunk is shorter than the keys, it is the mask of pairs that transformers
+    makes for exact attention: layers that stay exact use it, converted ones refuse it.
+
+    Raises ValueError for packed sequences, custom masks and static caches. While compiling,
+    transformers declares every causal mask packed, so packed sequences are not noticed then.
+    """
+    if torch.compiler.is_compiling():
+        is_plain, is_fixed = not use_vmap, isinstance(q_offset, Tensor)
+    else:
+        if config is not None:
+            _check_architecture(type(config).__name__, type(config).__module__)
+        parts = set(_parts(mask_function))
+        is_plain = parts <= PLAIN | LOCAL and not use_vmap
+        is_fixed = isinstance(q_offset, Tensor) or (
+            "causal_mask_function" in parts and kv_length != q_offset + q_length - kv_offset
+        )
+    if not is_plain:
+        raise ValueError(
+            "FAVOR+ sees padding and causality, and this model attends with packed sequences or a "
+            "custom mask of pairs, which has no linear-time form. Give packed sequences as rows of "
+            "a padded batch with an attention_mask, or use another attn_implementation."
+        )
+    if is_fixed:
+        raise ValueError(
+            "FAVOR+ would count the empty places of a cache of fixed length: there are "
+            f"{kv_length} keys for {q_length} queries. Generate with the default cache, not with "
+            "cache_implementation='static'."
+        )
+    if local_size is not None and local_size < kv_length:
+        mask: Tensor | None = ALL_MASK_ATTENTION_FUNCTIONS["sdpa"](
+            batch_size=batch_size,
+            q_length=q_length,
+            kv_length=kv_length,
+            q_offset=q_offset,
+            kv_offset=kv_offset,
+            mask_function=mask_function,
+            attention_mask=attention_mask,
+            local_size=local_size,
+            use_vmap=use_vmap,
+            config=config,
+            **options | {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False},
+        )
+        return mask
+    if attention_mask is None:
+        return None
+    return attention_mask[:, kv_offset : kv_offset + kv_length]
+
+
+def _layer(module: nn.Module, device: torch.device) -> FavorLayer | None:
+    """What converts this attention module, made if this is its first call; None if it is exact."""
+    if hasattr(module, FAVOR):
+        layer: FavorLayer | None = getattr(module, FAVOR)
+        return layer
+    written = getattr(module.config, FAVOR, None)
+    options = FavorOptions() if written is None else FavorOptions.from_dict(written["options"])
+    layer = FavorLayer(options, getattr(module, "layer_idx", None) or 0)
+    setattr(module, FAVOR, layer)
+    return layer
+
+
+def _key_padding_mask(
+    module: nn.Module, mask: Tensor | None, key: Tensor, options: dict[str, Any]
+) -> Tensor | None:
+    """A mask of keys from what the layer got, or the reason why it is none."""
+    window = options.get("sliding_window")
+    if window is not None and window < key.shape[2]:
+        raise ValueError(
+            f"{_name(module)} attends to a window of {window} positions, and there are "
+            f"{key.shape[2]} keys: FAVOR+ would see them all. Keep such layers exact with "
+            "FavorOptions(layers=...), or use another attn_implementation."
+        )
+    if mask is None:
+        return None
+    if mask.ndim == 4 and mask.dtype == torch.bool and mask.shape[1:3] == (1, 1):
+        mask = mask[:, 0, 0]
+    if mask.ndim != 2 or mask.is_floating_point():
+        raise ValueError(
+            f"{_name(module)} got a mask of pairs, {mask.dtype} {tuple(mask.shape)}: a window "
+            "shorter than the input, a bias, packed sequences or a mask of your own. FAVOR+ sees "
+            "padding, (batch, length), and causality. Pass a two-dimensional attention_mask, keep "
+            "such layers exact with FavorOptions(layers=...), or use another attn_implementation."
+        )
+    return mask[:, -key.shape[2] :].bool()
+
+
+def _wants_weights(options: dict[str, Any]) -> bool:
+    """Whether this forward pass was called with output_attentions=True."""
+    if options.get("output_attentions"):
+        return True
+    if torch.compiler.is_compiling():
+        return False
+    wanted = _active_collector.get()  # transformers collects outputs that its hooks see
+    return any("attentions" in kind for kind in wanted or ())
+
+
+def _parts(mask_function: Any) -> Iterator[str]:
+    """Names of the functions that a mask function is made of, without those that combine."""
+    name = mask_function.__qualname__.split(".")[0]
+    if name not in {"and_masks", "or_masks"}:
+        yield name
+        return
+    for cell in mask_function.__closure__:
+        for part in cell.cell_contents:
+            yield from _parts(part)
+
+
+@cache
+def _check_architecture(config_class: str, configuration_module: str) -> None:
+    """Refuse a model that makes masks by transformers' functions but attends by its own."""
+    modeling = sys.modules.get(configuration_module.replace(".configuration_", ".modeling_"))
+    source = "" if modeling is None else inspect.getsource(modeling)
+    if "Attention(nn.Module)" in source and "get_interface(" not in source:
+        raise ValueError(
+            f"{config_class}: this architecture computes attention by itself, not through "
+            "transformers' AttentionInterface, so it cannot be switched."
+        )
+
+
+def _name(module: nn.Module) -> str:
+    number = getattr(module, "layer_idx", None)
+    return type(module).__name__ + ("" if number is None else f" of layer {number}")
+
+
+register()

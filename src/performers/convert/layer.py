@@ -1,0 +1,123 @@
+"""`FavorLayer`: what a converted attention layer owns besides its pretrained weights."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from performers.convert.options import FavorOptions
+from performers.functional.favor import favor_attention
+from performers.nn.feature_maps import KernelFeatures, SoftmaxFeatures
+from performers.nn.sharp import SharpFeatures
+
+__all__ = ["FavorLayer", "drop_keys"]
+
+
+class FavorLayer(nn.Module):
+    """FAVOR+ for one attention layer of a pretrained model: its feature map and its window.
+
+    A child of the attention module. Its buffers are not saved with the model: φ is drawn again from
+    the options, which are in config.json, and calibration has a file of its own.
+
+    φ is made by the first call, or by `prepare`, because it takes the dim of a head, which
+    architectures give many names. `number` is the layer's, and sets the draws of layers apart.
+    """
+
+    feature_map: SharpFeatures | SoftmaxFeatures | KernelFeatures | None
+
+    def __init__(self, options: FavorOptions, number: int) -> None:
+        super().__init__()
+        self.options = options
+        self.number = number
+        self.is_calibrated = False
+        self.feature_map = None
+
+    def prepare(self, dim: int, device: torch.device, num_heads: int = 1) -> None:
+        """Draw φ for heads of this dim. The result depends on nothing else but the options."""
+        # A first call may come under autocast or in inference mode. The draw must not notice, and
+        # tensors made in inference mode could never be trained with.
+        with torch.inference_mode(False), torch.autocast(device.type, enabled=False):
+            self.attach(self.options.feature_map(dim, num_heads, self.number).to(device))
+
+    def attach(self, feature_map: SharpFeatures | SoftmaxFeatures | KernelFeatures) -> None:
+        """Make this the feature map, without a part in the model's state dict."""
+        for module in feature_map.modules():
+            for name, buffer in list(module.named_buffers(recurse=False)):
+                module.register_buffer(name, buffer, persistent=False)
+        self.feature_map = feature_map
+
+    def forward(
+        self,
+        query: Float[Tensor, "batch heads query_length dim"],
+        key: Float[Tensor, "batch key_heads key_length dim"],
+        value: Float[Tensor, "batch key_heads key_length value_dim"],
+        *,
+        is_causal: bool,
+        key_padding_mask: Bool[Tensor, "batch key_length"] | None,
+        scale: float | None,
+    ) -> Float[Tensor, "batch heads query_length value_dim"]:
+        """`favor_attention` with this layer's φ. In causal attention the queries may be the last
+        of the sequence only: those of its keys came before.
+        """
+        phi = self.feature_map_for(query, is_causal=is_causal)
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        query_length, key_length = query.shape[2], key.shape[2]
+        window_size = self.options.window_size
+        if not is_causal and query_length != key_length:
+            window_size = None  # between two sequences there is no distance
+        is_last = is_causal and query_length == 1 and window_size is None  # it sees every key
+        if is_causal and not is_last and query_length < key_length:
+            query = F.pad(query, (0, 0, key_length - query_length, 0))
+        out = favor_attention(
+            query,
+            key,
+            value,
+            phi,
+            is_causal=is_causal and not is_last,
+            key_padding_mask=key_padding_mask,
+            scale=scale,
+            enable_gqa=True,
+            window_size=window_size,
+        )
+        return out[:, :, out.shape[2] - query_length :]
+
+    def feature_map_for(
+        self, query: Tensor, *, is_causal: bool
+    ) -> SharpFeatures | SoftmaxFeatures | KernelFeatures:
+        """φ for attention of this kind, made if there is none for heads of this dim."""
+        if self.feature_map is None or (
+            self.feature_map.dim != query.shape[-1] and not self.is_calibrated
+        ):
+            if torch.compiler.is_compiling():
+                raise RuntimeError(
+                    "a converted layer draws its random features in its first call, which cannot "
+                    "be compiled: call the model once before torch.compile."
+                )
+            self.prepare(query.shape[-1], query.device)
+        phi = self.feature_map
+        assert phi is not None, "prepare() makes one"
+        if (
+            isinstance(phi, SharpFeatures)
+            and self.options.statistics is None
+            and not self.is_calibrated
+        ):
+            phi.statistics = "calibrated" if is_causal else "call"
+        return phi
+
+    def extra_repr(self) -> str:
+        return f"{self.options}, number={self.number}, is_calibrated={self.is_calibrated}"
+
+
+def drop_keys(
+    value: Float[Tensor, "batch key_heads key_length value_dim"], probability: float
+) -> Float[Tensor, "batch key_heads key_length value_dim"]:
+    """Dropout of attention weights, in linear time: weights of one key are dropped together.
+
+    Attention is linear in its values, so a key whose value is dropped is one whose weights are all
+    dropped. Each query by itself meets the same law as with ordinary dropout of attention; what
+    queries share is which keys are gone.
+    """
+    kept = F.dropout(value.new_ones(*value.shape[:-1], 1), probability)
+    return value * kept

@@ -1,0 +1,129 @@
+"""`FavorOptions`: every choice of a conversion, checked when it is made, kept in config.json."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from performers.checks import check_choice, check_count
+from performers.functional.features import KERNELS
+from performers.functional.projections import PROJECTIONS
+from performers.nn.feature_maps import ESTIMATORS, KernelFeatures, SoftmaxFeatures
+from performers.nn.sharp import STATISTICS, SharpFeatures
+
+__all__ = ["FEATURES", "SHARP", "FavorOptions"]
+
+SHARP = "sharp"
+FEATURES = (SHARP, *ESTIMATORS, *KERNELS)
+
+
+@dataclass(frozen=True)
+class FavorOptions:
+    """How the attention of a pretrained model is estimated.
+
+    `num_projections`, `projection`, `seed`: see `SoftmaxFeatures`.
+    `features`: "sharp" (`SharpFeatures`), "positive", "hyperbolic" or "trigonometric"
+    (`SoftmaxFeatures`), or the name of a kernel such as "relu" (`KernelFeatures`), which is another
+    attention than softmax and needs training.
+    `statistics`: where sharp features learn, see `SharpFeatures`. None: from `calibrate` once that
+    was called; before that from each call in bidirectional attention, and nothing in causal
+    attention, where they are plain positive features.
+    `window_size`: keys nearer than this are scored exactly, see `favor_attention`. Not in
+    cross-attention.
+    `layers`: numbers of the layers that are converted, the others stay exact. None: all, other than
+    the sliding-window layers of models that also have layers without a window.
+
+    Raises ValueError for unknown words, counts below 1, and words that do not go together.
+    """
+
+    num_projections: int = 256
+    features: str = SHARP
+    projection: str | None = "orthogonal"
+    statistics: str | None = None
+    window_size: int | None = None
+    layers: Sequence[int] | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_count("num_projections", self.num_projections)
+        check_choice("features", self.features, FEATURES)
+        if self.projection is not None:
+            check_choice("projection", self.projection, PROJECTIONS)
+        elif self.features not in KERNELS:
+            raise ValueError(
+                f"features={self.features!r} needs random projections: projection is None. Choose "
+                f"one of {sorted(PROJECTIONS)}."
+            )
+        if self.statistics is not None:
+            check_choice("statistics", self.statistics, STATISTICS)
+            if self.features != SHARP:
+                raise ValueError(
+                    f"statistics are learned by features={SHARP!r} alone, got "
+                    f"features={self.features!r} with statistics={self.statistics!r}."
+                )
+        if self.window_size is not None:
+            check_count("window_size", self.window_size)
+            if self.features in KERNELS or self.features == "trigonometric":
+                raise ValueError(
+                    "window_size puts exact softmax scores beside estimated ones: it needs "
+                    f"features 'sharp', 'positive' or 'hyperbolic', got {self.features!r}."
+                )
+        if not isinstance(self.seed, int) or isinstance(self.seed, bool):
+            raise TypeError(f"seed must be a whole number, got {self.seed!r}.")
+        if self.layers is not None:
+            if any(not isinstance(i, int) or isinstance(i, bool) or i < 0 for i in self.layers):
+                raise ValueError(
+                    "layers must be numbers of layers, counted from 0, or None for all: got "
+                    f"{self.layers!r}."
+                )
+            object.__setattr__(self, "layers", tuple(sorted(set(self.layers))))
+
+    def feature_map(
+        self, dim: int, num_heads: int = 1, layer: int = 0
+    ) -> SharpFeatures | SoftmaxFeatures | KernelFeatures:
+        """φ for one attention layer: a function of these options and of the layer's number."""
+        if self.features == SHARP:
+            assert self.projection is not None, "checked above"
+            return SharpFeatures(
+                dim,
+                self.num_projections,
+                num_heads,
+                statistics=self.statistics or "calibrated",
+                projection=self.projection,
+                seed=self.seed,
+                layer=layer,
+            )
+        if self.features in ESTIMATORS:
+            assert self.projection is not None, "checked above"
+            return SoftmaxFeatures(
+                dim,
+                self.num_projections,
+                estimator=self.features,
+                projection=self.projection,
+                seed=self.seed,
+                layer=layer,
+            )
+        return KernelFeatures(
+            dim,
+            self.num_projections,
+            fn=self.features,
+            projection=self.projection,
+            seed=self.seed,
+            layer=layer,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """What `from_dict` reads, in types that JSON has."""
+        written = asdict(self)
+        if self.layers is not None:
+            written["layers"] = list(self.layers)
+        return written
+
+    @classmethod
+    def from_dict(cls, written: Mapping[str, Any]) -> FavorOptions:
+        """Raises ValueError for an option that this version does not know."""
+        known = [field.name for field in fields(cls)]
+        for name in written:
+            check_choice("option of a conversion", name, known)
+        return cls(**written)

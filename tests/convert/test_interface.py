@@ -1,0 +1,370 @@
+"""`attn_implementation="favor"`: the right arguments arrive, and what cannot be served is refused.
+
+A random feature estimate is right only on average. So most tests put exact attention in the place
+of the estimate: then a switched model must be the model that it was, and everything is tested but
+the features.
+"""
+
+import pytest
+import torch
+from tiny_models import MODELS, TINY, WIDTH, WORDS, bart, bert, gpt2, inputs_for, llama, outputs_of
+from transformers import (
+    AutoModel,
+    BloomConfig,
+    BloomModel,
+    CLIPTextConfig,
+    CLIPTextModel,
+    DynamicCache,
+    EsmConfig,
+    EsmModel,
+    Gemma2Config,
+    Gemma2Model,
+    GptOssConfig,
+    GptOssModel,
+    LlamaConfig,
+    LlamaModel,
+    MistralConfig,
+    MistralModel,
+    SwinConfig,
+    SwinModel,
+    T5Config,
+    T5Model,
+)
+
+import performers
+from performers.convert import FavorOptions, layer
+from performers.functional import softmax_attention
+
+
+@pytest.fixture
+def exact_estimates(monkeypatch):
+    """Attention of converted layers without its error: exact, with what it was called with."""
+    calls = []
+
+    def attend(query, key, value, phi, **options):
+        calls.append(options | {"query": query, "key": key, "phi": phi})
+        options.pop("window_size")
+        return softmax_attention(query, key, value, **options)
+
+    monkeypatch.setattr(layer, "favor_attention", attend)
+    return calls
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_masks_scales_heads_and_causality_arrive_as_exact_attention_gets_them(
+    name, exact_estimates
+):
+    model = MODELS[name]()
+    inputs = inputs_for(model)
+    model.set_attn_implementation("eager")
+    expected = outputs_of(model, inputs)
+    model.set_attn_implementation("favor")
+    torch.testing.assert_close(outputs_of(model, inputs), expected, rtol=1e-4, atol=1e-5)
+    assert len(exact_estimates) == (6 if name == "BART" else 2)
+
+
+@pytest.mark.parametrize(
+    ("model", "scale"),
+    [
+        (lambda: EsmModel(EsmConfig(**TINY, **WIDTH, pad_token_id=1, mask_token_id=2)), 1.0),
+        (lambda: llama(head_dim=16), 0.25),
+    ],
+)
+def test_the_scale_is_the_models_own(model, scale, exact_estimates):
+    model = model().eval().requires_grad_(False)
+    model.set_attn_implementation("favor")
+    model(**inputs_for(model))
+    assert {call["scale"] for call in exact_estimates} == {scale}
+
+
+@pytest.mark.parametrize(
+    ("model", "is_causal"),
+    [
+        # The keyword says causal, the module says it is not.
+        (
+            lambda: CLIPTextModel(
+                CLIPTextConfig(**TINY, **WIDTH, pad_token_id=1, bos_token_id=2, eos_token_id=3)
+            ),
+            True,
+        ),
+        # The keyword says it is not causal, the module says it is.
+        (
+            lambda: LlamaModel(
+                LlamaConfig(**TINY, **WIDTH, num_key_value_heads=2, is_causal=False)
+            ),
+            False,
+        ),
+    ],
+)
+def test_the_keyword_for_causality_wins(model, is_causal, exact_estimates):
+    model = model().eval()
+    inputs = inputs_for(model)
+    model.set_attn_implementation("eager")
+    expected = outputs_of(model, inputs)
+    model.set_attn_implementation("favor")
+    torch.testing.assert_close(outputs_of(model, inputs), expected, rtol=1e-4, atol=1e-5)
+    assert {call["is_causal"] for call in exact_estimates} == {is_causal}
+
+
+def test_cross_attention_is_bidirectional_over_the_keys_of_the_encoder(exact_estimates):
+    model = bart()
+    model.set_attn_implementation("favor")
+    inputs = inputs_for(model)
+    model(**inputs)
+    cross = [c for c in exact_estimates if c["query"].shape[2] != c["key"].shape[2]]
+    assert len(cross) == 2
+    for call in cross:
+        assert not call["is_causal"]
+        assert torch.equal(call["key_padding_mask"], inputs["attention_mask"].bool())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_loading_with_favor_equals_switching_to_it(name, tmp_path):
+    model = MODELS[name]()
+    model.save_pretrained(tmp_path)
+    model.set_attn_implementation("favor")
+    loaded = type(model).from_pretrained(tmp_path, attn_implementation="favor")
+    inputs = inputs_for(model)
+    assert torch.equal(outputs_of(loaded.eval(), inputs), outputs_of(model, inputs))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_estimate_nears_exact_attention_as_features_are_added(name):
+    errors = []
+    for num_projections in (8, 2048):
+        torch.manual_seed(0)
+        model = MODELS[name]().requires_grad_(False)
+        for weight in model.parameters():  # a size at which features work
+            weight.mul_(0.4)
+        inputs = inputs_for(model)
+        expected = outputs_of(model, inputs)
+        options = FavorOptions(features="positive", num_projections=num_projections)
+        model.config.favor = {"options": options.to_dict()}
+        model.set_attn_implementation("favor")
+        errors.append(float((outputs_of(model, inputs) - expected).norm() / expected.norm()))
+    assert errors[1] < errors[0] / 2
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_weight_gets_a_finite_gradient_under_padding(name):
+    model = MODELS[name]().train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    model.set_attn_implementation("favor")
+    outputs_of(model, inputs_for(model)).square().sum().backward()
+    for weight_name, weight in model.named_parameters():
+        if "pooler" not in weight_name:
+            assert weight.grad is not None, weight_name
+            assert weight.grad.isfinite().all(), weight_name
+
+
+def test_padding_never_reaches_the_output():
+    for model in (bert(), llama(), gpt2()):
+        model.set_attn_implementation("favor")
+        inputs = inputs_for(model)
+        expected = outputs_of(model, inputs)
+        hidden = inputs["attention_mask"] == 0
+        inputs["input_ids"] = inputs["input_ids"].masked_fill(hidden, 7)
+        assert torch.equal(outputs_of(model, inputs), expected)
+
+
+def test_rows_without_a_key_are_zero_and_poison_nothing():
+    model = bert()
+    model.set_attn_implementation("favor")
+    inputs = inputs_for(model)
+    inputs["attention_mask"][0] = 0
+    outputs = []
+    attention = model.encoder.layer[0].attention.self
+    attention.register_forward_hook(lambda module, given, out: outputs.append(out[0]))
+    assert model(**inputs).last_hidden_state.isfinite().all()
+    assert (outputs[0][0] == 0).all()
+    assert (outputs[0][1] != 0).all()
+
+
+def test_the_state_dict_has_the_pretrained_names_alone():
+    model = llama()
+    names = list(model.state_dict())
+    model.set_attn_implementation("favor")
+    model(**inputs_for(model))
+    assert list(model.state_dict()) == names
+
+
+def test_projections_stay_float32_in_a_bfloat16_model():
+    model = bert().to(torch.bfloat16)
+    model.set_attn_implementation("favor")
+    inputs = inputs_for(model)
+    assert model(**inputs).last_hidden_state.dtype == torch.bfloat16
+    model.to(torch.float16).to(torch.bfloat16)
+    omega = model.encoder.layer[1].attention.self.favor.feature_map.omega
+    expected = performers.SharpFeatures(8, 256, layer=1).omega
+    assert torch.equal(omega, expected)
+
+
+def test_a_first_call_in_inference_mode_or_under_autocast_changes_nothing():
+    plain, other = llama(), llama()
+    other.load_state_dict(plain.state_dict())
+    inputs = inputs_for(plain)
+    for model in (plain, other):
+        model.set_attn_implementation("favor")
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        other(**inputs)
+    assert torch.equal(outputs_of(plain, inputs), outputs_of(other, inputs))
+    outputs_of(other, inputs).sum().backward()
+
+
+def test_a_growing_cache_gives_the_same_tokens_as_none(exact_estimates):
+    model = llama()
+    model.set_attn_implementation("favor")
+    inputs = inputs_for(model)
+    inputs["input_ids"][1, -2:] = 7
+    inputs["attention_mask"][1] = 1
+    tokens = [
+        model.generate(**inputs, max_new_tokens=9, do_sample=False, use_cache=use_cache)
+        for use_cache in (True, False)
+    ]
+    assert torch.equal(*tokens)
+
+
+def test_prefill_in_pieces_equals_the_whole():
+    model = llama()
+    model.set_attn_implementation("favor")
+    ids = inputs_for(model)["input_ids"]
+    cache = DynamicCache(config=model.config)
+    pieces = [model(piece, past_key_values=cache).logits for piece in ids.split(5, dim=1)]
+    whole = model(ids).logits
+    torch.testing.assert_close(torch.cat(pieces, dim=1), whole, rtol=1e-3, atol=1e-4)
+
+
+def test_output_attentions_gives_the_matrices_that_make_the_outputs():
+    model = bart()
+    model.set_attn_implementation("favor")
+    inputs = inputs_for(model)
+    given = model(**inputs, output_attentions=True)
+    assert [x.shape for x in given.encoder_attentions] == [(2, 4, 13, 13)] * 2
+    assert [x.shape for x in given.decoder_attentions] == [(2, 4, 11, 11)] * 2
+    assert [x.shape for x in given.cross_attentions] == [(2, 4, 11, 13)] * 2
+    for weights in given.decoder_attentions:
+        assert (weights.triu(1) == 0).all()
+        torch.testing.assert_close(weights[1].sum(dim=-1), torch.ones(4, 11))
+    assert model(**inputs).cross_attentions is None
+
+
+def test_dropout_of_keys_has_the_law_of_attention_dropout_for_each_query():
+    value = torch.ones(1, 1, 20011, 3)
+    dropped = layer.drop_keys(value, 0.3)
+    assert ((dropped == 0) | (dropped == 1 / 0.7)).all()
+    assert (dropped[..., 0] == dropped[..., 1]).all()
+    share = (dropped[..., 0] == 0).double().mean()
+    assert abs(share - 0.3) < 4 * (0.3 * 0.7 / 20011) ** 0.5
+
+
+def test_attention_dropout_acts_in_training_alone():
+    model = llama(attention_dropout=0.5)
+    model.set_attn_implementation("favor")
+    inputs = inputs_for(model)
+    assert torch.equal(outputs_of(model, inputs), outputs_of(model, inputs))
+    model.train()
+    assert not torch.equal(outputs_of(model, inputs), outputs_of(model, inputs))
+
+
+SWIN = {"embed_dim": 16, "depths": [1], "num_heads": [2], "window_size": 4}
+
+
+@pytest.mark.usefixtures("without_shape_checks")
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        (
+            lambda: T5Model(T5Config(vocab_size=WORDS, d_model=32, d_kv=8, d_ff=48, num_layers=1)),
+            r"T5Attention of layer 0 attends with a bias for each pair of positions \(position_b",
+        ),
+        (
+            lambda: Gemma2Model(Gemma2Config(**TINY, **WIDTH, num_key_value_heads=2, head_dim=8)),
+            r"Gemma2Attention of layer 0 attends with a soft cap on its logits \(softcap=\)",
+        ),
+        (
+            lambda: GptOssModel(
+                GptOssConfig(
+                    **TINY, **WIDTH, num_key_value_heads=2, head_dim=8, num_local_experts=2
+                )
+            ),
+            r"GptOssAttention of layer 0 attends with attention sinks \(s_aux=\)",
+        ),
+        (
+            lambda: MistralModel(
+                MistralConfig(**TINY, **WIDTH, num_key_value_heads=2, sliding_window=7)
+            ),
+            "MistralAttention of layer 0 attends to a window of 7 positions, and there are 13",
+        ),
+        (
+            lambda: SwinModel(SwinConfig(image_size=16, patch_size=2, **SWIN)),
+            r"SwinAttention got a mask of pairs, torch.float32 \(1, 2, 16, 16\)",
+        ),
+        (
+            lambda: BloomModel(BloomConfig(vocab_size=WORDS, hidden_size=32, n_layer=1, n_head=4)),
+            "BloomConfig: this architecture computes attention by itself",
+        ),
+    ],
+)
+def test_attention_of_another_kind_is_refused_by_name(model, words, tmp_path):
+    model().save_pretrained(tmp_path)
+    model = AutoModel.from_pretrained(tmp_path, attn_implementation="favor")
+    with pytest.raises(ValueError, match=words):
+        model(**inputs_for(model))
+
+
+def test_a_window_longer_than_the_input_is_no_window(exact_estimates):
+    sizes = TINY | WIDTH | {"num_key_value_heads": 2, "sliding_window": 13}
+    model = MistralModel(MistralConfig(**sizes)).eval()
+    inputs = inputs_for(model)
+    model.set_attn_implementation("eager")
+    expected = outputs_of(model, inputs)
+    model.set_attn_implementation("favor")
+    torch.testing.assert_close(outputs_of(model, inputs), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.usefixtures("without_shape_checks")
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"attention_mask": torch.ones(2, 1, 13, 13)}, "got a mask of pairs, torch.float32"),
+        (
+            {
+                "attention_mask": None,
+                "position_ids": torch.arange(13).remainder(7)[None],
+                "use_cache": False,
+            },
+            "packed sequences or a custom mask",
+        ),
+    ],
+)
+def test_masks_of_pairs_are_refused(changes, words):
+    model = llama()
+    model.set_attn_implementation("favor")
+    with pytest.raises(ValueError, match=words):
+        model(**inputs_for(model) | changes)
+
+
+@pytest.mark.usefixtures("without_shape_checks")
+def test_a_static_cache_is_refused():
+    model = llama()
+    model.set_attn_implementation("favor")
+    with pytest.raises(ValueError, match="empty places of a cache of fixed length"):
+        model.generate(**inputs_for(model), max_new_tokens=3, cache_implementation="static")
+
+
+def test_registering_again_changes_nothing():
+    performers.register()
+    model = bert()
+    model.set_attn_implementation("favor")
+    assert model(**inputs_for(model)).last_hidden_state.isfinite().all()
+
+
+def test_importing_convert_registers_the_name(fresh_python):
+    code = (
+        "import performers.convert\n"
+        "from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as functions\n"
+        "print('favor' in functions)"
+    )
+    assert fresh_python(code) == "True"
