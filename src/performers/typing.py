@@ -38,9 +38,9 @@ def exp_difference(
     """exp(exponent − frame), with exp(−∞ − frame) = 0 for every frame, −∞ included.
 
     The exponent of nothing (a masked key, an empty state) is −∞; the frame of nothing is −∞ too,
-    and −∞ − (−∞) would be NaN.
+    and −∞ − (−∞) would be NaN. Every frame is at least its exponents.
     """
-    return (exponent - frame.masked_fill(frame == -torch.inf, 0.0)).exp()
+    return (exponent - frame.clamp(min=torch.finfo(frame.dtype).min)).exp()
 
 
 class Features(NamedTuple):
@@ -75,12 +75,10 @@ class Features(NamedTuple):
 
 
 class LogLinear(NamedTuple):
-    """log φ_m(x) = inputs·directions_m + tilt_m + log_rows: exponential features, not multiplied
-    out.
+    """log φ_m(x) = inputs·directions_m + tilt_m + log_rows: exponential features, not multiplied.
 
     `inputs` is x or a linear image of it; `tilt` is None for 0. Leading dimensions of `directions`
-    and
-    `tilt` are none, (heads,) or (batch, heads).
+    and `tilt` are none, (heads,) or (batch, heads).
     """
 
     inputs: Float[Tensor, "*batch length dim"]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from performers.backends import chunked
+from performers.backends import chunked, scan
 
 
 @pytest.fixture(autouse=True)
@@ -14,3 +14,4 @@ def small_tiles(without_shape_checks: None, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(chunked, "KEY_TILE", 11)
     monkeypatch.setattr(chunked, "QUERY_TILE", 5)
     monkeypatch.setattr(chunked, "CAUSAL_CHUNK", 7)
+    monkeypatch.setattr(scan, "CHUNK", 7)

@@ -30,8 +30,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from performers.backends.reference import Partial, absorb, last_keys, read, with_recent
+from performers.backends.scan import scan
 from performers.backends.tiles import Call, band, causal_chunk, recomputed
-from performers.typing import FeatureMap, LinearState, RecentKeys
+from performers.typing import FeatureMap, LinearState, LogLinearMap, RecentKeys
 
 __all__ = ["attend"]
 
@@ -60,7 +61,8 @@ def attend(
     if window_size is not None:
         return _windowed(call, query, key, value, key_mask, is_causal, window_size, state)
     if is_causal:
-        return _causal(call, query, key, value, key_mask, state)
+        partial, state = _causal(call, query, key, value, key_mask, state)
+        return call.output(partial), state
     return _bidirectional(call, query, key, value, key_mask, state)
 
 
@@ -90,24 +92,31 @@ def _bidirectional(
 
 def _causal(
     call: Call,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_mask: Tensor | None,
+    query: Float[Tensor, "batch key_heads group length dim"],
+    key: Float[Tensor, "batch key_heads length dim"],
+    value: Float[Tensor, "batch key_heads length value_dim"],
+    key_mask: Bool[Tensor, "batch length"] | None,
     state: LinearState,
-) -> tuple[Tensor, LinearState]:
+) -> tuple[Partial, LinearState]:
+    """What queries get from the state and the keys up to their own, and the state after them."""
+    phi = call.phi
+    if isinstance(phi, LogLinearMap) and phi.is_nonnegative:
+        queries = phi.log_linear_queries(call.scaled(query.flatten(2, 3)))
+        keys = phi.log_linear_keys(call.scaled(key))
+        return scan(queries, keys, value.to(call.dtype), key_mask, state)
+
     def chunk(
         state: LinearState, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
-    ) -> tuple[Tensor, LinearState]:
+    ) -> tuple[Partial, LinearState]:
         partial, state = causal_chunk(call, state, query, key, value, mask)
-        return call.output(partial).unflatten(2, query.shape[2:4]), state
+        return _unflattened(partial, query), state
 
-    outputs = []
+    partials = []
     queries = query.split(CAUSAL_CHUNK, dim=3)
     for rows, tile in zip(queries, _tiles(CAUSAL_CHUNK, key, value, key_mask), strict=True):
-        out, state = recomputed(chunk, state, rows, *tile)
-        outputs.append(out)
-    return torch.cat(outputs, dim=3), state
+        partial, state = recomputed(chunk, state, rows, *tile)
+        partials.append(partial)
+    return _joined(partials), state
 
 
 def _windowed(
@@ -150,21 +159,9 @@ def _far_field(
     state: LinearState,
 ) -> tuple[Partial, LinearState]:
     """What queries get from keys at least a window before them. The keys start a window earlier."""
-
-    def chunk(
-        state: LinearState, query: Tensor, key: Tensor, value: Tensor, mask: Tensor
-    ) -> tuple[Partial, LinearState]:
-        partial, state = causal_chunk(call, state, query, key, value, mask)
-        return _unflattened(partial, query), state
-
-    partials = []
-    queries = query.split(CAUSAL_CHUNK, dim=3)
     length = query.shape[3]
     delayed = (key[:, :, :length], value[:, :, :length], visible[:, :length])
-    for rows, tile in zip(queries, _tiles(CAUSAL_CHUNK, *delayed), strict=True):
-        partial, state = recomputed(chunk, state, rows, *tile)
-        partials.append(partial)
-    return _joined(partials), state
+    return _causal(call, query, *delayed, state)
 
 
 def _near_field(

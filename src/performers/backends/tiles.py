@@ -21,7 +21,7 @@ from performers.backends.reference import (
 )
 from performers.typing import FeatureMap, LinearState
 
-__all__ = ["Call", "band", "causal_chunk", "recomputed"]
+__all__ = ["MAX_RISE", "Call", "band", "causal_chunk", "recomputed"]
 
 # exp(60) = 1e26 leaves float32 room for sums over a chunk, and exp(60 − 87), the smallest share
 # that a feature can have before its partner underflows, is far below rounding.
@@ -73,12 +73,13 @@ def causal_chunk(
     start = position.new_zeros(key.shape[:2])  # [batch, key_heads]: the first unfinished row
     inside = None  # [batch, key_heads, chunk]: the keys and rows of this pass, None for all
     partial = None
+    has_exponents = key_features.log_values is not None or key_features.log_rows is not None
     while True:
         state = state.rescaled(_frame_at(start, state, exponent.detach()))
         frame = state.log_scale.unsqueeze(2)  # [batch, key_heads, 1, num_features]
         largest = exponent.detach().amax(dim=2)
         limit = frame[..., : exponent.shape[-1]] + MAX_RISE
-        is_last = not bool((largest.unsqueeze(2) > limit).any())
+        is_last = not (has_exponents and bool((largest.unsqueeze(2) > limit).any()))
         if not is_last or inside is not None:
             waiting = position >= start[..., None]
             rises = (exponent.detach() > limit).any(dim=-1) & waiting

@@ -1,0 +1,410 @@
+"""The causal scan over exponential features, forward and backward by hand, as one operator.
+
+Where log φ_m(x) = x·ω_m + (a number of the row), a chunk of C positions takes few matrix products:
+
+    B = K Ω_kᵀ + rows     K′ = e^(B − s)      s: a frame per feature, from the past
+    A = Q Ω_qᵀ + s        Q′ = e^(A − c)      c: a frame per row
+    out ← tril(Q′K′ᵀ) [V 1] + Q′ S            both sums at once
+    S   ← S + K′ᵀ [V 1]
+
+The backward pass computes Q′ and K′ again, chunk by chunk from the end, from states kept once per
+segment of about m positions: a state has m (d + 1) numbers, so they cost as much as V does, at any m.
+
+Registered with torch.library, so `torch.compile(fullgraph=True)` sees one operator, although the
+number of passes over a chunk depends on the data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from torch.nn import functional as F
+
+from performers.backends.reference import Partial
+from performers.backends.tiles import MAX_RISE
+from performers.typing import LinearState, LogLinear, exp_difference
+
+__all__ = ["scan"]
+
+CHUNK = 64
+
+
+def scan(
+    queries: LogLinear,
+    keys: LogLinear,
+    value: Float[Tensor, "batch key_heads length value_dim"],
+    key_mask: Bool[Tensor, "batch length"] | None,
+    state: LinearState,
+) -> tuple[Partial, LinearState]:
+    """What each query gets from the state and the keys up to its own, and the state after them.
+
+    Rows of `queries` are [group · length]; those of the result [group, length].
+    """
+    batch, heads, length = value.shape[:3]
+    log_rows = keys.log_rows
+    if key_mask is not None:
+        log_rows = log_rows.masked_fill(~key_mask[:, None, :, None], -torch.inf)
+    query, query_directions = _flattened(queries, batch, heads)
+    both, frame, log_scale, sums, *_ = _exponential_scan(
+        query.unflatten(1, (-1, length)),
+        query_directions,
+        *_flattened(keys, batch, heads),
+        log_rows.flatten(0, 1),
+        F.pad(value, (0, 1), value=1.0).flatten(0, 1),
+        state.log_scale.flatten(0, 1),
+        torch.cat([state.values, state.normalizer.unsqueeze(-1)], dim=-1).flatten(0, 1),
+        CHUNK,
+    )
+    both, frame, log_scale, sums = (
+        part.unflatten(0, (batch, heads))
+        for part in (both, frame.detach(), log_scale.detach(), sums)
+    )
+    frame = frame + queries.log_rows.unflatten(2, (-1, length))
+    after = replace(state, log_scale=log_scale, values=sums[..., :-1], normalizer=sums[..., -1])
+    return Partial(both[..., :-1], both[..., -1:], frame), after
+
+
+def _flattened(part: LogLinear, batch: int, heads: int) -> tuple[Tensor, Tensor]:
+    """Inputs and directions with batch and heads as one dimension; a tilt becomes a column."""
+    inputs, directions = part.inputs, part.directions
+    if part.tilt is not None:
+        inputs = F.pad(inputs, (0, 1), value=1.0)
+        directions = torch.cat([directions, part.tilt.unsqueeze(-1)], dim=-1)
+    directions = directions.expand(batch, heads, *directions.shape[-2:])
+    return inputs.flatten(0, 1), directions.flatten(0, 1)
+
+
+# In what follows: heads = batch · key_heads; width = value_dim + 1, the columns of [V 1];
+# rows = group · chunk.
+
+
+@dataclass
+class _Carried:
+    """What goes from chunk to chunk: S in a frame, and the largest exponent seen, the next frame.
+
+    The two differ so that S is brought to a new frame once per chunk.
+    """
+
+    frame: Float[Tensor, "heads num_features"]
+    highest: Float[Tensor, "heads num_features"]
+    sums: Float[Tensor, "heads num_features width"]
+
+    def decay(self, frame: Float[Tensor, "heads num_features"]) -> Tensor:
+        """What brings S to another frame."""
+        return exp_difference(self.frame, frame).unsqueeze(-1)
+
+    def settled(self) -> tuple[Tensor, Tensor]:
+        """The largest exponent seen, and S in that frame."""
+        return self.highest, self.sums * self.decay(self.highest)
+
+
+class _Pass(NamedTuple):
+    """One pass over a chunk: K′ of its keys, and S before them, in its frame.
+
+    `inside` marks the keys and rows of the pass, None for all; K′ is 0 for the other keys. `decay`
+    has brought S from the frame before.
+    """
+
+    chunk: slice
+    key_weights: Float[Tensor, "heads chunk num_features"]
+    inside: Bool[Tensor, "heads chunk"] | None
+    frame: Float[Tensor, "heads num_features"]
+    decay: Float[Tensor, "heads num_features 1"]
+    sums: Float[Tensor, "heads num_features width"]
+
+
+def _passes(
+    carried: _Carried,
+    key: Float[Tensor, "heads length dim"],
+    directions: Float[Tensor, "heads num_features dim"],
+    log_rows: Float[Tensor, "heads length 1"],
+    value: Float[Tensor, "heads length width"],
+    chunk: slice,
+) -> Iterator[_Pass]:
+    """The passes over a chunk, nearly always one. Afterwards `carried` has absorbed its keys.
+
+    Q′K′ᵀ is one matrix product, which needs one frame per feature for all rows. A frame taken from
+    the whole chunk would let a large later key push an earlier row's keys to 0, and would leak the
+    future through rounding. So the frame is that of the state joined with the first key, and the
+    rows up to the first key that rises more than MAX_RISE above it are finished; a further pass,
+    with a frame that has absorbed them, starts at that key. Every head goes at its own pace.
+    """
+    exponent = torch.baddbmm(log_rows[:, chunk], key[:, chunk], directions.mT)
+    length = exponent.shape[1]
+    largest = exponent.amax(dim=1)
+    first = exponent[:, 0]
+    inside = start = None
+    while True:
+        frame = torch.maximum(carried.highest, first)
+        limit = frame + MAX_RISE
+        is_last = not bool((largest > limit).any())
+        if start is not None or not is_last:
+            position = torch.arange(length, device=key.device)
+            waiting = position >= (0 if start is None else start[:, None])
+            rises = (exponent > limit[:, None]).any(dim=-1) & waiting
+            is_last = not bool(rises.any())
+            start = torch.where(rises, position, length).amin(dim=-1)
+            inside = waiting & (position < start[:, None])
+
+        weights = exponent
+        if inside is not None:
+            weights = weights.masked_fill(~inside[..., None], -torch.inf)
+            largest = weights.amax(dim=1)
+        weights = exp_difference(weights, frame[:, None])
+        decay = carried.decay(frame)
+        sums = carried.sums * decay
+        yield _Pass(chunk, weights, inside, frame, decay, sums)
+
+        carried.frame = frame
+        carried.highest = torch.maximum(carried.highest, largest)
+        carried.sums = torch.baddbmm(sums, weights.mT, value[:, chunk])
+        if is_last:
+            return
+        assert start is not None, "a chunk with several passes has a first unfinished row"
+        # A head that has finished the chunk (start = length) keeps its frame.
+        index = start.clamp(max=length - 1)[:, None, None].expand(-1, 1, exponent.shape[-1])
+        finished = (start == length)[:, None]
+        first = exponent.gather(1, index).squeeze(1).masked_fill(finished, -torch.inf)
+
+
+def _query_weights(
+    logits: Float[Tensor, "heads rows num_features"], frame: Float[Tensor, "heads num_features"]
+) -> tuple[Float[Tensor, "heads rows num_features"], Float[Tensor, "heads rows 1"]]:
+    """Q′ and its frame c."""
+    exponent = logits + frame[:, None]
+    row_frame = exponent.amax(dim=-1, keepdim=True)
+    return exp_difference(exponent, row_frame), row_frame
+
+
+def _lower(scores: Float[Tensor, "heads rows chunk"]) -> Float[Tensor, "heads rows chunk"]:
+    """Scores of later keys set to 0, in place. Rows are those of the group, one after another."""
+    chunk = scores.shape[-1]
+    scores.unflatten(1, (-1, chunk)).tril_()
+    return scores
+
+
+def _rows(x: Float[Tensor, "heads group length _"], chunk: slice) -> Tensor:
+    return x[:, :, chunk].flatten(1, 2)
+
+
+def _chunks(start: int, stop: int, chunk_size: int) -> Iterator[slice]:
+    for position in range(start, stop, chunk_size):
+        yield slice(position, min(position + chunk_size, stop))
+
+
+def _segment(num_features: int, chunk_size: int) -> int:
+    """Positions between the states that are kept: whole chunks, about `num_features`."""
+    return max(1, num_features // chunk_size) * chunk_size
+
+
+@torch.library.custom_op(
+    "performers::exponential_scan",
+    mutates_args=(),
+    schema="(Tensor query, Tensor query_directions, Tensor key, Tensor key_directions, "
+    "Tensor log_rows, Tensor value, Tensor log_scale, Tensor sums, int chunk_size) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def _exponential_scan(
+    query: Tensor,
+    query_directions: Tensor,
+    key: Tensor,
+    key_directions: Tensor,
+    log_rows: Tensor,
+    value: Tensor,
+    log_scale: Tensor,
+    sums: Tensor,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Both sums of every row and their frames; log-scale and sums of the last state; the same of
+    the states that backward starts from, one per segment.
+
+    query: [heads, group, length, dim]; value: [heads, length, width], its last column 1.
+    """
+    length = query.shape[2]
+    segment = _segment(sums.shape[1], chunk_size)
+    both = query.new_empty(*query.shape[:3], value.shape[-1])
+    frames = query.new_empty(*query.shape[:3], 1)
+    kept = []
+    for start in range(0, length, segment):
+        kept.append((log_scale, sums))
+        carried = _Carried(log_scale, log_scale, sums)
+        for chunk in _chunks(start, min(start + segment, length), chunk_size):
+            logits = _rows(query, chunk) @ query_directions.mT
+            for step in _passes(carried, key, key_directions, log_rows, value, chunk):
+                query_weights, row_frame = _query_weights(logits, step.frame)
+                scores = _lower(query_weights @ step.key_weights.mT)
+                rows = torch.baddbmm(scores @ value[:, chunk], query_weights, step.sums)
+                for whole, part in ((both, rows), (frames, row_frame)):
+                    part = part.unflatten(1, (query.shape[1], -1))
+                    if step.inside is not None:
+                        part = torch.where(step.inside[:, None, :, None], part, whole[:, :, chunk])
+                    whole[:, :, chunk] = part
+        log_scale, sums = carried.settled()
+    log_scales, states = (torch.stack(parts) for parts in zip(*kept, strict=True))
+    return both, frames, log_scale, sums, log_scales, states
+
+
+@_exponential_scan.register_fake
+def _(
+    query: Tensor,
+    query_directions: Tensor,
+    key: Tensor,
+    key_directions: Tensor,
+    log_rows: Tensor,
+    value: Tensor,
+    log_scale: Tensor,
+    sums: Tensor,
+    chunk_size: int,
+) -> tuple[Tensor, ...]:
+    segment = _segment(sums.shape[1], chunk_size)
+    count = (query.shape[2] + segment - 1) // segment
+    return (
+        query.new_empty(*query.shape[:3], value.shape[-1]),
+        query.new_empty(*query.shape[:3], 1),
+        torch.empty_like(log_scale),
+        torch.empty_like(sums),
+        log_scale.new_empty(count, *log_scale.shape),
+        sums.new_empty(count, *sums.shape),
+    )
+
+
+@torch.library.custom_op(
+    "performers::exponential_scan_backward",
+    mutates_args=(),
+    schema="(Tensor both_gradient, Tensor sums_gradient, Tensor query, Tensor query_directions, "
+    "Tensor key, Tensor key_directions, Tensor log_rows, Tensor value, Tensor log_scales, "
+    "Tensor states, int chunk_size, bool with_directions) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def _exponential_scan_backward(
+    both_gradient: Tensor,
+    sums_gradient: Tensor,
+    query: Tensor,
+    query_directions: Tensor,
+    key: Tensor,
+    key_directions: Tensor,
+    log_rows: Tensor,
+    value: Tensor,
+    log_scales: Tensor,
+    states: Tensor,
+    chunk_size: int,
+    with_directions: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of query, its directions, key, its directions, log_rows, value and sums."""
+    group, length = query.shape[1:3]
+    segment = _segment(states.shape[2], chunk_size)
+    query_gradient, key_gradient = torch.zeros_like(query), torch.zeros_like(key)
+    rows_gradient, value_gradient = torch.zeros_like(log_rows), torch.zeros_like(value)
+    shape = query_directions.shape if with_directions else (0,)
+    query_directions_gradient = query.new_zeros(shape)
+    key_directions_gradient = query.new_zeros(shape)
+    carried_gradient = sums_gradient
+    for index in reversed(range(len(states))):
+        carried = _Carried(log_scales[index], log_scales[index], states[index])
+        start = index * segment
+        steps = [
+            step
+            for chunk in _chunks(start, min(start + segment, length), chunk_size)
+            for step in _passes(carried, key, key_directions, log_rows, value, chunk)
+        ]
+        carried_gradient = carried_gradient * carried.decay(carried.highest)
+        for step in reversed(steps):
+            chunk, key_weights = step.chunk, step.key_weights
+            queries, keys, values = _rows(query, chunk), key[:, chunk], value[:, chunk]
+            gradient = _rows(both_gradient, chunk)
+            if step.inside is not None:
+                gradient = gradient * step.inside.repeat(1, group)[..., None]
+            query_weights, _ = _query_weights(queries @ query_directions.mT, step.frame)
+            scores = _lower(query_weights @ key_weights.mT)
+            scores_gradient = _lower(gradient @ values.mT)
+
+            value_gradient[:, chunk] += torch.baddbmm(
+                scores.mT @ gradient, key_weights, carried_gradient
+            )
+            # dQ′ and dK′, times Q′ and K′: the gradients of their exponents.
+            exponents = torch.baddbmm(scores_gradient @ key_weights, gradient, step.sums.mT)
+            exponents *= query_weights
+            query_gradient[:, :, chunk] += (exponents @ query_directions).unflatten(1, (group, -1))
+            if with_directions:
+                query_directions_gradient.baddbmm_(exponents.mT, queries)
+            exponents = torch.baddbmm(
+                scores_gradient.mT @ query_weights, values, carried_gradient.mT
+            )
+            exponents *= key_weights
+            key_gradient[:, chunk] += exponents @ key_directions
+            rows_gradient[:, chunk] += exponents.sum(dim=-1, keepdim=True)
+            if with_directions:
+                key_directions_gradient.baddbmm_(exponents.mT, keys)
+            carried_gradient = torch.baddbmm(carried_gradient, query_weights.mT, gradient)
+            carried_gradient *= step.decay
+    return (
+        query_gradient,
+        query_directions_gradient,
+        key_gradient,
+        key_directions_gradient,
+        rows_gradient,
+        value_gradient,
+        carried_gradient,
+    )
+
+
+@_exponential_scan_backward.register_fake
+def _(
+    both_gradient: Tensor,
+    sums_gradient: Tensor,
+    query: Tensor,
+    query_directions: Tensor,
+    key: Tensor,
+    key_directions: Tensor,
+    log_rows: Tensor,
+    value: Tensor,
+    log_scales: Tensor,
+    states: Tensor,
+    chunk_size: int,
+    with_directions: bool,
+) -> tuple[Tensor, ...]:
+    directions = (query_directions, key_directions)
+    shapes = [part.shape if with_directions else (0,) for part in directions]
+    return (
+        torch.empty_like(query),
+        query.new_empty(shapes[0]),
+        torch.empty_like(key),
+        query.new_empty(shapes[1]),
+        torch.empty_like(log_rows),
+        torch.empty_like(value),
+        torch.empty_like(sums_gradient),
+    )
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *parts, _, _, ctx.chunk_size = inputs
+    ctx.save_for_backward(*parts, *output[4:])
+
+
+def _differentiate(ctx: Any, both: Tensor, _: Tensor, __: Tensor, sums: Tensor, *___: Any) -> Any:
+    """The gradients by the operator above; frames and log-scales are never differentiated."""
+    with_directions = ctx.needs_input_grad[1] or ctx.needs_input_grad[3]
+    *gradients, sums_gradient = _exponential_scan_backward(
+        both, sums, *ctx.saved_tensors, ctx.chunk_size, with_directions
+    )
+    if not with_directions:
+        gradients[1] = gradients[3] = None
+    return *gradients, None, sums_gradient, None
+
+
+_exponential_scan.register_autograd(_differentiate, setup_context=_keep)
+
+
+def _refuse_second_derivative(ctx: Any, *_: Any) -> Any:
+    raise RuntimeError(
+        "the causal scan has a first derivative only. For second derivatives pass "
+        'backend="reference" to the attention call.'
+    )
+
+
+_exponential_scan_backward.register_autograd(_refuse_second_derivative)
