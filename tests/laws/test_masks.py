@@ -4,7 +4,7 @@ import pytest
 import torch
 from cases import BACKENDS, FEATURE_MAPS, MASKS, every_call, inputs
 
-from performers import SoftmaxFeatures, favor_attention, softmax_attention
+from performers import favor_attention, softmax_attention
 
 CAUSAL = (False, True)
 
@@ -53,15 +53,15 @@ def test_a_row_that_sees_no_key_is_zero_with_zero_gradients(name, is_causal, bac
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_left_padding_shifts_a_causal_sequence(backend):
-    phi = SoftmaxFeatures(5, 11)
+@pytest.mark.parametrize("name", FEATURE_MAPS)
+def test_left_padding_shifts_a_causal_sequence(name, backend):
+    phi = FEATURE_MAPS[name](5, 11)
     query, key, value = inputs(key_heads=6)
     mask = torch.arange(23).expand(2, -1) >= 12
     padded = favor_attention(query, key, value, phi, True, mask, backend=backend)
     alone = [x[:, :, 12:] for x in (query, key, value)]
-    torch.testing.assert_close(
-        padded[:, :, 12:], favor_attention(*alone, phi, True, backend=backend)
-    )
+    expected = favor_attention(*alone, phi, True, backend=backend)
+    torch.testing.assert_close(padded[:, :, 12:], expected, rtol=1e-3, atol=1e-4)
     assert padded[:, :, :12].eq(0).all()
 
 

@@ -75,9 +75,11 @@ def causal_chunk(
     partial = None
     has_exponents = key_features.log_values is not None or key_features.log_rows is not None
     while True:
-        state = state.rescaled(_frame_at(start, state, exponent.detach()))
-        frame = state.log_scale.unsqueeze(2)  # [batch, key_heads, 1, num_features]
         largest = exponent.detach().amax(dim=2)
+        # without exponents every real key weighs the same, also where the first is masked
+        first = _frame_at(start, state, exponent.detach()) if has_exponents else largest
+        state = state.rescaled(torch.maximum(state.log_scale, first))
+        frame = state.log_scale.unsqueeze(2)  # [batch, key_heads, 1, num_features]
         limit = frame[..., : exponent.shape[-1]] + MAX_RISE
         is_last = not (has_exponents and bool((largest.unsqueeze(2) > limit).any()))
         if not is_last or inside is not None:
