@@ -8,7 +8,7 @@ Where log φ_m(x) = x·ω_m + (a number of the row), a chunk of C positions take
     S   ← S + K′ᵀ [V 1]
 
 The backward pass computes Q′ and K′ again, chunk by chunk from the end, from states kept once per
-segment of about m positions: a state has m (d + 1) numbers, so they cost as much as V does, at any m.
+segment of about m positions: a state has m (d + 1) numbers, so they cost as much as V, at any m.
 
 Registered with torch.library, so `torch.compile(fullgraph=True)` sees one operator, although the
 number of passes over a chunk depends on the data.
@@ -107,10 +107,11 @@ class _Pass(NamedTuple):
     """One pass over a chunk: K′ of its keys, and S before them, in its frame.
 
     `inside` marks the keys and rows of the pass, None for all; K′ is 0 for the other keys. `decay`
-    has brought S from the frame before.
+    has brought S from the frame before. `is_last`: no pass over this chunk comes after.
     """
 
     chunk: slice
+    is_last: bool
     key_weights: Float[Tensor, "heads chunk num_features"]
     inside: Bool[Tensor, "heads chunk"] | None
     frame: Float[Tensor, "heads num_features"]
@@ -158,7 +159,7 @@ def _passes(
         weights = exp_difference(weights, frame[:, None])
         decay = carried.decay(frame)
         sums = carried.sums * decay
-        yield _Pass(chunk, weights, inside, frame, decay, sums)
+        yield _Pass(chunk, is_last, weights, inside, frame, decay, sums)
 
         carried.frame = frame
         carried.highest = torch.maximum(carried.highest, largest)
@@ -298,8 +299,8 @@ def _exponential_scan_backward(
     """Gradients of query, its directions, key, its directions, log_rows, value and sums."""
     group, length = query.shape[1:3]
     segment = _segment(states.shape[2], chunk_size)
-    query_gradient, key_gradient = torch.zeros_like(query), torch.zeros_like(key)
-    rows_gradient, value_gradient = torch.zeros_like(log_rows), torch.zeros_like(value)
+    query_gradient, key_gradient = torch.empty_like(query), torch.empty_like(key)
+    rows_gradient, value_gradient = torch.empty_like(log_rows), torch.empty_like(value)
     shape = query_directions.shape if with_directions else (0,)
     query_directions_gradient = query.new_zeros(shape)
     key_directions_gradient = query.new_zeros(shape)
@@ -323,23 +324,27 @@ def _exponential_scan_backward(
             scores = _lower(query_weights @ key_weights.mT)
             scores_gradient = _lower(gradient @ values.mT)
 
-            value_gradient[:, chunk] += torch.baddbmm(
-                scores.mT @ gradient, key_weights, carried_gradient
-            )
+            values_part = torch.baddbmm(scores.mT @ gradient, key_weights, carried_gradient)
             # dQ′ and dK′, times Q′ and K′: the gradients of their exponents.
-            exponents = torch.baddbmm(scores_gradient @ key_weights, gradient, step.sums.mT)
-            exponents *= query_weights
-            query_gradient[:, :, chunk] += (exponents @ query_directions).unflatten(1, (group, -1))
-            if with_directions:
-                query_directions_gradient.baddbmm_(exponents.mT, queries)
-            exponents = torch.baddbmm(
+            queries_part = torch.baddbmm(scores_gradient @ key_weights, gradient, step.sums.mT)
+            queries_part *= query_weights
+            keys_part = torch.baddbmm(
                 scores_gradient.mT @ query_weights, values, carried_gradient.mT
             )
-            exponents *= key_weights
-            key_gradient[:, chunk] += exponents @ key_directions
-            rows_gradient[:, chunk] += exponents.sum(dim=-1, keepdim=True)
+            keys_part *= key_weights
             if with_directions:
-                key_directions_gradient.baddbmm_(exponents.mT, keys)
+                query_directions_gradient.baddbmm_(queries_part.mT, queries)
+                key_directions_gradient.baddbmm_(keys_part.mT, keys)
+            for whole, part in (
+                (query_gradient, (queries_part @ query_directions).unflatten(1, (group, -1))),
+                (key_gradient, keys_part @ key_directions),
+                (rows_gradient, keys_part.sum(dim=-1, keepdim=True)),
+                (value_gradient, values_part),
+            ):
+                if step.is_last:  # the first to come back
+                    whole[..., chunk, :] = part
+                else:
+                    whole[..., chunk, :] += part
             carried_gradient = torch.baddbmm(carried_gradient, query_weights.mT, gradient)
             carried_gradient *= step.decay
     return (
@@ -382,19 +387,28 @@ def _(
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)
     *parts, _, _, ctx.chunk_size = inputs
     ctx.save_for_backward(*parts, *output[4:])
 
 
-def _differentiate(ctx: Any, both: Tensor, _: Tensor, __: Tensor, sums: Tensor, *___: Any) -> Any:
+def _differentiate(
+    ctx: Any, both: Tensor | None, _: Any, __: Any, sums: Tensor | None, *___: Any
+) -> tuple[Tensor | None, ...]:
     """The gradients by the operator above; frames and log-scales are never differentiated."""
+    saved = ctx.saved_tensors  # once: activation checkpointing unpacks them a single time
+    query, value, states = (saved[index] for index in (0, 5, 7))
+    if both is None:
+        both = value.new_zeros(*query.shape[:3], value.shape[-1])
+    if sums is None:
+        sums = torch.zeros_like(states[0])
     with_directions = ctx.needs_input_grad[1] or ctx.needs_input_grad[3]
-    *gradients, sums_gradient = _exponential_scan_backward(
-        both, sums, *ctx.saved_tensors, ctx.chunk_size, with_directions
+    *gradients, sums = _exponential_scan_backward(
+        both, sums, *saved, ctx.chunk_size, with_directions
     )
     if not with_directions:
         gradients[1] = gradients[3] = None
-    return *gradients, None, sums_gradient, None
+    return *gradients, None, sums, None
 
 
 _exponential_scan.register_autograd(_differentiate, setup_context=_keep)

@@ -68,12 +68,14 @@ def causal_chunk(
     key_features = call.phi.key_features(call.scaled(key))
     value_one = F.pad(value.to(call.dtype), (0, 1), value=1.0)  # [V 1]: both sums in one product
     exponent = key_exponent(key_features, key_mask)
+    has_exponents = key_features.log_values is not None or key_features.log_rows is not None
+    # Without exponents the frame is 0, masked or not, and no key can rise above it.
+    origin = exponent.detach() if has_exponents else key_features.exponent()
     position = torch.arange(length, device=key.device)
     later = (position[:, None] < position).repeat(group, 1)  # [group * chunk, chunk]
     start = position.new_zeros(key.shape[:2])  # [batch, key_heads]: the first unfinished row
     inside = None  # [batch, key_heads, chunk]: the keys and rows of this pass, None for all
     partial = None
-    has_exponents = key_features.log_values is not None or key_features.log_rows is not None
     while True:
         largest = exponent.detach().amax(dim=2)
         # without exponents every real key weighs the same, also where the first is masked
