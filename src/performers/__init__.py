@@ -12,7 +12,14 @@ from importlib import import_module, metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # what the table below says at run time, said to type checkers and editors
-    from performers.convert import FavorOptions, register
+    from performers.convert import (
+        FavorOptions,
+        calibrate,
+        linearize,
+        load_linearized,
+        register,
+        restore,
+    )
     from performers.functional import (
         attention_matrix,
         draw_projection,
@@ -48,16 +55,24 @@ __all__ = [
     "SharpFeatures",
     "SoftmaxFeatures",
     "attention_matrix",
+    "calibrate",
     "diagnose",
     "draw_projection",
     "favor_attention",
+    "linearize",
+    "load_linearized",
     "register",
+    "restore",
     "softmax_attention",
 ]
 
 _HOME = {
     "FavorOptions": "convert",
+    "calibrate": "convert",
+    "linearize": "convert",
+    "load_linearized": "convert",
     "register": "convert",
+    "restore": "convert",
     "attention_matrix": "functional",
     "draw_projection": "functional",
     "favor_attention": "functional",

@@ -11,6 +11,7 @@ these are `favor` and `favor_mask`. All that depends on transformers' version is
 from __future__ import annotations
 
 import inspect
+import re
 import sys
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedConfig
+from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import (
     ALL_MASK_ATTENTION_FUNCTIONS,
     AttentionMaskInterface,
@@ -32,7 +33,21 @@ from performers.convert.layer import FavorLayer, drop_keys
 from performers.convert.options import FavorOptions
 from performers.functional.readout import implied_matrix
 
-__all__ = ["FAVOR", "attend_exactly", "favor", "favor_mask", "register"]
+__all__ = [
+    "FAVOR",
+    "attend_exactly",
+    "attention_configs",
+    "attention_modules",
+    "check_convertible",
+    "favor",
+    "favor_mask",
+    "head_dim",
+    "is_converted",
+    "layer_number",
+    "layer_numbers",
+    "register",
+    "switch",
+]
 
 # The name of FAVOR+ among transformers' attention implementations, and of the child that holds a
 # converted layer's feature map.
@@ -50,6 +65,9 @@ OTHER_ATTENTION = {
     "cu_seq_lens_q": "packed sequences",
     "cache": "a paged cache",
 }
+
+# Those that a module which names them passes in every call.
+ALWAYS_OTHER = ("position_bias", "s_aux", "sinks", "indices", "block_indices")
 
 # What masks are made of in transformers, by the functions' names. Others are packed or custom.
 PLAIN = {"causal_mask_function", "bidirectional_mask_function"}
@@ -84,14 +102,10 @@ def favor(
 
     Raises ValueError for what has no linear-time form, naming it.
     """
-    layer = _layer(module, query.device)
-    for word, meaning in OTHER_ATTENTION.items():
+    layer = _layer(module)
+    for word in OTHER_ATTENTION:
         if options.get(word) is not None:
-            raise ValueError(
-                f"{_name(module)} attends with {meaning} ({word}=), which is not softmax(scale · "
-                "QKᵀ) V and has no linear-time form. Use another attn_implementation for this "
-                "model."
-            )
+            raise ValueError(_refusal(_name(module), word))
     if is_causal is None:
         is_causal = bool(getattr(module, "is_causal", True))  # as transformers' own functions do
 
@@ -202,16 +216,125 @@ def favor_mask(
     return attention_mask[:, kv_offset : kv_offset + kv_length]
 
 
-def _layer(module: nn.Module, device: torch.device) -> FavorLayer | None:
+def attention_modules(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """The modules that ask the AttentionInterface, by name, in the order of the model."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if "get_interface(" in _source(module)
+    }
+
+
+def attention_configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
+    """The model's configuration, then those of parts that attention modules read."""
+    configs = [model.config, *(module.config for module in attention_modules(model).values())]
+    return list({id(config): config for config in configs}.values())
+
+
+def check_convertible(model: PreTrainedModel, options: FavorOptions) -> None:
+    """Whether these options can be had for this model, as far as can be seen without a call."""
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(
+            f"a model of transformers is converted, got {type(model).__name__}. Of a wrapped model "
+            "pass the one inside, such as peft_model.get_base_model()."
+        )
+    modules = attention_modules(model)
+    if not modules:
+        raise ValueError(
+            f"{type(model).__name__} computes attention by itself, not through transformers' "
+            "AttentionInterface, so it cannot be converted."
+        )
+    numbers = layer_numbers(model)
+    missing = set(options.layers or ()) - set(numbers.values())
+    if missing:
+        raise ValueError(
+            f"{type(model).__name__} has no layer {', '.join(map(str, sorted(missing)))}: its "
+            f"layers are 0 to {max(numbers.values())}."
+        )
+    converted = [name for name in modules if is_converted(modules[name], options, numbers[name])]
+    if not converted:
+        raise ValueError(
+            f"layers={options.layers!r} leaves no layer of {type(model).__name__} to convert."
+        )
+    for name in converted:
+        source = _source(modules[name])
+        for word in ALWAYS_OTHER:
+            if re.search(rf"\b{word}=", source):
+                raise ValueError(_refusal(f"{type(modules[name]).__name__} ({name})", word))
+
+
+def layer_numbers(model: PreTrainedModel) -> dict[str, int]:
+    """The number of each attention module's layer; those that carry none are counted."""
+    numbers = {}
+    uncounted = 0
+    for name, module in attention_modules(model).items():
+        number = layer_number(module)
+        if number is None:
+            number, uncounted = uncounted, uncounted + 1
+        numbers[name] = number
+    return numbers
+
+
+def layer_number(module: nn.Module) -> int | None:
+    """The number that an attention module carries, if it carries one."""
+    number: int | None = getattr(module, "layer_idx", None)
+    return number
+
+
+def is_converted(module: nn.Module, options: FavorOptions, number: int) -> bool:
+    """Whether FAVOR+ takes the place of this module's attention."""
+    if options.layers is not None:
+        return number in options.layers
+    kinds = getattr(module.config, "layer_types", None) or []
+    is_mixed = len(set(kinds)) > 1 and layer_number(module) is not None and number < len(kinds)
+    return not (is_mixed and kinds[number] in {"sliding_attention", "chunked_attention"})
+
+
+def head_dim(module: nn.Module) -> int | None:
+    """The dim of this module's queries, where it says so under one of the usual names.
+
+    A guess: the first call corrects it.
+    """
+    for name in ("qk_head_dim", "head_dim", "attention_head_size", "head_size"):
+        dim = getattr(module, name, None)
+        if isinstance(dim, int):
+            return dim
+    return None
+
+
+def switch(model: PreTrainedModel, implementation: str) -> None:
+    """`set_attn_implementation`, for which a model that does not obey is an error."""
+    model.set_attn_implementation(implementation)
+    for name, module in attention_modules(model).items():
+        config: Any = module.config
+        if config._attn_implementation != implementation:
+            raise ValueError(
+                f"{type(module).__name__} ({name}) stayed with the attention implementation "
+                f"{config._attn_implementation!r}: transformers cannot switch this model."
+            )
+
+
+def _layer(module: nn.Module) -> FavorLayer | None:
     """What converts this attention module, made if this is its first call; None if it is exact."""
-    if hasattr(module, FAVOR):
-        layer: FavorLayer | None = getattr(module, FAVOR)
-        return layer
-    written = getattr(module.config, FAVOR, None)
-    options = FavorOptions() if written is None else FavorOptions.from_dict(written["options"])
-    layer = FavorLayer(options, getattr(module, "layer_idx", None) or 0)
-    setattr(module, FAVOR, layer)
+    if not hasattr(module, FAVOR):
+        setattr(module, FAVOR, _new_layer(module))
+    layer: FavorLayer | None = getattr(module, FAVOR)
     return layer
+
+
+def _new_layer(module: nn.Module) -> FavorLayer | None:
+    """The layer for a model that was switched or loaded by transformers, not by `linearize`."""
+    written = getattr(module.config, FAVOR, None) or {}
+    options = FavorOptions.from_dict(written.get("options", {}))
+    number = layer_number(module)
+    if written.get("tensors") or (options.layers is not None and number is None):
+        raise ValueError(
+            "this model was converted with calibration, or in part, which takes more than its "
+            "config to load: use performers.load_linearized(AutoModel..., path)."
+        )
+    if not is_converted(module, options, number or 0):
+        return None
+    return FavorLayer(options, number or 0)
 
 
 def _key_padding_mask(
@@ -272,8 +395,30 @@ def _check_architecture(config_class: str, configuration_module: str) -> None:
         )
 
 
+def _source(module: nn.Module) -> str:
+    """The text of a module's class and of those that it derives from, but for those of torch."""
+    return _source_of(type(module))  # type: ignore[arg-type]  # mypy sees Module.__hash__ here
+
+
+@cache
+def _source_of(module_class: type) -> str:
+    # PreTrainedModel talks about the interface, too.
+    classes = [c for c in module_class.__mro__ if c not in PreTrainedModel.__mro__]
+    try:
+        return "".join(inspect.getsource(c) for c in classes)
+    except (OSError, TypeError):  # classes without a file
+        return ""
+
+
+def _refusal(name: str, word: str) -> str:
+    return (
+        f"{name} attends with {OTHER_ATTENTION[word]} ({word}=), which is not softmax(scale · QKᵀ) "
+        "V and has no linear-time form. Use another attn_implementation for this model."
+    )
+
+
 def _name(module: nn.Module) -> str:
-    number = getattr(module, "layer_idx", None)
+    number = layer_number(module)
     return type(module).__name__ + ("" if number is None else f" of layer {number}")
 
 

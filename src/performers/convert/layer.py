@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
@@ -47,6 +49,16 @@ class FavorLayer(nn.Module):
             for name, buffer in list(module.named_buffers(recurse=False)):
                 module.register_buffer(name, buffer, persistent=False)
         self.feature_map = feature_map
+
+    def load(self, buffers: Mapping[str, Tensor], device: torch.device) -> None:
+        """Take the buffers of a feature map that was calibrated or redrawn."""
+        heads = len(buffers["query_count"]) if "query_count" in buffers else 1
+        # without ω, a kernel acts on the input itself, whatever its dim
+        dim = buffers["omega"].shape[1] if "omega" in buffers else 1
+        feature_map = self.options.feature_map(dim, heads, self.number)
+        feature_map.load_state_dict(dict(buffers))
+        self.is_calibrated = "query_count" in buffers and bool(buffers["query_count"].any())
+        self.attach(feature_map.to(device))
 
     def forward(
         self,

@@ -1,0 +1,208 @@
+"""`linearize`: a pretrained model with FAVOR+ in the place of its attention, and the way back.
+
+    model = linearize(AutoModel.from_pretrained(path), FavorOptions(window_size=64))
+    model.save_pretrained(folder)
+    model = load_linearized(AutoModel, folder)     # the same numbers
+    model = AutoModel.from_pretrained(folder)      # the exact model, from the same weights
+    restore(model)                                 # the exact model, in place
+
+No weight is added to the model, renamed or changed. What a conversion consists of lies beside the
+weights: the options in config.json, as `favor`, and what was learned, if anything, in
+favor.safetensors.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+from types import MethodType
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils import cached_file
+
+from performers.convert.interface import (
+    FAVOR,
+    attention_configs,
+    attention_modules,
+    check_convertible,
+    head_dim,
+    is_converted,
+    layer_number,
+    layer_numbers,
+    switch,
+)
+from performers.convert.layer import FavorLayer
+from performers.convert.options import FavorOptions
+
+__all__ = ["converted_layers", "linearize", "load_linearized", "options_of", "restore"]
+
+TENSORS = "favor.safetensors"
+NOTE = (
+    "Attention was converted by performers. pip install 'performers[hf]', then "
+    "performers.load_linearized(AutoModel..., path). Without it, from_pretrained(path) gives the "
+    "exact model."
+)
+
+# Attributes of a converted model, beside the children of its attention modules: what attention it
+# had, as (configuration, implementation).
+BEFORE = "attention_before_favor"
+
+# What from_pretrained may be told about where a file is.
+HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
+
+
+def linearize(model: PreTrainedModel, options: FavorOptions | None = None) -> PreTrainedModel:
+    """Replace the attention of a pretrained model by FAVOR+, in place; returns the model.
+
+    Any architecture that goes through transformers' AttentionInterface will do. Pretrained weights
+    keep their names and values. Again with the same options: nothing happens; with others: these
+    take their place, and calibration is forgotten.
+
+    Raises ValueError, before the model is touched, for architectures and options that do not fit;
+    what only a call shows, such as a soft cap, is refused by name then.
+    """
+    options = FavorOptions() if options is None else options
+    check_convertible(model, options)
+    if options_of(model) == options:
+        return model
+    restore(model)
+    setattr(
+        model,
+        BEFORE,
+        [(config, config._attn_implementation) for config in attention_configs(model)],
+    )
+    try:
+        switch(model, FAVOR)
+    except ValueError:
+        restore(model)
+        raise
+    # Trainers save by this method too; it also writes what was learned.
+    model.save_pretrained = MethodType(_save_pretrained, model)
+    _write(model, options, tensors=None)
+    numbers = layer_numbers(model)
+    for name, module in attention_modules(model).items():
+        layer = None
+        if is_converted(module, options, numbers[name]):
+            layer = FavorLayer(options, layer_number(module) or 0)
+            dim, device = head_dim(module), _device(module)
+            if dim is not None and device.type != "meta":
+                layer.prepare(dim, device)
+        setattr(module, FAVOR, layer)
+    return model
+
+
+def restore(model: PreTrainedModel) -> PreTrainedModel:
+    """Undo `linearize`, in place; returns the model. An exact model stays as it is."""
+    for module in attention_modules(model).values():
+        if hasattr(module, FAVOR):
+            delattr(module, FAVOR)
+    for config in attention_configs(model):
+        vars(config).pop(FAVOR, None)
+    vars(model).pop("save_pretrained", None)
+    for config, implementation in vars(model).pop(BEFORE, []):
+        config._attn_implementation_internal = implementation
+    if model.config._attn_implementation == FAVOR:  # switched without linearize
+        switch(model, model.get_correct_attn_implementation(None))
+    return model
+
+
+def load_linearized(auto_class: Any, path: str | Path, **options: Any) -> PreTrainedModel:
+    """Load what a converted model saved: its weights, its options, and what it has learned.
+
+    `auto_class`: any class with `from_pretrained`, which gets `options`.
+
+        model = load_linearized(AutoModelForCausalLM, path, dtype=torch.bfloat16)
+
+    Raises ValueError where the model at `path` was not converted.
+    """
+    model: PreTrainedModel = auto_class.from_pretrained(path, **options)
+    written = getattr(model.config, FAVOR, None)
+    if written is None:
+        raise ValueError(
+            f"the model at {path} was not converted: its config has no {FAVOR!r}. Load it with "
+            f"{auto_class.__name__}.from_pretrained and convert it with performers.linearize."
+        )
+    linearize(model, FavorOptions.from_dict(written["options"]))
+    if written["tensors"]:
+        where = {word: options[word] for word in HUB_OPTIONS if word in options}
+        _place(model, load_file(cached_file(path, written["tensors"], **where)))
+    return model
+
+
+def options_of(model: PreTrainedModel) -> FavorOptions | None:
+    """The options that `linearize` was given; None for a model that it did not convert."""
+    if not hasattr(model, BEFORE):
+        return None
+    return FavorOptions.from_dict(getattr(model.config, FAVOR)["options"])
+
+
+def converted_layers(model: PreTrainedModel) -> dict[str, FavorLayer]:
+    """The converted layers of a model, by the names of their attention modules."""
+    layers = {
+        name: getattr(module, FAVOR, None) for name, module in attention_modules(model).items()
+    }
+    return {name: layer for name, layer in layers.items() if layer is not None}
+
+
+def _save_pretrained(
+    model: PreTrainedModel, save_directory: str | Path, *args: Any, **options: Any
+) -> None:
+    """`save_pretrained`, and beside the weights what the feature maps have learned, if anything."""
+    tensors = _learned(model)
+    chosen = options_of(model)
+    assert chosen is not None, "only converted models have this method"
+    _write(model, chosen, tensors=TENSORS if tensors else None)
+    if tensors and options.get("is_main_process", True):
+        # Before the rest, which may end with an upload of the folder.
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        save_file(tensors, Path(save_directory) / TENSORS)
+    type(model).save_pretrained(model, save_directory, *args, **options)
+
+
+def _write(model: PreTrainedModel, options: FavorOptions, tensors: str | None) -> None:
+    """Say in the configuration how the model was converted, for every part that attends."""
+    for config in attention_configs(model):
+        written = {"options": options.to_dict(), "tensors": tensors, "note": NOTE}
+        setattr(config, FAVOR, written)
+
+
+def _learned(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Buffers of the feature maps that are no longer what their options make them."""
+    tensors = {}
+    for name, layer in converted_layers(model).items():
+        phi = layer.feature_map
+        if phi is not None and (layer.is_calibrated or phi.num_redraws > 0):
+            for part, buffer in phi.named_buffers():
+                tensors[f"{_base_name(model, name)}.{part}"] = buffer.contiguous()
+    return tensors
+
+
+def _place(model: PreTrainedModel, tensors: dict[str, Tensor]) -> None:
+    """Give the layers of a model what `_learned` took from it."""
+    parts: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    for name, tensor in tensors.items():
+        layer_name, _, part = name.rpartition(".")
+        parts[layer_name][part] = tensor
+    modules = attention_modules(model)
+    for name, layer in converted_layers(model).items():
+        buffers = parts.pop(_base_name(model, name), None)
+        if buffers is not None:
+            layer.load(buffers, _device(modules[name]))
+    if parts:
+        raise ValueError(
+            f"{TENSORS} has layers that {type(model).__name__} has not: {', '.join(sorted(parts))}."
+            " Load it with the class that it was saved from."
+        )
+
+
+def _base_name(model: PreTrainedModel, name: str) -> str:
+    """The name of a module in the model without its head, which AutoModel loads."""
+    return name.removeprefix(f"{model.base_model_prefix}.")
+
+
+def _device(module: nn.Module) -> torch.device:
+    return next(module.parameters()).device

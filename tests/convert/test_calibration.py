@@ -1,0 +1,163 @@
+"""Calibration sees what exact layers see, changes nothing else, and refuses what teaches little."""
+
+import pytest
+import torch
+from tiny_models import MODELS, bert, inputs_for, llama, outputs_of
+
+from performers import FavorOptions, calibrate, linearize, restore
+from performers.convert import capture_attention
+from performers.convert.linearize import converted_layers
+
+SMALL = FavorOptions(num_projections=17)
+
+
+def unpadded(model, length=13):
+    inputs = inputs_for(model, length)
+    return {name: x for name, x in inputs.items() if "mask" not in name}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_each_layer_learns_the_moments_of_the_exact_models_queries_and_keys(name):
+    model = MODELS[name]()
+    batches = [unpadded(model), unpadded(model)]
+    seen = [capture_attention(model, **batch) for batch in batches]
+    calibrate(linearize(model, SMALL), batches)
+    layers = converted_layers(model)
+    assert len(layers) == len(seen[0])
+    for first, second in zip(*seen, strict=True):
+        layer = layers[first.name]
+        assert layer.is_calibrated
+        keys = torch.cat([first.key, second.key]).double() * first.query.shape[-1] ** -0.25
+        mean = keys.transpose(0, 1).flatten(1, 2).mean(dim=1)
+        torch.testing.assert_close(layer.feature_map.key_mean, mean, rtol=1e-4, atol=1e-6)
+        count = torch.full_like(layer.feature_map.key_count, keys.shape[0] * keys.shape[2])
+        assert torch.equal(layer.feature_map.key_count, count)
+
+
+def test_padding_teaches_nothing():
+    found = []
+    for word in (7, 11):
+        torch.manual_seed(0)
+        model = linearize(llama(), SMALL)
+        inputs = inputs_for(model)
+        hidden = inputs["attention_mask"] == 0
+        inputs["input_ids"] = inputs["input_ids"].masked_fill(hidden, word)
+        calibrate(model, [inputs])
+        found.append(converted_layers(model)["model.layers.1.self_attn"].feature_map)
+    for part in ("query_mean", "key_mean", "key_covariance", "key_count"):
+        assert torch.equal(getattr(found[0], part), getattr(found[1], part))
+    assert set(found[0].key_count.tolist()) == {21.0}
+
+
+def test_calibration_sharpens_a_causal_model_on_other_inputs():
+    model = llama()
+    with torch.no_grad():  # off center and of unequal spread, as in pretrained models
+        for layer in model.model.layers:
+            layer.self_attn.q_proj.weight.mul_(0.5)
+            layer.self_attn.k_proj.weight.mul_(2.0)
+    inputs = inputs_for(model, 47)
+    expected = outputs_of(model, inputs)
+    linearize(model, FavorOptions(num_projections=256))
+    before = (outputs_of(model, inputs) - expected).norm()
+    torch.manual_seed(5)
+    calibrate(model, [inputs_for(model, 47) for _ in range(4)])
+    assert (outputs_of(model, inputs) - expected).norm() < 0.9 * before
+
+
+def test_calibrating_again_starts_anew():
+    model = linearize(bert(), SMALL)
+    first, second = inputs_for(model), inputs_for(model)
+    calibrate(model, [first])
+    calibrate(model, [second])
+    again = calibrate(linearize(restore(model), SMALL), [second])
+    layer = converted_layers(again)["encoder.layer.0.attention.self"]
+    assert set(layer.feature_map.key_count.tolist()) == {21.0}
+
+
+def test_modes_and_weights_stay_as_they_were():
+    model = linearize(bert(), SMALL).train()
+    model.encoder.eval()
+    modes = [module.training for module in model.modules()]
+    weights = {name: weight.clone() for name, weight in model.state_dict().items()}
+    calibrate(model, [inputs_for(model)])
+    # calibration replaces the feature maps, so count the model's own modules
+    assert [m.training for name, m in model.named_modules() if "favor" not in name] == [
+        training for training, (name, _) in zip(modes, model.named_modules(), strict=True)
+        if "favor" not in name
+    ]  # fmt: skip
+    assert model.config._attn_implementation == "favor"
+    assert all(torch.equal(weights[name], x) for name, x in model.state_dict().items())
+
+
+def poisoned(model, inputs):
+    """The model with a head that gives NaN."""
+    with torch.no_grad():
+        model.encoder.layer[1].attention.self.query.weight[8:16] = float("nan")
+    return inputs
+
+
+@pytest.mark.usefixtures("without_shape_checks")
+@pytest.mark.parametrize(
+    ("batches", "words"),
+    [
+        (lambda model, inputs: [], "at least one batch of inputs, got none"),
+        (
+            lambda model, inputs: [{name: x[:, 3:6] for name, x in inputs.items()}],
+            r"at least 8 positions.*encoder\.layer\.0\.attention\.self saw 6\. Give more or longer",
+        ),
+        (
+            lambda model, inputs: [inputs, poisoned(model, inputs)],
+            r"encoder\.layer\.1\.attention\.self: calibration needs finite numbers: layer 1 got "
+            "NaN or infinity in the query of head 1",
+        ),
+    ],
+)
+def test_data_that_teach_nothing_are_refused_and_the_model_is_as_it_was(batches, words):
+    model = linearize(bert(), SMALL)
+    inputs = inputs_for(model)
+    layers = {name: layer.feature_map for name, layer in converted_layers(model).items()}
+    given = batches(model, inputs)
+    with pytest.raises(ValueError, match=words):
+        calibrate(model, given)
+    assert model.config._attn_implementation == "favor"
+    for name, layer in converted_layers(model).items():
+        assert layer.feature_map is layers[name]
+        assert not layer.is_calibrated
+
+
+@pytest.mark.usefixtures("without_shape_checks")
+def test_batches_that_are_no_keyword_arguments_are_refused():
+    with pytest.raises(TypeError, match=r"keyword arguments of the model.*got Tensor"):
+        calibrate(linearize(bert(), SMALL), [torch.randint(5, 90, (2, 13))])
+
+
+@pytest.mark.usefixtures("without_shape_checks")
+@pytest.mark.parametrize(
+    "options", [None, FavorOptions(features="relu"), FavorOptions(statistics="call")]
+)
+def test_models_that_have_nothing_to_calibrate_are_refused(options):
+    model = bert() if options is None else linearize(bert(), options)
+    with pytest.raises(ValueError, match="calibration is for models converted with features='sha"):
+        calibrate(model, [inputs_for(model)])
+
+
+def test_the_statistics_of_calls_serve_until_calibration_does():
+    model = linearize(bert(), FavorOptions(num_projections=64))
+    inputs = inputs_for(model)
+    by_call = linearize(bert(), FavorOptions(num_projections=64, statistics="call"))
+    by_call.load_state_dict(model.state_dict())
+    assert torch.equal(outputs_of(model, inputs), outputs_of(by_call, inputs))
+    calibrate(model, [inputs])
+    calibrated = linearize(bert(), FavorOptions(num_projections=64, statistics="calibrated"))
+    calibrated.load_state_dict(model.state_dict())
+    calibrate(calibrated, [inputs])
+    assert torch.equal(outputs_of(model, inputs), outputs_of(calibrated, inputs))
+    assert not torch.equal(outputs_of(model, inputs), outputs_of(by_call, inputs))
+
+
+def test_causal_attention_uses_no_statistics_of_the_call():
+    model = linearize(llama(), FavorOptions(num_projections=64))
+    plain = linearize(llama(), FavorOptions(num_projections=64, statistics="calibrated"))
+    plain.load_state_dict(model.state_dict())
+    inputs = inputs_for(model)
+    assert torch.equal(outputs_of(model, inputs), outputs_of(plain, inputs))
