@@ -59,3 +59,25 @@ def test_training_at_length_16384_keeps_nothing_of_the_size_of_features(
     few, many = (bytes_kept(length, m, is_causal, window_size) for m in (16, 128))
     assert few > 0
     assert many - few < 4 * length * (128 - 16) / 3
+
+
+@pytest.mark.parametrize("num_features", [64, 256, 1024])
+@pytest.mark.parametrize("is_causal", CAUSAL)
+def test_what_training_keeps_is_at_most_half_again_as_large_as_inputs_and_output(
+    is_causal, num_features, monkeypatch
+):
+    monkeypatch.undo()  # the tiles that users get
+    tensors = inputs(4096, batch=1, heads=1, key_heads=1, dim=64, value_dim=64)
+    for x in tensors:
+        x.requires_grad_()
+    saved = set()
+
+    def keep(x: torch.Tensor) -> torch.Tensor:
+        saved.add(x.untyped_storage().data_ptr())
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        out = favor_attention(*tensors, SoftmaxFeatures(64, num_features), is_causal)
+    # Some of what was saved is of branches that lead nowhere, and is gone.
+    kept = sum(size for pointer, size in living_storages().items() if pointer in saved)
+    assert 0 < kept <= 1.5 * sum(x.nbytes for x in (*tensors, out))
