@@ -67,7 +67,7 @@ def test_what_training_keeps_is_at_most_half_again_as_large_as_inputs_and_output
     is_causal, num_features, monkeypatch
 ):
     monkeypatch.undo()  # the tiles that users get
-    tensors = inputs(4096, batch=1, heads=1, key_heads=1, dim=64, value_dim=64)
+    tensors = inputs(16384, batch=1, heads=1, key_heads=1, dim=64, value_dim=64)
     for x in tensors:
         x.requires_grad_()
     saved = set()
