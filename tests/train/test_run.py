@@ -17,7 +17,7 @@ from performers.train import Run, has_finished, load_config
 from performers.train.checkpoints import is_whole, last_whole_checkpoint
 from performers.train.redraw import RedrawFeatures
 from performers.train.tasks import build_model
-from performers.train.trainer import ProteinTrainer, SetMaskingEpoch
+from performers.train.trainer import SetMaskingEpoch, TokenTrainer
 
 # Starts the run in a process of its own that kills itself with signal 9 where the test says.
 KILLED = """
@@ -153,7 +153,7 @@ def test_masks_change_with_the_epoch_and_not_between_evaluations(config_file, tm
     config = load_config(config_file)
     run = Run.prepare(config, tmp_path / "run")
     model = build_model(config)
-    trainer = ProteinTrainer(config, tmp_path / "run", model, run.data.train, run.data.valid)
+    trainer = TokenTrainer(config, tmp_path / "run", model, run.data.train, run.data.valid)
 
     def labels(loader):
         return torch.cat([batch["labels"].flatten() for batch in loader])

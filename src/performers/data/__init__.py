@@ -19,7 +19,6 @@ from performers.data.masking import (
 from performers.data.proteins import (
     Protein,
     ProteinSplits,
-    TokenDataset,
     concatenate_sequences,
     crop_sequences,
     find_protein,
@@ -27,6 +26,7 @@ from performers.data.proteins import (
     read_proteins,
     split_proteins,
 )
+from performers.data.tokens import TokenDataset
 from performers.data.vocabulary import (
     AMINO_ACIDS,
     BOS_TOKEN_ID,

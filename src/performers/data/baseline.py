@@ -14,8 +14,8 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from performers.data.masking import NOT_SCORED, Collator
-from performers.data.proteins import TokenDataset
-from performers.data.vocabulary import AMINO_ACID_IDS, AMINO_ACIDS, VOCAB_SIZE
+from performers.data.tokens import TokenDataset
+from performers.data.vocabulary import AMINO_ACID_IDS, AMINO_ACIDS
 
 __all__ = ["EmpiricalBaseline"]
 
@@ -41,7 +41,7 @@ class EmpiricalBaseline:
         """
         scored = torch.tensor(scored_token_ids)
         counts = train.token_counts()[scored].double() + 1
-        log_probabilities = torch.full((VOCAB_SIZE,), -torch.inf, dtype=torch.float64)
+        log_probabilities = torch.full((train.vocab_size,), -torch.inf, dtype=torch.float64)
         log_probabilities[scored] = (counts / counts.sum()).log()
         return cls(log_probabilities)
 
@@ -54,10 +54,11 @@ class EmpiricalBaseline:
 
         Raises ValueError when no position is scored.
         """
-        counts = torch.zeros(VOCAB_SIZE, dtype=torch.int64)
+        vocab_size = len(self.log_probabilities)
+        counts = torch.zeros(vocab_size, dtype=torch.int64)
         for index in range(len(dataset)):
             labels = collator([dataset[index]])["labels"]
-            counts += torch.bincount(labels[labels != NOT_SCORED], minlength=VOCAB_SIZE)
+            counts += torch.bincount(labels[labels != NOT_SCORED], minlength=vocab_size)
         num_scored = int(counts.sum())
         if num_scored == 0:
             raise ValueError(

@@ -22,7 +22,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Generic, Literal, TypeVar
 
 from performers.checks import check_choice
 from performers.data.clusters import cluster_by_kmers, cluster_by_mmseqs, merge_groups
@@ -49,13 +49,16 @@ _UNIPROT_CREDIT = (
 )
 
 
+Content = TypeVar("Content")
+
+
 @dataclass(frozen=True)
-class DebianPackage:
-    """A package that holds proteins, and how to read them once it is unpacked."""
+class DebianPackage(Generic[Content]):
+    """A package that holds data, and how to read them once it is unpacked."""
 
     name: str
     license: str
-    read: Callable[[Path], list[FastaRecord]]
+    read: Callable[[Path], Content]
 
 
 def fetch_proteins(
@@ -123,9 +126,12 @@ def fetch_proteins(
 
 
 def read_package(
-    package: DebianPackage, path: Path | None = None, *, report: Callable[[str], None] = print
-) -> tuple[list[FastaRecord], dict[str, object]]:
-    """The proteins of a Debian package (from `path`, if not downloaded), and their origin."""
+    package: DebianPackage[Content],
+    path: Path | None = None,
+    *,
+    report: Callable[[str], None] = print,
+) -> tuple[Content, dict[str, object]]:
+    """What a Debian package holds (from `path`, if not downloaded), and its origin."""
     origin: dict[str, object] = {"package": package.name, "license": package.license}
     if path is not None and path.is_dir():
         return package.read(path), origin

@@ -38,12 +38,14 @@ class MaskedCollator:
     `set_epoch` makes each epoch mask other positions. Call it when an epoch starts, with the number
     of epochs done; an evaluation leaves it at 0 and so always scores the same positions. DataLoader
     workers hold a copy, so it takes effect when they start (not with `persistent_workers=True`).
+    `token_ids`: what is masked and scored, the upper end of the vocabulary; amino acids by default.
     """
 
     seed: int = 0
     mask_rate: float = 0.15
     pad_to_multiple_of: int = 1
     epoch: int = 0
+    token_ids: range = AMINO_ACID_IDS
 
     def __post_init__(self) -> None:
         if not 0 < self.mask_rate < 1:
@@ -53,15 +55,17 @@ class MaskedCollator:
 
     @property
     def scored_token_ids(self) -> tuple[int, ...]:
-        """The tokens that a label can be: amino acids, never special tokens."""
-        return tuple(AMINO_ACID_IDS)
+        """The tokens that a label can be, never special tokens."""
+        return tuple(self.token_ids)
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
     def __call__(self, items: Sequence[Batch]) -> Batch:
         input_ids, attention_mask = pad(items, self.pad_to_multiple_of)
-        masked_ids, labels = mask_tokens(input_ids, self.seed, self.epoch, self.mask_rate)
+        masked_ids, labels = mask_tokens(
+            input_ids, self.seed, self.epoch, self.mask_rate, self.token_ids
+        )
         return {"input_ids": masked_ids, "attention_mask": attention_mask, "labels": labels}
 
 
@@ -111,26 +115,31 @@ def pad(
 
 
 def mask_tokens(
-    input_ids: Int64[Tensor, "batch length"], seed: int, epoch: int = 0, mask_rate: float = 0.15
+    input_ids: Int64[Tensor, "batch length"],
+    seed: int,
+    epoch: int = 0,
+    mask_rate: float = 0.15,
+    token_ids: range = AMINO_ACID_IDS,
 ) -> tuple[Int64[Tensor, "batch length"], Int64[Tensor, "batch length"]]:
     """BERT's masking, a function of (seed, epoch, the row's tokens): masked input ids and labels.
 
-    Each amino acid is chosen with probability `mask_rate`, independently. A chosen one becomes
-    <mask> (80 %), a random amino acid (10 %) or stays (10 %); its label is what it was. Special
-    tokens are never chosen. A row always has at least one label (the position nearest to being
-    chosen), so that no batch is without a loss.
+    Each token of `token_ids`, the upper end of the vocabulary, is chosen with probability
+    `mask_rate`, independently. A chosen one becomes <mask> (80 %), a random one of `token_ids`
+    (10 %) or stays (10 %); its label is what it was. Special tokens are never chosen. A row always
+    has at least one label (the position nearest to being chosen), so that no batch is without a
+    loss.
 
     Source: Devlin et al. 2019, Section 3.1.
     """
     bits = _random_bits(input_ids, seed, epoch)
     choice, action, substitute = _uniform(bits), _uniform(_mix(bits)), _mix(_mix(bits))
 
-    is_amino_acid = input_ids >= AMINO_ACID_IDS.start
-    choice = choice.masked_fill(~is_amino_acid, torch.inf)
-    chosen = is_amino_acid & ((choice < mask_rate) | (choice == choice.amin(dim=1, keepdim=True)))
+    may_be_chosen = input_ids >= token_ids.start
+    choice = choice.masked_fill(~may_be_chosen, torch.inf)
+    chosen = may_be_chosen & ((choice < mask_rate) | (choice == choice.amin(dim=1, keepdim=True)))
 
     masked_ids = input_ids.masked_fill(chosen & (action < 0.8), MASK_TOKEN_ID)
-    random_ids = AMINO_ACID_IDS.start + substitute.remainder(len(AMINO_ACID_IDS))
+    random_ids = token_ids.start + substitute.remainder(len(token_ids))
     masked_ids = torch.where(chosen & (action >= 0.9), random_ids, masked_ids)
     return masked_ids, input_ids.masked_fill(~chosen, NOT_SCORED)
 

@@ -19,22 +19,19 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Literal
 
-import torch
-from jaxtyping import Int64, UInt8
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from performers.checks import check_choice, check_count
 from performers.data.clusters import cluster_by_kmers
 from performers.data.fasta import distinct_records, read_fasta
-from performers.data.vocabulary import BOS_TOKEN_ID, EOS_TOKEN_ID, VOCAB_SIZE, encode
+from performers.data.tokens import TokenDataset, concatenate_tokens, crop_tokens
+from performers.data.vocabulary import VOCAB_SIZE, encode
 
 __all__ = [
     "SAMPLE_PATH",
     "SPLITS",
     "Protein",
     "ProteinSplits",
-    "TokenDataset",
     "concatenate_sequences",
     "crop_sequences",
     "find_protein",
@@ -48,9 +45,6 @@ SAMPLE_PATH = Path(__file__).parent / "sample" / "proteins.fasta.gz"
 Source = str | Path | Sequence[str | Path]
 
 SPLITS = ("train", "valid", "test", "ood")
-
-_BOS = torch.tensor([BOS_TOKEN_ID], dtype=torch.uint8)
-_EOS = torch.tensor([EOS_TOKEN_ID], dtype=torch.uint8)
 
 # `performers data proteins` writes these at the end of a description, in the manner of UniProt's
 # OS= and GN=.
@@ -66,35 +60,6 @@ class Protein:
     sequence: str
     cluster: str
     family: str
-
-
-@dataclass(frozen=True, eq=False)
-class TokenDataset(Dataset[dict[str, Tensor]]):
-    """Sequences of token ids; item i is `{"input_ids": Int64[Tensor, " length"]}`.
-
-    They lie end to end in one byte tensor, which workers share: 165 million residues take 165 MB.
-    """
-
-    tokens: UInt8[Tensor, " tokens"]
-    starts: Int64[Tensor, " sequences_plus_one"]
-
-    def __len__(self) -> int:
-        return len(self.starts) - 1
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"the dataset has {len(self)} sequences, got index {index}.")
-        start, end = self.starts[index % len(self)], self.starts[index % len(self) + 1]
-        return {"input_ids": self.tokens[start:end].long()}
-
-    @property
-    def lengths(self) -> list[int]:
-        """Tokens of each sequence, special tokens included."""
-        return self.starts.diff().tolist()
-
-    def token_counts(self) -> Int64[Tensor, " vocabulary"]:
-        """How often each token id occurs."""
-        return torch.bincount(self.tokens, minlength=VOCAB_SIZE)
 
 
 @dataclass(frozen=True, eq=False)
@@ -246,10 +211,7 @@ def crop_sequences(sequences: Sequence[str], length: int) -> TokenDataset:
 
     A protein that is cut has no <eos>: it does not end there.
     """
-    check_count("length", length)
-    rows = [torch.cat([_BOS, encode(sequence).byte(), _EOS])[:length] for sequence in sequences]
-    ends = torch.tensor([0] + [len(row) for row in rows]).cumsum(0)
-    return TokenDataset(torch.cat([torch.empty(0, dtype=torch.uint8), *rows]), ends)
+    return crop_tokens(_rows(sequences), length, VOCAB_SIZE)
 
 
 def concatenate_sequences(sequences: Sequence[str], length: int) -> TokenDataset:
@@ -259,17 +221,11 @@ def concatenate_sequences(sequences: Sequence[str], length: int) -> TokenDataset
 
     Raises ValueError when the proteins do not fill one window.
     """
-    check_count("length", length)
-    rows = [torch.cat([encode(sequence).byte(), _EOS]) for sequence in sequences]
-    chain = torch.cat([torch.empty(0, dtype=torch.uint8), *rows])
-    num_windows = len(chain) // length
-    if sequences and not num_windows:
-        raise ValueError(
-            f"concatenated proteins must fill one window of length {length}: {len(sequences)} "
-            f"proteins have {len(chain)} tokens. Give more proteins, a larger fraction, or a "
-            "smaller length."
-        )
-    return TokenDataset(chain[: num_windows * length], torch.arange(num_windows + 1) * length)
+    return concatenate_tokens(_rows(sequences), length, VOCAB_SIZE)
+
+
+def _rows(sequences: Sequence[str]) -> list[Tensor]:
+    return [encode(sequence).byte() for sequence in sequences]
 
 
 def _check_split(

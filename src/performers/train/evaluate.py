@@ -12,7 +12,8 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from performers.checks import check_count
-from performers.data.proteins import TokenDataset, crop_sequences, read_proteins
+from performers.data.proteins import crop_sequences, read_proteins
+from performers.data.tokens import TokenDataset
 from performers.train.checkpoints import load_model
 from performers.train.metrics import score_tokens, summarize
 from performers.train.tasks import TASKS, Model

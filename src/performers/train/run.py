@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -26,24 +25,20 @@ from typing import Any
 import torch
 import yaml
 from accelerate import PartialState
-from safetensors.torch import load_model
-from transformers import set_seed
-from transformers.utils.logging import disable_progress_bar
 
 from performers.data.baseline import EmpiricalBaseline
-from performers.data.proteins import SPLITS, ProteinSplits, TokenDataset, load_proteins
+from performers.data.proteins import SPLITS, ProteinSplits, load_proteins
+from performers.data.tokens import TokenDataset
 from performers.train.attention import save_attention_maps
 from performers.train.checkpoints import (
     check_weights,
     last_whole_checkpoint,
-    remove_fragments,
-    seconds_until,
     write_atomically,
 )
 from performers.train.config import RunConfig
-from performers.train.environment import PeakMemory, describe_environment
+from performers.train.environment import describe_environment
 from performers.train.tasks import TASKS, build_model, model_config
-from performers.train.trainer import ProteinTrainer, training_arguments
+from performers.train.trainer import TokenTrainer, train_to_the_end, training_arguments
 
 __all__ = ["Run", "has_finished", "holds_run"]
 
@@ -114,8 +109,6 @@ class Run:
         moment, a run prepared with `resume=True` goes on from the last whole checkpoint and ends
         with the same numbers.
         """
-        # The Trainer has bars of its own; one for every file that is saved would break them up.
-        disable_progress_bar()
         models = [
             self._train_model(one, _place(self.folder, self.config, name))
             for name, one in _configs(self.config).items()
@@ -137,52 +130,29 @@ class Run:
         """Train one model to its last step and score it, or read what was found before."""
         result = folder / "result.json"
         if not result.exists():
-            trainer, peak_memory = self._fit(config, folder)
-            outcome = self._score(trainer, folder) | {"peak_memory": peak_memory}
+            trainer = train_to_the_end(
+                config, folder, lambda: build_model(config), self.data.train, self.data.valid
+            )
+            outcome = self._score(trainer, folder) | {"peak_memory": trainer.peak_memory}
             if self.is_main_process:
                 write_atomically(result, _json(outcome))
             PartialState().wait_for_everyone()
         return json.loads(result.read_text(encoding="utf-8"))
 
-    def _fit(self, config: RunConfig, folder: Path) -> tuple[ProteinTrainer, int | None]:
-        """Train from the last whole checkpoint, or from the start; also the peak of the memory."""
-        if self.is_main_process:
-            for fragment in remove_fragments(folder / "checkpoints"):
-                print(f"Removed {fragment}: it was only half written.", file=sys.stderr)
-        PartialState().wait_for_everyone()
-        checkpoint = last_whole_checkpoint(folder / "checkpoints")
-        memory = PeakMemory()
-        set_seed(config.seed)
-        trainer = ProteinTrainer(
-            config,
-            folder,
-            build_model(config),
-            train=self.data.train,
-            valid=self.data.valid,
-            seconds=0.0 if checkpoint is None else seconds_until(checkpoint),
-        )
-        # The Trainer would take one more step from the last.
-        if checkpoint is not None and _is_last_step(checkpoint):
-            return trainer, None
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-        return trainer, memory.measure()
-
-    def _score(self, trainer: ProteinTrainer, folder: Path) -> dict[str, Any]:
+    def _score(self, trainer: TokenTrainer, folder: Path) -> dict[str, Any]:
         """Evaluate and save the model of the last checkpoint.
 
         All of it is a function of that checkpoint, so that it can be interrupted as well.
         """
-        checkpoint = last_whole_checkpoint(folder / "checkpoints")
-        assert checkpoint is not None, "the Trainer saves the last step"
         model = trainer.accelerator.unwrap_model(trainer.model)
-        load_model(model, checkpoint / "model.safetensors")
-        log = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-        seconds, tokens = seconds_until(checkpoint), log["num_input_tokens_seen"]
+        state, seconds = trainer.state, trainer.clock.seconds
+        tokens = state.num_input_tokens_seen
+        history = list(state.log_history)  # the evaluations below add to it
         outcome = {
             "attention": model.config.attention,
             "parameters": model.num_parameters(),
             "device": str(self.device),
-            "steps": log["global_step"],
+            "steps": state.global_step,
             "tokens": tokens,
             "seconds": seconds,
             "tokens_per_second": tokens / seconds,
@@ -190,7 +160,7 @@ class Run:
                 name: _without_prefix(trainer.evaluate(split, metric_key_prefix=name), name)
                 for name, split in self._evaluated()
             },
-            "history": log["log_history"],
+            "history": history,
         }
         if self.is_main_process:
             shutil.rmtree(folder / "model", ignore_errors=True)
@@ -278,11 +248,6 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
-
-
-def _is_last_step(checkpoint: Path) -> bool:
-    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    return bool(state["global_step"] >= state["max_steps"])
 
 
 def _without_prefix(metrics: dict[str, float], prefix: str) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""The two tasks of the paper's protein experiments: what is scored, and by which model."""
+"""The two tasks of the paper's experiments: what is scored, and by which model."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from performers.data.masking import NOT_SCORED, CausalCollator, Collator, MaskedCollator
 from performers.data.vocabulary import (
+    AMINO_ACID_IDS,
     BOS_TOKEN_ID,
     EOS_TOKEN_ID,
     MASK_TOKEN_ID,
@@ -18,7 +19,7 @@ from performers.data.vocabulary import (
 from performers.models import PerformerConfig, PerformerForCausalLM, PerformerForMaskedLM
 from performers.train.config import RunConfig
 
-__all__ = ["TASKS", "Task", "build_model", "model_config"]
+__all__ = ["TASKS", "Task", "build_model", "masked_lm", "model_config"]
 
 Model = PerformerForMaskedLM | PerformerForCausalLM
 
@@ -37,10 +38,10 @@ class Task:
     shift: bool
 
 
-class HiddenResidues(MaskedCollator):
+class HiddenTokens(MaskedCollator):
     """BERT's masking with labels at the masks alone.
 
-    BERT also chooses residues that it leaves as they are, or replaces by others. Those train a
+    BERT also chooses tokens that it leaves as they are, or replaces by others. Those train a
     model, but do not test it: one in ten answers would be right by copying the input, which beats
     the empirical baseline by itself.
     """
@@ -51,13 +52,18 @@ class HiddenResidues(MaskedCollator):
         return {**batch, "labels": batch["labels"].masked_fill(seen, NOT_SCORED)}
 
 
-TASKS = {
-    "masked-lm": Task(
+def masked_lm(token_ids: range = AMINO_ACID_IDS) -> Task:
+    """Predicting hidden tokens of `token_ids`, the upper end of a vocabulary."""
+    return Task(
         model=PerformerForMaskedLM,
-        collator=lambda seed: MaskedCollator(seed=seed),
-        evaluation_collator=lambda seed: HiddenResidues(seed=seed),
+        collator=lambda seed: MaskedCollator(seed=seed, token_ids=token_ids),
+        evaluation_collator=lambda seed: HiddenTokens(seed=seed, token_ids=token_ids),
         shift=False,
-    ),
+    )
+
+
+TASKS = {
+    "masked-lm": masked_lm(),
     "causal-lm": Task(
         model=PerformerForCausalLM,
         collator=lambda seed: CausalCollator(),

@@ -1,11 +1,16 @@
-"""transformers' Trainer, set up for proteins: arguments, collators, metrics and callbacks."""
+"""transformers' Trainer, set up as the paper trains: arguments, collators, metrics, callbacks."""
 
 from __future__ import annotations
 
+import json
 import math
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
+from safetensors.torch import load_model
 from torch.utils.data import DataLoader, Dataset
 from transformers import (
     PrinterCallback,
@@ -15,17 +20,25 @@ from transformers import (
     TrainerControl,
     TrainerState,
     TrainingArguments,
+    set_seed,
 )
 from transformers.integrations import TensorBoardCallback
+from transformers.utils.logging import disable_progress_bar
 
 from performers.data.masking import Collator
-from performers.train.checkpoints import SealCheckpoints
+from performers.train.checkpoints import (
+    SealCheckpoints,
+    last_whole_checkpoint,
+    remove_fragments,
+    seconds_until,
+)
 from performers.train.config import RunConfig
+from performers.train.environment import PeakMemory
 from performers.train.metrics import TokenMetrics, score_tokens
 from performers.train.redraw import RedrawFeatures
-from performers.train.tasks import TASKS, Model
+from performers.train.tasks import TASKS, Model, Task
 
-__all__ = ["ProteinTrainer", "training_arguments"]
+__all__ = ["TokenTrainer", "train_to_the_end", "training_arguments"]
 
 
 def training_arguments(config: RunConfig, folder: Path) -> TrainingArguments:
@@ -45,8 +58,12 @@ def training_arguments(config: RunConfig, folder: Path) -> TrainingArguments:
     )
 
 
-class ProteinTrainer(Trainer):
-    """A Trainer that scores as the paper does and writes checkpoints that can be told apart."""
+class TokenTrainer(Trainer):
+    """A Trainer that scores as the paper does and writes checkpoints that can be told apart.
+
+    `task`: that of the config, on proteins, unless given. `peak_memory`: bytes, see `PeakMemory`;
+    None if nothing was trained.
+    """
 
     data_collator: Any
 
@@ -58,8 +75,9 @@ class ProteinTrainer(Trainer):
         train: Dataset,
         valid: Dataset,
         seconds: float = 0.0,
+        task: Task | None = None,
     ) -> None:
-        task = TASKS[config.task]
+        task = task or TASKS[config.task]
         self.clock = SealCheckpoints(seconds)
         collator = task.collator(config.seed)
         callbacks: list[TrainerCallback] = [
@@ -81,6 +99,7 @@ class ProteinTrainer(Trainer):
             ),
             callbacks=callbacks,
         )
+        self.peak_memory: int | None = None
         # It stays at epoch 0, so that every evaluation scores the same positions.
         self.evaluation_collator = task.evaluation_collator(config.seed)
         self.remove_callback(PrinterCallback)
@@ -98,6 +117,49 @@ class ProteinTrainer(Trainer):
             return super().get_eval_dataloader(eval_dataset)
         finally:
             self.data_collator = collator
+
+
+def train_to_the_end(
+    config: RunConfig,
+    folder: Path,
+    build: Callable[[], Model],
+    train: Dataset,
+    valid: Dataset,
+    task: Task | None = None,
+) -> TokenTrainer:
+    """Train the model that `build` returns, from the last whole checkpoint if there is one.
+
+    The trainer that is returned has the weights, the log (`state.log_history`) and the seconds
+    (`clock.seconds`) of the last checkpoint: an interrupted run ends as one that was not.
+    """
+    # The Trainer has bars of its own; one for every file that is saved would break them up.
+    disable_progress_bar()
+    checkpoints = folder / "checkpoints"
+    state = PartialState()
+    if state.is_main_process:
+        for fragment in remove_fragments(checkpoints):
+            print(f"Removed {fragment}: it was only half written.", file=sys.stderr)
+    state.wait_for_everyone()
+    checkpoint = last_whole_checkpoint(checkpoints)
+    seconds = 0.0 if checkpoint is None else seconds_until(checkpoint)
+    memory = PeakMemory()
+    set_seed(config.seed)
+    trainer = TokenTrainer(config, folder, build(), train, valid, seconds, task)
+    # The Trainer would take one more step from the last.
+    if checkpoint is None or not _is_last_step(checkpoint):
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        trainer.peak_memory = memory.measure()
+        state.wait_for_everyone()  # the main process seals the checkpoint
+        checkpoint = last_whole_checkpoint(checkpoints)
+        assert checkpoint is not None, "the Trainer saves the last step"
+    load_model(trainer.accelerator.unwrap_model(trainer.model), checkpoint / "model.safetensors")
+    trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    return trainer
+
+
+def _is_last_step(checkpoint: Path) -> bool:
+    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    return bool(state["global_step"] >= state["max_steps"])
 
 
 class SetMaskingEpoch(TrainerCallback):
