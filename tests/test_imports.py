@@ -21,6 +21,7 @@ DOOR = "__init__"
 # each other.
 LAYERS = (
     {"cli"},
+    {"benchmark"},
     {"train", "viz"},
     {"convert"},
     {"models"},

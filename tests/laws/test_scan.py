@@ -24,7 +24,7 @@ def arguments(requires_grad: bool = True) -> list:
     log_scale = 6
     for index, tensor in enumerate(tensors):
         tensor.requires_grad_(requires_grad and index != log_scale)
-    return [*tensors, 5]
+    return [*tensors, 5, True]
 
 
 @pytest.mark.usefixtures("without_shape_checks")
@@ -34,10 +34,10 @@ def test_the_scan_is_a_lawful_operator():
 
 
 def test_the_gradient_of_the_scan_is_that_of_finite_differences():
-    *tensors, chunk_size = arguments()
+    *tensors, chunk_size, keep = arguments()
 
     def differentiable_results(*tensors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        both, frame, log_scale, sums, *_ = scan._exponential_scan(*tensors, chunk_size)
+        both, frame, log_scale, sums, *_ = scan._exponential_scan(*tensors, chunk_size, keep)
         # In no frame: frames move with the inputs, and are never differentiated.
         return both * frame.detach().exp(), sums * log_scale.detach().exp().unsqueeze(-1)
 

@@ -59,6 +59,7 @@ def scan(
         state.log_scale.flatten(0, 1),
         torch.cat([state.values, state.normalizer.unsqueeze(-1)], dim=-1).flatten(0, 1),
         CHUNK,
+        torch.is_grad_enabled(),
     )
     both, frame, log_scale, sums = (
         part.unflatten(0, (batch, heads))
@@ -100,6 +101,8 @@ class _Carried:
 
     def settled(self) -> tuple[Tensor, Tensor]:
         """The largest exponent seen, and S in that frame."""
+        if self.highest is self.frame:
+            return self.frame, self.sums
         return self.highest, self.sums * self.decay(self.highest)
 
 
@@ -137,13 +140,14 @@ def _passes(
     """
     exponent = torch.baddbmm(log_rows[:, chunk], key[:, chunk], directions.mT)
     length = exponent.shape[1]
-    largest = exponent.amax(dim=1)
-    first = exponent[:, 0]
+    first = largest = exponent[:, 0]
+    if length > 1:
+        largest = exponent.amax(dim=1)
     inside = start = None
     while True:
         frame = torch.maximum(carried.highest, first)
         limit = frame + MAX_RISE
-        is_last = not bool((largest > limit).any())
+        is_last = length == 1 or not bool((largest > limit).any())
         if start is not None or not is_last:
             position = torch.arange(length, device=key.device)
             waiting = position >= (0 if start is None else start[:, None])
@@ -162,7 +166,7 @@ def _passes(
         yield _Pass(chunk, is_last, weights, inside, frame, decay, sums)
 
         carried.frame = frame
-        carried.highest = torch.maximum(carried.highest, largest)
+        carried.highest = frame if length == 1 else torch.maximum(carried.highest, largest)
         carried.sums = torch.baddbmm(sums, weights.mT, value[:, chunk])
         if is_last:
             return
@@ -207,7 +211,7 @@ def _segment(num_features: int, chunk_size: int) -> int:
     "performers::exponential_scan",
     mutates_args=(),
     schema="(Tensor query, Tensor query_directions, Tensor key, Tensor key_directions, "
-    "Tensor log_rows, Tensor value, Tensor log_scale, Tensor sums, int chunk_size) "
+    "Tensor log_rows, Tensor value, Tensor log_scale, Tensor sums, int chunk_size, bool keep) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def _exponential_scan(
@@ -220,9 +224,10 @@ def _exponential_scan(
     log_scale: Tensor,
     sums: Tensor,
     chunk_size: int,
+    keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Both sums of every row and their frames; log-scale and sums of the last state; the same of
-    the states that backward starts from, one per segment.
+    the states that backward starts from, one per segment, none unless `keep`.
 
     query: [heads, group, length, dim]; value: [heads, length, width], its last column 1.
     """
@@ -232,7 +237,8 @@ def _exponential_scan(
     frames = query.new_empty(*query.shape[:3], 1)
     kept = []
     for start in range(0, length, segment):
-        kept.append((log_scale, sums))
+        if keep:
+            kept.append((log_scale, sums))
         carried = _Carried(log_scale, log_scale, sums)
         for chunk in _chunks(start, min(start + segment, length), chunk_size):
             logits = _rows(query, chunk) @ query_directions.mT
@@ -246,6 +252,8 @@ def _exponential_scan(
                         part = torch.where(step.inside[:, None, :, None], part, whole[:, :, chunk])
                     whole[:, :, chunk] = part
         log_scale, sums = carried.settled()
+    if not kept:
+        kept = [(log_scale[:0], sums[:0])]
     log_scales, states = (torch.stack(parts) for parts in zip(*kept, strict=True))
     return both, frames, log_scale, sums, log_scales, states
 
@@ -261,16 +269,18 @@ def _(
     log_scale: Tensor,
     sums: Tensor,
     chunk_size: int,
+    keep: bool,
 ) -> tuple[Tensor, ...]:
     segment = _segment(sums.shape[1], chunk_size)
-    count = (query.shape[2] + segment - 1) // segment
+    count = (query.shape[2] + segment - 1) // segment if keep else 1
+    heads = query.shape[0] if keep else 0
     return (
         query.new_empty(*query.shape[:3], value.shape[-1]),
         query.new_empty(*query.shape[:3], 1),
         torch.empty_like(log_scale),
         torch.empty_like(sums),
-        log_scale.new_empty(count, *log_scale.shape),
-        sums.new_empty(count, *sums.shape),
+        log_scale.new_empty(count, heads, *log_scale.shape[1:]),
+        sums.new_empty(count, heads, *sums.shape[1:]),
     )
 
 
@@ -388,7 +398,7 @@ def _(
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)
-    *parts, _, _, ctx.chunk_size = inputs
+    *parts, _, _, ctx.chunk_size, _ = inputs
     ctx.save_for_backward(*parts, *output[4:])
 
 
@@ -408,7 +418,7 @@ def _differentiate(
     )
     if not with_directions:
         gradients[1] = gradients[3] = None
-    return *gradients, None, sums, None
+    return *gradients, None, sums, None, None
 
 
 _exponential_scan.register_autograd(_differentiate, setup_context=_keep)

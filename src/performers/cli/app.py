@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from performers.cli.benchmark import benchmark
 from performers.cli.diagnose import diagnose
 from performers.cli.errors import MISTAKES, one_line_errors
 
@@ -27,6 +28,7 @@ app = typer.Typer(
 data_app = typer.Typer(help="Fetch data sets.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 app.command()(diagnose)
+app.command()(benchmark)
 
 
 def main() -> None:

@@ -1,0 +1,61 @@
+"""One training step of a whole model, as in the paper's Figures 3, 20 and 21."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+
+from performers.benchmark.timing import interleaved, limited_memory, peak_bytes
+from performers.models import PerformerConfig, PerformerForCausalLM, PerformerForMaskedLM
+
+__all__ = ["peak_of_step", "seconds_of_step"]
+
+
+def seconds_of_step(
+    config: dict[str, Any], mechanisms: tuple[str, ...], length: int, batch: int, repeats: int,
+    device: torch.device,
+) -> dict[str, dict[str, Any]]:  # fmt: skip
+    """Seconds of the forward pass, and of forward and backward, for each attention mechanism.
+
+    `config`: the arguments of `PerformerConfig`, without `attention`.
+    """
+    calls = {}
+    for name in mechanisms:
+        model = _model(config, name, device)
+        tokens = torch.randint(config["vocab_size"], (batch, length), device=device)
+        calls[f"{name}/forward"] = partial(torch.no_grad()(model), tokens)
+        calls[f"{name}/forward_backward"] = partial(_step, model, tokens)
+    with limited_memory():
+        measured = interleaved(calls, repeats, device)
+    return {
+        name: {part: measured[f"{name}/{part}"] for part in ("forward", "forward_backward")}
+        for name in mechanisms
+    }
+
+
+def peak_of_step(
+    config: dict[str, Any], mechanism: str, length: int, batch: int, device: torch.device
+) -> int | str:
+    """Bytes that a training step needs beyond the weights, or "out of memory"."""
+    return peak_bytes(_fresh_step, config, mechanism, length, batch, device, device=device)
+
+
+def _fresh_step(
+    config: dict[str, Any], mechanism: str, length: int, batch: int, device: torch.device
+) -> None:
+    model = _model(config, mechanism, device)
+    _step(model, torch.randint(config["vocab_size"], (batch, length), device=device))
+
+
+def _model(config: dict[str, Any], mechanism: str, device: torch.device) -> torch.nn.Module:
+    torch.manual_seed(0)
+    whole = PerformerConfig(**config, attention=mechanism)
+    kind = PerformerForCausalLM if whole.is_decoder else PerformerForMaskedLM
+    return kind(whole).to(device)
+
+
+def _step(model: torch.nn.Module, tokens: torch.Tensor) -> None:
+    model.zero_grad(set_to_none=True)
+    model(tokens, labels=tokens).loss.backward()

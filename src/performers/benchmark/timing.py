@@ -1,0 +1,147 @@
+"""What a call costs: in seconds, all competitors in turn, and in memory, each in a process of its
+own.
+"""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from performers.train.environment import PeakMemory
+
+__all__ = [
+    "OUT_OF_MEMORY",
+    "TOO_SLOW",
+    "interleaved",
+    "limited_memory",
+    "matmul_rate",
+    "peak_bytes",
+]
+
+# What stands in a result where a number cannot.
+OUT_OF_MEMORY = "out of memory"
+TOO_SLOW = "too slow at a smaller size"
+
+Measured = dict[str, float] | str
+
+
+def interleaved(
+    calls: Mapping[str, Callable[[], object]], repeats: int, device: torch.device
+) -> dict[str, Measured]:
+    """Seconds of each call: median and quartiles of `repeats` rounds, after one to warm up.
+
+    Each round makes every call once, so what disturbs the machine for a while disturbs all alike.
+    On a CPU with one thread it is CPU time, which other processes disturb less than the time of
+    day; with more threads it is the time of day, and on a GPU the time of its own events. A call
+    that runs out of memory has that for a result, and the others go on.
+    """
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    failed: set[str] = set()
+    for _ in range(repeats + 1):
+        for name, call in calls.items():
+            if name in failed:
+                continue
+            try:
+                times[name].append(_seconds(call, device))
+            except (MemoryError, RuntimeError) as error:
+                if not _is_out_of_memory(error):
+                    raise
+                failed.add(name)
+    return {
+        name: OUT_OF_MEMORY if name in failed else _summary(measured[1:])
+        for name, measured in times.items()
+    }
+
+
+def _seconds(call: Callable[[], object], device: torch.device) -> float:
+    if device.type == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        call()
+        end.record()
+        torch.cuda.synchronize()
+        return float(start.elapsed_time(end)) / 1e3
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    began = clock()
+    call()
+    return clock() - began
+
+
+def _summary(times: list[float]) -> dict[str, float]:
+    shares = {"lower_quartile": 0.25, "median": 0.5, "upper_quartile": 0.75}
+    sample = torch.tensor(times, dtype=torch.float64)
+    return {name: float(sample.quantile(share)) for name, share in shares.items()}
+
+
+def matmul_rate(dtype: torch.dtype, device: torch.device) -> float:
+    """FLOP per second of a large matrix product, which no attention can exceed."""
+    size = 2048 if device.type == "cpu" else 8192
+    a = torch.randn(size, size, device=device).to(dtype)
+    measured = interleaved({"product": lambda: a @ a}, 5, device)["product"]
+    assert isinstance(measured, dict), "a machine that benchmarks has room for one matrix"
+    return 2 * size**3 / measured["median"]
+
+
+def peak_bytes(step: Callable[..., object], *arguments: object, device: torch.device) -> int | str:
+    """The most memory that a call needed beyond what was in use before it.
+
+    On a CPU: the resident high-water mark of a fresh process, for which `step` and `arguments` must
+    be picklable. On a GPU: what its allocator gave out at most.
+    """
+    if device.type != "cpu":
+        return _peak_bytes(step, *arguments)
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
+        try:
+            return fresh.submit(_peak_bytes, step, *arguments).result()
+        except BrokenProcessPool:  # killed by the system, which had no memory left
+            return OUT_OF_MEMORY
+
+
+def _peak_bytes(step: Callable[..., object], *arguments: object) -> int | str:
+    torch.set_num_threads(1)
+    memory = PeakMemory()
+    try:
+        with limited_memory():
+            step(*arguments)
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        return OUT_OF_MEMORY
+    peak = memory.measure()
+    return "not known on this system" if peak is None else peak
+
+
+@contextmanager
+def limited_memory() -> Iterator[None]:
+    """Let an allocation fail that needs more memory than is free now, before the system swaps."""
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.exists():
+        yield
+        return
+    fields = dict(line.split(":") for line in meminfo.read_text(encoding="utf-8").splitlines())
+    free = int(fields["MemAvailable"].split()[0]) * 1024
+    pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[5])
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    mine = pages * resource.getpagesize() + int(0.95 * free)
+    limit = mine if hard == resource.RLIM_INFINITY else min(mine, hard)
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    text: Any = str(error).lower()
+    return "can't allocate memory" in text or "not enough memory" in text
