@@ -16,6 +16,10 @@ import torch
 # Read when transformers is imported: a test that asks a hub for something fails at once.
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
 
+# Read when triton is imported: without a GPU its kernels run in its interpreter.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 from transformers import PreTrainedConfig
 
 # transformers makes every configuration a dataclass, yet calls it with keywords that are no fields.

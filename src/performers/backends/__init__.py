@@ -7,16 +7,17 @@ from typing import Any
 
 from torch import Tensor
 
-from performers.backends import chunked, landmarks, reference
+from performers.backends import chunked, landmarks, reference, triton
 from performers.checks import check_choice
 from performers.typing import FeatureMap
 
-__all__ = ["BACKENDS", "choose_backend"]
+__all__ = ["BACKENDS", "choose_backend", "refusals"]
 
 BACKENDS: dict[str, Callable[..., Any]] = {
     "reference": reference.attend,
     "chunked": chunked.attend,
     "landmarks": landmarks.attend,
+    "triton": triton.attend,
 }
 
 
@@ -24,6 +25,7 @@ def choose_backend(
     name: str | None,
     query: Tensor,
     key: Tensor,
+    value: Tensor,
     phi: FeatureMap,
     *,
     is_causal: bool,
@@ -32,17 +34,44 @@ def choose_backend(
 ) -> str:
     """The backend for a call: the named one, obeyed or refused; for None, the fastest that can.
 
-    That is "landmarks" where it applies and "chunked" everywhere else.
+    That is "landmarks" on a CPU and "triton" on a GPU, each where it applies, and "chunked"
+    everywhere else.
     """
-    reason = landmarks.refusal(
-        query, key, phi, is_causal=is_causal, window_size=window_size, has_state=has_state
+    reasons = refusals(
+        query,
+        key,
+        value,
+        phi,
+        is_causal=is_causal,
+        window_size=window_size,
+        has_state=has_state,
     )
     if name is None:
-        return "chunked" if reason else "landmarks"
+        fastest = "landmarks" if query.device.type == "cpu" else "triton"
+        return "chunked" if reasons[fastest] else fastest
     check_choice("backend", name, BACKENDS)
-    if name == "landmarks" and reason:
+    if reasons.get(name):
         raise ValueError(
-            f'backend="landmarks" cannot serve this call: {reason}. Pass backend=None to let the '
-            "library choose."
+            f'backend="{name}" cannot serve this call: {reasons[name]}. Pass backend=None to let '
+            'the library choose, or "chunked", which serves every call.'
         )
     return name
+
+
+def refusals(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    phi: FeatureMap,
+    *,
+    is_causal: bool,
+    window_size: int | None,
+    has_state: bool,
+) -> dict[str, str | None]:
+    """Why each backend that does not serve every call cannot serve this one; None if it can."""
+    return {
+        "landmarks": landmarks.refusal(
+            query, key, phi, is_causal=is_causal, window_size=window_size, has_state=has_state
+        ),
+        "triton": triton.refusal(query, key, value, phi, window_size=window_size),
+    }

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from performers.backends import BACKENDS, choose_backend
-from performers.backends.landmarks import refusal
+from performers.backends import BACKENDS, choose_backend, refusals
 from performers.functional.projections import DISTRIBUTIONS, PROJECTIONS
 from performers.models import MECHANISMS
 from performers.nn.feature_maps import ESTIMATORS, SoftmaxFeatures
@@ -40,10 +39,13 @@ def describe() -> str:
 
 
 def _chosen(is_causal: bool) -> str:
-    """The backend that softmax features get when none is named, and why."""
+    """The backend that softmax features get when none is named, and why none of the others."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     x = torch.empty(1, 1, 1, 64, device=device)
-    phi = SoftmaxFeatures(64)
-    name = choose_backend(None, x, x, phi, is_causal=is_causal, window_size=None, has_state=False)
-    reason = refusal(x, x, phi, is_causal=is_causal, window_size=None, has_state=False)
-    return f"{name}, since landmarks cannot: {reason}" if reason else f"{name}, the fastest"
+    phi = SoftmaxFeatures(64).to(device)
+    name = choose_backend(
+        None, x, x, x, phi, is_causal=is_causal, window_size=None, has_state=False
+    )
+    reasons = refusals(x, x, x, phi, is_causal=is_causal, window_size=None, has_state=False)
+    others = [f"{other} cannot: {reason}" for other, reason in reasons.items() if reason]
+    return "; ".join([name, *others])

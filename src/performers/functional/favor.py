@@ -82,7 +82,7 @@ def favor_attention(
     normalizer; a window of the whole length is exact attention. For softmax features only.
     `initial_state`, `return_state`: continue a sequence. Prefill, chunked prefill and one-token
     decoding are this same call. With `return_state=True` the result is `(out, LinearState)`.
-    `backend`: None chooses; "reference", "chunked" or "landmarks" is obeyed or refused.
+    `backend`: None chooses; "reference", "chunked", "landmarks" or "triton" is obeyed or refused.
 
     Dropout of attention weights has no linear-time form: drop the output instead.
 

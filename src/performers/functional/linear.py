@@ -84,6 +84,7 @@ def linear_attention(
         backend,
         query,
         key,
+        value,
         phi,
         is_causal=is_causal,
         window_size=window_size,

@@ -1,0 +1,81 @@
+"""Fused kernels for NVIDIA GPUs, written in Triton: features never reach the GPU's memory.
+
+Triton is imported when a call first comes here. On a CPU the kernels run in Triton's interpreter,
+slowly, to be checked: with the variable TRITON_INTERPRET=1 set before Python starts.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from performers.backends.triton.config import MAX_DIM, MAX_HEADS, OPERANDS
+from performers.backends.triton.maps import SUPPORTED, kernel_map
+from performers.typing import FeatureMap, LinearState
+
+__all__ = ["attend", "refusal"]
+
+IS_INSTALLED = importlib.util.find_spec("triton") is not None
+IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def refusal(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    phi: FeatureMap,
+    *,
+    window_size: int | None,
+) -> str | None:
+    """Why this backend cannot serve a call; None if it can."""
+    if not IS_INSTALLED:
+        return "Triton is not installed (pip install 'performers[triton]')"
+    if query.device.type != "cuda" and not IS_INTERPRETED:
+        return "it needs a GPU (on a CPU, set TRITON_INTERPRET=1 to check the kernels, slowly)"
+    plan = kernel_map(phi)
+    if plan is None:
+        return f"it computes {SUPPORTED}, and {type(phi).__name__} is none of these"
+    if window_size is not None:
+        return "it has no exact window"
+    if query.dtype not in OPERANDS:
+        return f"it takes float32, bfloat16 and float16, not {query.dtype}"
+    dim = max(query.shape[-1], value.shape[-1])
+    if dim > MAX_DIM:
+        return f"it takes head dims up to {MAX_DIM}, not {dim}"
+    heads = query.shape[0] * query.shape[1]
+    if heads > MAX_HEADS:
+        return f"it takes up to {MAX_HEADS} heads of all sequences together, not {heads}"
+    if torch.is_grad_enabled() and plan.directions.requires_grad:
+        return "it has no gradient of omega"
+    if not (query.numel() and key.numel() and value.numel()):
+        return "it needs at least one query, one key and one column of values"
+    return None
+
+
+def attend(
+    query: Float[Tensor, "batch key_heads group query_length dim"],
+    key: Float[Tensor, "batch key_heads key_length dim"],
+    value: Float[Tensor, "batch key_heads key_length value_dim"],
+    phi: FeatureMap,
+    *,
+    root: float,
+    key_mask: Bool[Tensor, "batch key_length"] | None,
+    is_causal: bool,
+    normalize: bool,
+    window_size: int | None,
+    state: LinearState,
+) -> tuple[Float[Tensor, "batch key_heads group query_length value_dim"], LinearState]:
+    """What `reference.attend` computes, up to rounding, and the state after it."""
+    assert window_size is None, "`refusal` lets no window in"
+    plan = kernel_map(phi)
+    assert plan is not None, "`refusal` lets only its own feature maps in"
+    from performers.backends.triton.attention import contract
+
+    return contract(
+        query, key, value, plan, root=root, key_mask=key_mask, is_causal=is_causal,
+        normalize=normalize, state=state,
+    )  # fmt: skip

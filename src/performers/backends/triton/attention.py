@@ -1,0 +1,475 @@
+"""Linear attention by the fused kernels, and its gradients.
+
+    forward    row_products   −‖k‖²/2 of every key
+               absorb, scan   keys → one state; causal: the state before every chunk
+               read           queries → outputs
+    backward   absorb, scan   keys → states, as before (causal; else the one state was saved)
+               row_products   δ_i = dO_i·O_i
+               absorb, scan   queries → states that keys read
+               query_gradient, key_gradient
+
+A call of one token that needs no gradient is a decoding step: one kernel.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from performers.backends.triton import decoding, gradients, reading, states
+from performers.backends.triton.config import OPERANDS, Config, config_for
+from performers.backends.triton.maps import KernelMap
+from performers.typing import LinearState
+
+__all__ = ["contract"]
+
+# A state needs no more programs than fill the device; this many per multiprocessor hide latency.
+PROGRAMS_PER_PROCESSOR = 4
+SCAN_FEATURES = 16
+STEP_FEATURES = 16
+
+Sums = tuple[Tensor, Tensor, Tensor]  # frames, normalizers, values: a state as the kernels hold it
+
+
+def contract(
+    query: Float[Tensor, "batch key_heads group query_length dim"],
+    key: Float[Tensor, "batch key_heads key_length dim"],
+    value: Float[Tensor, "batch key_heads key_length value_dim"],
+    plan: KernelMap,
+    *,
+    root: float,
+    key_mask: Bool[Tensor, "batch key_length"] | None,
+    is_causal: bool,
+    normalize: bool,
+    state: LinearState,
+) -> tuple[Float[Tensor, "batch key_heads group query_length value_dim"], LinearState]:
+    """What `reference.attend` computes, up to rounding, and the state after it.
+
+    The kernels leave out the factor 1/√columns of φ, which cancels in the output; the state and the
+    normalizer get it here.
+    """
+    is_exponential = plan.kind == "exp"
+    log_root = math.log(plan.columns) / 2
+    scale = 1.0 if is_exponential else math.exp(log_root)
+    shift = log_root if is_exponential else 0.0
+    visible = torch.ones_like(key[:, 0, :, 0], dtype=torch.bool) if key_mask is None else key_mask
+    out, total, frames, normalizers, values = _contraction(
+        query.flatten(1, 2),
+        key,
+        value,
+        plan.directions.detach().to(torch.float32) * root,
+        state.log_scale + shift,
+        state.normalizer * scale,
+        state.values * scale,
+        visible,
+        plan.kind,
+        plan.epsilon,
+        root**2 if is_exponential else 0.0,
+        is_causal,
+    )
+    out = out.unflatten(1, query.shape[1:3])
+    total = total.unflatten(1, query.shape[1:3]).unsqueeze(-1)
+    if not normalize and is_exponential:
+        rows = query.to(torch.float32).square().sum(dim=-1, keepdim=True) * (root**2 / 2)
+        out = out * (total - rows - 2 * log_root).exp()
+    elif not normalize:
+        out = out * (total / plan.columns)
+    if not is_exponential:
+        # the exponent of features without one is 0, that of no feature −∞
+        frames = torch.where(visible.any(dim=1)[:, None, None], 0.0, state.log_scale)
+    return out, LinearState(frames - shift, normalizers / scale, values / scale)
+
+
+_INPUTS = (
+    "Tensor query, Tensor key, Tensor value, Tensor omega, "
+    "Tensor frames, Tensor normalizers, Tensor values, Tensor visible"
+)
+_OPTIONS = "str kind, float epsilon, float square, bool is_causal"
+
+
+@torch.library.custom_op(
+    "performers::triton_contraction",
+    mutates_args=(),
+    schema=f"({_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def _contraction(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    omega: Tensor,
+    frames: Tensor,
+    normalizers: Tensor,
+    values: Tensor,
+    visible: Tensor,
+    kind: str,
+    epsilon: float,
+    square: float,
+    is_causal: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Output, normalizers of its rows, last state; (frames, normalizers, values) is the first one.
+
+    The normalizers are logarithms for `kind` "exp". Frames are not differentiated. One operator, so
+    that torch.compile(fullgraph=True) need not look inside.
+    """
+    query, key, value = (_with_dense_rows(x) for x in (query, key, value))
+    first = (frames.contiguous(), normalizers.contiguous(), values.contiguous())
+    call = Call.of(query, value, omega, first, kind, epsilon, square, is_causal)
+    key_rows = _key_rows(call, key, visible)
+    if is_causal and query.shape[2] == 1:
+        return _step(call, query, key, value, key_rows, first)
+    before, last = _states(call, key, value, key_rows, None, first)
+    out, total = _read(call, query, key, value, key_rows, before if is_causal else last)
+    return out, total, *last
+
+
+@_contraction.register_fake
+def _(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    omega: Tensor,
+    frames: Tensor,
+    normalizers: Tensor,
+    values: Tensor,
+    *_: Any,
+) -> tuple[Tensor, ...]:
+    out = query.new_empty(*query.shape[:3], value.shape[-1])
+    total = query.new_empty(query.shape[:3], dtype=torch.float32)
+    return out, total, *(part.new_empty(part.shape) for part in (frames, normalizers, values))
+
+
+@torch.library.custom_op(
+    "performers::triton_contraction_backward",
+    mutates_args=(),
+    schema=f"({_INPUTS}, Tensor out, Tensor total, "
+    "Tensor last_frames, Tensor last_normalizers, Tensor last_values, "
+    "Tensor out_gradient, Tensor total_gradient, Tensor normalizer_gradient, "
+    f"Tensor values_gradient, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def _contraction_backward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    omega: Tensor,
+    frames: Tensor,
+    normalizers: Tensor,
+    values: Tensor,
+    visible: Tensor,
+    out: Tensor,
+    total: Tensor,
+    last_frames: Tensor,
+    last_normalizers: Tensor,
+    last_values: Tensor,
+    out_gradient: Tensor,
+    total_gradient: Tensor,
+    normalizer_gradient: Tensor,
+    values_gradient: Tensor,
+    kind: str,
+    epsilon: float,
+    square: float,
+    is_causal: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of query, key, value and of the first state's normalizers and values."""
+    query, key, value, out_gradient = (
+        _with_dense_rows(x) for x in (query, key, value, out_gradient)
+    )
+    first = (frames.contiguous(), normalizers.contiguous(), values.contiguous())
+    call = Call.of(query, value, omega, first, kind, epsilon, square, is_causal)
+    key_rows = _key_rows(call, key, visible)
+    before: Sums = (last_frames, last_normalizers, last_values)
+    if is_causal:
+        before, _ = _states(call, key, value, key_rows, None, first)
+
+    shares = _row_products(call, out, out_gradient, factor=1.0)
+    if call.is_exponential:
+        shares -= total_gradient
+        query_rows = (-total).masked_fill(total == -math.inf, -math.inf)
+    else:
+        shares -= total_gradient * total
+        query_rows = torch.where(total == 0, 0.0, 1 / total)
+    # The gradient of the last state is a state too: what it makes keys read.
+    end_frames = (-last_frames).masked_fill(last_frames == -math.inf, -math.inf)
+    end = (end_frames, -normalizer_gradient, values_gradient.contiguous())
+    after, whole = _states(call, query, out_gradient, query_rows, shares, end, is_reverse=True)
+    later = after if is_causal else whole
+    of_inputs = _gradients(
+        call, query, key, value, out_gradient, query_rows, key_rows, shares, before, later
+    )
+    decay = torch.ones_like(frames)
+    if call.is_exponential:
+        decay = (frames + whole[0]).exp()
+    return *of_inputs, -whole[1] * decay, whole[2] * decay.unsqueeze(-1)
+
+
+@_contraction_backward.register_fake
+def _(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    omega: Tensor,
+    frames: Tensor,
+    normalizers: Tensor,
+    values: Tensor,
+    *_: Any,
+) -> tuple[Tensor, ...]:
+    inputs = (torch.empty_like(_with_dense_rows(x)) for x in (query, key, value))
+    return *inputs, *(part.new_empty(part.shape) for part in (normalizers, values))
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    tensors, ctx.options = inputs[:8], inputs[8:]
+    ctx.save_for_backward(*tensors, *output)
+    ctx.mark_non_differentiable(output[2])
+
+
+def _differentiate(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    out, total, _, normalizers, values = gradients
+    d_query, d_key, d_value, d_normalizers, d_values = _contraction_backward(
+        *ctx.saved_tensors, out, total, normalizers, values, *ctx.options
+    )
+    return d_query, d_key, d_value, None, None, d_normalizers, d_values, *(None,) * 5
+
+
+def _refuse_second_derivative(ctx: Any, *_: Any) -> Any:
+    raise RuntimeError(
+        "the Triton kernels have a first derivative only. For second derivatives pass "
+        'backend="reference" to the attention call.'
+    )
+
+
+_contraction.register_autograd(_differentiate, setup_context=_save)
+_contraction_backward.register_autograd(_refuse_second_derivative)
+
+
+@dataclass(frozen=True)
+class Call:
+    """What all kernels of one call share: ω as the matrix units take it, and the sizes of tiles."""
+
+    omega: Tensor  # √scale · ω, float32
+    high: Tensor
+    low: Tensor
+    kind: str
+    epsilon: float
+    square: float  # of the term −square ‖k‖²/2 in the logarithm of a key's features
+    group: int
+    is_causal: bool
+    dtype: torch.dtype  # of the inputs
+    value_dim: int
+
+    @classmethod
+    def of(
+        cls,
+        query: Tensor,
+        value: Tensor,
+        omega: Tensor,
+        state: Sums,
+        kind: str,
+        epsilon: float,
+        square: float,
+        is_causal: bool,
+    ) -> Call:
+        omega = omega.contiguous()
+        high = omega.to(OPERANDS[query.dtype].dtype)
+        return cls(
+            omega=omega,
+            high=high,
+            low=(omega - high).to(high.dtype),
+            kind=kind,
+            epsilon=epsilon,
+            square=square,
+            group=query.shape[1] // state[0].shape[1],
+            is_causal=is_causal,
+            dtype=query.dtype,
+            value_dim=value.shape[-1],
+        )
+
+    @property
+    def is_exponential(self) -> bool:
+        return self.kind == "exp"
+
+    @property
+    def num_features(self) -> int:
+        return len(self.omega)
+
+    @property
+    def dim(self) -> int:
+        return self.omega.shape[1]
+
+    @property
+    def tile(self) -> Config:
+        return config_for(self.high.dtype, max(self.dim, self.value_dim))
+
+    def widths(self) -> dict[str, Any]:
+        return {"DIM": _width(self.dim), "VALUE_DIM": _width(self.value_dim)}
+
+    def options(self) -> dict[str, Any]:
+        """The compile-time arguments of kernels that multiply tiles."""
+        operand, tile = OPERANDS[self.dtype], self.tile
+        return {
+            "KIND": self.kind,
+            "OPERAND": {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}[operand.dtype],
+            "SPLIT": operand.is_split,
+            "PRECISION": operand.precision,
+            "ROWS": tile.rows,
+            "FEATURES": tile.features,
+            "num_warps": tile.num_warps,
+            "num_stages": tile.num_stages,
+            **self.widths(),
+        }
+
+
+def _states(
+    call: Call,
+    x: Tensor,
+    y: Tensor,
+    rows: Tensor,
+    shares: Tensor | None,
+    first: Sums,
+    is_reverse: bool = False,
+) -> tuple[Sums, Sums]:
+    """The state before (or after) every chunk of rows x with values y, and that of all.
+
+    Not causal, chunks are there only to fill the device.
+    """
+    batch, heads, length = x.shape[:3]
+    group = heads // first[0].shape[1]
+    blocks = triton.cdiv(call.num_features, call.tile.absorbed)
+    tiles = triton.cdiv(length, call.tile.rows)
+    chunk = call.tile.rows
+    if not call.is_causal:
+        chunks = triton.cdiv(_wanted_programs(x.device), batch * heads // group * blocks)
+        chunk *= triton.cdiv(tiles, min(chunks, tiles))
+    chunks = triton.cdiv(length, chunk)
+    each = _empty_states(first, chunks)
+    states.absorb[chunks, blocks, batch * heads // group](
+        x, y, rows, rows if shares is None else shares, call.high, call.low, *each,
+        *x.stride()[:3], *y.stride()[:3],
+        heads, group, length, chunk, call.num_features, call.dim, call.value_dim, call.epsilon,
+        HAS_SHARES=shares is not None, **(call.options() | {"FEATURES": call.tile.absorbed}),
+    )  # fmt: skip
+    before = _empty_states(first, chunks)
+    last = (torch.empty_like(first[0]), torch.empty_like(first[1]), torch.empty_like(first[2]))
+    grid = triton.cdiv(call.num_features, SCAN_FEATURES), batch * heads // group
+    states.scan[grid](
+        *each, *first, *before, *last,
+        chunks, call.num_features, call.value_dim,
+        KIND=call.kind, REVERSE=is_reverse, FEATURES=SCAN_FEATURES,
+        VALUE_DIM=_width(call.value_dim),
+    )  # fmt: skip
+    return before, last
+
+
+def _read(
+    call: Call, query: Tensor, key: Tensor, value: Tensor, key_rows: Tensor, read_from: Sums
+) -> tuple[Tensor, Tensor]:
+    batch, heads, length = query.shape[:3]
+    out = query.new_empty(batch, heads, length, call.value_dim)
+    total = query.new_empty(batch, heads, length, dtype=torch.float32)
+    chunks = triton.cdiv(length, call.tile.rows)
+    reading.read[chunks, batch * heads](
+        query, key, value, key_rows, call.high, call.low, *read_from, out, total,
+        *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.stride()[:3],
+        heads, call.group, length, chunks, call.num_features, call.dim, call.value_dim,
+        call.epsilon, IS_CAUSAL=call.is_causal, **call.options(),
+    )  # fmt: skip
+    return out, total
+
+
+def _gradients(
+    call: Call,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out_gradient: Tensor,
+    query_rows: Tensor,
+    key_rows: Tensor,
+    shares: Tensor,
+    before: Sums,
+    later: Sums,
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, heads, query_length = query.shape[:3]
+    key_heads, key_length = key.shape[1:3]
+    d_query, d_key, d_value = (torch.empty_like(x) for x in (query, key, value))
+    tensors = (query, key, value, out_gradient, query_rows, key_rows, shares, call.high, call.low)
+    strides = [s for x in (query, key, value, out_gradient) for s in x.stride()[:3]]
+    sizes = (call.num_features, call.dim, call.value_dim, call.epsilon)
+    chunks = triton.cdiv(query_length, call.tile.rows)
+    gradients.query_gradient[chunks, batch * heads](
+        *tensors, *before, d_query, *strides, *d_query.stride()[:3],
+        heads, call.group, query_length, chunks, *sizes,
+        IS_CAUSAL=call.is_causal, **call.options(),
+    )  # fmt: skip
+    chunks = triton.cdiv(key_length, call.tile.rows)
+    gradients.key_gradient[chunks, batch * key_heads](
+        *tensors, before[0], *later, d_key, d_value,
+        *strides, *d_key.stride()[:3], *d_value.stride()[:3],
+        heads, call.group, key_length, chunks, *sizes, call.square,
+        IS_CAUSAL=call.is_causal, **call.options(),
+    )  # fmt: skip
+    return d_query, d_key, d_value
+
+
+def _step(
+    call: Call, query: Tensor, key: Tensor, value: Tensor, key_rows: Tensor, first: Sums
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """One token of every stream: its output, its normalizer, the next state."""
+    batch, heads = query.shape[:2]
+    frames, normalizers, values = (torch.empty_like(part) for part in first)
+    out = query.new_empty(batch, heads, 1, call.value_dim)
+    total = query.new_empty(batch, heads, 1, dtype=torch.float32)
+    decoding.step[(batch * heads,)](
+        query, key, value, key_rows, call.omega, *first, frames, normalizers, values, out, total,
+        *(s for x in (query, key, value, out) for s in x.stride()[:2]),
+        heads, call.group, call.num_features, call.dim, call.value_dim, call.epsilon,
+        KIND=call.kind, FEATURES=STEP_FEATURES, **call.widths(),
+    )  # fmt: skip
+    return out, total, frames, normalizers, values
+
+
+def _key_rows(call: Call, key: Tensor, visible: Tensor) -> Tensor:
+    """The factor of every key in its features' weights, for one that is visible."""
+    shown = visible[:, None, :].expand(key.shape[:3])
+    if not call.is_exponential:
+        return shown.to(torch.float32)
+    return _row_products(call, key, key, factor=-call.square / 2).masked_fill(~shown, -math.inf)
+
+
+def _row_products(call: Call, x: Tensor, y: Tensor, factor: float) -> Tensor:
+    batch, heads, length, width = x.shape
+    out = x.new_empty(batch, heads, length, dtype=torch.float32)
+    states.row_products[triton.cdiv(length, call.tile.rows), batch * heads](
+        x, y, out, *x.stride()[:3], *y.stride()[:3], heads, length, width, factor,
+        ROWS=call.tile.rows, WIDTH=_width(width),
+    )  # fmt: skip
+    return out
+
+
+def _empty_states(like: Sums, count: int) -> Sums:
+    """Memory for `count` states of each key head."""
+    frames, normalizers, values = (
+        part.new_empty(*part.shape[:2], count, *part.shape[2:]) for part in like
+    )
+    return frames, normalizers, values
+
+
+def _with_dense_rows(x: Tensor) -> Tensor:
+    """The kernels take any strides but that of the last dimension, which must be 1."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _width(dim: int) -> int:
+    return max(16, triton.next_power_of_2(dim))
+
+
+def _wanted_programs(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 1
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    return PROGRAMS_PER_PROCESSOR * processors

@@ -1,0 +1,132 @@
+"""The forward kernel: queries read a state and, in causal attention, the keys of their chunk."""
+
+from typing import no_type_check
+
+import triton
+import triton.language as tl
+
+from performers.backends.triton.tiles import (
+    chunk_frame,
+    finite,
+    first_rise,
+    key_weights_of,
+    larger,
+    load_row_factors,
+    load_rows,
+    load_state,
+    product,
+    projected,
+    row_of,
+    store_rows,
+    value_of,
+)
+
+
+@triton.jit
+@no_type_check
+def read(
+    query, key, value, key_rows, high, low, frames, normalizers, values, out, totals,
+    query_batch, query_head, query_row, key_batch, key_head, key_row,
+    value_batch, value_head, value_row, out_batch, out_head, out_row,
+    heads, group, length, states, num_features, dim, value_dim, epsilon,
+    IS_CAUSAL: tl.constexpr, KIND: tl.constexpr,
+    OPERAND: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, FEATURES: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+):  # fmt: skip
+    """out_i = Σ_m w_im S_m / Σ_m w_im Z_m, and the denominator (its logarithm for KIND "exp").
+
+    A program has one tile of queries of one head and goes over all features. The frame of a row,
+    the largest exponent so far, moves on as in a softmax over blocks. In causal attention the state
+    is that of the keys before the chunk, and Σ_m φ_m(q_i) φ_m(k_j) for the keys of the chunk is
+    summed along, in the same frame.
+    """
+    tile = tl.program_id(0)
+    start = tile * ROWS
+    index = tl.program_id(1).to(tl.int64)
+    batch, head = index // heads, index % heads
+    own_key_head, key_heads = head // group, heads // group
+    state = batch * key_heads + own_key_head
+    position = tl.arange(0, ROWS)
+    query += batch * query_batch + head * query_head
+    queries = load_rows(query, query_row, start, length, dim, ROWS, DIM).to(OPERAND)
+    if IS_CAUSAL:
+        key += batch * key_batch + own_key_head * key_head
+        keys = load_rows(key, key_row, start, length, dim, ROWS, DIM).to(OPERAND)
+        factors = load_row_factors(key_rows + state * length, start, length, ROWS, KIND)
+        scores = tl.zeros([ROWS, ROWS], tl.float32)
+        state = state * states + tile
+
+    frame = tl.full([ROWS], -float("inf"), tl.float32)  # of the rows, where KIND is "exp"
+    normalizer = tl.zeros([ROWS], tl.float32)
+    sums = tl.zeros([ROWS, VALUE_DIM], tl.float32)
+    for first_feature in range(0, num_features, FEATURES):
+        inside = first_feature + tl.arange(0, FEATURES) < num_features
+        omega = load_rows(high, dim, first_feature, num_features, dim, FEATURES, DIM)
+        rest = omega
+        if SPLIT:
+            rest = load_rows(low, dim, first_feature, num_features, dim, FEATURES, DIM)
+        state_frame, state_normalizer, state_sums = load_state(
+            frames, normalizers, values, state, first_feature, num_features, value_dim,
+            FEATURES, VALUE_DIM,
+        )  # fmt: skip
+        logits = projected(queries, omega, rest, SPLIT, PRECISION)
+        feature_frame = state_frame
+        if IS_CAUSAL:
+            key_logits = projected(keys, omega, rest, SPLIT, PRECISION)
+            exponents = key_logits + factors[:, None]  # b_jm, where KIND is "exp"
+            if KIND == "exp":
+                feature_frame = chunk_frame(state_frame, exponents, factors, ROWS)
+                decay = tl.exp(state_frame - finite(feature_frame))
+                state_normalizer *= decay
+                state_sums *= decay[:, None]
+        if KIND == "exp":
+            logits = tl.where(inside[None, :], logits, -float("inf"))
+            top = logits + feature_frame[None, :]
+            if IS_CAUSAL:
+                rise = first_rise(exponents, feature_frame, inside, ROWS)
+                if rise < ROWS:
+                    highest = tl.associative_scan(exponents, 0, larger)
+                    highest = tl.maximum(highest, feature_frame[None, :])
+                    top = tl.where(position[:, None] >= rise, logits + highest, top)
+            grown = tl.maximum(frame, tl.max(top, axis=1))
+            decay = tl.exp(frame - finite(grown))
+            normalizer *= decay
+            sums *= decay[:, None]
+            frame = grown
+            weights = tl.exp(logits + feature_frame[None, :] - finite(frame)[:, None])
+        else:
+            weights = tl.where(inside[None, :], value_of(logits, epsilon, KIND), 0.0)
+        weights = weights.to(OPERAND)
+        # Rounded as the sums are in their product: attention over 1 is 1.
+        rounded = state_normalizer.to(OPERAND).to(tl.float32)
+        normalizer += tl.sum(weights.to(tl.float32) * rounded[None, :], axis=1)
+        sums += product(weights, state_sums, OPERAND, PRECISION)
+        if IS_CAUSAL:
+            key_weights = key_weights_of(key_logits, factors, feature_frame, inside, epsilon, KIND)
+            new_scores = product(weights, tl.trans(key_weights), OPERAND, PRECISION)
+            if KIND == "exp":
+                scores *= decay[:, None]
+                if rise < ROWS:
+                    new_scores = tl.where(position[:, None] >= rise, 0.0, new_scores)
+                    for number in range(ROWS):
+                        exponent = row_of(exponents, number, ROWS)[None, :] + logits
+                        terms = tl.exp(exponent - finite(frame)[:, None])
+                        column = tl.sum(terms, axis=1)[:, None]
+                        sees = (position[:, None] >= rise) & (position[:, None] >= number)
+                        here = sees & (position[None, :] == number)
+                        new_scores = tl.where(here, column, new_scores)
+            scores += new_scores
+
+    if IS_CAUSAL:
+        value += batch * value_batch + own_key_head * value_head
+        chunk = load_rows(value, value_row, start, length, value_dim, ROWS, VALUE_DIM)
+        scores = tl.where(position[:, None] >= position[None, :], scores, 0.0).to(OPERAND)
+        normalizer += tl.sum(scores.to(tl.float32), axis=1)
+        sums += product(scores, chunk, OPERAND, PRECISION)
+    sums /= tl.where(normalizer == 0, 1.0, normalizer)[:, None]
+    out += batch * out_batch + head * out_head
+    store_rows(out, out_row, sums, start, length, value_dim, ROWS, VALUE_DIM)
+    total = normalizer
+    if KIND == "exp":
+        total = tl.where(normalizer == 0, -float("inf"), tl.log(normalizer) + frame)
+    tl.store(totals + index * length + start + position, total, mask=start + position < length)

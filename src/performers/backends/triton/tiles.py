@@ -1,0 +1,197 @@
+"""What the kernels do with one tile. Shapes are those of the tile: R rows by M features.
+
+The weight of feature m in row i is the factor that i has in Σ_m φ_m(q_i) φ_m(k_j):
+
+    KIND "exp":            exp(x_i·ω_m + row_i + frame_m)    row: −‖k‖²/2, or −log of the normalizer
+    KIND "relu", "elu+1":  (f(x_i·ω_m) + ε) · row_i          row: 1, or 1 / normalizer
+
+A row that is not there, a masked key, has row −∞ or 0. Features past the last have no weight.
+"""
+
+# Kernels are written with single letters for shapes, as the comments beside them say.
+from typing import no_type_check
+
+import triton
+import triton.language as tl
+
+# As in `performers.backends.tiles`: exp(60) leaves float32 room for the sums over a chunk.
+MAX_RISE = tl.constexpr(60.0)
+
+
+@triton.jit
+@no_type_check
+def load_rows(pointer, stride, start, length, width, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """Rows start, start + 1, … of a matrix [length, width]; 0 outside it."""
+    rows = start + tl.arange(0, ROWS)
+    columns = tl.arange(0, WIDTH)
+    inside = (rows < length)[:, None] & (columns < width)[None, :]
+    offsets = rows.to(tl.int64)[:, None] * stride + columns[None, :]
+    return tl.load(pointer + offsets, mask=inside, other=0.0)
+
+
+@triton.jit
+@no_type_check
+def store_rows(
+    pointer, stride, tile, start, length, width, ROWS: tl.constexpr, WIDTH: tl.constexpr
+):
+    rows = start + tl.arange(0, ROWS)
+    columns = tl.arange(0, WIDTH)
+    inside = (rows < length)[:, None] & (columns < width)[None, :]
+    offsets = rows.to(tl.int64)[:, None] * stride + columns[None, :]
+    tl.store(pointer + offsets, tile.to(pointer.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+@no_type_check
+def load_row_factors(pointer, start, length, ROWS: tl.constexpr, KIND: tl.constexpr):
+    """row_i of the weights; of a row outside the sequence that of a row that is not there."""
+    rows = start + tl.arange(0, ROWS)
+    if KIND == "exp":
+        return tl.load(pointer + rows, mask=rows < length, other=-float("inf"))
+    else:
+        return tl.load(pointer + rows, mask=rows < length, other=0.0)
+
+
+@triton.jit
+@no_type_check
+def load_state(
+    frames, normalizers, values, index, first_feature, num_features, value_dim,
+    FEATURES: tl.constexpr, VALUE_DIM: tl.constexpr,
+):  # fmt: skip
+    """[M], [M], [M, V]: these features of state number `index`; frame −∞ past the last one."""
+    features = first_feature + tl.arange(0, FEATURES)
+    inside = features < num_features
+    start = index * num_features
+    frame = tl.load(frames + start + features, mask=inside, other=-float("inf"))
+    normalizer = tl.load(normalizers + start + features, mask=inside, other=0.0)
+    sums = load_rows(
+        values + start * value_dim, value_dim, first_feature, num_features, value_dim,
+        FEATURES, VALUE_DIM,
+    )  # fmt: skip
+    return frame, normalizer, sums
+
+
+@triton.jit
+@no_type_check
+def projected(x, high, low, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
+    """[R, M]: x·ω_m, with ω = high + low where it is split."""
+    logits = tl.dot(x, tl.trans(high), input_precision=PRECISION)
+    if SPLIT:
+        logits = tl.dot(x, tl.trans(low), logits, input_precision=PRECISION)
+    return logits
+
+
+@triton.jit
+@no_type_check
+def product(a, b, OPERAND: tl.constexpr, PRECISION: tl.constexpr):
+    """a @ b by the matrix units, summed in float32."""
+    return tl.dot(a.to(OPERAND), b.to(OPERAND), input_precision=PRECISION)
+
+
+@triton.jit
+@no_type_check
+def finite(frame):
+    """The frame; 0 for that of nothing, −∞, from which nothing but −∞ is ever subtracted."""
+    return tl.where(frame == -float("inf"), 0.0, frame)
+
+
+@triton.jit
+@no_type_check
+def value_of(logits, epsilon, KIND: tl.constexpr):
+    """f + ε of kernels without an exponent."""
+    if KIND == "relu":
+        return tl.maximum(logits, 0.0) + epsilon
+    else:
+        return tl.where(logits > 0, logits + 1, tl.exp(tl.minimum(logits, 0.0))) + epsilon
+
+
+@triton.jit
+@no_type_check
+def slope_of(logits, KIND: tl.constexpr):
+    """f′ of kernels without an exponent."""
+    if KIND == "relu":
+        return tl.where(logits > 0, 1.0, 0.0)
+    else:
+        return tl.where(logits > 0, 1.0, tl.exp(tl.minimum(logits, 0.0)))
+
+
+@triton.jit
+@no_type_check
+def weights_of(logits, rows, frame, inside, epsilon, KIND: tl.constexpr):
+    """[R, M]: the weights.
+
+    Their products are shares, so that no exponent is above 0 but by the rounding of large logits.
+    """
+    if KIND == "exp":
+        exponents = logits + rows[:, None] + tl.where(inside, frame, -float("inf"))[None, :]
+        return tl.exp(tl.minimum(exponents, 0.0))
+    else:
+        return tl.where(inside[None, :], value_of(logits, epsilon, KIND) * rows[:, None], 0.0)
+
+
+@triton.jit
+@no_type_check
+def slopes_of(logits, rows, frame, inside, epsilon, KIND: tl.constexpr):
+    """[R, M]: what the weights grow by with the logits."""
+    if KIND == "exp":
+        return weights_of(logits, rows, frame, inside, epsilon, KIND)
+    else:
+        return tl.where(inside[None, :], slope_of(logits, KIND) * rows[:, None], 0.0)
+
+
+@triton.jit
+@no_type_check
+def chunk_frame(state_frame, exponents, rows, ROWS: tl.constexpr):
+    """[M]: the frame for the products within a causal chunk, from its exponents [R, M].
+
+    That of the state joined with the first key, which every row sees. A chunk that starts with
+    masked keys and no state takes its first real key's: the rows before that see nothing at all.
+    """
+    position = tl.arange(0, ROWS)
+    first = tl.min(tl.where(rows > -float("inf"), position, ROWS), axis=0)
+    frame = tl.sum(tl.where(position[:, None] == first, exponents, 0.0), axis=0)
+    frame = tl.where(first < ROWS, frame, -float("inf"))
+    joined = tl.where(first == 0, tl.maximum(state_frame, frame), state_frame)
+    return tl.where(state_frame == -float("inf"), frame, joined)
+
+
+@triton.jit
+@no_type_check
+def first_rise(exponents, frame, inside, ROWS: tl.constexpr):
+    """The first row with an exponent too far above the frame for products; R if none is.
+
+    Rows before it depend on no key after it, and those from it on are summed term by term.
+    """
+    above = tl.where(inside[None, :], exponents - finite(frame)[None, :], -float("inf"))
+    position = tl.arange(0, ROWS)
+    return tl.min(tl.where(tl.max(above, axis=1) > MAX_RISE, position, ROWS), axis=0)
+
+
+@triton.jit
+@no_type_check
+def key_weights_of(logits, rows, frame, inside, epsilon, KIND: tl.constexpr):
+    """[R, M]: weights of a chunk's keys below its frame. Past a rise they are not used."""
+    if KIND == "exp":
+        above = logits + rows[:, None] - finite(frame)[None, :]
+        return tl.where(inside[None, :], tl.exp(tl.minimum(above, MAX_RISE)), 0.0)
+    else:
+        return weights_of(logits, rows, frame, inside, epsilon, KIND)
+
+
+@triton.jit
+@no_type_check
+def row_of(tile, index, ROWS: tl.constexpr):
+    """One row of a tile, by its number at run time."""
+    return tl.sum(tl.where(tl.arange(0, ROWS)[:, None] == index, tile, 0.0), axis=0)
+
+
+@triton.jit
+@no_type_check
+def column_of(tile, index, COLUMNS: tl.constexpr):
+    return tl.sum(tl.where(tl.arange(0, COLUMNS)[None, :] == index, tile, 0.0), axis=1)
+
+
+@triton.jit
+@no_type_check
+def larger(a, b):
+    return tl.maximum(a, b)

@@ -1,0 +1,101 @@
+"""The kernels compile for GPUs, which need not be there for that."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+# Records the launches of a forward and a backward pass instead of making them, then compiles each.
+# Prints the largest shared memory that a kernel needs, in bytes. In a fresh process, because this
+# one interprets the kernels.
+CODE = """
+import os
+os.environ["TRITON_INTERPRET"] = "0"
+import torch, triton
+from triton.backends.compiler import GPUTarget
+from performers.backends.triton import attend, attention
+from performers.nn import {feature_map}
+from performers.typing import LinearState
+
+TYPES = {{torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}}
+launches = {{}}
+
+class Recorder:
+    def __init__(self, kernel):
+        self.kernel = kernel
+
+    def __getitem__(self, grid):
+        return self.launch
+
+    def launch(self, *arguments, num_warps=4, num_stages=3, **constants):
+        names = self.kernel.arg_names
+        signature = dict(zip(names, map(self.type_of, arguments))) | dict.fromkeys(
+            constants, "constexpr"
+        )
+        assert set(signature) == set(names), set(names) ^ set(signature)
+        source = triton.compiler.ASTSource(
+            self.kernel, signature, {{(names.index(name),): x for name, x in constants.items()}}
+        )
+        options = {{"num_warps": num_warps, "num_stages": num_stages}}
+        launches[str((self.kernel.__name__, signature, constants))] = source, options
+
+    def type_of(self, argument):
+        if isinstance(argument, torch.Tensor):
+            return TYPES[argument.dtype]
+        return "fp32" if isinstance(argument, float) else "i32"
+
+for module in (attention.states, attention.reading, attention.gradients, attention.decoding):
+    for name, kernel in list(vars(module).items()):
+        own = getattr(kernel, "__module__", None) == module.__name__
+        if own and isinstance(kernel, triton.runtime.JITFunction):
+            setattr(module, name, Recorder(kernel))
+
+phi = {feature_map}({dim}, 256)
+for is_causal, length in {calls}:
+    query, key, value = torch.randn(3, 1, 2, length, {dim}, dtype=torch.{dtype}).unbind()
+    query.requires_grad_({with_backward})
+    state = LinearState.empty(1, 2, phi.num_features, {dim})
+    out, _ = attend(
+        query[:, :, None], key, value, phi, root=1.0, key_mask=None, is_causal=is_causal,
+        normalize=True, window_size=None, state=state,
+    )
+    if {with_backward}:
+        out.float().sum().backward()
+memory = []
+for source, options in launches.values():
+    built = triton.compile(source, target=GPUTarget("cuda", {capability}, 32), options=options)
+    memory.append(built.metadata.shared)
+print(len(memory), max(memory))
+"""
+
+# What a program may use, in bytes: 163 KiB on sm_80, 227 KiB on sm_90.
+SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10}
+
+
+def test_bidirectional_bfloat16_and_decoding_compile_for_sm_90(fresh_python):
+    printed = fresh_python(
+        CODE.format(
+            feature_map="SoftmaxFeatures", dim=64, dtype="bfloat16", capability=90,
+            calls=[(False, 300), (True, 1)], with_backward=False,
+        )
+    )  # fmt: skip
+    count, memory = map(int, printed.split())
+    assert count == 5
+    assert memory <= SHARED_MEMORY[90]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("feature_map", ["SoftmaxFeatures", "KernelFeatures"])
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("dim", [16, 32, 64, 128, 256])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_every_tile_of_the_table_fits(fresh_python, dtype, dim, capability, feature_map):
+    printed = fresh_python(
+        CODE.format(
+            feature_map=feature_map, dim=dim, dtype=str(dtype).removeprefix("torch."),
+            capability=capability, calls=[(False, 300), (True, 300), (True, 1)],
+            with_backward=True,
+        )
+    )  # fmt: skip
+    assert int(printed.split()[1]) <= SHARED_MEMORY[capability]
