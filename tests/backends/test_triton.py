@@ -173,7 +173,7 @@ def test_entries_of_1e4_are_finite_and_their_gradients_too(is_causal):
         assert gradient.isfinite().all()
 
 
-@pytest.mark.parametrize(("norms", "position"), [("1", 3), ("alternating", 3), ("alternating", 16)])
+@pytest.mark.parametrize(("norms", "position"), [("1", 3), ("alternating", 3), ("alternating", 18)])
 def test_the_future_leaves_the_past_bit_identical(norms, position):
     phi = feature_map("positive", 7)
     query, key, value = (x.detach() for x in inputs(19, norms=norms))
@@ -248,13 +248,30 @@ def test_a_masked_token_leaves_the_state_as_it_was():
 
 
 def test_several_splits_of_the_keys_equal_one(monkeypatch):
-    triton_attention = pytest.importorskip("performers.backends.triton.attention")
+    attention = pytest.importorskip("performers.backends.triton.attention")
     phi, tensors = feature_map("positive", 7), inputs(16, 53)
     outputs = []
-    for programs in (1, 3):
-        monkeypatch.setattr(triton_attention, "_wanted_programs", lambda _, count=programs: count)
+    for count in (1, 3):
+        monkeypatch.setattr(attention, "_waves", lambda *_, count=count: count)
         outputs.append(attend(tensors, phi, False))
     torch.testing.assert_close(*outputs)
+
+
+def test_causal_segments_are_one_sequence(monkeypatch):
+    attention = pytest.importorskip("performers.backends.triton.attention")
+    monkeypatch.setattr(attention, "MIN_CHUNKS", 1)
+    monkeypatch.setattr(attention, "_waves", lambda *_: 1)
+    phi, tensors = feature_map("positive", 7), inputs(37)
+    wide = doubles(tensors)
+    out, expected = attend(tensors, phi, True), defined(wide, phi, True)
+    assert_close(out, expected)
+    cotangent = weights_like(expected)
+    for mine, theirs in zip(
+        torch.autograd.grad(out, tensors, cotangent.float()),
+        torch.autograd.grad(expected, wide, cotangent.double()),
+        strict=True,
+    ):
+        assert_close(mine, theirs)
 
 
 def test_heads_and_batches_may_be_laid_out_in_any_order():

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -30,8 +30,10 @@ from performers.typing import LinearState
 
 __all__ = ["contract"]
 
-# A state needs no more programs than fill the device; this many per multiprocessor hide latency.
-PROGRAMS_PER_PROCESSOR = 4
+PROGRAMS_PER_PROCESSOR = 4  # of a GPU, to hide latency
+# A segment of causal attention: longer ones need fewer launches, shorter ones less memory.
+SEGMENT_WAVES = 4
+MIN_CHUNKS = 16
 SCAN_FEATURES = 16
 STEP_FEATURES = 16
 
@@ -124,8 +126,22 @@ def _contraction(
     key_rows = _key_rows(call, key, visible)
     if is_causal and query.shape[2] == 1:
         return _step(call, query, key, value, key_rows, first)
-    before, last = _states(call, key, value, key_rows, None, first)
-    out, total = _read(call, query, key, value, key_rows, before if is_causal else last)
+    out = query.new_empty(*query.shape[:3], value.shape[-1])
+    total = query.new_empty(query.shape[:3], dtype=torch.float32)
+    if not is_causal:
+        _, last = _states(call, key, value, key_rows, None, first, _split(call, key))
+        _read(call, query, key, value, key_rows, last, out, total)
+        return out, total, *last
+    last = first
+    for part in _segments(call, key):
+        keys, of_keys = key[:, :, part], key_rows[:, :, part].contiguous()
+        before, last = _states(call, keys, value[:, :, part], of_keys, None, last, call.tile.rows)
+        of_rows = total[:, :, part].contiguous()
+        _read(
+            call, query[:, :, part], keys, value[:, :, part], of_keys, before,
+            out[:, :, part], of_rows,
+        )  # fmt: skip
+        total[:, :, part] = of_rows
     return out, total, *last
 
 
@@ -183,10 +199,6 @@ def _contraction_backward(
     first = (frames.contiguous(), normalizers.contiguous(), values.contiguous())
     call = Call.of(query, value, omega, first, kind, epsilon, square, is_causal)
     key_rows = _key_rows(call, key, visible)
-    before: Sums = (last_frames, last_normalizers, last_values)
-    if is_causal:
-        before, _ = _states(call, key, value, key_rows, None, first)
-
     shares = _row_products(call, out, out_gradient, factor=1.0)
     if call.is_exponential:
         shares -= total_gradient
@@ -197,15 +209,32 @@ def _contraction_backward(
     # The gradient of the last state is a state too: what it makes keys read.
     end_frames = (-last_frames).masked_fill(last_frames == -math.inf, -math.inf)
     end = (end_frames, -normalizer_gradient, values_gradient.contiguous())
-    after, whole = _states(call, query, out_gradient, query_rows, shares, end, is_reverse=True)
-    later = after if is_causal else whole
-    of_inputs = _gradients(
-        call, query, key, value, out_gradient, query_rows, key_rows, shares, before, later
-    )
+    whole_rows = Rows(query, key, value, out_gradient, query_rows, key_rows, shares)
+    d_query, d_key, d_value = (torch.empty_like(x) for x in (query, key, value))
+    if is_causal:
+        parts = _segments(call, key)
+        starts, _ = _states(call, key, value, key_rows, None, first, parts[0].stop)
+        whole = end
+        for index, part in reversed(list(enumerate(parts))):
+            rows = whole_rows.cut(part)
+            start = _state_number(index, starts)
+            before, _ = _states(
+                call, rows.key, rows.value, rows.key_rows, None, start, call.tile.rows
+            )
+            after, whole = _query_states(call, rows, whole, call.tile.rows)
+            _gradients(
+                call, rows, before, after,
+                d_query[:, :, part], d_key[:, :, part], d_value[:, :, part],
+            )  # fmt: skip
+    else:
+        _, whole = _query_states(call, whole_rows, end, _split(call, query))
+        last = (last_frames, last_normalizers, last_values)
+        _gradients(call, whole_rows, last, whole, d_query, d_key, d_value)
     decay = torch.ones_like(frames)
     if call.is_exponential:
         decay = (frames + whole[0]).exp()
-    return *of_inputs, -whole[1] * decay, whole[2] * decay.unsqueeze(-1)
+    d_values = whole[2] * decay.unsqueeze(-1)
+    return d_query, d_key, d_value, -whole[1] * decay, d_values
 
 
 @_contraction_backward.register_fake
@@ -325,6 +354,34 @@ class Call:
         }
 
 
+class Rows(NamedTuple):
+    """All that the backward pass reads of each position.
+
+    (batch, heads, length, dim) and, in float32, (batch, heads, length): the kernels take any
+    strides of the former and none of the latter.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    out_gradient: Tensor
+    query_rows: Tensor
+    key_rows: Tensor
+    shares: Tensor
+
+    def cut(self, part: slice) -> Rows:
+        cuts = (x[:, :, part] for x in self)
+        return Rows(*(x if x.ndim == 4 else x.contiguous() for x in cuts))
+
+
+def _query_states(call: Call, rows: Rows, end: Sums, chunk: int) -> tuple[Sums, Sums]:
+    """The states that keys read: of the queries after every chunk, and of all."""
+    return _states(
+        call, rows.query, rows.out_gradient, rows.query_rows, rows.shares, end, chunk,
+        is_reverse=True,
+    )  # fmt: skip
+
+
 def _states(
     call: Call,
     x: Tensor,
@@ -332,34 +389,24 @@ def _states(
     rows: Tensor,
     shares: Tensor | None,
     first: Sums,
+    chunk: int,
     is_reverse: bool = False,
 ) -> tuple[Sums, Sums]:
-    """The state before (or after) every chunk of rows x with values y, and that of all.
-
-    Not causal, chunks are there only to fill the device.
-    """
+    """The state before every chunk of rows x with values y, and that of all."""
     batch, heads, length = x.shape[:3]
-    group = heads // first[0].shape[1]
+    key_heads = first[0].shape[1]
     blocks = triton.cdiv(call.num_features, call.tile.absorbed)
-    tiles = triton.cdiv(length, call.tile.rows)
-    chunk = call.tile.rows
-    if not call.is_causal:
-        chunks = triton.cdiv(_wanted_programs(x.device), batch * heads // group * blocks)
-        chunk *= triton.cdiv(tiles, min(chunks, tiles))
     chunks = triton.cdiv(length, chunk)
-    each = _empty_states(first, chunks)
-    states.absorb[chunks, blocks, batch * heads // group](
+    each, before = (_empty_states(first, chunks) for _ in range(2))
+    states.absorb[chunks, blocks, batch * key_heads](
         x, y, rows, rows if shares is None else shares, call.high, call.low, *each,
-        *x.stride()[:3], *y.stride()[:3],
-        heads, group, length, chunk, call.num_features, call.dim, call.value_dim, call.epsilon,
+        *x.stride()[:3], *y.stride()[:3], heads, heads // key_heads,
+        length, chunk, call.num_features, call.dim, call.value_dim, call.epsilon,
         HAS_SHARES=shares is not None, **(call.options() | {"FEATURES": call.tile.absorbed}),
     )  # fmt: skip
-    before = _empty_states(first, chunks)
     last = (torch.empty_like(first[0]), torch.empty_like(first[1]), torch.empty_like(first[2]))
-    grid = triton.cdiv(call.num_features, SCAN_FEATURES), batch * heads // group
-    states.scan[grid](
-        *each, *first, *before, *last,
-        chunks, call.num_features, call.value_dim,
+    states.scan[triton.cdiv(call.num_features, SCAN_FEATURES), batch * key_heads](
+        *each, *first, *before, *last, chunks, call.num_features, call.value_dim,
         KIND=call.kind, REVERSE=is_reverse, FEATURES=SCAN_FEATURES,
         VALUE_DIM=_width(call.value_dim),
     )  # fmt: skip
@@ -367,11 +414,16 @@ def _states(
 
 
 def _read(
-    call: Call, query: Tensor, key: Tensor, value: Tensor, key_rows: Tensor, read_from: Sums
-) -> tuple[Tensor, Tensor]:
+    call: Call,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_rows: Tensor,
+    read_from: Sums,
+    out: Tensor,
+    total: Tensor,
+) -> None:
     batch, heads, length = query.shape[:3]
-    out = query.new_empty(batch, heads, length, call.value_dim)
-    total = query.new_empty(batch, heads, length, dtype=torch.float32)
     chunks = triton.cdiv(length, call.tile.rows)
     reading.read[chunks, batch * heads](
         query, key, value, key_rows, call.high, call.low, *read_from, out, total,
@@ -379,41 +431,34 @@ def _read(
         heads, call.group, length, chunks, call.num_features, call.dim, call.value_dim,
         call.epsilon, IS_CAUSAL=call.is_causal, **call.options(),
     )  # fmt: skip
-    return out, total
 
 
 def _gradients(
     call: Call,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out_gradient: Tensor,
-    query_rows: Tensor,
-    key_rows: Tensor,
-    shares: Tensor,
+    rows: Rows,
     before: Sums,
     later: Sums,
-) -> tuple[Tensor, Tensor, Tensor]:
-    batch, heads, query_length = query.shape[:3]
-    key_heads, key_length = key.shape[1:3]
-    d_query, d_key, d_value = (torch.empty_like(x) for x in (query, key, value))
-    tensors = (query, key, value, out_gradient, query_rows, key_rows, shares, call.high, call.low)
-    strides = [s for x in (query, key, value, out_gradient) for s in x.stride()[:3]]
+    d_query: Tensor,
+    d_key: Tensor,
+    d_value: Tensor,
+) -> None:
+    batch, heads, query_length = rows.query.shape[:3]
+    key_heads, key_length = rows.key.shape[1:3]
+    strides = [s for x in rows[:4] for s in x.stride()[:3]]
     sizes = (call.num_features, call.dim, call.value_dim, call.epsilon)
     chunks = triton.cdiv(query_length, call.tile.rows)
     gradients.query_gradient[chunks, batch * heads](
-        *tensors, *before, d_query, *strides, *d_query.stride()[:3],
+        *rows, call.high, call.low, *before, d_query, *strides, *d_query.stride()[:3],
         heads, call.group, query_length, chunks, *sizes,
         IS_CAUSAL=call.is_causal, **call.options(),
     )  # fmt: skip
     chunks = triton.cdiv(key_length, call.tile.rows)
     gradients.key_gradient[chunks, batch * key_heads](
-        *tensors, before[0], *later, d_key, d_value,
+        *rows, call.high, call.low, before[0], *later, d_key, d_value,
         *strides, *d_key.stride()[:3], *d_value.stride()[:3],
         heads, call.group, key_length, chunks, *sizes, call.square,
         IS_CAUSAL=call.is_causal, **call.options(),
     )  # fmt: skip
-    return d_query, d_key, d_value
 
 
 def _step(
@@ -459,6 +504,12 @@ def _empty_states(like: Sums, count: int) -> Sums:
     return frames, normalizers, values
 
 
+def _state_number(index: int, sums: Sums) -> Sums:
+    """One of the states of each key head."""
+    frames, normalizers, values = (part[:, :, index].contiguous() for part in sums)
+    return frames, normalizers, values
+
+
 def _with_dense_rows(x: Tensor) -> Tensor:
     """The kernels take any strides but that of the last dimension, which must be 1."""
     return x if x.stride(-1) == 1 else x.contiguous()
@@ -468,8 +519,28 @@ def _width(dim: int) -> int:
     return max(16, triton.next_power_of_2(dim))
 
 
-def _wanted_programs(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 1
-    processors = torch.cuda.get_device_properties(device).multi_processor_count
-    return PROGRAMS_PER_PROCESSOR * processors
+def _split(call: Call, x: Tensor) -> int:
+    """How many rows go into one state, so that their states fill the device. Multiple of a tile."""
+    tiles = triton.cdiv(x.shape[2], call.tile.rows)
+    programs = x.shape[0] * x.shape[1] * triton.cdiv(call.num_features, call.tile.absorbed)
+    return call.tile.rows * triton.cdiv(tiles, min(tiles, _waves(x.device, 1, programs)))
+
+
+def _segments(call: Call, key: Tensor) -> list[slice]:
+    """What causal attention does at a time: enough to fill the device with its chunks.
+
+    The states of a segment's chunks are all that it needs besides inputs and outputs: at any length
+    so many programs' worth of them.
+    """
+    length = key.shape[2]
+    chunks = max(MIN_CHUNKS, _waves(key.device, SEGMENT_WAVES, key.shape[0] * key.shape[1]))
+    size = call.tile.rows * chunks
+    return [slice(start, min(start + size, length)) for start in range(0, length, size)]
+
+
+def _waves(device: torch.device, waves: int, programs: int) -> int:
+    """How often so many programs must be started to occupy every processor of the device."""
+    processors = 1
+    if device.type == "cuda":
+        processors = torch.cuda.get_device_properties(device).multi_processor_count
+    return triton.cdiv(waves * PROGRAMS_PER_PROCESSOR * processors, programs)
