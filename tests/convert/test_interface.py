@@ -9,7 +9,11 @@ import pytest
 import torch
 from tiny_models import MODELS, TINY, WIDTH, WORDS, bart, bert, gpt2, inputs_for, llama, outputs_of
 from transformers import (
+    Aimv2TextConfig,
+    Aimv2TextModel,
     AutoModel,
+    BigBirdPegasusConfig,
+    BigBirdPegasusModel,
     BloomConfig,
     BloomModel,
     CLIPTextConfig,
@@ -94,9 +98,11 @@ def test_the_scale_is_the_models_own(model, scale, exact_estimates):
             ),
             False,
         ),
+        # The mask is causal, and keyword and module say that they are not.
+        (lambda: Aimv2TextModel(Aimv2TextConfig(**TINY, **WIDTH, eos_token_id=3)), True),
     ],
 )
-def test_the_keyword_for_causality_wins(model, is_causal, exact_estimates):
+def test_the_mask_decides_on_causality_then_the_keyword(model, is_causal, exact_estimates):
     model = model().eval()
     inputs = inputs_for(model)
     model.set_attn_implementation("eager")
@@ -302,8 +308,16 @@ SWIN = {"embed_dim": 16, "depths": [1], "num_heads": [2], "window_size": 4}
             r"SwinAttention got a mask of pairs, torch.float32 \(1, 2, 16, 16\)",
         ),
         (
+            lambda: BigBirdPegasusModel(
+                BigBirdPegasusConfig(
+                    vocab_size=WORDS, d_model=32, encoder_layers=1, decoder_layers=1
+                )
+            ),
+            "BigBirdPegasus computes attention, or some of it, by itself",
+        ),
+        (
             lambda: BloomModel(BloomConfig(vocab_size=WORDS, hidden_size=32, n_layer=1, n_head=4)),
-            "BloomConfig: this architecture computes attention by itself",
+            "Bloom computes attention, or some of it, by itself",
         ),
     ],
 )

@@ -17,6 +17,7 @@ from performers.convert.interface import (
     attend_exactly,
     attention_modules,
     favor_mask,
+    keys_seen,
     switch,
 )
 from performers.convert.linearize import converted_layers, options_of
@@ -85,11 +86,8 @@ class _Learners:
         self.feature_maps: dict[str, SharpFeatures] = {}
 
     def learn(
-        self, module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, scale: float
+        self, name: str, query: Tensor, key: Tensor, mask: Tensor | None, scale: float
     ) -> None:
-        if module not in self.names:
-            return
-        name = self.names[module]
         if name not in self.feature_maps:
             layer = self.layers[name]
             phi = layer.options.feature_map(query.shape[-1], key.shape[1], layer.number)
@@ -132,14 +130,13 @@ def _calibrate(
     is_causal: bool | None = None,
     **options: Any,
 ) -> tuple[Float[Tensor, "batch query_length heads value_dim"], None]:
-    mask = None
-    if attention_mask is not None and attention_mask.ndim == 2:
-        mask = attention_mask[:, -key.shape[2] :].bool()
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    _learners.get().learn(module, query, key, mask, scale)
-    if is_causal is None:
-        is_causal = bool(getattr(module, "is_causal", True))
-    out = attend_exactly(module, query, key, value, attention_mask, scaling, is_causal, **options)
+    options["is_causal"] = is_causal
+    learners = _learners.get()
+    if module in learners.names:
+        mask = keys_seen(module, key, attention_mask, **options).key_padding_mask
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        learners.learn(learners.names[module], query, key, mask, scale)
+    out = attend_exactly(module, query, key, value, attention_mask, scaling, **options)
     return out.transpose(1, 2).contiguous(), None
 
 

@@ -15,10 +15,10 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import (
@@ -43,6 +43,7 @@ __all__ = [
     "favor_mask",
     "head_dim",
     "is_converted",
+    "keys_seen",
     "layer_number",
     "layer_numbers",
     "register",
@@ -106,22 +107,13 @@ def favor(
     for word in OTHER_ATTENTION:
         if options.get(word) is not None:
             raise ValueError(_refusal(_name(module), word))
-    if is_causal is None:
-        is_causal = bool(getattr(module, "is_causal", True))  # as transformers' own functions do
+    options["is_causal"] = is_causal
 
     def attend(value: Tensor) -> Tensor:
         if layer is None:
-            return attend_exactly(
-                module, query, key, value, attention_mask, scaling, is_causal, **options
-            )
-        return layer(
-            query,
-            key,
-            value,
-            is_causal=is_causal,
-            key_padding_mask=_key_padding_mask(module, attention_mask, key, options),
-            scale=scaling,
-        )
+            return attend_exactly(module, query, key, value, attention_mask, scaling, **options)
+        seen = keys_seen(module, key, attention_mask, **options)
+        return layer(query, key, value, **seen._asdict(), scale=scaling)
 
     weights = implied_matrix(attend, key) if _wants_weights(options) else None
     out = attend(drop_keys(value, dropout) if dropout else value)
@@ -135,21 +127,64 @@ def attend_exactly(
     value: Float[Tensor, "batch key_heads key_length value_dim"],
     attention_mask: Tensor | None,
     scaling: float | None,
-    is_causal: bool,
     **options: Any,
 ) -> Float[Tensor, "batch heads query_length value_dim"]:
     """Softmax attention as transformers computes it, for a mask that `favor_mask` made."""
     if attention_mask is not None and attention_mask.ndim == 2:
         query_length, key_length = query.shape[2], key.shape[2]
-        attention_mask = attention_mask[:, None, None, -key_length:].bool()
-        if is_causal:
-            position = torch.arange(key_length, device=key.device)
-            seen = position <= position[key_length - query_length :, None]
-            attention_mask = attention_mask & seen
+        position = torch.arange(key_length, device=key.device)
+        earlier = position <= position[key_length - query_length :, None]
+        attention_mask = attention_mask[:, None, None, -key_length:] & earlier
     out, _ = ALL_ATTENTION_FUNCTIONS["sdpa"](
-        module, query, key, value, attention_mask, scaling=scaling, is_causal=is_causal, **options
+        module, query, key, value, attention_mask, scaling=scaling, **options
     )
     return out.transpose(1, 2)
+
+
+class Seen(NamedTuple):
+    """Which keys the queries of a call see, as `favor_attention` takes it."""
+
+    key_padding_mask: Bool[Tensor, "batch key_length"] | None
+    is_causal: bool
+
+
+def keys_seen(
+    module: nn.Module,
+    key: Float[Tensor, "batch key_heads key_length dim"],
+    attention_mask: Tensor | None,
+    *,
+    is_causal: bool | None,
+    sliding_window: int | None = None,
+    **options: Any,
+) -> Seen:
+    """Padding and causality, from what a layer got.
+
+    A mask that `favor_mask` made says both: not all architectures say it in their own words too.
+    Without a mask the keyword says it, or else the module, as with transformers' own functions.
+
+    Raises ValueError for windows shorter than the keys and for masks of pairs.
+    """
+    if sliding_window is not None and sliding_window < key.shape[2]:
+        raise ValueError(
+            f"{_name(module)} attends to a window of {sliding_window} positions, and there are "
+            f"{key.shape[2]} keys: FAVOR+ would see them all. Keep such layers exact with "
+            "FavorOptions(layers=...), or use another attn_implementation."
+        )
+    if attention_mask is None:
+        if is_causal is None:
+            is_causal = bool(getattr(module, "is_causal", True))
+        return Seen(None, is_causal)
+    if attention_mask.dtype == torch.bool and attention_mask.ndim == 2:
+        return Seen(attention_mask[:, -key.shape[2] :], is_causal=True)
+    if attention_mask.dtype == torch.bool and attention_mask.shape[1:-1] == (1, 1):
+        return Seen(attention_mask[:, 0, 0, -key.shape[2] :], is_causal=False)
+    raise ValueError(
+        f"{_name(module)} got a mask of pairs, {attention_mask.dtype} "
+        f"{tuple(attention_mask.shape)}: a window shorter than the input, a bias, packed sequences "
+        "or a mask of your own. FAVOR+ sees padding, (batch, length), and causality. Pass a "
+        "two-dimensional attention_mask, keep such layers exact with FavorOptions(layers=...), or "
+        "use another attn_implementation."
+    )
 
 
 def favor_mask(
@@ -166,10 +201,11 @@ def favor_mask(
     use_vmap: bool = False,
     **options: Any,
 ) -> Tensor | None:
-    """The mask of one forward pass: which keys are real, bool (batch, key_length), None for all.
+    """The mask of one forward pass: which keys are real, None for all.
 
-    Where a window or a chunk is shorter than the keys, it is the mask of pairs that transformers
-    makes for exact attention: layers that stay exact use it, converted ones refuse it.
+    Its shape says how they are seen: (batch, key_length) causally, (batch, 1, 1, key_length) in
+    both directions. Where a window or a chunk is shorter than the keys, it is the mask of pairs
+    that transformers makes for exact attention: layers that stay exact use it, others refuse it.
 
     Raises ValueError for packed sequences, custom masks and static caches. While compiling,
     transformers declares every causal mask packed, so packed sequences are not noticed then.
@@ -213,7 +249,9 @@ def favor_mask(
         return mask
     if attention_mask is None:
         return None
-    return attention_mask[:, kv_offset : kv_offset + kv_length]
+    keys = attention_mask[:, kv_offset : kv_offset + kv_length]
+    # Only masks that are not causal are made with this option.
+    return keys[:, None, None] if "allow_is_bidirectional_skip" in options else keys
 
 
 def attention_modules(model: PreTrainedModel) -> dict[str, nn.Module]:
@@ -239,11 +277,8 @@ def check_convertible(model: PreTrainedModel, options: FavorOptions) -> None:
             "pass the one inside, such as peft_model.get_base_model()."
         )
     modules = attention_modules(model)
-    if not modules:
-        raise ValueError(
-            f"{type(model).__name__} computes attention by itself, not through transformers' "
-            "AttentionInterface, so it cannot be converted."
-        )
+    if not modules or any(_attends_by_itself(_source(module)) for module in model.modules()):
+        raise ValueError(_own_attention(type(model).__name__))
     numbers = layer_numbers(model)
     missing = set(options.layers or ()) - set(numbers.values())
     if missing:
@@ -337,31 +372,6 @@ def _new_layer(module: nn.Module) -> FavorLayer | None:
     return FavorLayer(options, number or 0)
 
 
-def _key_padding_mask(
-    module: nn.Module, mask: Tensor | None, key: Tensor, options: dict[str, Any]
-) -> Tensor | None:
-    """A mask of keys from what the layer got, or the reason why it is none."""
-    window = options.get("sliding_window")
-    if window is not None and window < key.shape[2]:
-        raise ValueError(
-            f"{_name(module)} attends to a window of {window} positions, and there are "
-            f"{key.shape[2]} keys: FAVOR+ would see them all. Keep such layers exact with "
-            "FavorOptions(layers=...), or use another attn_implementation."
-        )
-    if mask is None:
-        return None
-    if mask.ndim == 4 and mask.dtype == torch.bool and mask.shape[1:3] == (1, 1):
-        mask = mask[:, 0, 0]
-    if mask.ndim != 2 or mask.is_floating_point():
-        raise ValueError(
-            f"{_name(module)} got a mask of pairs, {mask.dtype} {tuple(mask.shape)}: a window "
-            "shorter than the input, a bias, packed sequences or a mask of your own. FAVOR+ sees "
-            "padding, (batch, length), and causality. Pass a two-dimensional attention_mask, keep "
-            "such layers exact with FavorOptions(layers=...), or use another attn_implementation."
-        )
-    return mask[:, -key.shape[2] :].bool()
-
-
 def _wants_weights(options: dict[str, Any]) -> bool:
     """Whether this forward pass was called with output_attentions=True."""
     if options.get("output_attentions"):
@@ -388,11 +398,27 @@ def _check_architecture(config_class: str, configuration_module: str) -> None:
     """Refuse a model that makes masks by transformers' functions but attends by its own."""
     modeling = sys.modules.get(configuration_module.replace(".configuration_", ".modeling_"))
     source = "" if modeling is None else inspect.getsource(modeling)
-    if "Attention(nn.Module)" in source and "get_interface(" not in source:
-        raise ValueError(
-            f"{config_class}: this architecture computes attention by itself, not through "
-            "transformers' AttentionInterface, so it cannot be switched."
-        )
+    for text in re.split(r"^(?=class )", source, flags=re.MULTILINE):
+        if _attends_by_itself(text):
+            raise ValueError(_own_attention(config_class.removesuffix("Config")))
+
+
+def _attends_by_itself(source: str) -> bool:
+    """Whether this text of a class is that of an attention which asks no interface for it."""
+    is_attention = re.match(r"class \w*Attention\(", source) is not None
+    return (
+        is_attention
+        and "attention_mask" in source
+        and "softmax(" in source
+        and ("get_interface(" not in source)
+    )
+
+
+def _own_attention(name: str) -> str:
+    return (
+        f"{name} computes attention, or some of it, by itself and not through transformers' "
+        "AttentionInterface, so it cannot be converted."
+    )
 
 
 def _source(module: nn.Module) -> str:
