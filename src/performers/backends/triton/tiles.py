@@ -8,7 +8,6 @@ The weight of feature m in row i is the factor that i has in Σ_m φ_m(q_i) φ_m
 A row that is not there, a masked key, has row −∞ or 0. Features past the last have no weight.
 """
 
-# Kernels are written with single letters for shapes, as the comments beside them say.
 from typing import no_type_check
 
 import triton
