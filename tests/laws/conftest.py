@@ -2,7 +2,7 @@
 
 import pytest
 
-from performers.backends import chunked, scan
+from performers.backends import chunked, landmarks, scan
 
 
 @pytest.fixture(autouse=True)
@@ -14,4 +14,6 @@ def small_tiles(without_shape_checks: None, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(chunked, "KEY_TILE", 11)
     monkeypatch.setattr(chunked, "QUERY_TILE", 5)
     monkeypatch.setattr(chunked, "CAUSAL_CHUNK", 7)
+    monkeypatch.setattr(chunked, "PIECE_BYTES", 1100)
+    monkeypatch.setattr(landmarks, "TILE_BYTES", 700)
     monkeypatch.setattr(scan, "CHUNK", 7)

@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -31,7 +30,7 @@ from torch import Tensor
 
 from performers.backends.reference import Partial, absorb, last_keys, read, with_recent
 from performers.backends.scan import scan
-from performers.backends.tiles import Call, band, causal_chunk, recomputed
+from performers.backends.tiles import Call, band, causal_chunk, key_tiles, recomputed
 from performers.typing import FeatureMap, LinearState, LogLinearMap, RecentKeys
 
 __all__ = ["attend"]
@@ -39,6 +38,10 @@ __all__ = ["attend"]
 KEY_TILE = 512
 QUERY_TILE = 512
 CAUSAL_CHUNK = 128
+
+# Of the keys that one causal scan takes. On a CPU fresh memory costs more than arithmetic: tensors
+# of this size are given back to the next piece, larger ones to the system.
+PIECE_BYTES = 8 * 2**20
 
 
 def attend(
@@ -61,8 +64,14 @@ def attend(
     if window_size is not None:
         return _windowed(call, query, key, value, key_mask, is_causal, window_size, state)
     if is_causal:
-        partial, state = _causal(call, query, key, value, key_mask, state)
-        return call.output(partial), state
+        outputs = []
+        row_bytes = max(1, call.dtype.itemsize * key[:, :, 0].numel())
+        rows = max(CAUSAL_CHUNK, PIECE_BYTES // row_bytes)
+        pieces = key_tiles(rows, key, value, key_mask)
+        for queries, piece in zip(query.split(rows, dim=3), pieces, strict=True):
+            partial, state = _causal(call, queries, *piece, state)
+            outputs.append(call.output(partial))
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=3), state
     return _bidirectional(call, query, key, value, key_mask, state)
 
 
@@ -83,7 +92,7 @@ def _bidirectional(
     def read_tile(state: LinearState, rows: Tensor) -> Tensor:
         return call.output(read(state, call.phi.query_features(call.scaled(rows))))
 
-    for tile in _tiles(KEY_TILE, key, value, key_mask):
+    for tile in key_tiles(KEY_TILE, key, value, key_mask):
         state = recomputed(absorb_tile, state, *tile)
     rows = query.flatten(2, 3).split(QUERY_TILE, dim=2)
     outputs = [recomputed(read_tile, state, tile) for tile in rows]
@@ -113,7 +122,7 @@ def _causal(
 
     partials = []
     queries = query.split(CAUSAL_CHUNK, dim=3)
-    for rows, tile in zip(queries, _tiles(CAUSAL_CHUNK, key, value, key_mask), strict=True):
+    for rows, tile in zip(queries, key_tiles(CAUSAL_CHUNK, key, value, key_mask), strict=True):
         partial, state = recomputed(chunk, state, rows, *tile)
         partials.append(partial)
     return _joined(partials), state
@@ -184,7 +193,7 @@ def _near_field(
 
     position = torch.arange(key.shape[2], device=key.device)
     reach = window_size if is_causal else 2 * window_size
-    tiles = list(_tiles(CAUSAL_CHUNK, key, value, visible))
+    tiles = list(key_tiles(CAUSAL_CHUNK, key, value, visible))
     partials = []
     for index, tile in enumerate(query.split(CAUSAL_CHUNK, dim=3)):
         start, stop = index * CAUSAL_CHUNK, index * CAUSAL_CHUNK + tile.shape[3]
@@ -196,18 +205,6 @@ def _near_field(
             near = near & (distance >= 0)
         partials.append(recomputed(rows, near, tile, *itertools.chain(*zip(*span, strict=True))))
     return _joined(partials)
-
-
-def _tiles(
-    size: int, key: Tensor, value: Tensor, key_mask: Tensor | None
-) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
-    """Tiles of keys, values and mask. By `split`, whose gradient is one concatenation.
-
-    The gradient of a slice has the length of the whole, and L / size of those cost O(L²).
-    """
-    keys = key.split(size, dim=2)
-    masks = [None] * len(keys) if key_mask is None else key_mask.split(size, dim=1)
-    return zip(keys, value.split(size, dim=2), masks, strict=True)
 
 
 def _no_rows(

@@ -20,6 +20,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from performers.backends.tiles import key_tiles
 from performers.typing import FeatureMap, LinearState, LogLinearMap
 
 __all__ = ["attend", "refusal"]
@@ -27,6 +28,10 @@ __all__ = ["attend", "refusal"]
 # What stands for −∞ in a logit: the kernel multiplies it, and 0 · ∞ is NaN. Far below any real
 # logit.
 HIDDEN = -1e30
+
+# Of the inputs that one call of the kernel takes. On a CPU fresh memory costs more than arithmetic:
+# tensors of this size are given back to the next tile, larger ones to the system.
+TILE_BYTES = 8 * 2**20
 
 
 def refusal(
@@ -70,20 +75,36 @@ def attend(
     assert window_size is None, "`refusal` lets no window in"
     # float16 cannot hold exponents, and bfloat16 would round ω: the kernel works in float32
     wide = torch.promote_types(query.dtype, torch.float32)
-    keys = phi.log_linear_keys(key.to(wide) * root)
-    rows = keys.log_rows
-    if key_mask is not None:
-        rows = rows.masked_fill(~key_mask[:, None, :, None], HIDDEN)
-    directions = keys.directions.expand(*key.shape[:2], -1, -1)
-    found, log_sum = _attend_with_bias(directions, keys.inputs, rows, value.to(wide))
+    rows = max(1, TILE_BYTES // (wide.itemsize * key[:, :, 0].numel()))
 
-    queries = phi.log_linear_queries(query.flatten(2, 3).to(wide) * root)
-    tilts = [part.tilt for part in (keys, queries) if part.tilt is not None]
-    bias = sum(tilts, log_sum).unsqueeze(-1)
-    directions = queries.directions.expand_as(directions)
-    out, log_sum = _attend_with_bias(queries.inputs, directions, bias, found)
-    if not normalize:
-        out = out * (log_sum.unsqueeze(-1) + queries.log_rows).exp()
+    found = log_sum = tilt = None
+    for part, values, mask in key_tiles(rows, key, value, key_mask):
+        keys = phi.log_linear_keys(part.to(wide) * root)
+        bias = keys.log_rows
+        if mask is not None:
+            bias = bias.masked_fill(~mask[:, None, :, None], HIDDEN)
+        directions = keys.directions.expand(*key.shape[:2], -1, -1)
+        more, log_more = _attend_with_bias(directions, keys.inputs, bias, values.to(wide))
+        if found is None or log_sum is None:
+            found, log_sum, tilt = more, log_more, keys.tilt
+        else:
+            total = torch.logaddexp(log_sum, log_more)
+            found = found * (log_sum - total).exp().unsqueeze(-1)
+            found = found + more * (log_more - total).exp().unsqueeze(-1)
+            log_sum = total
+    assert found is not None, "`refusal` lets no call without keys in"
+    assert log_sum is not None, "`refusal` lets no call without keys in"
+
+    outputs = []
+    for part in query.flatten(2, 3).split(rows, dim=2):
+        queries = phi.log_linear_queries(part.to(wide) * root)
+        bias = sum((t for t in (tilt, queries.tilt) if t is not None), log_sum).unsqueeze(-1)
+        directions = queries.directions.expand(*key.shape[:2], -1, -1)
+        out, log_weight = _attend_with_bias(queries.inputs, directions, bias, found)
+        if not normalize:
+            out = out * (log_weight.unsqueeze(-1) + queries.log_rows).exp()
+        outputs.append(out)
+    out = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
     if key_mask is not None:
         out = out * key_mask.any(dim=1)[:, None, None, None]
     return out.unflatten(2, query.shape[2:4]), state
@@ -110,7 +131,7 @@ def _attend_with_bias(
 
 
 def _padded(x: Tensor, width: int) -> Tensor:
-    return F.pad(x, (0, width - x.shape[-1]))
+    return x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1]))
 
 
 class _FusedSoftmax(torch.autograd.Function):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,7 +21,7 @@ from performers.backends.reference import (
 )
 from performers.typing import FeatureMap, LinearState
 
-__all__ = ["MAX_RISE", "Call", "band", "causal_chunk", "recomputed"]
+__all__ = ["MAX_RISE", "Call", "band", "causal_chunk", "key_tiles", "recomputed"]
 
 # exp(60) = 1e26 leaves float32 room for sums over a chunk, and exp(60 − 87), the smallest share
 # that a feature can have before its partner underflows, is far below rounding.
@@ -69,8 +69,6 @@ def causal_chunk(
     value_one = F.pad(value.to(call.dtype), (0, 1), value=1.0)  # [V 1]: both sums in one product
     exponent = key_exponent(key_features, key_mask)
     has_exponents = key_features.log_values is not None or key_features.log_rows is not None
-    # Without exponents the frame is 0, masked or not, and no key can rise above it.
-    origin = exponent.detach() if has_exponents else key_features.exponent()
     position = torch.arange(length, device=key.device)
     later = (position[:, None] < position).repeat(group, 1)  # [group * chunk, chunk]
     start = position.new_zeros(key.shape[:2])  # [batch, key_heads]: the first unfinished row
@@ -78,7 +76,7 @@ def causal_chunk(
     partial = None
     while True:
         largest = exponent.detach().amax(dim=2)
-        # without exponents every real key weighs the same, also where the first is masked
+        # Without exponents every real key weighs the same, also where the first is masked.
         first = _frame_at(start, state, exponent.detach()) if has_exponents else largest
         state = state.rescaled(torch.maximum(state.log_scale, first))
         frame = state.log_scale.unsqueeze(2)  # [batch, key_heads, 1, num_features]
@@ -149,3 +147,15 @@ def recomputed(function: Callable[..., Any], *arguments: Any) -> Any:
     if not torch.is_grad_enabled():
         return function(*arguments)
     return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
+
+
+def key_tiles(
+    size: int, key: Tensor, value: Tensor, key_mask: Tensor | None
+) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+    """Tiles of keys, values and mask. By `split`, whose gradient is one concatenation.
+
+    The gradient of a slice has the length of the whole, and L / size of those cost O(L²).
+    """
+    keys = key.split(size, dim=2)
+    masks = [None] * len(keys) if key_mask is None else key_mask.split(size, dim=1)
+    return zip(keys, value.split(size, dim=2), masks, strict=True)
