@@ -66,6 +66,13 @@ def test_characters_that_were_not_seen_are_unknown_and_no_piece(vocabulary):
     assert [vocabulary.id_to_token(token) for token in unknown] == ["<unk>"]
 
 
+def test_the_same_texts_give_the_same_vocabulary(vocabulary):
+    for _ in range(3):
+        again = train_vocabulary(sentences(BOOK), 67)
+        assert again.get_vocab() == vocabulary.get_vocab()
+        assert again.to_str() == vocabulary.to_str()
+
+
 def test_special_tokens_have_the_ids_that_they_have_for_proteins(vocabulary):
     names = ("<pad>", "<bos>", "<eos>", "<mask>")
     assert [vocabulary.token_to_id(name) for name in names] == [0, 1, 2, MASK_TOKEN_ID]

@@ -11,6 +11,7 @@ Source: Choromanski et al. 2021, Appendix A.1.1.
 
 from __future__ import annotations
 
+import json
 import re
 import struct
 import zlib
@@ -94,6 +95,26 @@ def train_vocabulary(texts: Iterable[str], size: int) -> Tokenizer:
             show_progress=False,
         ),
     )
+    return _canonical(tokenizer)
+
+
+def _canonical(tokenizer: Tokenizer) -> Tokenizer:
+    """The same pieces in an order that the texts alone decide.
+
+    The trainer hashes with a random seed: which of the characters that it must keep comes first,
+    0.0001 apart in score from the lowest upwards, changes from run to run.
+    """
+    from tokenizers import models
+
+    scores = json.loads(tokenizer.to_str())["model"]["vocab"]
+    special, pieces = scores[: len(SPECIAL_TOKENS)], scores[len(SPECIAL_TOKENS) :]
+    lowest = min(score for _, score in pieces)
+    kept = lowest + 0.0001 * sum(len(piece) == 1 for piece, _ in pieces)
+    level = [(p, lowest if len(p) == 1 and score <= kept else score) for p, score in pieces]
+    rounded = [(piece, round(score, 6)) for piece, score in level]
+    rounded.sort(key=lambda entry: (-entry[1], entry[0]))
+    unknown = SPECIAL_TOKENS.index("<unk>")
+    tokenizer.model = models.Unigram([*map(tuple, special), *rounded], unk_id=unknown)
     return tokenizer
 
 
