@@ -393,3 +393,16 @@ def test_closed_forms_take_batches():
         whole = function(x, y, 4)
         assert whole.shape == (3, 5)
         torch.testing.assert_close(whole[2, 4], function(x[2, 4], y[2, 4], 4))
+
+
+@pytest.mark.parametrize("norm", [0.1, 0.5, 1.0, 2.0, 4.0])
+def test_over_keys_and_their_opposites_trigonometric_features_vary_less_at_any_norm(norm):
+    """Why Figure 4's two orders do not share an input scale: see experiments/figure-4."""
+    query = torch.randn(16, dtype=torch.float64)
+    keys = torch.randn(101, 16, dtype=torch.float64)
+    query = query / query.norm() * norm
+    keys = keys / keys.norm(dim=1, keepdim=True) * norm
+    both = torch.cat([keys, -keys])
+    positive = theory.mse_positive(query.expand_as(both), both, 1).sum()
+    trigonometric = theory.mse_trigonometric(query.expand_as(both), both, 1).sum()
+    assert trigonometric < positive
