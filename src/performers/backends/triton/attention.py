@@ -58,18 +58,19 @@ def contract(
     normalizer get it here.
     """
     is_exponential = plan.kind == "exp"
-    log_root = math.log(plan.columns) / 2
-    scale = 1.0 if is_exponential else math.exp(log_root)
-    shift = log_root if is_exponential else 0.0
+    root_columns = math.sqrt(plan.columns)
+    if is_exponential:
+        first = (state.log_scale + math.log(root_columns), state.normalizer, state.values)
+    else:
+        factor = root_columns * state.log_scale.exp()
+        first = (state.log_scale, state.normalizer * factor, state.values * factor.unsqueeze(-1))
     visible = torch.ones_like(key[:, 0, :, 0], dtype=torch.bool) if key_mask is None else key_mask
     out, total, frames, normalizers, values = _contraction(
         query.flatten(1, 2),
         key,
         value,
         plan.directions.detach().to(torch.float32) * root,
-        state.log_scale + shift,
-        state.normalizer * scale,
-        state.values * scale,
+        *first,
         visible,
         plan.kind,
         plan.epsilon,
@@ -78,15 +79,17 @@ def contract(
     )
     out = out.unflatten(1, query.shape[1:3])
     total = total.unflatten(1, query.shape[1:3]).unsqueeze(-1)
-    if not normalize and is_exponential:
-        rows = query.to(torch.float32).square().sum(dim=-1, keepdim=True) * (root**2 / 2)
-        out = out * (total - rows - 2 * log_root).exp()
-    elif not normalize:
-        out = out * (total / plan.columns)
-    if not is_exponential:
-        # the exponent of features without one is 0, that of no feature −∞
-        frames = torch.where(visible.any(dim=1)[:, None, None], 0.0, state.log_scale)
-    return out, LinearState(frames - shift, normalizers / scale, values / scale)
+    if is_exponential:
+        if not normalize:
+            rows = query.to(torch.float32).square().sum(dim=-1, keepdim=True) * (root**2 / 2)
+            out = out * (total - rows).exp() / plan.columns
+        return out, LinearState(frames - math.log(root_columns), normalizers, values)
+    if not normalize:
+        out = out * total / plan.columns
+    # the exponent of features without one is 0, that of no feature −∞
+    is_empty = (state.log_scale == -math.inf) & ~visible.any(dim=1)[:, None, None]
+    frames = torch.zeros_like(state.log_scale).masked_fill(is_empty, -math.inf)
+    return out, LinearState(frames, normalizers / root_columns, values / root_columns)
 
 
 _INPUTS = (
