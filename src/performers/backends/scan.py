@@ -101,8 +101,6 @@ class _Carried:
 
     def settled(self) -> tuple[Tensor, Tensor]:
         """The largest exponent seen, and S in that frame."""
-        if self.highest is self.frame:
-            return self.frame, self.sums
         return self.highest, self.sums * self.decay(self.highest)
 
 
@@ -140,14 +138,12 @@ def _passes(
     """
     exponent = torch.baddbmm(log_rows[:, chunk], key[:, chunk], directions.mT)
     length = exponent.shape[1]
-    first = largest = exponent[:, 0]
-    if length > 1:
-        largest = exponent.amax(dim=1)
+    first, largest = exponent[:, 0], exponent.amax(dim=1)
     inside = start = None
     while True:
         frame = torch.maximum(carried.highest, first)
         limit = frame + MAX_RISE
-        is_last = length == 1 or not bool((largest > limit).any())
+        is_last = not bool((largest > limit).any())
         if start is not None or not is_last:
             position = torch.arange(length, device=key.device)
             waiting = position >= (0 if start is None else start[:, None])
@@ -166,7 +162,7 @@ def _passes(
         yield _Pass(chunk, is_last, weights, inside, frame, decay, sums)
 
         carried.frame = frame
-        carried.highest = frame if length == 1 else torch.maximum(carried.highest, largest)
+        carried.highest = torch.maximum(frame, largest)
         carried.sums = torch.baddbmm(sums, weights.mT, value[:, chunk])
         if is_last:
             return
