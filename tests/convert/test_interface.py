@@ -112,6 +112,18 @@ def test_the_mask_decides_on_causality_then_the_keyword(model, is_causal, exact_
     assert {call["is_causal"] for call in exact_estimates} == {is_causal}
 
 
+def test_without_a_mask_the_keyword_for_causality_wins(exact_estimates):
+    model = LlamaModel(LlamaConfig(**TINY, **WIDTH, num_key_value_heads=2, is_causal=False)).eval()
+    ids = inputs_for(model)["input_ids"]
+    model.set_attn_implementation("eager")
+    expected = model(ids).last_hidden_state
+    model.set_attn_implementation("favor")
+    found = model(ids).last_hidden_state
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert model.layers[0].self_attn.is_causal
+    assert not exact_estimates[0]["is_causal"]
+
+
 def test_cross_attention_is_bidirectional_over_the_keys_of_the_encoder(exact_estimates):
     model = bart()
     model.set_attn_implementation("favor")

