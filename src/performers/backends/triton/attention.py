@@ -149,19 +149,10 @@ def _contraction(
 
 
 @_contraction.register_fake
-def _(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    omega: Tensor,
-    frames: Tensor,
-    normalizers: Tensor,
-    values: Tensor,
-    *_: Any,
-) -> tuple[Tensor, ...]:
+def _(query: Tensor, key: Tensor, value: Tensor, _: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     out = query.new_empty(*query.shape[:3], value.shape[-1])
     total = query.new_empty(query.shape[:3], dtype=torch.float32)
-    return out, total, *(part.new_empty(part.shape) for part in (frames, normalizers, values))
+    return out, total, *(part.new_empty(part.shape) for part in rest[:3])
 
 
 @torch.library.custom_op(
@@ -241,18 +232,9 @@ def _contraction_backward(
 
 
 @_contraction_backward.register_fake
-def _(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    omega: Tensor,
-    frames: Tensor,
-    normalizers: Tensor,
-    values: Tensor,
-    *_: Any,
-) -> tuple[Tensor, ...]:
+def _(query: Tensor, key: Tensor, value: Tensor, _: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     inputs = (torch.empty_like(_with_dense_rows(x)) for x in (query, key, value))
-    return *inputs, *(part.new_empty(part.shape) for part in (normalizers, values))
+    return *inputs, *(part.new_empty(part.shape) for part in rest[1:3])
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

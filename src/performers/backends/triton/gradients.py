@@ -23,6 +23,7 @@ from performers.backends.triton.tiles import (
     finite,
     first_rise,
     key_weights_of,
+    load_omega,
     load_row_factors,
     load_rows,
     load_state,
@@ -76,10 +77,7 @@ def query_gradient(
     d_query = tl.zeros([ROWS, DIM], tl.float32)
     for first_feature in range(0, num_features, FEATURES):
         inside = first_feature + tl.arange(0, FEATURES) < num_features
-        omega = load_rows(high, dim, first_feature, num_features, dim, FEATURES, DIM)
-        rest = omega
-        if SPLIT:
-            rest = load_rows(low, dim, first_feature, num_features, dim, FEATURES, DIM)
+        omega, rest = load_omega(high, low, first_feature, num_features, dim, SPLIT, FEATURES, DIM)
         state_frame, state_normalizer, state_sums = load_state(
             frames, normalizers, values, state, first_feature, num_features, value_dim,
             FEATURES, VALUE_DIM,
@@ -159,10 +157,7 @@ def key_gradient(
     value_gradient = tl.zeros([ROWS, VALUE_DIM], tl.float32)
     for first_feature in range(0, num_features, FEATURES):
         inside = first_feature + tl.arange(0, FEATURES) < num_features
-        omega = load_rows(high, dim, first_feature, num_features, dim, FEATURES, DIM)
-        rest = omega
-        if SPLIT:
-            rest = load_rows(low, dim, first_feature, num_features, dim, FEATURES, DIM)
+        omega, rest = load_omega(high, low, first_feature, num_features, dim, SPLIT, FEATURES, DIM)
         frame, share, sums = load_state(
             later_frames, later_shares, later_values, state, first_feature, num_features,
             value_dim, FEATURES, VALUE_DIM,
@@ -194,10 +189,9 @@ def key_gradient(
             for first_feature in range(0, num_features, FEATURES):
                 features = first_feature + tl.arange(0, FEATURES)
                 inside = features < num_features
-                omega = load_rows(high, dim, first_feature, num_features, dim, FEATURES, DIM)
-                rest = omega
-                if SPLIT:
-                    rest = load_rows(low, dim, first_feature, num_features, dim, FEATURES, DIM)
+                omega, rest = load_omega(
+                    high, low, first_feature, num_features, dim, SPLIT, FEATURES, DIM
+                )
                 frame = tl.load(
                     frames + state * num_features + features, mask=inside, other=-float("inf")
                 )

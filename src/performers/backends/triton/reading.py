@@ -11,6 +11,7 @@ from performers.backends.triton.tiles import (
     first_rise,
     key_weights_of,
     larger,
+    load_omega,
     load_row_factors,
     load_rows,
     load_state,
@@ -61,10 +62,7 @@ def read(
     sums = tl.zeros([ROWS, VALUE_DIM], tl.float32)
     for first_feature in range(0, num_features, FEATURES):
         inside = first_feature + tl.arange(0, FEATURES) < num_features
-        omega = load_rows(high, dim, first_feature, num_features, dim, FEATURES, DIM)
-        rest = omega
-        if SPLIT:
-            rest = load_rows(low, dim, first_feature, num_features, dim, FEATURES, DIM)
+        omega, rest = load_omega(high, low, first_feature, num_features, dim, SPLIT, FEATURES, DIM)
         state_frame, state_normalizer, state_sums = load_state(
             frames, normalizers, values, state, first_feature, num_features, value_dim,
             FEATURES, VALUE_DIM,

@@ -12,6 +12,7 @@ import triton.language as tl
 
 from performers.backends.triton.tiles import (
     finite,
+    load_omega,
     load_row_factors,
     load_rows,
     load_state,
@@ -60,10 +61,7 @@ def absorb(
     index = tl.program_id(2).to(tl.int64)
     key_heads = heads // group
     batch, key_head = index // key_heads, index % key_heads
-    omega = load_rows(high, dim, first_feature, num_features, dim, FEATURES, DIM)
-    rest = omega
-    if SPLIT:
-        rest = load_rows(low, dim, first_feature, num_features, dim, FEATURES, DIM)
+    omega, rest = load_omega(high, low, first_feature, num_features, dim, SPLIT, FEATURES, DIM)
 
     frame = tl.full([FEATURES], 0.0, tl.float32)
     if KIND == "exp":

@@ -72,6 +72,20 @@ def load_state(
 
 @triton.jit
 @no_type_check
+def load_omega(
+    high, low, first_feature, num_features, dim,
+    SPLIT: tl.constexpr, FEATURES: tl.constexpr, DIM: tl.constexpr,
+):  # fmt: skip
+    """[M, D] twice: these rows of ω, and what is left of them where ω is split."""
+    omega = load_rows(high, dim, first_feature, num_features, dim, FEATURES, DIM)
+    rest = omega
+    if SPLIT:
+        rest = load_rows(low, dim, first_feature, num_features, dim, FEATURES, DIM)
+    return omega, rest
+
+
+@triton.jit
+@no_type_check
 def projected(x, high, low, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
     """[R, M]: x·ω_m, with ω = high + low where it is split."""
     logits = tl.dot(x, tl.trans(high), input_precision=PRECISION)
