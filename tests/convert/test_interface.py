@@ -268,6 +268,15 @@ def test_output_attentions_gives_the_matrices_that_make_the_outputs():
     assert model(**inputs).cross_attentions is None
 
 
+@pytest.mark.parametrize("name", ["BERT", "GPT-2", "Llama", "ViT"])
+def test_output_attentions_reaches_layers_whether_the_model_passes_it_on_or_not(name):
+    model = MODELS[name]()
+    model.set_attn_implementation("favor")
+    inputs = inputs_for(model)
+    assert len(model(**inputs, output_attentions=True).attentions) == 2
+    assert not model(**inputs).attentions
+
+
 def test_dropout_of_keys_has_the_law_of_attention_dropout_for_each_query():
     value = torch.ones(1, 1, 20011, 3)
     dropped = layer.drop_keys(value, 0.3)
