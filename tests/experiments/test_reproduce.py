@@ -1,6 +1,7 @@
 """Experiments run, their figures and READMEs come from saved numbers alone, and what is committed
 says what it should."""
 
+import dataclasses
 import json
 import shutil
 
@@ -9,7 +10,12 @@ import pytest
 from performers.cli import reproduce
 from performers.cli.reproduce import EXPERIMENTS, SCALES
 
-OURS = ["figure-2", "figure-4", "orthogonality-gap", "theorem-1"]
+OURS = ["figure-2", "figure-4", "figure-5-left", "orthogonality-gap", "theorem-1"]
+COMMITTED = [
+    name
+    for name in reproduce.experiment_names()
+    if any((EXPERIMENTS / name / f"{scale}.json").exists() for scale in SCALES[1:])
+]
 
 
 def results(name, scale="paper"):
@@ -17,8 +23,9 @@ def results(name, scale="paper"):
 
 
 @pytest.fixture
-def copy_of(tmp_path):
-    """An experiment without the results that are committed with it."""
+def copy_of(tmp_path, monkeypatch):
+    """An experiment without the results that are committed with it, run in an empty folder."""
+    monkeypatch.chdir(tmp_path)
 
     def copy(name):
         return shutil.copytree(
@@ -48,6 +55,23 @@ def test_an_experiment_writes_numbers_and_from_them_figure_and_readme(name, copy
     before = [path.read_bytes() for path in written]
     reproduce.draw(folder, "smoke")
     assert [path.read_bytes() for path in written] == before
+    runs = folder.parent / "runs"
+    assert not runs.exists() or not any(runs.iterdir())
+
+
+def test_checkpoints_belong_to_one_config_and_stay_if_an_experiment_fails(copy_of):
+    copy_of("theorem-1")
+    configs = [dataclasses.make_dataclass("Config", [])(), dataclasses.make_dataclass("C", [])()]
+    interrupted = reproduce.resumable_folder("x", configs[0])
+    folder = interrupted.__enter__()
+    (folder / "checkpoint").touch()
+    with pytest.raises(KeyboardInterrupt):
+        interrupted.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
+    with reproduce.resumable_folder("x", configs[1]) as other:
+        assert other != folder
+    with reproduce.resumable_folder("x", configs[0]) as again:
+        assert (again / "checkpoint").exists()
+    assert not again.exists()
 
 
 def test_the_same_seed_gives_the_same_numbers(copy_of):
@@ -59,9 +83,7 @@ def test_the_same_seed_gives_the_same_numbers(copy_of):
     assert runs[0] == runs[1]
 
 
-@pytest.mark.parametrize(
-    "name", [n for n in reproduce.experiment_names() if (EXPERIMENTS / n / "paper.json").exists()]
-)
+@pytest.mark.parametrize("name", COMMITTED)
 def test_the_committed_readme_is_what_the_committed_numbers_say(name, tmp_path):
     folder = shutil.copytree(
         EXPERIMENTS / name, tmp_path / name, ignore=shutil.ignore_patterns("smoke.*")

@@ -10,20 +10,34 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
 from performers.checks import check_choice
+from performers.data.fetch import read_package
+from performers.data.text import AUSTEN
 from performers.train.environment import describe_environment
 from performers.viz.files import Figure, save_figure
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-__all__ = ["SCALES", "Experiment", "draw", "experiment_folder", "experiment_names", "reproduce"]
+__all__ = [
+    "SCALES",
+    "Experiment",
+    "draw",
+    "experiment_folder",
+    "experiment_names",
+    "read_texts",
+    "reproduce",
+    "resumable_folder",
+]
 
 # From the quickest to the paper's own sizes.
 SCALES = ("smoke", "reduced", "paper")
@@ -93,6 +107,31 @@ def reproduce(folder: Path, scale: str, report: Callable[[str], None]) -> list[P
     path = folder / f"{scale}.json"
     path.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     return [path, *draw(folder, scale)]
+
+
+def read_texts(name: str, report: Callable[[str], None]) -> tuple[dict[str, str], dict[str, Any]]:
+    """Books by their titles, and where they are from.
+
+    "novels" downloads those of Jane Austen, a Debian package. "excerpts" are in the repository.
+    """
+    if name == "excerpts":
+        files = sorted((EXPERIMENTS / "sharp-minilm").glob("*.txt"))
+        return {path.stem: path.read_text(encoding="utf-8") for path in files}, {}
+    return read_package(AUSTEN, report=report)
+
+
+@contextmanager
+def resumable_folder(name: str, config: DataclassInstance) -> Iterator[Path]:
+    """A folder under runs/ for checkpoints, which the same experiment finds again if interrupted.
+
+    It belongs to this config alone, and is removed when the block ends without an error: what is
+    run again later starts afresh.
+    """
+    digest = sha256(repr(config).encode()).hexdigest()[:8]
+    folder = Path("runs", f"{name}-{digest}")
+    folder.mkdir(parents=True, exist_ok=True)
+    yield folder
+    shutil.rmtree(folder)
 
 
 def draw(folder: Path, scale: str) -> list[Path]:
