@@ -62,13 +62,16 @@ def test_an_experiment_writes_numbers_and_from_them_figure_and_readme(name, copy
 def test_checkpoints_belong_to_one_config_and_stay_if_an_experiment_fails(copy_of):
     copy_of("theorem-1")
     configs = [dataclasses.make_dataclass("Config", [])(), dataclasses.make_dataclass("C", [])()]
-    interrupted = reproduce.resumable_folder("x", configs[0])
-    folder = interrupted.__enter__()
-    (folder / "checkpoint").touch()
+
+    def be_interrupted():
+        with reproduce.resumable_folder("x", configs[0]) as folder:
+            (folder / "checkpoint").touch()
+            raise KeyboardInterrupt
+
     with pytest.raises(KeyboardInterrupt):
-        interrupted.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
+        be_interrupted()
     with reproduce.resumable_folder("x", configs[1]) as other:
-        assert other != folder
+        assert not (other / "checkpoint").exists()
     with reproduce.resumable_folder("x", configs[0]) as again:
         assert (again / "checkpoint").exists()
     assert not again.exists()
