@@ -1,0 +1,43 @@
+"""Every architecture that is named in the documents is switched, trained on, saved and reloaded.
+
+What is checked is said in the survey, which tries all the others too.
+"""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[2] / "docs" / "survey_architectures.py"
+specification = importlib.util.spec_from_file_location("survey_architectures", SCRIPT)
+survey = importlib.util.module_from_spec(specification)
+specification.loader.exec_module(survey)
+
+REFUSED = {
+    "bloom": "attention of its own, not the AttentionInterface",
+    "falcon": "attention of its own, not the AttentionInterface",
+    "gemma2": "attends with a soft cap on its logits (softcap=)",
+    "mpt": "attention of its own, not the AttentionInterface",
+    "t5": "attends with a bias for each pair of positions (position_bias=)",
+}
+
+
+@pytest.mark.usefixtures("without_shape_checks")
+@pytest.mark.parametrize("name", survey.NAMED)
+def test_the_architecture_works_or_is_refused_with_the_reason(name):
+    found = survey.run(name)
+    if name in REFUSED:
+        assert found == {"result": "refused", "reason": REFUSED[name]}
+    else:
+        assert found == {"result": "works"}
+
+
+def test_the_page_has_the_results_of_the_last_survey():
+    record = json.loads(survey.RESULTS.read_text(encoding="utf-8"))
+    document = survey.DOCUMENT.read_text(encoding="utf-8")
+    assert survey.with_table(document, record) == document
+    results = record["architectures"]
+    assert not [name for name, found in results.items() if found["result"] == "wrong"]
+    for name in survey.NAMED:
+        assert results[name]["result"] == ("refused" if name in REFUSED else "works")
