@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 import typer
 
 from performers.cli.benchmark import benchmark
+from performers.cli.convert import convert
 from performers.cli.diagnose import diagnose
 from performers.cli.errors import MISTAKES, one_line_errors
 
@@ -29,6 +30,7 @@ data_app = typer.Typer(help="Fetch data sets.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 app.command()(diagnose)
 app.command()(benchmark)
+app.command()(convert)
 
 
 def main() -> None:

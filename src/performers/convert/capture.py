@@ -20,7 +20,7 @@ from transformers import AttentionInterface, AutoConfig, AutoModel, AutoTokenize
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-__all__ = ["Captured", "capture_attention", "capture_text", "read_captured"]
+__all__ = ["Captured", "capture_attention", "capture_text", "read_captured", "text_windows"]
 
 # The name of the function below among transformers' attention functions.
 CAPTURE = "performers_capture"
@@ -85,7 +85,7 @@ def capture_text(
     longest = getattr(config, "max_position_embeddings", None) or length
     if length > longest:
         raise ValueError(f"length must be at most {longest} for this model, got {length}.")
-    windows = _windows(AutoTokenizer.from_pretrained(folder), text, length)[:sequences]
+    windows = text_windows(AutoTokenizer.from_pretrained(folder), text, length)[:sequences]
     inputs = {"input_ids": windows}
     if config.is_encoder_decoder:
         inputs["decoder_input_ids"] = windows
@@ -115,6 +115,23 @@ def read_captured(path: str | Path, is_causal: bool = False) -> list[Captured]:
         Captured(layer or "attention", **layers[layer], scale=None, is_causal=is_causal)
         for layer in sorted(layers, key=_natural)
     ]
+
+
+def text_windows(tokenizer: Any, text: str, length: int) -> Int[Tensor, "windows length"]:
+    """A text cut into windows of exactly `length` tokens, special tokens included.
+
+    Raises ValueError for a text that is shorter.
+    """
+    pieces = tokenizer(text, truncation=True, max_length=length, return_overflowing_tokens=True)[
+        "input_ids"
+    ]
+    whole = [piece for piece in pieces if len(piece) == length]
+    if not whole:
+        raise ValueError(
+            f"the text must have at least {length} tokens, got {len(pieces[0])}: "
+            "give a longer text or a smaller length."
+        )
+    return torch.tensor(whole)
 
 
 _calls: ContextVar[tuple[dict[nn.Module, str], list[Captured]]] = ContextVar("calls")
@@ -150,19 +167,6 @@ def _capture(
 
 AttentionInterface.register(CAPTURE, _capture)
 AttentionMaskInterface.register(CAPTURE, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
-
-
-def _windows(tokenizer: Any, text: str, length: int) -> Int[Tensor, "windows length"]:
-    pieces = tokenizer(text, truncation=True, max_length=length, return_overflowing_tokens=True)[
-        "input_ids"
-    ]
-    whole = [piece for piece in pieces if len(piece) == length]
-    if not whole:
-        raise ValueError(
-            f"the text must have at least {length} tokens, got {len(pieces[0])}: "
-            "give a longer text or a smaller length."
-        )
-    return torch.tensor(whole)
 
 
 def _natural(name: str) -> list[tuple[int, str]]:

@@ -1,0 +1,136 @@
+"""`performers convert`: a pretrained model with FAVOR+ in the place of its attention."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from performers.cli.errors import one_line_errors
+
+__all__ = ["convert"]
+
+
+def convert(
+    model: Annotated[str, typer.Argument(help="A model folder of transformers.")],
+    data: Annotated[
+        Path, typer.Option(help="A text like those the model reads: some 100,000 words are good.")
+    ],
+    output: Annotated[Path, typer.Option(help="The model folder to write.")],
+    num_projections: Annotated[int, typer.Option(min=1, help="Projections m.")] = 256,
+    features: Annotated[
+        str, typer.Option(help="sharp, or positive and others of FavorOptions.")
+    ] = "sharp",
+    statistics: Annotated[
+        str | None,
+        typer.Option(help="calibrated, or call (bidirectional only); for sharp features."),
+    ] = None,
+    window: Annotated[
+        int | None,
+        typer.Option(
+            min=0, help="Keys nearer than this are scored exactly; 0: none. Chosen unless given."
+        ),
+    ] = None,
+    target_error: Annotated[
+        float, typer.Option(help="The mean error of the layers that a chosen window must meet.")
+    ] = 0.35,
+    length: Annotated[int, typer.Option(min=2, help="Tokens per sequence.")] = 256,
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences per step.")] = 8,
+    transfer_steps: Annotated[int, typer.Option(min=0, help="Steps of attention transfer.")] = 60,
+    transfer_learning_rate: Annotated[float, typer.Option(help="Its learning rate.")] = 1e-3,
+    steps: Annotated[int, typer.Option(min=0, help="Steps of fine-tuning.")] = 100,
+    learning_rate: Annotated[float, typer.Option(help="Its learning rate.")] = 1e-4,
+    seed: Annotated[int, typer.Option(help="Of the projections and of the order of the text.")] = 0,
+    recovery: Annotated[
+        bool, typer.Option("--recovery/--no-recovery", help="Train, or stop after calibration.")
+    ] = True,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with an interrupted conversion.")
+    ] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Write over what is in the output folder.")
+    ] = False,
+) -> None:
+    """Convert a pretrained encoder or language model to FAVOR+, and recover what it lost.
+
+    Queries and keys of the exact model are measured (calibration). Then the projections of each
+    attention layer learn to give what the exact layer gives (attention transfer), and all weights
+    learn together (fine-tuning): a language model its own task, an encoder the last hidden states
+    of the exact model.
+
+    The end of the text is not trained on; errors are measured there. The folder is for
+    performers.load_linearized, its numbers are in conversion.json and conversion.png.
+
+    Examples:
+
+        performers convert path/to/model --data book.txt --output converted
+
+        performers convert path/to/model --data book.txt --output calibrated --no-recovery
+
+        performers convert path/to/model --data book.txt --output converted --window 64 --steps 500
+
+        performers convert path/to/model --data book.txt --output converted --resume
+    """
+    from performers.convert.options import FavorOptions
+    from performers.train.conversion import Conversion, ConversionConfig
+
+    with one_line_errors():
+        has_window = features in ("sharp", "positive", "hyperbolic")
+        config = ConversionConfig(
+            model=model,
+            text=str(data),
+            options=FavorOptions(
+                num_projections=num_projections,
+                features=features,
+                statistics=statistics,
+                window_size=window or None,
+                seed=seed,
+            ),
+            target_error=target_error if window is None and has_window else None,
+            length=length,
+            batch_size=batch_size,
+            transfer_steps=transfer_steps if recovery else 0,
+            transfer_learning_rate=transfer_learning_rate,
+            steps=steps if recovery else 0,
+            learning_rate=learning_rate,
+            seed=seed,
+        )
+        conversion = Conversion.prepare(config, output, resume=resume, force=force)
+    try:
+        with one_line_errors((FloatingPointError, ValueError)):
+            record = conversion.run(lambda line: typer.echo(line, err=True))
+    except KeyboardInterrupt:
+        again = ["performers", *(word for word in sys.argv[1:] if word not in RESTART), "--resume"]
+        typer.echo(f"\nInterrupted. Go on with: {shlex.join(again)}", err=True)
+        raise typer.Exit(130) from None
+    from performers.viz.conversion import conversion_figure
+    from performers.viz.files import save_figure
+
+    save_figure(conversion_figure(record), output / "conversion.png")
+    typer.echo(_table(record))
+    typer.echo(
+        f"\nThe model is in {output}; load it with performers.load_linearized. Numbers: "
+        f"{output / 'conversion.json'}, picture: {output / 'conversion.png'}"
+    )
+
+
+# Options that an interrupted command is not gone on with.
+RESTART = ("--force", "--resume")
+
+
+def _table(record: Mapping[str, Any]) -> str:
+    """The error of every layer and the quality of the whole, stage by stage."""
+    from performers.train.tables import aligned
+
+    stages = record["stages"]
+    rows = [["error of the layer's output", "averaging", *stages]]
+    for name, error in record["averaging"].items():
+        cells = (found["layers"][name] for found in stages.values())
+        rows.append([name, f"{error:.3f}", *(f"{cell:.3f}" for cell in cells)])
+    quality = (f"{found['quality']:.4f}" for found in stages.values())
+    rows.append([f"{record['measure']} (exact: {record['exact']:.4f})", "", *quality])
+    return "\n".join(aligned(rows))

@@ -1,0 +1,221 @@
+"""Attention transfer: each converted layer learns to attend as the exact one does.
+
+    teacher = exact_copy(model)                     # before anything is trained
+    layer_errors(model, teacher, held_out)          # beside averaging_errors(teacher, held_out)
+    transfer_attention(model, teacher, batches)
+
+The exact model runs, and each converted layer is called with what the exact layer was called with.
+So the layers are independent of each other: a step trains all of them and goes back through none
+but attention, which makes it several times cheaper than a step of fine-tuning. What the layers get
+from each other's errors is left to fine-tuning.
+
+Source: Zhang et al. 2024, "The Hedgehog & the Porcupine", which distils attention weights; here
+outputs are matched, which needs no quadratic matrix.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from performers.convert.interface import attention_configs, attention_modules
+from performers.convert.layer import FavorLayer
+from performers.convert.linearize import converted_layers, options_of
+from performers.convert.options import FAVOR
+from performers.functional.softmax import softmax_attention
+
+__all__ = ["averaging_errors", "exact_copy", "layer_errors", "transfer_attention"]
+
+Batch = Mapping[str, Tensor]
+
+
+def exact_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """A frozen copy of a converted model that attends exactly: the teacher.
+
+    Raises ValueError for a model that was not converted.
+    """
+    if options_of(model) is None:
+        raise ValueError(
+            "recovery is for converted models, and this one is exact. Convert it with "
+            "performers.linearize(model, FavorOptions(...))."
+        )
+    teacher = copy.deepcopy(model).eval().requires_grad_(False)
+    for module in attention_modules(teacher).values():
+        setattr(module, FAVOR, None)
+    for config in attention_configs(teacher):
+        if hasattr(config, "use_cache"):
+            config.use_cache = False
+    return teacher
+
+
+@torch.no_grad()
+def layer_errors(
+    model: PreTrainedModel, teacher: PreTrainedModel, batches: Iterable[Batch]
+) -> dict[str, float]:
+    """‖out − exact‖ / ‖exact‖ of each converted layer, given what the exact layer is given.
+
+    `out` is what the attention module returns: in most decoders after the output projection.
+    """
+    layers = _converted_modules(model)
+    modes = {module: module.training for module in layers.values()}
+    try:
+        for module in layers.values():
+            module.eval()
+        return _errors(layers, teacher, batches)
+    finally:
+        for module, training in modes.items():
+            module.train(training)
+
+
+@torch.no_grad()
+def averaging_errors(
+    model: PreTrainedModel, teacher: PreTrainedModel, batches: Iterable[Batch]
+) -> dict[str, float]:
+    """`layer_errors` of averaging the visible values, what no estimate should be worse than."""
+    modules = attention_modules(teacher)
+    layers = {}
+    for name, layer in converted_layers(model).items():
+        layers[name] = copy.deepcopy(modules[name])
+        setattr(layers[name], FAVOR, _Averaging(layer.options, layer.number))
+    return _errors(layers, teacher, batches)
+
+
+def transfer_attention(
+    model: PreTrainedModel,
+    teacher: PreTrainedModel,
+    batches: Sequence[Batch],
+    learning_rate: float = 1e-3,
+    report: Callable[[int, float], None] | None = None,
+) -> PreTrainedModel:
+    """Train the projections of each converted layer until its output is that of the exact layer.
+
+        loss = mean over layers of ‖out − exact‖² / ‖exact‖²
+
+    One step of AdamW per batch, `learning_rate` falling linearly to 0; nothing but the parameters
+    of converted attention modules changes, and ω stays. `report` gets the steps done and the loss.
+    Trains in place, without dropout; returns the model.
+
+    Raises FloatingPointError where the loss is no longer finite.
+    """
+    layers = _converted_modules(model)
+    modes = {module: module.training for module in model.modules()}
+    parameters = [p for module in layers.values() for p in module.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
+    model.eval()
+    for step, batch in enumerate(batches):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate * (1 - step / len(batches))
+        losses = []
+        for call in _attention_calls(teacher, layers, batch):
+            square, whole = call.compare(layers[call.name])
+            losses.append(square / whole)
+        loss = torch.stack(losses).mean()
+        if not loss.isfinite():
+            raise FloatingPointError(
+                f"attention transfer diverged: the loss is {float(loss.detach())} at step {step}. "
+                "Start again with a lower learning rate."
+            )
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if report is not None:
+            report(step + 1, float(loss.detach()))
+    optimizer.zero_grad()
+    for module, training in modes.items():
+        module.training = training
+    return model
+
+
+class _Averaging(FavorLayer):
+    """Every visible key has the same weight."""
+
+    def forward(
+        self,
+        query: Float[Tensor, "batch heads query_length dim"],
+        key: Float[Tensor, "batch key_heads key_length dim"],
+        value: Float[Tensor, "batch key_heads key_length value_dim"],
+        *,
+        is_causal: bool,
+        key_padding_mask: Bool[Tensor, "batch key_length"] | None,
+        scale: float | None,
+    ) -> Float[Tensor, "batch heads query_length value_dim"]:
+        return softmax_attention(
+            torch.zeros_like(query), key, value, is_causal, key_padding_mask, scale, enable_gqa=True
+        )
+
+
+class _Call(NamedTuple):
+    """One call of an attention module of the teacher, and what came out at positions that count."""
+
+    name: str
+    arguments: tuple[Any, ...]
+    options: dict[str, Any]
+    exact: Float[Tensor, "positions width"]
+    is_real: Bool[Tensor, "batch length"]
+
+    def compare(self, module: nn.Module) -> tuple[Tensor, Tensor]:
+        """‖out − exact‖² of another module, given the same, and ‖exact‖²."""
+        out = _output(module(*self.arguments, **self.options))[self.is_real]
+        return (out - self.exact).float().square().sum(), self.exact.float().square().sum()
+
+
+def _attention_calls(
+    teacher: PreTrainedModel, names: Iterable[str], batch: Batch
+) -> Iterator[_Call]:
+    calls: list[_Call] = []
+    mask = batch.get("attention_mask")
+
+    def keeper(name: str) -> Callable[..., None]:
+        def keep(
+            module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any], output: Any
+        ) -> None:
+            exact = _output(output)
+            if mask is not None and mask.shape == exact.shape[:2]:
+                is_real = mask.bool()
+            else:
+                is_real = exact.new_ones(exact.shape[:2], dtype=torch.bool)
+            calls.append(_Call(name, arguments, options, exact[is_real], is_real))
+
+        return keep
+
+    modules = attention_modules(teacher)
+    handles = [
+        modules[name].register_forward_hook(keeper(name), with_kwargs=True) for name in names
+    ]
+    try:
+        with torch.no_grad():
+            teacher(**batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    yield from calls
+
+
+def _output(output: Any) -> Tensor:
+    """What an attention module returns, without the weights that most return beside it."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _errors(
+    layers: Mapping[str, nn.Module], teacher: PreTrainedModel, batches: Iterable[Batch]
+) -> dict[str, float]:
+    sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+    for batch in batches:
+        for call in _attention_calls(teacher, layers, batch):
+            square, whole = call.compare(layers[call.name])
+            sums[call.name][0] += float(square)
+            sums[call.name][1] += float(whole)
+    return {name: math.sqrt(square / whole) for name, (square, whole) in sums.items()}
+
+
+def _converted_modules(model: PreTrainedModel) -> dict[str, nn.Module]:
+    modules = attention_modules(model)
+    return {name: modules[name] for name in converted_layers(model)}

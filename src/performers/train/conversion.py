@@ -1,0 +1,337 @@
+"""A conversion: a pretrained model becomes one that attends by FAVOR+, and recovers what that cost.
+
+    read text ─► choose a window ─► calibrate ─► attention transfer ─► fine-tuning ─► save
+
+out/
+├── model.safetensors, config.json, …   for load_linearized; the exact model for from_pretrained
+├── favor.safetensors                   what the feature maps have learned
+├── conversion.json                     all numbers of the conversion
+└── checkpoints/                        what is gone on from; removed in the end
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from torch.utils.data import default_collate
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+
+from performers.checks import check_count
+from performers.convert.calibration import calibrate
+from performers.convert.capture import text_windows
+from performers.convert.linearize import linearize, load_linearized
+from performers.convert.options import SHARP, FavorOptions
+from performers.convert.recovery import (
+    averaging_errors,
+    exact_copy,
+    layer_errors,
+    transfer_attention,
+)
+from performers.train.checkpoints import write_atomically
+from performers.train.environment import describe_environment
+from performers.train.recovery import RecoveryTask, recover, recovery_task
+
+__all__ = ["REPORT", "Conversion", "ConversionConfig"]
+
+REPORT = "conversion.json"
+CHECKPOINTS = "checkpoints"
+
+# Of which the smallest that suffices is chosen; None is no window.
+WINDOWS = (None, 16, 32, 64, 128)
+
+# What calibration measures of the text: more teaches little more.
+CALIBRATION_TOKENS = 8192
+
+# Measuring these costs about as much as two steps of training at the default batch size.
+MOST_HELD_OUT = 16
+
+# Without these there is nothing to calibrate on, to train on and to hold out.
+FEWEST_SEQUENCES = 4
+
+
+@dataclass(frozen=True)
+class ConversionConfig:
+    """What is converted, how, and how long it recovers.
+
+    `options`: how attention is estimated. Sharp features are calibrated, unless `statistics` is
+    "call".
+    `target_error`: instead of `window_size` among the options, take the smallest of no window, 16,
+    32, 64 and 128 with which the mean error of the layers is at most this, or else the best.
+    `transfer_steps`, `steps`: of attention transfer and of fine-tuning; 0 leaves it out.
+
+    Raises ValueError for numbers that are too small.
+    """
+
+    model: str
+    text: str
+    options: FavorOptions = field(default_factory=FavorOptions)
+    target_error: float | None = None
+    length: int = 256
+    batch_size: int = 8
+    transfer_steps: int = 60
+    transfer_learning_rate: float = 1e-3
+    steps: int = 100
+    learning_rate: float = 1e-4
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_count("length", self.length)
+        check_count("batch_size", self.batch_size)
+        for name in ("transfer_steps", "steps"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}.")
+        for name in ("target_error", "transfer_learning_rate", "learning_rate"):
+            number = getattr(self, name)
+            if number is not None and not number > 0:
+                raise ValueError(f"{name} must be above 0, got {number}.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """In types that JSON has."""
+        return {**dataclasses.asdict(self), "options": self.options.to_dict()}
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A conversion that has passed every check and has its data; `run` does the work."""
+
+    config: ConversionConfig
+    output: Path
+    task: RecoveryTask
+    tokenizer: Any
+    train: Int[Tensor, "sequences length"]
+    held_out: Int[Tensor, "held_out length"]
+
+    @classmethod
+    def prepare(
+        cls, config: ConversionConfig, output: Path, resume: bool = False, force: bool = False
+    ) -> Conversion:
+        """Read the text, and check what can be checked before the model is touched.
+
+        The last tenth of the text is held out, at most 16 sequences. With `force`, checkpoints in
+        the folder are removed and what else is there may be overwritten.
+
+        Raises ValueError or OSError for what cannot be used, and FileExistsError for an output
+        folder that holds something, unless `resume` or `force` allows it.
+        """
+        _check_output(config, output, resume, force)
+        text = Path(config.text).read_text(encoding="utf-8")
+        model = AutoConfig.from_pretrained(config.model)
+        task = recovery_task(model)
+        tokenizer = AutoTokenizer.from_pretrained(config.model)
+        longest = getattr(model, "max_position_embeddings", None) or tokenizer.model_max_length
+        if config.length > min(longest, tokenizer.model_max_length):
+            raise ValueError(
+                f"length must be at most {min(longest, tokenizer.model_max_length)} for this "
+                f"model, got {config.length}."
+            )
+        rows = text_windows(tokenizer, text, config.length)
+        if len(rows) < FEWEST_SEQUENCES:
+            raise ValueError(
+                f"the text must have at least {FEWEST_SEQUENCES} sequences of {config.length} "
+                f"tokens, and better hundreds: {config.text} has {len(rows)}. Give a longer text "
+                "or a smaller length."
+            )
+        if force:
+            shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)
+        count = min(max(1, len(rows) // 10), MOST_HELD_OUT)
+        train, held_out = rows[:-count], rows[-count:]
+        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(config.seed))
+        return cls(config, output, task, tokenizer, train[order], held_out)
+
+    def run(self, report: Callable[[str], None]) -> dict[str, Any]:
+        """Convert, recover and save; writes and returns what conversion.json holds.
+
+        Interrupted at any moment, a conversion prepared with `resume=True` goes on from its last
+        checkpoint. Raises FloatingPointError where training diverged.
+        """
+        place = self.output / CHECKPOINTS
+        place.mkdir(parents=True, exist_ok=True)
+        write_atomically(place / "config.json", _json(self.config.to_dict()))
+        began = time.perf_counter()
+        found = place / "transferred.json"  # written after the model: it is whole
+        exact = self._load()
+        if found.exists():
+            record = json.loads(found.read_text(encoding="utf-8"))
+            teacher = exact_copy(linearize(exact, FavorOptions.from_dict(record["options"])))
+            model = load_linearized(type(exact), place / "transferred", dtype=torch.float32)
+            model = model.to(exact.device)
+        else:
+            model, teacher, record = self._convert(exact, report)
+            model.save_pretrained(place / "transferred")
+            record["seconds"] = round(time.perf_counter() - began, 1)
+            write_atomically(found, _json(record))
+        if self.config.steps:
+            began = time.perf_counter()
+            recover(
+                model,
+                teacher,
+                self.task,
+                self.train,
+                self.tokenizer,
+                place / "fine-tuning",
+                steps=self.config.steps,
+                batch_size=self.config.batch_size,
+                learning_rate=self.config.learning_rate,
+                seed=self.config.seed,
+            )
+            record["seconds"] = round(record["seconds"] + time.perf_counter() - began, 1)
+            self._measure("after fine-tuning", model, teacher, record, report)
+        model.to(_saved_dtype(self.config.model)).save_pretrained(self.output)
+        self.tokenizer.save_pretrained(self.output)
+        write_atomically(self.output / REPORT, _json(record))
+        shutil.rmtree(place)
+        return record
+
+    def _convert(
+        self, model: PreTrainedModel, report: Callable[[str], None]
+    ) -> tuple[PreTrainedModel, PreTrainedModel, dict[str, Any]]:
+        """The model with its window, its calibration and its attention transferred; the teacher;
+        and what was measured.
+        """
+        options = self.config.options
+        windows: dict[str, float] = {}
+        if self.config.target_error is not None:
+            options, windows = self._choose_window(model, self.config.target_error, report)
+        self._linearize(model, options)
+        teacher = exact_copy(model)
+        record: dict[str, Any] = {
+            "created_with": describe_environment(),
+            "config": self.config.to_dict(),
+            "options": options.to_dict(),
+            "sequences": {"train": len(self.train), "held_out": len(self.held_out)},
+            "error_by_window": windows,
+            "averaging": averaging_errors(model, teacher, self._batches(self.held_out)),
+            "measure": self.task.measure,
+            "exact": self._quality(teacher, teacher),
+            "stages": {},
+        }
+        self._measure("calibrated", model, teacher, record, report)
+        steps = self.config.transfer_steps
+        if steps:
+
+            def every_tenth(step: int, loss: float) -> None:
+                if step % 10 == 0 or step == steps:
+                    report(f"attention transfer, step {step} of {steps}: loss {loss:.4f}")
+
+            rate = self.config.transfer_learning_rate
+            transfer_attention(model, teacher, self._transfer_batches(), rate, every_tenth)
+            self._measure("after attention transfer", model, teacher, record, report)
+        return model, teacher, record
+
+    def _choose_window(
+        self, model: PreTrainedModel, target_error: float, report: Callable[[str], None]
+    ) -> tuple[FavorOptions, dict[str, float]]:
+        """The options with the window that `target_error` asks for, and the mean error of each."""
+        tried = [dataclasses.replace(self.config.options, window_size=w) for w in WINDOWS]
+        errors = {}
+        for options in tried:
+            self._linearize(model, options)
+            sequences = self.held_out[: self.config.batch_size]
+            errors[options] = _mean(
+                layer_errors(model, exact_copy(model), self._batches(sequences))
+            )
+            window = options.window_size or "none"
+            report(f"window {window}: mean error of the layers {errors[options]:.3f}")
+        enough = [options for options in tried if errors[options] <= target_error]
+        chosen = enough[0] if enough else min(tried, key=lambda options: errors[options])
+        return chosen, {str(options.window_size): errors[options] for options in tried}
+
+    def _linearize(self, model: PreTrainedModel, options: FavorOptions) -> None:
+        linearize(model, options)
+        if options.features == SHARP and options.statistics != "call":
+            sequences = self.train[: max(1, CALIBRATION_TOKENS // self.config.length)]
+            calibrate(model, self._batches(sequences))
+
+    def _measure(
+        self,
+        stage: str,
+        model: PreTrainedModel,
+        teacher: PreTrainedModel,
+        record: dict[str, Any],
+        report: Callable[[str], None],
+    ) -> None:
+        """Add to the record how far the layers and the whole are from exact, on held-out text."""
+        layers = layer_errors(model, teacher, self._batches(self.held_out))
+        quality = self._quality(model, teacher)
+        record["stages"][stage] = {"layers": layers, "quality": quality}
+        report(
+            f"{stage}: mean error of the layers {_mean(layers):.3f}, "
+            f"{self.task.measure} {quality:.4f}"
+        )
+
+    def _quality(self, model: PreTrainedModel, teacher: PreTrainedModel) -> float:
+        examples = self.task.examples(self.held_out, self.tokenizer, self.config.seed)
+        size = self.config.batch_size
+        batches = [
+            default_collate(examples[start : start + size])
+            for start in range(0, len(examples), size)
+        ]
+        return self.task.quality(model, teacher, batches)
+
+    def _batches(self, rows: Int[Tensor, "sequences length"]) -> list[dict[str, Tensor]]:
+        device = _device()
+        return [{"input_ids": batch.to(device)} for batch in rows.split(self.config.batch_size)]
+
+    def _transfer_batches(self) -> list[dict[str, Tensor]]:
+        """One for each step of attention transfer; the sequences come round if they must."""
+        count = self.config.transfer_steps * self.config.batch_size
+        return self._batches(self.train[torch.arange(count) % len(self.train)])
+
+    def _load(self) -> PreTrainedModel:
+        """The exact model, in the precision that it is trained in."""
+        model = self.task.auto_class.from_pretrained(self.config.model, dtype=torch.float32)
+        return model.to(_device()).eval()
+
+
+def _check_output(config: ConversionConfig, output: Path, resume: bool, force: bool) -> None:
+    if output.resolve() == Path(config.model).resolve():
+        raise FileExistsError(
+            f"the output folder {output} is the model itself, whose weights would be lost. Choose "
+            "another with --output."
+        )
+    started = output / CHECKPOINTS / "config.json"
+    if resume and started.exists():
+        before = json.loads(started.read_text(encoding="utf-8"))
+        given = json.loads(_json(config.to_dict()))
+        for name in given:
+            if before.get(name) != given[name]:
+                raise ValueError(
+                    f"the conversion in {output} was started with {name} = {before.get(name)!r}, "
+                    f"and this is {given[name]!r}. Resume with the same options, or start again "
+                    "with --force."
+                )
+        return
+    if not force and output.exists() and (not output.is_dir() or any(output.iterdir())):
+        hint = "Add --resume to go on with it, or --force" if started.exists() else "Add --force"
+        what = "an unfinished conversion" if started.exists() else "something"
+        raise FileExistsError(
+            f"the output folder {output} already holds {what}. {hint} to write over it, or choose "
+            "another with --output."
+        )
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _saved_dtype(model: str) -> torch.dtype:
+    """The precision in which the weights of a saved model lie."""
+    return getattr(AutoConfig.from_pretrained(model), "dtype", None) or torch.float32
+
+
+def _mean(errors: Mapping[str, float]) -> float:
+    return sum(errors.values()) / len(errors)
+
+
+def _json(tree: Mapping[str, Any]) -> str:
+    return json.dumps(tree, indent=1) + "\n"

@@ -1,0 +1,244 @@
+"""Fine-tuning a converted model until it does again what the exact one did.
+
+Language models learn from their own task. An encoder has none: it learns the last hidden states of
+the exact model.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from safetensors.torch import load_model
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import Dataset
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    MODEL_MAPPING_NAMES,
+)
+
+from performers.data.masking import NOT_SCORED
+from performers.train.checkpoints import (
+    SealCheckpoints,
+    last_whole_checkpoint,
+    remove_fragments,
+)
+from performers.train.trainer import ProgressLine, StopWhenDiverged
+
+__all__ = ["RecoveryTask", "recover", "recovery_task"]
+
+MASK_RATE = 0.15
+
+
+@dataclass(frozen=True)
+class RecoveryTask:
+    """What a model does, how it is loaded for that, and what tells how well it does it.
+
+    `measure`: the name of `quality`. An encoder's sentence embedding is the mean of its last hidden
+    states, whose cosine to the exact embedding is measured.
+    """
+
+    name: str
+    auto_class: Any
+    measure: str
+
+    def examples(
+        self, rows: Int[Tensor, "sequences length"], tokenizer: Any, seed: int
+    ) -> list[dict[str, Tensor]]:
+        """An item per row, with labels for language models: a function of the seed."""
+        if self.name == "encoder":
+            return [{"input_ids": row} for row in rows]
+        if self.name == "causal-lm":
+            return [{"input_ids": row, "labels": row} for row in rows]
+        generator = torch.Generator().manual_seed(seed)
+        return [_masked(row, tokenizer, generator) for row in rows]
+
+    def loss(
+        self, model: PreTrainedModel, teacher: PreTrainedModel, batch: Mapping[str, Tensor]
+    ) -> Tensor:
+        """Cross-entropy, or ‖states − exact‖² / ‖exact‖² of an encoder's last hidden states."""
+        if self.name != "encoder":
+            loss: Tensor = model(**batch).loss
+            return loss
+        with torch.no_grad():
+            exact = teacher(**batch).last_hidden_state
+        states = model(**batch).last_hidden_state
+        return (states - exact).square().sum() / exact.square().sum()
+
+    @torch.no_grad()
+    def quality(
+        self,
+        model: PreTrainedModel,
+        teacher: PreTrainedModel,
+        batches: Sequence[Mapping[str, Tensor]],
+    ) -> float:
+        """The mean of `measure` over batches of `examples`."""
+        was_training = model.training
+        model.eval()
+        found = []
+        for batch in batches:
+            inputs = {name: x.to(model.device) for name, x in batch.items()}
+            if self.name == "encoder":
+                pair = [one(**inputs).last_hidden_state.mean(dim=1) for one in (model, teacher)]
+                found.append(float(F.cosine_similarity(*pair).mean()))
+            else:
+                found.append(float(self.loss(model, teacher, inputs)))
+        model.train(was_training)
+        return sum(found) / len(found)
+
+
+ENCODER = RecoveryTask("encoder", AutoModel, "cosine to the exact embedding")
+TASKS_OF = {
+    RecoveryTask("causal-lm", AutoModelForCausalLM, "loss"): MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    RecoveryTask("masked-lm", AutoModelForMaskedLM, "loss"): MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    ENCODER: MODEL_MAPPING_NAMES,
+}
+
+
+def recovery_task(config: PreTrainedConfig) -> RecoveryTask:
+    """What a saved model does, by the class that its config names.
+
+    Raises ValueError for encoder-decoders and for other heads.
+    """
+    architecture = (config.architectures or ["a model without a name"])[0]
+    if not config.is_encoder_decoder:
+        for task, names in TASKS_OF.items():
+            if architecture in names.values():
+                return task
+    raise ValueError(
+        "a model that recovers from a text must be an encoder, a masked or a causal language "
+        f"model, and this is {architecture}. Convert it from Python, with performers.linearize and "
+        "performers.calibrate, and train it on its own task."
+    )
+
+
+def recover(
+    model: PreTrainedModel,
+    teacher: PreTrainedModel,
+    task: RecoveryTask,
+    rows: Int[Tensor, "sequences length"],
+    tokenizer: Any,
+    folder: Path,
+    *,
+    steps: int,
+    batch_size: int,
+    learning_rate: float,
+    seed: int,
+) -> PreTrainedModel:
+    """Fine-tune all weights with AdamW, the learning rate falling linearly after a short rise.
+
+    Without dropout: an error is undone, nothing new is learned. Checkpoints go to `folder`; if it
+    has whole ones the last is gone on from, to the same end. Trains in place; returns the model.
+
+    Raises FloatingPointError where the loss is no longer finite.
+    """
+    remove_fragments(folder)
+    checkpoint = last_whole_checkpoint(folder)
+    set_seed(seed)
+    trainer = RecoveryTrainer(
+        model=model,
+        args=TrainingArguments(
+            output_dir=str(folder),
+            max_steps=steps,
+            per_device_train_batch_size=batch_size,
+            learning_rate=learning_rate,
+            warmup_steps=min(10, steps // 10),
+            lr_scheduler_type="linear",
+            logging_steps=max(1, steps // 20),
+            logging_nan_inf_filter=False,
+            save_strategy="steps",
+            save_steps=max(1, steps // 5),
+            save_total_limit=2,
+            seed=seed,
+            data_seed=seed,
+            dataloader_pin_memory=False,
+            report_to="none",
+        ),
+        train_dataset=_Items(task, rows, tokenizer, steps * batch_size, seed),
+        callbacks=[SealCheckpoints(), StopWhenDiverged()],
+    )
+    trainer.task, trainer.teacher = task, teacher
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(ProgressLine("recovery"))
+    # The Trainer would take one more step from the last.
+    if checkpoint is not None and _steps_done(checkpoint) >= steps:
+        load_model(model, checkpoint / "model.safetensors")
+    else:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    return model.eval()
+
+
+class RecoveryTrainer(Trainer):
+    """A Trainer with the loss of a `RecoveryTask`."""
+
+    task: RecoveryTask
+    teacher: PreTrainedModel
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        model.eval()  # the Trainer sets dropout on before each step
+        return self.task.loss(model, self.teacher, inputs)
+
+
+class _Items(Dataset):
+    """`count` items from rows that come round as often as needed, masked anew each time.
+
+    All steps are one epoch, so that an item is a function of its number and the seed.
+    """
+
+    def __init__(
+        self, task: RecoveryTask, rows: Tensor, tokenizer: Any, count: int, seed: int
+    ) -> None:
+        self.task, self.rows, self.tokenizer = task, rows, tokenizer
+        self.count, self.seed = count, seed
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, number: int) -> dict[str, Tensor]:
+        row = self.rows[number % len(self.rows)]
+        (item,) = self.task.examples(row[None], self.tokenizer, self.seed + number)
+        return item
+
+
+def _masked(
+    row: Int[Tensor, " length"], tokenizer: Any, generator: torch.Generator
+) -> dict[str, Tensor]:
+    """BERT's masking: of 15 % of the tokens, which are the labels, 80 % hidden, 10 % replaced."""
+    choice, action = torch.rand(2, len(row), generator=generator)
+    others = torch.randint(len(tokenizer), row.shape, generator=generator)
+    special = torch.isin(row, torch.tensor(tokenizer.all_special_ids))
+    chosen = ~special & (choice < MASK_RATE)
+    hidden = row.masked_fill(chosen & (action < 0.8), tokenizer.mask_token_id)
+    hidden = torch.where(chosen & (action >= 0.9), others, hidden)
+    return {"input_ids": hidden, "labels": row.masked_fill(~chosen, NOT_SCORED)}
+
+
+def _steps_done(checkpoint: Path) -> int:
+    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    return int(state["global_step"])

@@ -1,0 +1,223 @@
+"""`performers convert`: what it writes, what it recovers, and what it refuses before it starts."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoTokenizer,
+    BertConfig,
+    BertForMaskedLM,
+    BertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    TrainerCallback,
+)
+from typer.testing import CliRunner
+
+from performers import load_linearized
+from performers.cli import app
+from performers.train import conversion, recovery
+
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "to", "be", "or", "not", "that", "is"]
+SIZES = {
+    "vocab_size": len(WORDS), "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3,
+    "intermediate_size": 29, "max_position_embeddings": 47, "initializer_range": 0.3,
+}  # fmt: skip
+MODELS = {
+    "encoder": (lambda: BertModel(BertConfig(**SIZES)), AutoModel),
+    "masked-lm": (lambda: BertForMaskedLM(BertConfig(**SIZES)), AutoModelForMaskedLM),
+    "causal-lm": (
+        lambda: LlamaForCausalLM(LlamaConfig(**SIZES, num_key_value_heads=1)),
+        AutoModelForCausalLM,
+    ),
+}
+SMALL = (
+    "--num-projections", 16, "--length", 31, "--batch-size", 3, "--transfer-steps", 4, "--steps", 5,
+)  # fmt: skip
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, ["convert", *map(str, arguments)])
+
+
+def refused(*arguments):
+    result = run(*arguments)
+    assert result.exit_code == 2, result.output
+    return result.stderr.splitlines()[-1]
+
+
+@pytest.fixture
+def text(tmp_path):
+    chosen = torch.randint(5, len(WORDS), (600,)).tolist()
+    path = tmp_path / "text.txt"
+    path.write_text(" ".join(WORDS[number] for number in chosen))
+    return path
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """Save a model with its tokenizer; the words of a text are its tokens."""
+
+    def save(model):
+        tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, "[UNK]"))
+        tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+        folder = tmp_path / "model"
+        named = {"pad": 0, "unk": 1, "cls": 2, "sep": 3, "mask": 4}
+        PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer, **{f"{name}_token": WORDS[i] for name, i in named.items()}
+        ).save_pretrained(folder)
+        model.save_pretrained(folder)
+        return folder
+
+    return save
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_converted_folder_holds_the_model_and_its_report(kind, saved, text, tmp_path):
+    build, auto_class = MODELS[kind]
+    output = tmp_path / "converted"
+    result = run(saved(build()), "--data", text, "--output", output, *SMALL)
+    assert result.exit_code == 0, result.output
+    record = json.loads((output / "conversion.json").read_text())
+    stages = ["calibrated", "after attention transfer", "after fine-tuning"]
+    assert list(record["stages"]) == stages
+    assert len(record["averaging"]) == 2
+    for found in record["stages"].values():
+        assert found["layers"].keys() == record["averaging"].keys()
+    assert list(record["error_by_window"]) == ["None", "16", "32", "64", "128"]
+    assert (output / "conversion.png").stat().st_size > 10_000
+    assert "averaging" in result.stdout
+    # weights are in safetensors alone, and no checkpoint is left
+    assert not {path.suffix for path in output.rglob("*")} & {".bin", ".pt", ".pth"}
+    assert not (output / "checkpoints").exists()
+    tokens = torch.randint(5, len(WORDS), (2, 31))
+    model = load_linearized(auto_class, output)
+    assert model.config.favor["options"] == record["options"]
+    assert model(tokens)[0].isfinite().all()
+
+
+def test_no_recovery_stops_after_calibration_and_leaves_the_weights_alone(saved, text, tmp_path):
+    model = BertModel(BertConfig(**SIZES)).eval()
+    folder, output = saved(model), tmp_path / "converted"
+    result = run(folder, "--data", text, "--output", output, *SMALL, "--no-recovery", "--window", 3)
+    assert result.exit_code == 0, result.output
+    record = json.loads((output / "conversion.json").read_text())
+    assert list(record["stages"]) == ["calibrated"]
+    assert record["options"]["window_size"] == 3
+    tokens = torch.randint(5, len(WORDS), (2, 31))
+    exact, converted = AutoModel.from_pretrained(output), load_linearized(AutoModel, output)
+    assert torch.equal(exact(tokens)[0], model(tokens)[0])
+    found = converted(tokens)[0].mean(dim=1)
+    cosine = torch.cosine_similarity(found, model(tokens)[0].mean(dim=1)).mean()
+    assert 0.5 < cosine < 0.9999
+    layers = converted.encoder.layer
+    assert all(layer.attention.self.favor.is_calibrated for layer in layers)
+
+
+@pytest.mark.parametrize("stop_at", ["transfer", "fine-tuning"])
+def test_an_interrupted_conversion_goes_on_to_the_same_end(
+    stop_at, saved, text, tmp_path, monkeypatch
+):
+    folder = saved(BertForMaskedLM(BertConfig(**SIZES)))
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    options = ("--data", text, *SMALL, "--window", 3)
+    assert run(folder, "--output", whole, *options).exit_code == 0
+
+    def interrupt(*arguments, **names):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        if stop_at == "transfer":
+            patch.setattr(conversion, "transfer_attention", interrupt)
+        else:
+            patch.setattr(FourSteps, "on_step_end", FourSteps.stop)
+            patch.setattr(recovery, "StopWhenDiverged", FourSteps)
+        result = run(folder, "--output", parts, *options)
+    assert result.exit_code == 130, result.output
+    assert "--resume" in result.stderr
+    assert not (parts / "model.safetensors").exists()
+    assert "Add --resume to go on with it" in refused(folder, "--output", parts, *options)
+    other = (*options, "--steps", 7)
+    assert "was started with steps = 5" in refused(folder, "--output", parts, *other, "--resume")
+    transferred = stop_at == "fine-tuning"
+    assert (parts / "checkpoints" / "fine-tuning" / "checkpoint-3").exists() is transferred
+    result = run(folder, "--output", parts, *options, "--resume")
+    assert result.exit_code == 0, result.output
+    assert ("after attention transfer" in result.stderr) is not transferred
+    for name, tensor in load_file(whole / "model.safetensors").items():
+        torch.testing.assert_close(load_file(parts / "model.safetensors")[name], tensor)
+
+
+class FourSteps(TrainerCallback):
+    """Stands in for ctrl-c in the fourth of five steps; a checkpoint is written after each."""
+
+    def stop(self, args, state, control, **kwargs):
+        if state.global_step == 4:
+            raise KeyboardInterrupt
+
+
+def test_what_cannot_be_converted_is_refused_before_the_model_is_touched(saved, text, tmp_path):
+    folder, output = saved(BertModel(BertConfig(**SIZES))), tmp_path / "converted"
+    (folder / "model.safetensors").write_text("whoever reads this fails")
+    empty, short = tmp_path / "empty.txt", tmp_path / "short.txt"
+    empty.touch()
+    short.write_text("to be " * 40)
+    options = ("--output", output, *SMALL)
+    assert "must have at least 31 tokens" in refused(folder, "--data", empty, *options)
+    assert "at least 4 sequences of 31 tokens" in refused(folder, "--data", short, *options)
+    assert "No such file" in refused(folder, "--data", tmp_path / "nothing.txt", *options)
+    given = (folder, "--data", text)
+    assert "length must be at most 47" in refused(*given, *options, "--length", 53)
+    assert "unknown features" in refused(*given, *options, "--features", "sharpe")
+    assert "is the model itself" in refused(*given, "--output", folder, "--force")
+    assert "learning_rate must be above 0" in refused(*given, *options, "--learning-rate", 0)
+    assert not output.exists()
+    output.mkdir()
+    (output / "thesis.tex").touch()
+    assert "already holds something. Add --force" in refused(*given, *options)
+    config = json.loads((folder / "config.json").read_text())
+    for architecture in ("BertForSequenceClassification", "BartModel"):
+        (folder / "config.json").write_text(
+            json.dumps(
+                config
+                | {"architectures": [architecture], "is_encoder_decoder": "Bart" in architecture}
+            )
+        )
+        line = refused(*given, *options, "--force")
+        assert f"this is {architecture}. Convert it from Python" in line
+    assert [path.name for path in output.iterdir()] == ["thesis.tex"]
+
+
+def test_force_writes_over_a_conversion(saved, text, tmp_path):
+    folder, output = saved(BertModel(BertConfig(**SIZES))), tmp_path / "converted"
+    options = (folder, "--data", text, "--output", output, *SMALL, "--no-recovery")
+    assert run(*options, "--window", 3).exit_code == 0
+    assert run(*options, "--features", "relu", "--force").exit_code == 0
+    record = json.loads((output / "conversion.json").read_text())
+    assert record["options"]["features"] == "relu"
+    assert load_linearized(AutoModel, output).config.favor["options"] == record["options"]
+
+
+def test_masks_hide_ordinary_tokens_and_are_a_function_of_the_seed(saved):
+    tokenizer = AutoTokenizer.from_pretrained(saved(BertForMaskedLM(BertConfig(**SIZES))))
+    task = recovery.recovery_task(BertConfig(architectures=["BertForMaskedLM"]))
+    rows = torch.tensor([[2, *[5, 6, 7] * 997, 3]])
+    first, again, other = (task.examples(rows, tokenizer, seed)[0] for seed in (0, 0, 1))
+    assert torch.equal(first["input_ids"], again["input_ids"])
+    assert not torch.equal(first["input_ids"], other["input_ids"])
+    chosen = first["labels"] != -100
+    assert not chosen[[0, -1]].any()
+    assert torch.equal(first["labels"][chosen], rows[0][chosen])
+    assert torch.equal(first["input_ids"][~chosen], rows[0][~chosen])
+    count = int(chosen.sum())
+    assert abs(count - 0.15 * 2991) < 4 * (2991 * 0.15 * 0.85) ** 0.5
+    hidden = int((first["input_ids"] == 4).sum())
+    assert abs(hidden - 0.8 * count) < 4 * (count * 0.8 * 0.2) ** 0.5 + count * 0.1 / len(WORDS)
