@@ -77,30 +77,26 @@ def attend(
     wide = torch.promote_types(query.dtype, torch.float32)
     rows = max(1, TILE_BYTES // (wide.itemsize * key[:, :, 0].numel()))
 
-    found = log_sum = tilt = None
+    parts, log_sums = [], []
     for part, values, mask in key_tiles(rows, key, value, key_mask):
         keys = phi.log_linear_keys(part.to(wide) * root)
         bias = keys.log_rows
         if mask is not None:
             bias = bias.masked_fill(~mask[:, None, :, None], HIDDEN)
         directions = keys.directions.expand(*key.shape[:2], -1, -1)
-        more, log_more = _attend_with_bias(directions, keys.inputs, bias, values.to(wide))
-        if found is None or log_sum is None:
-            found, log_sum, tilt = more, log_more, keys.tilt
-        else:
-            total = torch.logaddexp(log_sum, log_more)
-            found = found * (log_sum - total).exp().unsqueeze(-1)
-            found = found + more * (log_more - total).exp().unsqueeze(-1)
-            log_sum = total
-    assert found is not None, "`refusal` lets no call without keys in"
-    assert log_sum is not None, "`refusal` lets no call without keys in"
+        found, log_sum = _FusedSoftmax.apply(directions, keys.inputs, bias, values.to(wide))
+        parts.append(found)
+        log_sums.append(log_sum)
+    log_sum = torch.stack(log_sums).logsumexp(dim=0)
+    shares = (torch.stack(log_sums) - log_sum).exp().unsqueeze(-1)
+    found = sum(part * share for part, share in zip(parts, shares, strict=True))
 
     outputs = []
     for part in query.flatten(2, 3).split(rows, dim=2):
         queries = phi.log_linear_queries(part.to(wide) * root)
-        bias = sum((t for t in (tilt, queries.tilt) if t is not None), log_sum).unsqueeze(-1)
+        bias = sum((t for t in (keys.tilt, queries.tilt) if t is not None), log_sum).unsqueeze(-1)
         directions = queries.directions.expand(*key.shape[:2], -1, -1)
-        out, log_weight = _attend_with_bias(queries.inputs, directions, bias, found)
+        out, log_weight = _FusedSoftmax.apply(queries.inputs, directions, bias, found)
         if not normalize:
             out = out * (log_weight.unsqueeze(-1) + queries.log_rows).exp()
         outputs.append(out)
@@ -110,55 +106,54 @@ def attend(
     return out.unflatten(2, query.shape[2:4]), state
 
 
-def _attend_with_bias(
-    query: Float[Tensor, "batch heads query_length dim"],
-    key: Float[Tensor, "batch heads key_length dim"],
-    bias: Float[Tensor, "batch heads key_length 1"],
-    value: Float[Tensor, "batch heads key_length value_dim"],
-) -> tuple[
-    Float[Tensor, "batch heads query_length value_dim"],
-    Float[Tensor, "batch heads query_length"],
-]:
-    """softmax_j(q_i·k_j + bias_j) v_j and the log-sum-exp of its logits."""
-    # The kernel wants one width for all; the last column of value stays 0 for _FusedSoftmax.
-    width = max(key.shape[-1], value.shape[-1]) + 1
-    out, log_sum = _FusedSoftmax.apply(
-        _padded(torch.cat([query, torch.ones_like(query[..., :1])], dim=-1), width),
-        _padded(torch.cat([key, bias], dim=-1), width),
-        _padded(value, width),
-    )
-    return out[..., : value.shape[-1]], log_sum
-
-
-def _padded(x: Tensor, width: int) -> Tensor:
-    return x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1]))
-
-
 class _FusedSoftmax(torch.autograd.Function):
-    """softmax(QKᵀ) V and its log-sum-exp, both differentiable, by PyTorch's fused CPU kernel.
+    """softmax_j(q_i·k_j + bias_j) v_j and the log-sum-exp of its logits, both differentiable, by
+    PyTorch's fused CPU kernel.
+
+        query                                      key                      bias
+        [batch, heads, query_length, dim]          [·, ·, key_length, dim]  [·, ·, key_length, 1]
+        value [·, ·, key_length, value_dim]
 
     The kernel's backward knows no gradient of the log-sum-exp. That gradient, g_i, adds g_i P_ij to
     the gradient of the logits P_ij (dO_i·v_j − dO_i·O_i), so it may as well be taken from dO_i·O_i:
-    in the last column of V, which must be 0, O is set to 1 and dO to −g.
+    in a last column of V, which is 0, O is set to 1 and dO to −g.
+
+    Columns are added in both passes, and not kept between them.
     """
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, bias: Tensor, value: Tensor
+    ) -> tuple[Tensor, Tensor]:
         kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        out, log_sum = kernel(query, key, value, scale=1.0)
-        ctx.save_for_backward(query, key, value, out, log_sum)
-        return out, log_sum
+        out, log_sum = kernel(*_widened(query, key, bias, value), scale=1.0)
+        ctx.save_for_backward(query, key, bias, value, out, log_sum)
+        return out[..., : value.shape[-1]], log_sum
 
     @staticmethod
     def backward(
         ctx: Any, out_gradient: Tensor, log_sum_gradient: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        query, key, value, out, log_sum = ctx.saved_tensors
-        out_gradient, out = out_gradient.clone(), out.clone()
-        out_gradient[..., -1] = -log_sum_gradient
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        query, key, bias, value, out, log_sum = ctx.saved_tensors
+        dim, value_dim = key.shape[-1], value.shape[-1]
+        out = out.clone()
         out[..., -1] = 1
+        out_gradient = F.pad(out_gradient, (0, out.shape[-1] - value_dim))
+        out_gradient[..., -1] = -log_sum_gradient
         kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-        gradients: tuple[Tensor, Tensor, Tensor] = kernel(
-            out_gradient, query, key, value, out, log_sum, 0.0, False, scale=1.0
+        of_query, of_key, of_value = kernel(
+            out_gradient, *_widened(query, key, bias, value), out, log_sum, 0.0, False, scale=1.0
         )
-        return gradients
+        of_bias = of_key[..., dim : dim + 1]
+        return of_query[..., :dim], of_key[..., :dim], of_bias, of_value[..., :value_dim]
+
+
+def _widened(query: Tensor, key: Tensor, bias: Tensor, value: Tensor) -> list[Tensor]:
+    """Queries, keys and values of one width, which the kernel wants, with room for the bias.
+
+    The last column of the values is 0.
+    """
+    width = max(key.shape[-1], value.shape[-1]) + 1
+    wide = [torch.cat([query, torch.ones_like(query[..., :1])], dim=-1)]
+    wide += [torch.cat([key, bias], dim=-1), value]
+    return [F.pad(x, (0, width - x.shape[-1])) if x.shape[-1] < width else x for x in wide]

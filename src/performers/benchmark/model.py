@@ -27,7 +27,7 @@ def seconds_of_step(
         tokens = torch.randint(config["vocab_size"], (batch, length), device=device)
         calls[f"{name}/forward"] = partial(torch.no_grad()(model), tokens)
         calls[f"{name}/forward_backward"] = partial(_step, model, tokens)
-    with limited_memory():
+    with limited_memory(device):
         measured = interleaved(calls, repeats, device)
     return {
         name: {part: measured[f"{name}/{part}"] for part in ("forward", "forward_backward")}
@@ -38,7 +38,7 @@ def seconds_of_step(
 def peak_of_step(
     config: dict[str, Any], mechanism: str, length: int, batch: int, device: torch.device
 ) -> int | str:
-    """Bytes that a training step needs beyond the weights, or "out of memory"."""
+    """Bytes of weights, their gradients and all that a training step needs, or "out of memory"."""
     return peak_bytes(_fresh_step, config, mechanism, length, batch, device, device=device)
 
 

@@ -29,7 +29,7 @@ __all__ = [
 
 # What stands in a result where a number cannot.
 OUT_OF_MEMORY = "out of memory"
-TOO_SLOW = "too slow at a smaller size"
+TOO_SLOW = "not tried"  # for it was too slow at a smaller size
 
 Measured = dict[str, float] | str
 
@@ -98,19 +98,19 @@ def peak_bytes(step: Callable[..., object], *arguments: object, device: torch.de
     be picklable. On a GPU: what its allocator gave out at most.
     """
     if device.type != "cpu":
-        return _peak_bytes(step, *arguments)
+        return _peak_bytes(device, step, *arguments)
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
         try:
-            return fresh.submit(_peak_bytes, step, *arguments).result()
+            return fresh.submit(_peak_bytes, device, step, *arguments).result()
         except BrokenProcessPool:  # killed by the system, which had no memory left
             return OUT_OF_MEMORY
 
 
-def _peak_bytes(step: Callable[..., object], *arguments: object) -> int | str:
+def _peak_bytes(device: torch.device, step: Callable[..., object], *arguments: object) -> int | str:
     torch.set_num_threads(1)
     memory = PeakMemory()
     try:
-        with limited_memory():
+        with limited_memory(device):
             step(*arguments)
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
@@ -121,10 +121,13 @@ def _peak_bytes(step: Callable[..., object], *arguments: object) -> int | str:
 
 
 @contextmanager
-def limited_memory() -> Iterator[None]:
-    """Let an allocation fail that needs more memory than is free now, before the system swaps."""
+def limited_memory(device: torch.device) -> Iterator[None]:
+    """Let an allocation fail that needs more memory than is free now, before the system swaps.
+
+    On a CPU; the allocator of a GPU fails by itself.
+    """
     meminfo = Path("/proc/meminfo")
-    if not meminfo.exists():
+    if device.type != "cpu" or not meminfo.exists():
         yield
         return
     fields = dict(line.split(":") for line in meminfo.read_text(encoding="utf-8").splitlines())
