@@ -31,3 +31,12 @@ def test_figure_5_an_exact_near_field_recovers_within_a_tenth_of_the_steps(accur
 def test_figure_5_plain_features_do_not_at_this_scale(accuracies):
     first, *_, last = accuracies["FAVOR+"]
     assert first < last < accuracies["Transformer"][-1] - 0.01
+
+
+def test_figure_14_errors_come_through_the_layers():
+    for title, panel in results("figure-14")["panels"].items():
+        end = [draw[-1] for draw in panel["propagated"]["FAVOR+"]]
+        alone = [draw[-1] for draw in panel["one layer alone"]]
+        assert sum(end) > 5 * sum(alone)
+        if title != "random weights, deviation 1/√d":
+            assert sum(end) > 2 * sum(draw[0] for draw in panel["propagated"]["FAVOR+"])
