@@ -224,6 +224,7 @@ def test_a_first_call_in_inference_mode_or_under_autocast_changes_nothing():
     other.load_state_dict(plain.state_dict())
     inputs = inputs_for(plain)
     for model in (plain, other):
+        model.config.favor = {"options": {"features": "relu"}}  # their backward pass keeps ω
         model.set_attn_implementation("favor")
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
         other(**inputs)
