@@ -1,5 +1,6 @@
 """`performers convert`: what it writes, what it recovers, and what it refuses before it starts."""
 
+import importlib.util
 import json
 
 import pytest
@@ -122,24 +123,32 @@ def test_no_recovery_stops_after_calibration_and_leaves_the_weights_alone(saved,
     assert all(layer.attention.self.favor.is_calibrated for layer in layers)
 
 
-@pytest.mark.parametrize("stop_at", ["transfer", "fine-tuning"])
+@pytest.mark.parametrize("lora", [0, 2])
+@pytest.mark.parametrize("stop_at", ["transfer", "fine-tuning", "report"])
 def test_an_interrupted_conversion_goes_on_to_the_same_end(
-    stop_at, saved, text, tmp_path, monkeypatch
+    stop_at, lora, saved, text, tmp_path, monkeypatch
 ):
+    if lora:
+        pytest.importorskip("peft")
     folder = saved(BertForMaskedLM(BertConfig(**SIZES)))
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    options = ("--data", text, *SMALL, "--window", 3)
+    options = ("--data", text, *SMALL, "--window", 3, "--lora", lora)
     assert run(folder, "--output", whole, *options).exit_code == 0
 
     def interrupt(*arguments, **names):
         raise KeyboardInterrupt
 
+    def interrupt_after(*arguments, **names):
+        recovery.recover(*arguments, **names)
+        raise KeyboardInterrupt
+
     with monkeypatch.context() as patch:
         if stop_at == "transfer":
             patch.setattr(conversion, "transfer_attention", interrupt)
+        elif stop_at == "fine-tuning":
+            patch.setattr(recovery, "StopWhenDiverged", StopInStepFour)
         else:
-            patch.setattr(FourSteps, "on_step_end", FourSteps.stop)
-            patch.setattr(recovery, "StopWhenDiverged", FourSteps)
+            patch.setattr(conversion, "recover", interrupt_after)
         result = run(folder, "--output", parts, *options)
     assert result.exit_code == 130, result.output
     assert "--resume" in result.stderr
@@ -147,19 +156,20 @@ def test_an_interrupted_conversion_goes_on_to_the_same_end(
     assert "Add --resume to go on with it" in refused(folder, "--output", parts, *options)
     other = (*options, "--steps", 7)
     assert "was started with steps = 5" in refused(folder, "--output", parts, *other, "--resume")
-    transferred = stop_at == "fine-tuning"
-    assert (parts / "checkpoints" / "fine-tuning" / "checkpoint-3").exists() is transferred
+    last = {"transfer": 0, "fine-tuning": 3, "report": 5}[stop_at]
+    checkpoints = list((parts / "checkpoints" / "fine-tuning").glob("*/whole.json"))
+    assert max((int(path.parent.name[11:]) for path in checkpoints), default=0) == last
     result = run(folder, "--output", parts, *options, "--resume")
     assert result.exit_code == 0, result.output
-    assert ("after attention transfer" in result.stderr) is not transferred
+    assert ("after attention transfer" in result.stderr) is (stop_at == "transfer")
     for name, tensor in load_file(whole / "model.safetensors").items():
         torch.testing.assert_close(load_file(parts / "model.safetensors")[name], tensor)
 
 
-class FourSteps(TrainerCallback):
-    """Stands in for ctrl-c in the fourth of five steps; a checkpoint is written after each."""
+class StopInStepFour(TrainerCallback):
+    """Stands in for ctrl-c; there are five steps, and a checkpoint after each."""
 
-    def stop(self, args, state, control, **kwargs):
+    def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == 4:
             raise KeyboardInterrupt
 
@@ -194,6 +204,13 @@ def test_what_cannot_be_converted_is_refused_before_the_model_is_touched(saved, 
         line = refused(*given, *options, "--force")
         assert f"this is {architecture}. Convert it from Python" in line
     assert [path.name for path in output.iterdir()] == ["thesis.tex"]
+
+
+def test_lora_without_peft_says_how_to_get_it(saved, text, tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    folder = saved(BertModel(BertConfig(**SIZES)))
+    line = refused(folder, "--data", text, "--output", tmp_path / "converted", "--lora", 2)
+    assert "pip install 'performers[lora]'" in line
 
 
 def test_force_writes_over_a_conversion(saved, text, tmp_path):

@@ -44,6 +44,14 @@ def convert(
     transfer_learning_rate: Annotated[float, typer.Option(help="Its learning rate.")] = 1e-3,
     steps: Annotated[int, typer.Option(min=0, help="Steps of fine-tuning.")] = 100,
     learning_rate: Annotated[float, typer.Option(help="Its learning rate.")] = 1e-4,
+    lora: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            metavar="RANK",
+            help="Fine-tune by LoRA of this rank (needs peft); 0: all weights.",
+        ),
+    ] = 0,
     seed: Annotated[int, typer.Option(help="Of the projections and of the order of the text.")] = 0,
     recovery: Annotated[
         bool, typer.Option("--recovery/--no-recovery", help="Train, or stop after calibration.")
@@ -97,6 +105,7 @@ def convert(
             transfer_learning_rate=transfer_learning_rate,
             steps=steps if recovery else 0,
             learning_rate=learning_rate,
+            lora_rank=lora,
             seed=seed,
         )
         conversion = Conversion.prepare(config, output, resume=resume, force=force)

@@ -12,6 +12,7 @@ out/
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import shutil
 import time
@@ -68,8 +69,10 @@ class ConversionConfig:
     `target_error`: instead of `window_size` among the options, take the smallest of no window, 16,
     32, 64 and 128 with which the mean error of the layers is at most this, or else the best.
     `transfer_steps`, `steps`: of attention transfer and of fine-tuning; 0 leaves it out.
+    `lora_rank`: fine-tune matrices of this rank beside the weights instead of the weights; 0 does
+    not. Needs the package peft.
 
-    Raises ValueError for numbers that are too small.
+    Raises ValueError for numbers that are too small, ModuleNotFoundError without peft.
     """
 
     model: str
@@ -82,18 +85,24 @@ class ConversionConfig:
     transfer_learning_rate: float = 1e-3
     steps: int = 100
     learning_rate: float = 1e-4
+    lora_rank: int = 0
     seed: int = 0
 
     def __post_init__(self) -> None:
         check_count("length", self.length)
         check_count("batch_size", self.batch_size)
-        for name in ("transfer_steps", "steps"):
+        for name in ("transfer_steps", "steps", "lora_rank"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}.")
         for name in ("target_error", "transfer_learning_rate", "learning_rate"):
             number = getattr(self, name)
             if number is not None and not number > 0:
                 raise ValueError(f"{name} must be above 0, got {number}.")
+        if self.lora_rank and importlib.util.find_spec("peft") is None:
+            raise ModuleNotFoundError(
+                "lora_rank needs peft, which is not installed. Install it with: pip install "
+                "'performers[lora]', or fine-tune all weights."
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """In types that JSON has."""
@@ -172,7 +181,7 @@ class Conversion:
             write_atomically(found, _json(record))
         if self.config.steps:
             began = time.perf_counter()
-            recover(
+            model = recover(
                 model,
                 teacher,
                 self.task,
@@ -182,6 +191,7 @@ class Conversion:
                 steps=self.config.steps,
                 batch_size=self.config.batch_size,
                 learning_rate=self.config.learning_rate,
+                lora_rank=self.config.lora_rank,
                 seed=self.config.seed,
             )
             record["seconds"] = round(record["seconds"] + time.perf_counter() - began, 1)
