@@ -10,7 +10,15 @@ import pytest
 from performers.cli import reproduce
 from performers.cli.reproduce import EXPERIMENTS, SCALES
 
-OURS = ["figure-14", "figure-2", "figure-4", "figure-5-left", "orthogonality-gap", "theorem-1"]
+OURS = [
+    "figure-14",
+    "figure-2",
+    "figure-4",
+    "figure-5-left",
+    "figure-5-right",
+    "orthogonality-gap",
+    "theorem-1",
+]
 COMMITTED = [
     name
     for name in reproduce.experiment_names()
