@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # what the table below says at run time, said to type checkers and editors
     from performers.convert import (
+        FavorCache,
         FavorOptions,
         calibrate,
         linearize,
@@ -45,6 +46,7 @@ if TYPE_CHECKING:  # what the table below says at run time, said to type checker
 
 __all__ = [
     "FavorAttention",
+    "FavorCache",
     "FavorOptions",
     "KernelFeatures",
     "LinearState",
@@ -67,6 +69,7 @@ __all__ = [
 ]
 
 _HOME = {
+    "FavorCache": "convert",
     "FavorOptions": "convert",
     "calibrate": "convert",
     "linearize": "convert",

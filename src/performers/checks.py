@@ -177,33 +177,37 @@ def check_window(
         )
 
 
-def check_state(parts: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+def check_state(
+    parts: dict[str, Tensor],
+    shapes: dict[str, tuple[int, ...]],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
     """The parts of a state that came from outside, against those that this call would start from.
 
     Recent keys may be of another dtype: they are inputs, not sums.
     """
-    if parts.keys() != expected.keys():
-        has = "with" if len(parts) > len(expected) else "without"
+    if parts.keys() != shapes.keys():
+        has = "with" if len(parts) > len(shapes) else "without"
         raise ValueError(
             f"initial_state was made {has} a window and this call is the other way round: pass the "
             "window_size= that made it."
         )
-    for name, needed in expected.items():
-        part = parts[name]
-        if part.shape != needed.shape:
+    for name, part in parts.items():
+        if part.shape != shapes[name]:
             raise ValueError(
-                f"initial_state.{name} must have shape {_shape(needed)} for these inputs, got "
+                f"initial_state.{name} must have shape {shapes[name]} for these inputs, got "
                 f"{_shape(part)}. A state belongs to one batch, feature map, value_dim and "
                 "window_size; reorder its batch with state.index_select(index)."
             )
-        if part.device != needed.device:
+        if part.device != device:
             raise ValueError(
                 f"initial_state.{name} must be on the device of value: it is on {part.device}, "
-                f"value on {needed.device}. Move the state with state.to({str(needed.device)!r})."
+                f"value on {device}. Move the state with state.to({str(device)!r})."
             )
-        if part.dtype != needed.dtype and not name.startswith("recent."):
+        if part.dtype != dtype and not name.startswith("recent."):
             raise TypeError(
-                f"initial_state.{name} must be {needed.dtype} for these inputs, got {part.dtype}: "
+                f"initial_state.{name} must be {dtype} for these inputs, got {part.dtype}: "
                 "sums are float32, or float64 for float64 inputs. Pass a state as it was returned."
             )
 

@@ -28,7 +28,15 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from performers.backends.reference import Partial, absorb, last_keys, read, with_recent
+from performers.backends.reference import (
+    Partial,
+    absorb,
+    key_exponent,
+    key_weights,
+    last_keys,
+    read,
+    with_recent,
+)
 from performers.backends.scan import scan
 from performers.backends.tiles import Call, band, causal_chunk, key_tiles, recomputed
 from performers.typing import FeatureMap, LinearState, LogLinearMap, RecentKeys
@@ -109,6 +117,10 @@ def _causal(
 ) -> tuple[Partial, LinearState]:
     """What queries get from the state and the keys up to their own, and the state after them."""
     phi = call.phi
+    if query.shape[3] == 1:
+        state = _with_one(call, key, value, key_mask, state)
+        partial = read(state, phi.query_features(call.scaled(query.flatten(2, 3))))
+        return _unflattened(partial, query), state
     if isinstance(phi, LogLinearMap) and phi.is_nonnegative:
         queries = phi.log_linear_queries(call.scaled(query.flatten(2, 3)))
         keys = phi.log_linear_keys(call.scaled(key))
@@ -126,6 +138,24 @@ def _causal(
         partial, state = recomputed(chunk, state, rows, *tile)
         partials.append(partial)
     return _joined(partials), state
+
+
+def _with_one(
+    call: Call,
+    key: Float[Tensor, "batch key_heads 1 dim"],
+    value: Float[Tensor, "batch key_heads 1 value_dim"],
+    key_mask: Bool[Tensor, "batch 1"] | None,
+    state: LinearState,
+) -> LinearState:
+    """`absorb` for a single key, the step of decoding, which touches the state only once."""
+    features = call.phi.key_features(call.scaled(key))
+    exponent = key_exponent(features, key_mask)
+    log_scale = torch.maximum(state.log_scale, exponent.detach().squeeze(2))
+    weights = key_weights(exponent, log_scale.unsqueeze(2), features)
+    state = state.rescaled(log_scale)  # new tensors, so they can be added to
+    state.normalizer.add_(weights.squeeze(2))
+    state.values.addcmul_(weights.mT, value.to(call.dtype))
+    return state
 
 
 def _windowed(

@@ -1,5 +1,6 @@
 """Pretrained Transformers: what their attention layers compute with, and FAVOR+ in their place."""
 
+from performers.convert.cache import FavorCache
 from performers.convert.calibration import calibrate
 from performers.convert.capture import Captured, capture_attention, capture_text, read_captured
 from performers.convert.interface import register
@@ -8,6 +9,7 @@ from performers.convert.options import FavorOptions
 
 __all__ = [
     "Captured",
+    "FavorCache",
     "FavorOptions",
     "calibrate",
     "capture_attention",

@@ -13,7 +13,6 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
 from performers.convert.interface import (
-    FAVOR,
     attend_exactly,
     attention_modules,
     favor_mask,
@@ -21,7 +20,7 @@ from performers.convert.interface import (
     switch,
 )
 from performers.convert.linearize import converted_layers, options_of
-from performers.convert.options import SHARP
+from performers.convert.options import FAVOR, SHARP
 from performers.nn.sharp import SharpFeatures
 
 __all__ = ["calibrate"]

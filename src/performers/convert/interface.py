@@ -15,12 +15,19 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from functools import cache
+from types import MethodType
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AttentionInterface,
+    DynamicCache,
+    EncoderDecoderCache,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.masking_utils import (
     ALL_MASK_ATTENTION_FUNCTIONS,
     AttentionMaskInterface,
@@ -29,18 +36,20 @@ from transformers.masking_utils import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.output_capturing import _active_collector
 
+from performers.convert.cache import FavorCache, memory_of
 from performers.convert.layer import FavorLayer, drop_keys
-from performers.convert.options import FavorOptions
+from performers.convert.options import FAVOR, FavorOptions
 from performers.functional.readout import implied_matrix
 
 __all__ = [
-    "FAVOR",
+    "PREPARE_CACHE",
     "attend_exactly",
     "attention_configs",
     "attention_modules",
     "check_convertible",
     "favor",
     "favor_mask",
+    "generate_in_constant_memory",
     "head_dim",
     "is_converted",
     "keys_seen",
@@ -50,9 +59,8 @@ __all__ = [
     "switch",
 ]
 
-# The name of FAVOR+ among transformers' attention implementations, and of the child that holds a
-# converted layer's feature map.
-FAVOR = "favor"
+# Of models that generate: a method that puts a cache into the arguments of their calls.
+PREPARE_CACHE = "_prepare_cache_for_generation"
 
 # Arguments of an attention call that make it another function than softmax(scale · QKᵀ) V under a
 # mask of padding and causality, and what they are.
@@ -103,7 +111,7 @@ def favor(
 
     Raises ValueError for what has no linear-time form, naming it.
     """
-    layer = _layer(module)
+    layer, memory = _layer(module), memory_of(key)
     for word in OTHER_ATTENTION:
         if options.get(word) is not None:
             raise ValueError(_refusal(_name(module), word))
@@ -115,8 +123,25 @@ def favor(
         seen = keys_seen(module, key, attention_mask, **options)
         return layer(query, key, value, **seen._asdict(), scale=scaling)
 
-    weights = implied_matrix(attend, key) if _wants_weights(options) else None
-    out = attend(drop_keys(value, dropout) if dropout else value)
+    wants_weights = _wants_weights(options)
+    if memory is not None:
+        past_length = memory.num_tokens - key.shape[2]
+        seen = keys_seen(module, key, attention_mask, past_length=past_length, **options)
+        if layer is None or memory.number != layer_number(module) or not seen.is_causal:
+            raise ValueError(_foreign_cache(_name(module)))
+        if wants_weights and past_length:
+            raise ValueError(
+                "output_attentions needs the keys of the whole sequence, and a FavorCache does not "
+                "keep them. Pass the whole sequence with use_cache=False."
+            )
+    weights = implied_matrix(attend, key) if wants_weights else None
+    if dropout:
+        value = drop_keys(value, dropout)
+    if memory is None:
+        out = attend(value)
+    else:
+        assert layer is not None, "checked above"
+        out = memory.attend(layer, query, key, value, seen.key_padding_mask, scaling)
     return out.transpose(1, 2).contiguous(), weights
 
 
@@ -130,8 +155,12 @@ def attend_exactly(
     **options: Any,
 ) -> Float[Tensor, "batch heads query_length value_dim"]:
     """Softmax attention as transformers computes it, for a mask that `favor_mask` made."""
+    query_length, key_length = query.shape[2], key.shape[2]
+    is_causal = _is_causal(module, options["is_causal"])
+    if attention_mask is None and is_causal and 1 < query_length < key_length:
+        # Without a mask, sdpa would take the first query for one of the first key.
+        attention_mask = torch.ones_like(key[:, 0, :, 0], dtype=torch.bool)
     if attention_mask is not None and attention_mask.ndim == 2:
-        query_length, key_length = query.shape[2], key.shape[2]
         position = torch.arange(key_length, device=key.device)
         earlier = position <= position[key_length - query_length :, None]
         attention_mask = attention_mask[:, None, None, -key_length:] & earlier
@@ -155,25 +184,26 @@ def keys_seen(
     *,
     is_causal: bool | None,
     sliding_window: int | None = None,
+    past_length: int = 0,
     **options: Any,
 ) -> Seen:
     """Padding and causality, from what a layer got.
 
     A mask that `favor_mask` made says both: not all architectures say it in their own words too.
     Without a mask the keyword says it, or else the module, as with transformers' own functions.
+    `past_length`: the number of keys before these, where a state has taken their place.
 
     Raises ValueError for windows shorter than the keys and for masks of pairs.
     """
-    if sliding_window is not None and sliding_window < key.shape[2]:
+    key_length = past_length + key.shape[2]
+    if sliding_window is not None and sliding_window < key_length:
         raise ValueError(
             f"{_name(module)} attends to a window of {sliding_window} positions, and there are "
-            f"{key.shape[2]} keys: FAVOR+ would see them all. Keep such layers exact with "
+            f"{key_length} keys: FAVOR+ would see them all. Keep such layers exact with "
             "FavorOptions(layers=...), or use another attn_implementation."
         )
     if attention_mask is None:
-        if is_causal is None:
-            is_causal = bool(getattr(module, "is_causal", True))
-        return Seen(None, is_causal)
+        return Seen(None, _is_causal(module, is_causal))
     if attention_mask.dtype == torch.bool and attention_mask.ndim == 2:
         return Seen(attention_mask[:, -key.shape[2] :], is_causal=True)
     if attention_mask.dtype == torch.bool and attention_mask.shape[1:-1] == (1, 1):
@@ -318,11 +348,9 @@ def layer_number(module: nn.Module) -> int | None:
 
 def is_converted(module: nn.Module, options: FavorOptions, number: int) -> bool:
     """Whether FAVOR+ takes the place of this module's attention."""
-    if options.layers is not None:
-        return number in options.layers
-    kinds = getattr(module.config, "layer_types", None) or []
-    is_mixed = len(set(kinds)) > 1 and layer_number(module) is not None and number < len(kinds)
-    return not (is_mixed and kinds[number] in {"sliding_attention", "chunked_attention"})
+    has_number = layer_number(module) is not None
+    kinds = getattr(module.config, "layer_types", None) if has_number else None
+    return options.converts(number, kinds or ())
 
 
 def head_dim(module: nn.Module) -> int | None:
@@ -349,6 +377,35 @@ def switch(model: PreTrainedModel, implementation: str) -> None:
             )
 
 
+def generate_in_constant_memory(model: PreTrainedModel) -> None:
+    """Let `model.generate` make a `FavorCache` where it makes a DynamicCache of its own accord.
+
+    It does so in a private method of transformers. Where there is none, or one with other
+    arguments, nothing changes: the model then keeps all keys and writes the same, only slower.
+    """
+    method = getattr(type(model), PREPARE_CACHE, None)
+    known = ["self", "generation_config", "model_kwargs"]
+    if method is not None and list(inspect.signature(method).parameters)[: len(known)] == known:
+        setattr(model, PREPARE_CACHE, MethodType(_prepare_cache, model))
+
+
+def _prepare_cache(
+    model: PreTrainedModel, generation_config: Any, model_kwargs: dict[str, Any], *args: Any
+) -> None:
+    name = "past_key_values"
+    is_given = model_kwargs.get(name) is not None
+    getattr(type(model), PREPARE_CACHE)(model, generation_config, model_kwargs, *args)
+    made = model_kwargs.get(name)
+    if is_given or made is None:
+        return
+    if isinstance(made, EncoderDecoderCache):
+        # The keys of cross-attention are those of the input, whose number does not grow.
+        if type(made.self_attention_cache) is DynamicCache:
+            made.self_attention_cache = FavorCache(model.config)
+    elif type(made) is DynamicCache:
+        model_kwargs[name] = FavorCache(model.config)
+
+
 def _layer(module: nn.Module) -> FavorLayer | None:
     """What converts this attention module, made if this is its first call; None if it is exact."""
     if not hasattr(module, FAVOR):
@@ -360,7 +417,7 @@ def _layer(module: nn.Module) -> FavorLayer | None:
 def _new_layer(module: nn.Module) -> FavorLayer | None:
     """The layer for a model that was switched or loaded by transformers, not by `linearize`."""
     written = getattr(module.config, FAVOR, None) or {}
-    options = FavorOptions.from_dict(written.get("options", {}))
+    options = FavorOptions.of(module.config)
     number = layer_number(module)
     if written.get("tensors") or (options.layers is not None and number is None):
         raise ValueError(
@@ -370,6 +427,11 @@ def _new_layer(module: nn.Module) -> FavorLayer | None:
     if not is_converted(module, options, number or 0):
         return None
     return FavorLayer(options, number or 0)
+
+
+def _is_causal(module: nn.Module, is_causal: bool | None) -> bool:
+    """What a call without a mask says: the keyword, or else the module."""
+    return bool(getattr(module, "is_causal", True)) if is_causal is None else is_causal
 
 
 def _wants_weights(options: dict[str, Any]) -> bool:
@@ -440,6 +502,15 @@ def _refusal(name: str, word: str) -> str:
     return (
         f"{name} attends with {OTHER_ATTENTION[word]} ({word}=), which is not softmax(scale · QKᵀ) "
         "V and has no linear-time form. Use another attn_implementation for this model."
+    )
+
+
+def _foreign_cache(name: str) -> str:
+    return (
+        f"{name} got keys that belong to another layer of a FavorCache: the cache was made for "
+        "another configuration, or layers share their keys, or this is cross-attention. Make it by "
+        "FavorCache(model.config), for an encoder and a decoder by "
+        "EncoderDecoderCache(FavorCache(model.config), DynamicCache())."
     )
 
 

@@ -13,6 +13,7 @@ from performers.convert.options import FavorOptions
 from performers.functional.favor import favor_attention
 from performers.nn.feature_maps import KernelFeatures, SoftmaxFeatures
 from performers.nn.sharp import SharpFeatures
+from performers.typing import FeatureMap, LinearState
 
 __all__ = ["FavorLayer", "drop_keys"]
 
@@ -94,6 +95,39 @@ class FavorLayer(nn.Module):
             window_size=window_size,
         )
         return out[:, :, out.shape[2] - query_length :]
+
+    def resume(
+        self,
+        query: Float[Tensor, "batch heads length dim"],
+        key: Float[Tensor, "batch key_heads length dim"],
+        value: Float[Tensor, "batch key_heads length value_dim"],
+        *,
+        key_padding_mask: Bool[Tensor, "batch length"] | None,
+        scale: float | None,
+        state: LinearState | None,
+        phi: FeatureMap | None,
+    ) -> tuple[Float[Tensor, "batch heads length value_dim"], LinearState, FeatureMap]:
+        """Causal attention of positions that continue a sequence, the state after them, and the φ
+        that this state belongs to, ready for the next call. Both are None before the first.
+        """
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        if phi is None:
+            feature_map = self.feature_map_for(query, is_causal=True)
+            phi = feature_map.fitted(query, key, key_padding_mask, scale=scale, is_streaming=True)
+        out, state = favor_attention(
+            query,
+            key,
+            value,
+            phi,
+            is_causal=True,
+            key_padding_mask=key_padding_mask,
+            scale=scale,
+            enable_gqa=True,
+            window_size=self.options.window_size,
+            initial_state=state,
+            return_state=True,
+        )
+        return out, state, phi
 
     def feature_map_for(
         self, query: Tensor, *, is_causal: bool

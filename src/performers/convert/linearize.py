@@ -25,10 +25,11 @@ from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
 from performers.convert.interface import (
-    FAVOR,
+    PREPARE_CACHE,
     attention_configs,
     attention_modules,
     check_convertible,
+    generate_in_constant_memory,
     head_dim,
     is_converted,
     layer_number,
@@ -36,7 +37,7 @@ from performers.convert.interface import (
     switch,
 )
 from performers.convert.layer import FavorLayer
-from performers.convert.options import FavorOptions
+from performers.convert.options import FAVOR, FavorOptions
 
 __all__ = ["converted_layers", "linearize", "load_linearized", "options_of", "restore"]
 
@@ -82,6 +83,7 @@ def linearize(model: PreTrainedModel, options: FavorOptions | None = None) -> Pr
         raise
     # Trainers save by this method too; it also writes what was learned.
     model.save_pretrained = MethodType(_save_pretrained, model)
+    generate_in_constant_memory(model)
     _write(model, options, tensors=None)
     numbers = layer_numbers(model)
     for name, module in attention_modules(model).items():
@@ -102,7 +104,8 @@ def restore(model: PreTrainedModel) -> PreTrainedModel:
             delattr(module, FAVOR)
     for config in attention_configs(model):
         vars(config).pop(FAVOR, None)
-    vars(model).pop("save_pretrained", None)
+    for method in ("save_pretrained", PREPARE_CACHE):
+        vars(model).pop(method, None)
     for config, implementation in vars(model).pop(BEFORE, []):
         config._attn_implementation_internal = implementation
     if model.config._attn_implementation == FAVOR:  # switched without linearize

@@ -6,13 +6,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from transformers import PreTrainedConfig
+
 from performers.checks import check_choice, check_count
 from performers.functional.features import KERNELS
 from performers.functional.projections import PROJECTIONS
 from performers.nn.feature_maps import ESTIMATORS, KernelFeatures, SoftmaxFeatures
 from performers.nn.sharp import STATISTICS, SharpFeatures
 
-__all__ = ["FEATURES", "SHARP", "FavorOptions"]
+__all__ = ["FAVOR", "FEATURES", "SHARP", "FavorOptions"]
+
+# The name of FAVOR+ among transformers' attention implementations, of the child that holds a
+# converted layer's feature map, and of the options in a configuration.
+FAVOR = "favor"
 
 SHARP = "sharp"
 FEATURES = (SHARP, *ESTIMATORS, *KERNELS)
@@ -113,12 +119,28 @@ class FavorOptions:
             layer=layer,
         )
 
+    def converts(self, number: int, layer_types: Sequence[str]) -> bool:
+        """Whether FAVOR+ takes the place of attention in the layer of this number.
+
+        `layer_types`: the kinds of a model's layers, where its configuration has any.
+        """
+        if self.layers is not None:
+            return number in self.layers
+        is_mixed = len(set(layer_types)) > 1 and number < len(layer_types)
+        return not (is_mixed and layer_types[number] in {"sliding_attention", "chunked_attention"})
+
     def to_dict(self) -> dict[str, Any]:
         """What `from_dict` reads, in types that JSON has."""
         written = asdict(self)
         if self.layers is not None:
             written["layers"] = list(self.layers)
         return written
+
+    @classmethod
+    def of(cls, config: PreTrainedConfig) -> FavorOptions:
+        """Those that `linearize` has written into a configuration; the defaults if none."""
+        written = getattr(config, FAVOR, None) or {}
+        return cls.from_dict(written.get("options", {}))
 
     @classmethod
     def from_dict(cls, written: Mapping[str, Any]) -> FavorOptions:

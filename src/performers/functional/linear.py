@@ -68,14 +68,16 @@ def linear_attention(
         )
     batch, key_heads, _, value_dim = value.shape
     dtype = torch.promote_types(value.dtype, torch.float32)
-    state = LinearState.empty(
-        batch, key_heads, phi.num_features, value_dim, device=value.device, dtype=dtype
-    )
-    if window_size is not None and is_causal:
-        state = replace(state, recent=RecentKeys.empty(key, value, window_size))
     if initial_state is not None:
-        check_state(initial_state.parts(), state.parts())
+        shapes = _state_shapes(key, value, phi.num_features, window_size if is_causal else None)
+        check_state(initial_state.parts(), shapes, dtype, value.device)
         state = initial_state
+    else:
+        state = LinearState.empty(
+            batch, key_heads, phi.num_features, value_dim, device=value.device, dtype=dtype
+        )
+        if window_size is not None and is_causal:
+            state = replace(state, recent=RecentKeys.empty(key, value, window_size))
     if key_padding_mask is not None:
         # Masked keys weigh 0, but 0 · NaN is NaN, and padding may hold anything.
         absent = ~key_padding_mask[:, None, :, None]
@@ -104,3 +106,18 @@ def linear_attention(
             state=state,
         )
     return out.flatten(1, 2).to(query.dtype), last if return_state else None
+
+
+def _state_shapes(
+    key: Tensor, value: Tensor, num_features: int, window_size: int | None
+) -> dict[str, tuple[int, ...]]:
+    """The shapes of a state's parts, by the names that `LinearState.parts` gives them."""
+    batch, key_heads, _, value_dim = value.shape
+    sums = (batch, key_heads, num_features)
+    shapes = {"log_scale": sums, "normalizer": sums, "values": (*sums, value_dim)}
+    if window_size is not None:
+        recent = (batch, key_heads, window_size)
+        shapes["recent.key"] = (*recent, key.shape[-1])
+        shapes["recent.value"] = (*recent, value_dim)
+        shapes["recent.visible"] = (batch, window_size)
+    return shapes

@@ -19,7 +19,7 @@ per coordinate, the idea of Likhosherstov et al. 2023, "Dense-exponential random
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -176,10 +176,15 @@ class ReparametrizedFeatures:
 
     x of shape (batch, heads, length, dim) meets a reparametrization with leading dimensions
     (heads,) or (batch, heads). ω must be Gaussian: "sphere" has another expectation.
+
+    What features are computed from is made by the first call, and ready for those after it.
     """
 
     omega: Float[Tensor, "num_projections dim"]
     reparametrization: Reparametrization
+    _sides: dict[tuple[str, torch.dtype], _Side] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     @property
     def num_features(self) -> int:
@@ -216,33 +221,57 @@ class ReparametrizedFeatures:
 
     def log_linear_queries(self, x: Float[Tensor, "*batch length dim"]) -> LogLinear:
         """φ(q); the factor exp(b·q) of the shift goes to the row."""
-        a, b, query_map, _, _ = self.reparametrization
-        x = x - a.unsqueeze(-2).to(x.dtype)
-        # b·q = b·(q − a) + a·b, and a·b has its other half in the keys
-        constant = (a * b).sum(dim=-1)[..., None, None].to(x.dtype)
-        return self._log_linear(x, query_map, b, constant)
+        return self._side("query", x.dtype).log_linear(x)
 
     def log_linear_keys(self, x: Float[Tensor, "*batch length dim"]) -> LogLinear:
         """φ(k); the factor exp(a·(k − b)) of the shift goes to the row."""
-        a, b, _, key_map, _ = self.reparametrization
-        x = x - b.unsqueeze(-2).to(x.dtype)
-        return self._log_linear(x, key_map, a, None)
+        return self._side("key", x.dtype).log_linear(x)
 
-    def _log_linear(
-        self, centered: Tensor, matrix: Tensor, other_shift: Tensor, constant: Tensor | None
-    ) -> LogLinear:
-        dtype = centered.dtype
-        omega, exponent = self.omega.to(dtype), self.reparametrization.exponent.to(dtype)
-        mapped = centered @ matrix.to(dtype).mT
-        stretch = (1 - 4 * exponent).sqrt().unsqueeze(-2)
-        # Σ_i A_i ω_mi², one constant per feature
-        tilt = exponent.unsqueeze(-2) @ omega.square().mT
-        rows = (centered * other_shift.unsqueeze(-2).to(dtype)).sum(dim=-1, keepdim=True)
+    def _side(self, name: str, dtype: torch.dtype) -> _Side:
+        if self.omega.requires_grad:  # each tile's graph is its own
+            return self._new_side(name, dtype)
+        if (name, dtype) not in self._sides:
+            self._sides[name, dtype] = self._new_side(name, dtype)
+        return self._sides[name, dtype]
+
+    def _new_side(self, name: str, dtype: torch.dtype) -> _Side:
+        a, b, query_map, key_map, exponent = self.reparametrization
+        stretch = (1 - 4 * exponent).sqrt()
+        constant = stretch.log().sum(dim=-1) / 2 - math.log(len(self.omega)) / 2
+        if name == "query":
+            # b·q = b·(q − a) + a·b, and a·b has its other half in the keys
+            parts = a, b, query_map, constant + (a * b).sum(dim=-1)
+        else:
+            parts = b, a, key_map, constant
+        shift, other_shift, matrix, constant = (part.to(dtype) for part in parts)
+        stretch, omega = stretch.to(dtype).unsqueeze(-2), self.omega.to(dtype)
+        tilt = exponent.to(dtype).unsqueeze(-2) @ omega.square().mT
+        return _Side(
+            shift.unsqueeze(-2),
+            other_shift.unsqueeze(-2),
+            matrix.mT,
+            constant[..., None, None],
+            omega * stretch,
+            tilt.squeeze(-2),
+        )
+
+
+class _Side(NamedTuple):
+    """What the features of queries, or those of keys, are computed from, in one precision."""
+
+    shift: Float[Tensor, "*heads 1 dim"]
+    other_shift: Float[Tensor, "*heads 1 dim"]
+    matrix: Float[Tensor, "*heads dim dim"]
+    constant: Float[Tensor, "*heads 1 1"]
+    directions: Float[Tensor, "*heads num_projections dim"]
+    tilt: Float[Tensor, "*heads num_projections"]  # Σ_i A_i ω_mi²
+
+    def log_linear(self, x: Float[Tensor, "*batch length dim"]) -> LogLinear:
+        centered = x - self.shift
+        mapped = centered @ self.matrix
+        rows = (centered * self.other_shift).sum(dim=-1, keepdim=True) + self.constant
         rows = rows - mapped.square().sum(dim=-1, keepdim=True) / 2
-        rows = rows + stretch.log().sum(dim=-1, keepdim=True) / 2 - math.log(len(omega)) / 2
-        if constant is not None:
-            rows = rows + constant
-        return LogLinear(mapped, omega * stretch, rows, tilt.squeeze(-2))
+        return LogLinear(mapped, self.directions, rows, self.tilt)
 
 
 def _regular(moments: Moments) -> Tensor:

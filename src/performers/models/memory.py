@@ -18,7 +18,7 @@ from performers.typing import Attention, LinearState
 if TYPE_CHECKING:
     from performers.models.mechanisms import Favor
 
-__all__ = ["KeysAndValues", "Memory", "Nothing", "State"]
+__all__ = ["KeysAndValues", "LinearMemory", "Memory", "Nothing", "State"]
 
 Query = Float[Tensor, "batch heads new_length dim"]
 Key = Float[Tensor, "batch key_heads new_length dim"]
@@ -84,23 +84,15 @@ class Nothing(Memory):
     def batch_repeat_interleave(self, repeats: int) -> None: ...
 
 
-class State(Memory):
-    """Memory of linear attention: one `LinearState`."""
+class LinearMemory(Memory):
+    """Memory of linear attention: one `LinearState`, None before the first key."""
+
+    # What to do where a state would have to forget.
+    instead = "Generate without an assistant, or use a model with attention='exact'."
 
     def __init__(self) -> None:
         super().__init__()
         self.state: LinearState | None = None
-
-    def attend(
-        self, mechanism: Favor, query: Query, key: Key, value: Value, mask: Mask | None
-    ) -> Output:
-        """Attention of the new positions over all so far."""
-        new_length = key.shape[2]
-        if mask is not None:
-            mask = mask[:, mask.shape[1] - new_length :]
-        self.num_tokens += new_length
-        out, self.state = mechanism.resume(query, key, value, mask, self.state)
-        return out
 
     def reset(self) -> None:
         super().reset()
@@ -108,11 +100,11 @@ class State(Memory):
 
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove:
-            raise NotImplementedError(CANNOT_FORGET)
+            raise NotImplementedError(self._cannot_forget())
 
     def activate_past_recording(self) -> None:
         """Called before tokens are tried out that may have to be taken back."""
-        raise NotImplementedError(CANNOT_FORGET)
+        raise NotImplementedError(self._cannot_forget())
 
     def reorder_cache(self, beam_idx: Int[Tensor, " beams"]) -> None:
         if self.state is not None:
@@ -125,12 +117,26 @@ class State(Memory):
         if self.state is not None:
             self.state = self.state.repeat_interleave(repeats)
 
+    def _cannot_forget(self) -> str:
+        return (
+            "a linear state sums over all tokens seen and cannot give the last ones back: assisted "
+            f"and prompt-lookup decoding and cropping the cache are not possible. {self.instead}"
+        )
 
-CANNOT_FORGET = (
-    "a linear state sums over all tokens seen and cannot give the last ones back: assisted and "
-    "prompt-lookup decoding and cropping the cache are not possible. Generate without an "
-    "assistant, or use a model with attention='exact'."
-)
+
+class State(LinearMemory):
+    """Memory of FAVOR+."""
+
+    def attend(
+        self, mechanism: Favor, query: Query, key: Key, value: Value, mask: Mask | None
+    ) -> Output:
+        """Attention of the new positions over all so far."""
+        new_length = key.shape[2]
+        if mask is not None:
+            mask = mask[:, mask.shape[1] - new_length :]
+        self.num_tokens += new_length
+        out, self.state = mechanism.resume(query, key, value, mask, self.state)
+        return out
 
 
 class KeysAndValues(DynamicLayer):

@@ -1,0 +1,120 @@
+"""`FavorCache`: what a converted model carries from one token to the next.
+
+transformers gives the keys of new tokens to the cache, and what the cache returns to the attention
+function; there is no other way from the one to the other. So a memory returns the new keys alone,
+with its own name on them:
+
+    key ─► update() ─► key, which names its memory ─► favor() ─► memory.attend(): state ─► state
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jaxtyping import Bool, Float
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedConfig
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
+
+from performers.convert.layer import FavorLayer
+from performers.convert.options import FavorOptions
+from performers.models.memory import LinearMemory
+from performers.typing import FeatureMap
+
+__all__ = ["FavorCache", "FavorMemory", "memory_of"]
+
+# Kinds of memory that keep keys and values and nothing else.
+KEYS_AND_VALUES = (DynamicLayer, DynamicSlidingWindowLayer)
+
+
+class FavorCache(Cache):
+    """One memory per layer: a `LinearState` where FAVOR+ attends, whose size does not depend on the
+    length; layers that stayed exact keep their keys and values.
+
+    After `linearize`, `generate()` makes one by itself. Make one to continue a sequence over
+    several calls, or for a model that was switched by attn_implementation="favor" alone:
+
+        cache = FavorCache(model.config)
+        turn = model.generate(prompt, past_key_values=cache)
+        turn = model.generate(torch.cat([turn, more], dim=1), past_key_values=cache)
+
+    With an encoder: `EncoderDecoderCache(FavorCache(model.config), DynamicCache())`.
+    """
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        config = config.get_text_config(decoder=True)
+        options = FavorOptions.of(config)
+        kinds = getattr(config, "layer_types", None) or ()
+        layers = DynamicCache(config=config).layers
+        for number, layer in enumerate(layers):
+            if type(layer) in KEYS_AND_VALUES and options.converts(number, kinds):
+                layers[number] = FavorMemory(number)
+        super().__init__(layers=layers)
+
+
+class FavorMemory(LinearMemory):
+    """Memory of one converted layer: its state, and the φ without which that means nothing."""
+
+    instead = (
+        "Generate without an assistant, or keep all keys: "
+        "generate(past_key_values=DynamicCache(config=model.config))."
+    )
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+        self.phi: FeatureMap | None = None
+        self.is_waiting = False  # for attention to new keys
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """New keys and values as they came, for `attend`.
+
+        Raises RuntimeError where earlier ones never got there, before their absence shows.
+        """
+        if self.is_waiting:
+            raise RuntimeError(
+                f"layer {self.number} of a FavorCache was given keys that attention did not get: "
+                "the model does not attend by FAVOR+ there, or changes keys that the cache has "
+                "returned, or was interrupted. Make a new FavorCache(model.config), or keep all "
+                "keys: generate(past_key_values=DynamicCache(config=model.config))."
+            )
+        self.is_waiting = True
+        self.num_tokens += key_states.shape[2]
+        key_states = key_states.view_as(key_states)  # the caller's own stays without a name
+        key_states.favor_memory = self  # type: ignore[attr-defined]
+        return key_states, value_states
+
+    def attend(
+        self,
+        layer: FavorLayer,
+        query: Float[Tensor, "batch heads length dim"],
+        key: Float[Tensor, "batch key_heads length dim"],
+        value: Float[Tensor, "batch key_heads length value_dim"],
+        key_padding_mask: Bool[Tensor, "batch length"] | None,
+        scale: float | None,
+    ) -> Float[Tensor, "batch heads length value_dim"]:
+        """Attention of the new positions over all so far."""
+        out, self.state, self.phi = layer.resume(
+            query,
+            key,
+            value,
+            key_padding_mask=key_padding_mask,
+            scale=scale,
+            state=self.state,
+            phi=self.phi,
+        )
+        self.is_waiting = False
+        return out
+
+    def reset(self) -> None:
+        super().reset()
+        self.phi = None
+        self.is_waiting = False
+
+
+def memory_of(key: Tensor) -> FavorMemory | None:
+    """The memory that these keys come from, if they come from one."""
+    memory: FavorMemory | None = getattr(key, "favor_memory", None)
+    return memory
