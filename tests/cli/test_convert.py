@@ -159,8 +159,17 @@ def test_an_interrupted_conversion_goes_on_to_the_same_end(
     last = {"transfer": 0, "fine-tuning": 3, "report": 5}[stop_at]
     checkpoints = list((parts / "checkpoints" / "fine-tuning").glob("*/whole.json"))
     assert max((int(path.parent.name[11:]) for path in checkpoints), default=0) == last
+    steps = []
+    compute_loss = recovery.RecoveryTrainer.compute_loss
+
+    def count(*arguments, **names):
+        steps.append(1)
+        return compute_loss(*arguments, **names)
+
+    monkeypatch.setattr(recovery.RecoveryTrainer, "compute_loss", count)
     result = run(folder, "--output", parts, *options, "--resume")
     assert result.exit_code == 0, result.output
+    assert len(steps) == 5 - last
     assert ("after attention transfer" in result.stderr) is (stop_at == "transfer")
     for name, tensor in load_file(whole / "model.safetensors").items():
         torch.testing.assert_close(load_file(parts / "model.safetensors")[name], tensor)

@@ -45,7 +45,11 @@ def test_only_converted_attention_is_trained_and_omega_stays():
     before = copy.deepcopy(model)
     model.model.layers[1].self_attn.k_proj.requires_grad_(False)
     model.train()
+    model.model.embed_tokens.eval()
+    modes = [module.training for module in model.modules()]
     transfer_attention(model, teacher, [inputs_for(model)])
+    layer_errors(model, teacher, [inputs_for(model)])
+    assert [module.training for module in model.modules()] == modes
     changed = {
         name
         for (name, tensor), old in zip(
@@ -58,7 +62,6 @@ def test_only_converted_attention_is_trained_and_omega_stays():
     pair = (converted_layers(one)[layer].feature_map.omega for one in (model, before))
     assert torch.equal(*pair)
     assert all(parameter.grad is None for parameter in model.parameters())
-    assert model.training
     assert not model.model.layers[1].self_attn.k_proj.weight.requires_grad
 
 

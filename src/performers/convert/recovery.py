@@ -19,6 +19,7 @@ import copy
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -64,15 +65,8 @@ def layer_errors(
 
     `out` is what the attention module returns: in most decoders after the output projection.
     """
-    layers = _converted_modules(model)
-    modes = {module: module.training for module in layers.values()}
-    try:
-        for module in layers.values():
-            module.eval()
-        return _errors(layers, teacher, batches)
-    finally:
-        for module, training in modes.items():
-            module.train(training)
+    with _evaluating(model):
+        return _errors(_converted_modules(model), teacher, batches)
 
 
 @torch.no_grad()
@@ -106,32 +100,41 @@ def transfer_attention(
     Raises FloatingPointError where the loss is no longer finite.
     """
     layers = _converted_modules(model)
-    modes = {module: module.training for module in model.modules()}
     parameters = [p for module in layers.values() for p in module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
-    model.eval()
-    for step, batch in enumerate(batches):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate * (1 - step / len(batches))
-        losses = []
-        for call in _attention_calls(teacher, layers, batch):
-            square, whole = call.compare(layers[call.name])
-            losses.append(square / whole)
-        loss = torch.stack(losses).mean()
-        if not loss.isfinite():
-            raise FloatingPointError(
-                f"attention transfer diverged: the loss is {float(loss.detach())} at step {step}. "
-                "Start again with a lower learning rate."
-            )
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        if report is not None:
-            report(step + 1, float(loss.detach()))
+    with _evaluating(model):
+        for step, batch in enumerate(batches):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate * (1 - step / len(batches))
+            losses = []
+            for call in _attention_calls(teacher, layers, batch):
+                square, whole = call.compare(layers[call.name])
+                losses.append(square / whole)
+            loss = torch.stack(losses).mean()
+            if not loss.isfinite():
+                raise FloatingPointError(
+                    f"attention transfer diverged: the loss is {float(loss.detach())} at step "
+                    f"{step}. Start again with a lower learning rate."
+                )
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            if report is not None:
+                report(step + 1, float(loss.detach()))
     optimizer.zero_grad()
-    for module, training in modes.items():
-        module.training = training
     return model
+
+
+@contextmanager
+def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Without dropout; every module is in its mode again afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 class _Averaging(FavorLayer):
