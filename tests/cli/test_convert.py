@@ -198,6 +198,7 @@ def test_what_cannot_be_converted_is_refused_before_the_model_is_touched(saved, 
     assert "unknown features" in refused(*given, *options, "--features", "sharpe")
     assert "is the model itself" in refused(*given, "--output", folder, "--force")
     assert "learning_rate must be above 0" in refused(*given, *options, "--learning-rate", 0)
+    assert "give --resume or --force, not both" in refused(*given, *options, "--resume", "--force")
     assert not output.exists()
     output.mkdir()
     (output / "thesis.tex").touch()

@@ -309,6 +309,11 @@ def _check_output(config: ConversionConfig, output: Path, resume: bool, force: b
             f"the output folder {output} is the model itself, whose weights would be lost. Choose "
             "another with --output."
         )
+    if resume and force:
+        raise ValueError(
+            "a conversion is either gone on with or started again: give --resume or --force, not "
+            "both."
+        )
     started = output / CHECKPOINTS / "config.json"
     if resume and started.exists():
         before = json.loads(started.read_text(encoding="utf-8"))
