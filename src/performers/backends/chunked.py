@@ -72,14 +72,17 @@ def attend(
     if window_size is not None:
         return _windowed(call, query, key, value, key_mask, is_causal, window_size, state)
     if is_causal:
-        outputs = []
         row_bytes = max(1, call.dtype.itemsize * key[:, :, 0].numel())
         rows = max(CAUSAL_CHUNK, PIECE_BYTES // row_bytes)
+        if query.shape[3] <= rows:
+            partial, state = _causal(call, query, key, value, key_mask, state)
+            return call.output(partial), state
+        outputs = []
         pieces = key_tiles(rows, key, value, key_mask)
         for queries, piece in zip(query.split(rows, dim=3), pieces, strict=True):
             partial, state = _causal(call, queries, *piece, state)
             outputs.append(call.output(partial))
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=3), state
+        return torch.cat(outputs, dim=3), state
     return _bidirectional(call, query, key, value, key_mask, state)
 
 
