@@ -119,8 +119,11 @@ def test_generate_keeps_states_without_being_asked(model, tokens):
     assert with_states == [layer.number for layer in converted_layers(model).values()]
 
 
-@every_conversion
-@pytest.mark.parametrize("mode", ["greedy", "beams"])
+@pytest.mark.parametrize(
+    ("model", "mode"),
+    [*((name, "greedy") for name in CONVERSIONS), ("Llama", "beams")],
+    indirect=["model"],
+)
 def test_padding_on_the_left_changes_nothing_that_is_written(model, tokens, mode):
     longer, mask = padded(tokens)
     options = MODES[mode] | {"attention_mask": mask}
@@ -352,6 +355,13 @@ def test_a_cache_of_other_layers_is_refused(tokens):
     every = FavorCache(llama().config)
     with pytest.raises(ValueError, match=r"of layer 0 got keys .*FavorCache\(model.config\)"):
         model(tokens, past_key_values=every)
+
+
+def test_layers_that_share_their_keys_do_not_share_a_state(model, tokens):
+    cache = FavorCache(model.config)
+    cache.layers[1] = cache.layers[0]
+    with pytest.raises(ValueError, match="of layer 1 got keys .* or layers share their keys"):
+        model(tokens, past_key_values=cache)
 
 
 def test_keys_of_an_encoder_do_not_enter_a_state(tokens):
