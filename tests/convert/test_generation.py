@@ -360,7 +360,7 @@ def test_a_cache_of_other_layers_is_refused(tokens):
 def test_layers_that_share_their_keys_do_not_share_a_state(model, tokens):
     cache = FavorCache(model.config)
     cache.layers[1] = cache.layers[0]
-    with pytest.raises(ValueError, match="of layer 1 got keys .* or layers share their keys"):
+    with pytest.raises(ValueError, match=r"of layer 1 got keys .* or layers share their keys"):
         model(tokens, past_key_values=cache)
 
 
