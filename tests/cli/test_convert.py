@@ -227,6 +227,8 @@ def test_force_writes_over_a_conversion(saved, text, tmp_path):
     folder, output = saved(BertModel(BertConfig(**SIZES))), tmp_path / "converted"
     options = (folder, "--data", text, "--output", output, *SMALL, "--no-recovery")
     assert run(*options, "--window", 3).exit_code == 0
+    (output / "checkpoints").mkdir()  # as if it had been interrupted
+    (output / "checkpoints" / "transferred.json").write_text("{}")
     assert run(*options, "--features", "relu", "--force").exit_code == 0
     record = json.loads((output / "conversion.json").read_text())
     assert record["options"]["features"] == "relu"

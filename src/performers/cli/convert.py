@@ -43,7 +43,7 @@ def convert(
     transfer_steps: Annotated[int, typer.Option(min=0, help="Steps of attention transfer.")] = 60,
     transfer_learning_rate: Annotated[float, typer.Option(help="Its learning rate.")] = 1e-3,
     steps: Annotated[int, typer.Option(min=0, help="Steps of fine-tuning.")] = 100,
-    learning_rate: Annotated[float, typer.Option(help="Its learning rate.")] = 1e-4,
+    learning_rate: Annotated[float, typer.Option(help="Its learning rate.")] = 2e-5,
     lora: Annotated[
         int,
         typer.Option(

@@ -84,7 +84,7 @@ class ConversionConfig:
     transfer_steps: int = 60
     transfer_learning_rate: float = 1e-3
     steps: int = 100
-    learning_rate: float = 1e-4
+    learning_rate: float = 2e-5
     lora_rank: int = 0
     seed: int = 0
 
