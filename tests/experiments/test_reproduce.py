@@ -13,6 +13,8 @@ from performers.cli.reproduce import EXPERIMENTS, SCALES
 OURS = [
     "figure-14",
     "figure-2",
+    "figure-20",
+    "figure-3",
     "figure-4",
     "figure-5-left",
     "figure-5-right",

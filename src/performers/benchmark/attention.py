@@ -59,7 +59,7 @@ class Plan:
     num_projections: int = 256
     repeats: int = 5
     # Seconds of a step after which a mechanism is not tried at a greater length.
-    patience: float = 30.0
+    patience: float = 10.0
     device: str = "cpu"
     seed: int = 0
 
