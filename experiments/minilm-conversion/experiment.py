@@ -47,7 +47,7 @@ class Config:
     transfer_steps: int = 200
     transfer_learning_rate: float = 2e-3
     steps: int = 400
-    learning_rate: float = 2e-4
+    learning_rate: float = 2e-5
     batch_size: int = 8
     length: int = 256
     seed: int = 0
@@ -56,7 +56,7 @@ class Config:
 FULL = Config()
 REDUCED = replace(
     FULL, paragraphs=24, num_projections=(64, 256, 1024), draws=1, recovered_projections=(256,),
-    transfer_steps=48, steps=32, batch_size=4,
+    transfer_steps=64, steps=32, batch_size=4,
 )  # fmt: skip
 SMOKE = replace(
     REDUCED, texts="excerpts", held_out="persuasion", shortest=20, longest=40, paragraphs=4,

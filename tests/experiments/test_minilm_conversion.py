@@ -44,7 +44,7 @@ def test_sharp_features_and_a_window_keep_more_than_plain_features(before, recor
 def test_recovery_gives_back_embeddings_and_ranks_of_texts_not_trained_on(before, after):
     for title, scores in after.items():
         assert all(scores[name] > before[title][name] for name in ("cosine", "rank"))
-    assert after[NEAR]["cosine"] >= 0.96
+    assert after[NEAR]["cosine"] >= 0.97
     assert after[NEAR]["cpu_seconds"] < 15 * 60
 
 
