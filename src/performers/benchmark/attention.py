@@ -96,21 +96,22 @@ def run(plan: Plan, report: Callable[[str], None]) -> dict[str, Any]:
         "memory": [],
         "decoding": [],
     }
+    slow: dict[bool, dict[str, int]] = {}
     with limited_memory(device):
         for name in plan.dtypes:
             rate = matmul_rate(getattr(torch, name), device)
             for causal in (False, True):
                 mechanisms = _mechanisms(plan, causal)
-                slow: set[str] = set()
+                slow[causal] = {}
                 for length in plan.lengths:
-                    row = _time_row(plan, mechanisms, name, causal, length, slow)
+                    row = _time_row(plan, mechanisms, name, causal, length, slow[causal])
                     flops = 8 * length * plan.num_projections * plan.dim * plan.heads * plan.batch
                     row["floor_seconds"] = flops / rate
                     result["time"].append(row)
                     report(time_line(row))
     for causal in (False, True):
         for length in plan.memory_lengths:
-            result["memory"].append(_memory_row(plan, causal, length))
+            result["memory"].append(_memory_row(plan, causal, length, slow[causal]))
             report(memory_line(result["memory"][-1]))
     with limited_memory(device):
         for context in plan.contexts:
@@ -128,7 +129,7 @@ def _mechanisms(plan: Plan, causal: bool) -> dict[str, Mechanism]:
         "performer": partial(favor_attention, phi=_features(plan), is_causal=causal),
     }
     if _has_peer():
-        from performer_pytorch import FastAttention  # type: ignore[import-untyped]
+        from performer_pytorch import FastAttention
 
         with redirect_stdout(StringIO()):  # it says each time that it found no CUDA code
             peer = FastAttention(plan.dim, plan.num_projections, causal=causal)
@@ -161,9 +162,12 @@ def _time_row(
     dtype_name: str,
     causal: bool,
     length: int,
-    slow: set[str],
+    slow: dict[str, int],
 ) -> dict[str, Any]:
-    """Seconds of the forward pass and of forward and backward together; `slow` grows."""
+    """Seconds of the forward pass and of forward and backward together.
+
+    `slow`: the lengths from which on mechanisms are not tried. It grows.
+    """
     dtype, device = getattr(torch, dtype_name), torch.device(plan.device)
     error = _relative_error(plan, min(length, 1024), dtype, causal)
     inputs = _inputs(plan, length, dtype)
@@ -180,7 +184,7 @@ def _time_row(
     for name, parts in seconds.items():
         both = parts["forward_backward"]
         if isinstance(both, str) or both["median"] > plan.patience:
-            slow.add(name)
+            slow.setdefault(name, length)
     return {
         "dtype": dtype_name,
         "causal": causal,
@@ -217,16 +221,14 @@ def training_step(plan: Plan, name: str, causal: bool, length: int) -> None:
     _step(_mechanisms(plan, causal)[name], _inputs(plan, length, torch.float32))
 
 
-def _memory_row(plan: Plan, causal: bool, length: int) -> dict[str, Any]:
+def _memory_row(plan: Plan, causal: bool, length: int, slow: dict[str, int]) -> dict[str, Any]:
     device = torch.device(plan.device)
-    return {
-        "causal": causal,
-        "length": length,
-        "peak_bytes": {
-            name: peak_bytes(training_step, plan, name, causal, length, device=device)
-            for name in _mechanisms(plan, causal)
-        },
-    }
+    peaks: dict[str, int | str] = {}
+    for name in _mechanisms(plan, causal):
+        peaks[name] = TOO_SLOW
+        if length <= slow.get(name, length):
+            peaks[name] = peak_bytes(training_step, plan, name, causal, length, device=device)
+    return {"causal": causal, "length": length, "peak_bytes": peaks}
 
 
 def _decoding_row(plan: Plan, context: int) -> dict[str, Any]:
