@@ -2,7 +2,7 @@
 
 import pytest
 
-from performers.backends import chunked, landmarks, scan
+from performers.backends import chunked, scan, tiles
 
 
 @pytest.fixture(autouse=True)
@@ -14,6 +14,5 @@ def small_tiles(without_shape_checks: None, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(chunked, "KEY_TILE", 11)
     monkeypatch.setattr(chunked, "QUERY_TILE", 5)
     monkeypatch.setattr(chunked, "CAUSAL_CHUNK", 7)
-    monkeypatch.setattr(chunked, "PIECE_BYTES", 1100)
-    monkeypatch.setattr(landmarks, "TILE_BYTES", 700)
+    monkeypatch.setattr(tiles, "PIECE_BYTES", 700)
     monkeypatch.setattr(scan, "CHUNK", 7)

@@ -38,7 +38,14 @@ from performers.backends.reference import (
     with_recent,
 )
 from performers.backends.scan import scan
-from performers.backends.tiles import Call, band, causal_chunk, key_tiles, recomputed
+from performers.backends.tiles import (
+    Call,
+    band,
+    causal_chunk,
+    key_tiles,
+    recomputed,
+    rows_of_a_piece,
+)
 from performers.typing import FeatureMap, LinearState, LogLinearMap, RecentKeys
 
 __all__ = ["attend"]
@@ -46,10 +53,6 @@ __all__ = ["attend"]
 KEY_TILE = 512
 QUERY_TILE = 512
 CAUSAL_CHUNK = 128
-
-# Of the keys that one causal scan takes. On a CPU fresh memory costs more than arithmetic: tensors
-# of this size are given back to the next piece, larger ones to the system.
-PIECE_BYTES = 8 * 2**20
 
 
 def attend(
@@ -72,8 +75,7 @@ def attend(
     if window_size is not None:
         return _windowed(call, query, key, value, key_mask, is_causal, window_size, state)
     if is_causal:
-        row_bytes = max(1, call.dtype.itemsize * key[:, :, 0].numel())
-        rows = max(CAUSAL_CHUNK, PIECE_BYTES // row_bytes)
+        rows = max(CAUSAL_CHUNK, rows_of_a_piece(key, call.dtype))
         if query.shape[3] <= rows:
             partial, state = _causal(call, query, key, value, key_mask, state)
             return call.output(partial), state

@@ -20,7 +20,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from performers.backends.tiles import key_tiles
+from performers.backends.tiles import key_tiles, rows_of_a_piece
 from performers.typing import FeatureMap, LinearState, LogLinearMap
 
 __all__ = ["attend", "refusal"]
@@ -28,10 +28,6 @@ __all__ = ["attend", "refusal"]
 # What stands for −∞ in a logit: the kernel multiplies it, and 0 · ∞ is NaN. Far below any real
 # logit.
 HIDDEN = -1e30
-
-# Of the inputs that one call of the kernel takes. On a CPU fresh memory costs more than arithmetic:
-# tensors of this size are given back to the next tile, larger ones to the system.
-TILE_BYTES = 8 * 2**20
 
 
 def refusal(
@@ -75,7 +71,7 @@ def attend(
     assert window_size is None, "`refusal` lets no window in"
     # float16 cannot hold exponents, and bfloat16 would round ω: the kernel works in float32
     wide = torch.promote_types(query.dtype, torch.float32)
-    rows = max(1, TILE_BYTES // (wide.itemsize * key[:, :, 0].numel()))
+    rows = rows_of_a_piece(key, wide)
 
     parts, log_sums = [], []
     for part, values, mask in key_tiles(rows, key, value, key_mask):

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from performers.backends.reference import Partial
-from performers.backends.tiles import MAX_RISE
+from performers.backends.tiles import MAX_RISE, exponent_at, rows_below
 from performers.typing import LinearState, LogLinear, exp_difference
 
 __all__ = ["scan"]
@@ -145,12 +145,10 @@ def _passes(
         limit = frame + MAX_RISE
         is_last = not bool((largest > limit).any())
         if start is not None or not is_last:
-            position = torch.arange(length, device=key.device)
-            waiting = position >= (0 if start is None else start[:, None])
-            rises = (exponent > limit[:, None]).any(dim=-1) & waiting
-            is_last = not bool(rises.any())
-            start = torch.where(rises, position, length).amin(dim=-1)
-            inside = waiting & (position < start[:, None])
+            if start is None:
+                start = torch.zeros(len(key), dtype=torch.int64, device=key.device)
+            inside, start = rows_below(limit[:, None], exponent, start)
+            is_last = bool((start == length).all())
 
         weights = exponent
         if inside is not None:
@@ -167,10 +165,7 @@ def _passes(
         if is_last:
             return
         assert start is not None, "a chunk with several passes has a first unfinished row"
-        # A head that has finished the chunk (start = length) keeps its frame.
-        index = start.clamp(max=length - 1)[:, None, None].expand(-1, 1, exponent.shape[-1])
-        finished = (start == length)[:, None]
-        first = exponent.gather(1, index).squeeze(1).masked_fill(finished, -torch.inf)
+        first = exponent_at(start, exponent)
 
 
 def _query_weights(

@@ -21,11 +21,25 @@ from performers.backends.reference import (
 )
 from performers.typing import FeatureMap, LinearState
 
-__all__ = ["MAX_RISE", "Call", "band", "causal_chunk", "key_tiles", "recomputed"]
+__all__ = [
+    "MAX_RISE",
+    "Call",
+    "band",
+    "causal_chunk",
+    "exponent_at",
+    "key_tiles",
+    "recomputed",
+    "rows_below",
+    "rows_of_a_piece",
+]
 
 # exp(60) = 1e26 leaves float32 room for sums over a chunk, and exp(60 − 87), the smallest share
 # that a feature can have before its partner underflows, is far below rounding.
 MAX_RISE = 60.0
+
+# Of the keys that go through a backend at a time. On a CPU fresh memory costs more than arithmetic:
+# tensors of this size are given back to the next piece, larger ones to the system.
+PIECE_BYTES = 8 * 2**20
 
 
 @dataclass(frozen=True)
@@ -77,18 +91,14 @@ def causal_chunk(
     while True:
         largest = exponent.detach().amax(dim=2)
         # Without exponents every real key weighs the same, also where the first is masked.
-        first = _frame_at(start, state, exponent.detach()) if has_exponents else largest
+        first = exponent_at(start, exponent.detach()) if has_exponents else largest
         state = state.rescaled(torch.maximum(state.log_scale, first))
         frame = state.log_scale.unsqueeze(2)  # [batch, key_heads, 1, num_features]
         limit = frame[..., : exponent.shape[-1]] + MAX_RISE
         is_last = not (has_exponents and bool((largest.unsqueeze(2) > limit).any()))
         if not is_last or inside is not None:
-            waiting = position >= start[..., None]
-            rises = (exponent.detach() > limit).any(dim=-1) & waiting
-            is_last = not bool(rises.any())
-            stop = torch.where(rises, position, length).amin(dim=-1)
-            inside = waiting & (position < stop[..., None])
-            start = stop
+            inside, start = rows_below(limit, exponent.detach(), start)
+            is_last = bool((start == length).all())
 
         seen = exponent
         if inside is not None:
@@ -113,19 +123,37 @@ def causal_chunk(
             return partial, state
 
 
-def _frame_at(
-    start: Int[Tensor, "batch key_heads"],
-    state: LinearState,
-    exponent: Float[Tensor, "batch key_heads chunk width"],
-) -> Float[Tensor, "batch key_heads num_features"]:
-    """The frame of the state joined with the key at `start`, which the row at `start` surely sees.
+def exponent_at(
+    start: Int[Tensor, "*heads"], exponent: Float[Tensor, "*heads chunk width"]
+) -> Float[Tensor, "*heads width"]:
+    """The exponent of the key at `start`, which the row at `start` surely sees.
 
-    A head that has finished the chunk (start = chunk) keeps its frame.
+    −∞ for a head that has finished the chunk (start = chunk), which so keeps its frame.
     """
-    finished = start == exponent.shape[2]
-    index = start.masked_fill(finished, 0)[..., None, None].expand(-1, -1, 1, exponent.shape[-1])
-    first = exponent.gather(2, index).squeeze(2).masked_fill(finished[..., None], -torch.inf)
-    return torch.maximum(state.log_scale, first)
+    finished = start == exponent.shape[-2]
+    index = start.masked_fill(finished, 0)[..., None, None]
+    index = index.expand(*start.shape, 1, exponent.shape[-1])
+    return exponent.gather(-2, index).squeeze(-2).masked_fill(finished[..., None], -torch.inf)
+
+
+def rows_below(
+    limit: Float[Tensor, "*heads 1 width"],
+    exponent: Float[Tensor, "*heads chunk width"],
+    start: Int[Tensor, "*heads"],
+) -> tuple[Bool[Tensor, "*heads chunk"], Int[Tensor, "*heads"]]:
+    """The keys from `start` to the first above the limit, and where that one is: chunk if none."""
+    length = exponent.shape[-2]
+    position = torch.arange(length, device=exponent.device)
+    waiting = position >= start[..., None]
+    rises = (exponent > limit).any(dim=-1) & waiting
+    stop = torch.where(rises, position, length).amin(dim=-1)
+    return waiting & (position < stop[..., None]), stop
+
+
+def rows_of_a_piece(key: Float[Tensor, "batch key_heads length dim"], dtype: torch.dtype) -> int:
+    """How many positions of a long sequence go through a backend at a time."""
+    row_bytes = dtype.itemsize * key[:, :, 0].numel()
+    return max(1, PIECE_BYTES // max(1, row_bytes))
 
 
 def band(
