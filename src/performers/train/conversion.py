@@ -1,6 +1,7 @@
 """A conversion: a pretrained model becomes one that attends by FAVOR+, and recovers what that cost.
 
-    read text ─► choose a window ─► calibrate ─► attention transfer ─► fine-tuning ─► save
+    read text ─► choose a window, then layers ─► calibrate ─► attention transfer ─► fine-tuning
+      ─► save
 
 out/
 ├── model.safetensors, config.json, …   for load_linearized; the exact model for from_pretrained
@@ -31,6 +32,7 @@ from performers.checks import check_count
 from performers.convert.calibration import calibrate
 from performers.convert.capture import text_windows
 from performers.convert.linearize import linearize, load_linearized
+from performers.convert.mixed import choose_layers, layer_costs
 from performers.convert.options import SHARP, FavorOptions
 from performers.convert.recovery import (
     averaging_errors,
@@ -68,6 +70,8 @@ class ConversionConfig:
     "call".
     `target_error`: instead of `window_size` among the options, take the smallest of no window, 16,
     32, 64 and 128 with which the mean error of the layers is at most this, or else the best.
+    `exact_layers`: this many layers stay exact, those that cost most (`layer_costs`). The window is
+    chosen before, for all layers, because it costs less than exact attention.
     `transfer_steps`, `steps`: of attention transfer and of fine-tuning; 0 leaves it out.
     `lora_rank`: fine-tune matrices of this rank beside the weights instead of the weights; 0 does
     not. Needs the package peft.
@@ -79,6 +83,7 @@ class ConversionConfig:
     text: str
     options: FavorOptions = field(default_factory=FavorOptions)
     target_error: float | None = None
+    exact_layers: int = 0
     length: int = 256
     batch_size: int = 8
     transfer_steps: int = 60
@@ -91,7 +96,7 @@ class ConversionConfig:
     def __post_init__(self) -> None:
         check_count("length", self.length)
         check_count("batch_size", self.batch_size)
-        for name in ("transfer_steps", "steps", "lora_rank"):
+        for name in ("exact_layers", "transfer_steps", "steps", "lora_rank"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}.")
         for name in ("target_error", "transfer_learning_rate", "learning_rate"):
@@ -107,6 +112,11 @@ class ConversionConfig:
     def to_dict(self) -> dict[str, Any]:
         """In types that JSON has."""
         return {**dataclasses.asdict(self), "options": self.options.to_dict()}
+
+    @classmethod
+    def from_dict(cls, written: Mapping[str, Any]) -> ConversionConfig:
+        """What `to_dict` gave, maybe in a version without some of the choices: their defaults."""
+        return cls(**{**written, "options": FavorOptions.from_dict(written["options"])})
 
 
 @dataclass(frozen=True)
@@ -142,6 +152,12 @@ class Conversion:
             raise ValueError(
                 f"length must be at most {min(longest, tokenizer.model_max_length)} for this "
                 f"model, got {config.length}."
+            )
+        layers = getattr(model, "num_hidden_layers", None)
+        if layers is not None and config.exact_layers >= layers:
+            raise ValueError(
+                f"exact_layers must leave a layer to convert: this model has {layers}, and "
+                f"{config.exact_layers} would stay exact."
             )
         rows = text_windows(tokenizer, text, config.length)
         if len(rows) < FEWEST_SEQUENCES:
@@ -205,13 +221,16 @@ class Conversion:
     def _convert(
         self, model: PreTrainedModel, report: Callable[[str], None]
     ) -> tuple[PreTrainedModel, PreTrainedModel, dict[str, Any]]:
-        """The model with its window, its calibration and its attention transferred; the teacher;
-        and what was measured.
+        """The model with its window, its layers, its calibration and its attention transferred; the
+        teacher; and what was measured.
         """
         options = self.config.options
         windows: dict[str, float] = {}
         if self.config.target_error is not None:
             options, windows = self._choose_window(model, self.config.target_error, report)
+        costs: dict[str, float] = {}
+        if self.config.exact_layers:
+            options, costs = self._choose_layers(model, options, report)
         self._linearize(model, options)
         teacher = exact_copy(model)
         record: dict[str, Any] = {
@@ -220,6 +239,7 @@ class Conversion:
             "options": options.to_dict(),
             "sequences": {"train": len(self.train), "held_out": len(self.held_out)},
             "error_by_window": windows,
+            "cost_by_layer": costs,
             "averaging": averaging_errors(model, teacher, self._batches(self.held_out)),
             "measure": self.task.measure,
             "exact": self._quality(teacher, teacher),
@@ -255,6 +275,19 @@ class Conversion:
         enough = [options for options in tried if errors[options] <= target_error]
         chosen = enough[0] if enough else min(tried, key=lambda options: errors[options])
         return chosen, {str(options.window_size): errors[options] for options in tried}
+
+    def _choose_layers(
+        self, model: PreTrainedModel, options: FavorOptions, report: Callable[[str], None]
+    ) -> tuple[FavorOptions, dict[str, float]]:
+        """The options with the layers that are converted, and what each layer costs the model."""
+        self._linearize(model, options)
+        costs = layer_costs(model, self._batches(self.held_out[: self.config.batch_size]))
+        layers = choose_layers(costs, self.config.exact_layers)
+        for number, cost in costs.items():
+            outcome = "converted" if number in layers else "stays exact"
+            report(f"layer {number}: by itself an error of {cost:.3f} of the model, {outcome}")
+        chosen = dataclasses.replace(options, layers=layers)
+        return chosen, {str(number): cost for number, cost in costs.items()}
 
     def _linearize(self, model: PreTrainedModel, options: FavorOptions) -> None:
         linearize(model, options)
@@ -316,12 +349,12 @@ def _check_output(config: ConversionConfig, output: Path, resume: bool, force: b
         )
     started = output / CHECKPOINTS / "config.json"
     if resume and started.exists():
-        before = json.loads(started.read_text(encoding="utf-8"))
-        given = json.loads(_json(config.to_dict()))
+        written = json.loads(started.read_text(encoding="utf-8"))
+        before, given = ConversionConfig.from_dict(written).to_dict(), config.to_dict()
         for name in given:
-            if before.get(name) != given[name]:
+            if before[name] != given[name]:
                 raise ValueError(
-                    f"the conversion in {output} was started with {name} = {before.get(name)!r}, "
+                    f"the conversion in {output} was started with {name} = {before[name]!r}, "
                     f"and this is {given[name]!r}. Resume with the same options, or start again "
                     "with --force."
                 )
