@@ -14,8 +14,11 @@ specification = importlib.util.spec_from_file_location("survey_architectures", S
 survey = importlib.util.module_from_spec(specification)
 specification.loader.exec_module(survey)
 
+PAIRS = "attends with a mask of pairs of its own (an indexer, or a mask that depends on the input)"
 REFUSED = {
     "bloom": "attention of its own, not the AttentionInterface",
+    "deepseek_v32": PAIRS,
+    "doge": PAIRS,
     "falcon": "attention of its own, not the AttentionInterface",
     "gemma2": "attends with a soft cap on its logits (softcap=)",
     "mpt": "attention of its own, not the AttentionInterface",

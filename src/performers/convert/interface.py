@@ -78,6 +78,11 @@ OTHER_ATTENTION = {
 # Those that a module which names them passes in every call.
 ALWAYS_OTHER = ("position_bias", "s_aux", "sinks", "indices", "block_indices")
 
+# How an attention that looks into its mask of pairs, before it asks the interface, is written:
+# attention_mask[:, 0, …] or attention_mask[:, :, …]. Masks of padding have no such places.
+READS_PAIRS = re.compile(r"\battention_mask\[:, [0:][,\]]")
+PAIRS_OF_ITS_OWN = "a mask of pairs of its own (an indexer, or a mask that depends on the input)"
+
 # What masks are made of in transformers, by the functions' names. Others are packed or custom.
 PLAIN = {"causal_mask_function", "bidirectional_mask_function"}
 LOCAL = {"sliding_window_overlay", "sliding_window_bidirectional_overlay", "chunked_overlay"}
@@ -114,7 +119,7 @@ def favor(
     layer, memory = _layer(module), memory_of(key)
     for word in OTHER_ATTENTION:
         if options.get(word) is not None:
-            raise ValueError(_refusal(_name(module), word))
+            raise ValueError(_refusal(_name(module), f"{OTHER_ATTENTION[word]} ({word}=)"))
     options["is_causal"] = is_causal
 
     def attend(value: Tensor) -> Tensor:
@@ -309,6 +314,9 @@ def check_convertible(model: PreTrainedModel, options: FavorOptions) -> None:
     modules = attention_modules(model)
     if not modules or any(_attends_by_itself(_source(module)) for module in model.modules()):
         raise ValueError(_own_attention(type(model).__name__))
+    for name, module in modules.items():
+        if _reads_pairs(_source(module)):  # of all modules: those that stay exact get no pairs too
+            raise ValueError(_refusal(f"{type(module).__name__} ({name})", PAIRS_OF_ITS_OWN))
     numbers = layer_numbers(model)
     missing = set(options.layers or ()) - set(numbers.values())
     if missing:
@@ -325,7 +333,8 @@ def check_convertible(model: PreTrainedModel, options: FavorOptions) -> None:
         source = _source(modules[name])
         for word in ALWAYS_OTHER:
             if re.search(rf"\b{word}=", source):
-                raise ValueError(_refusal(f"{type(modules[name]).__name__} ({name})", word))
+                kind = f"{OTHER_ATTENTION[word]} ({word}=)"
+                raise ValueError(_refusal(f"{type(modules[name]).__name__} ({name})", kind))
 
 
 def layer_numbers(model: PreTrainedModel) -> dict[str, int]:
@@ -457,12 +466,16 @@ def _parts(mask_function: Any) -> Iterator[str]:
 
 @cache
 def _check_architecture(config_class: str, configuration_module: str) -> None:
-    """Refuse a model that makes masks by transformers' functions but attends by its own."""
+    """Refuse a model that makes masks by transformers' functions but attends by its own, or looks
+    into them for what a mask of FAVOR+ does not have.
+    """
     modeling = sys.modules.get(configuration_module.replace(".configuration_", ".modeling_"))
     source = "" if modeling is None else inspect.getsource(modeling)
-    for text in re.split(r"^(?=class )", source, flags=re.MULTILINE):
+    for text in re.split(r"^(?=class |def )", source, flags=re.MULTILINE):
         if _attends_by_itself(text):
             raise ValueError(_own_attention(config_class.removesuffix("Config")))
+        if _reads_pairs(text):
+            raise ValueError(_refusal(config_class.removesuffix("Config"), PAIRS_OF_ITS_OWN))
 
 
 def _attends_by_itself(source: str) -> bool:
@@ -474,6 +487,11 @@ def _attends_by_itself(source: str) -> bool:
         and "softmax(" in source
         and ("get_interface(" not in source)
     )
+
+
+def _reads_pairs(source: str) -> bool:
+    """Whether this text of a class is that of an attention which looks into a mask of pairs."""
+    return "get_interface(" in source and READS_PAIRS.search(source) is not None
 
 
 def _own_attention(name: str) -> str:
@@ -498,10 +516,10 @@ def _source_of(module_class: type) -> str:
         return ""
 
 
-def _refusal(name: str, word: str) -> str:
+def _refusal(name: str, kind: str) -> str:
     return (
-        f"{name} attends with {OTHER_ATTENTION[word]} ({word}=), which is not softmax(scale · QKᵀ) "
-        "V and has no linear-time form. Use another attn_implementation for this model."
+        f"{name} attends with {kind}, which is not softmax(scale · QKᵀ) V and has no linear-time "
+        "form. Use another attn_implementation for this model."
     )
 
 
