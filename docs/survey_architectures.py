@@ -44,10 +44,10 @@ OWN = "attention of its own, not the AttentionInterface"
 
 # The architectures that the tests run, besides this survey.
 NAMED = (
-    "albert", "bart", "bert", "bloom", "clip", "deit", "distilbert", "electra", "esm", "falcon",
-    "deepseek_v32", "doge", "gemma", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "hubert", "llama", "mistral",
-    "mixtral", "modernbert", "mpt", "phi3", "qwen2", "qwen3", "roberta", "siglip", "t5", "vit",
-    "wav2vec2", "whisper",
+    "albert", "bart", "bert", "bloom", "clip", "deepseek_v32", "deit", "distilbert", "doge",
+    "electra", "esm", "falcon", "gemma", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "hubert",
+    "llama", "mistral", "mixtral", "modernbert", "mpt", "phi3", "qwen2", "qwen3", "roberta",
+    "siglip", "t5", "vit", "wav2vec2", "whisper",
 )  # fmt: skip
 
 WORDS = 97
