@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from tiny_models import MODELS, bert, inputs_for, llama, outputs_of
+from tiny_models import MODELS, bart, bert, inputs_for, llama, outputs_of
 
 from performers import FavorOptions, calibrate, linearize, restore
 from performers.convert import capture_attention
+from performers.convert.layer import FavorLayer
 from performers.convert.linearize import converted_layers
 
 SMALL = FavorOptions(num_projections=17)
@@ -161,3 +162,23 @@ def test_causal_attention_uses_no_statistics_of_the_call():
     plain.load_state_dict(model.state_dict())
     inputs = inputs_for(model)
     assert torch.equal(outputs_of(model, inputs), outputs_of(plain, inputs))
+
+
+def test_a_decoder_does_not_see_its_future_through_statistics_of_cross_attention():
+    model = linearize(bart(), FavorOptions(num_projections=64))
+    ids = inputs_for(model)["input_ids"]
+    other = torch.cat([ids[:, :7], ids[:, 7:].flip(1)], dim=1)
+    first, second = (
+        model(input_ids=ids, decoder_input_ids=decoded).last_hidden_state
+        for decoded in (ids, other)
+    )
+    assert torch.equal(first[:, :7], second[:, :7])
+    assert not torch.equal(first[:, 7:], second[:, 7:])
+
+
+@pytest.mark.usefixtures("without_shape_checks")
+def test_statistics_of_the_call_are_refused_in_cross_attention():
+    layer = FavorLayer(FavorOptions(statistics="call"), number=0, is_cross=True)
+    query, key, value = torch.randn(3, 1, 2, 11, 8).unbind()
+    with pytest.raises(ValueError, match="cross-attention would let a position see the queries of"):
+        layer(query, key, value, is_causal=False, key_padding_mask=None, scale=None)

@@ -255,8 +255,9 @@ def bart(**changes) -> BartForConditionalGeneration:
 
 
 @pytest.mark.parametrize("mode", ["greedy", "beams"])
-def test_a_decoder_keeps_states_and_the_keys_of_its_encoder(tokens, mode):
-    model = linearize(bart(), FavorOptions(17, features="positive"))
+@pytest.mark.parametrize("features", ["positive", "sharp"])
+def test_a_decoder_keeps_states_and_the_keys_of_its_encoder(tokens, features, mode):
+    model = linearize(bart(), FavorOptions(17, features=features, window_size=3))
     cached = written(model, tokens, **MODES[mode], return_dict_in_generate=True)
     cache = cached.past_key_values
     assert isinstance(cache, EncoderDecoderCache)

@@ -5,6 +5,8 @@ of the estimate: then a switched model must be the model that it was, and everyt
 the features.
 """
 
+import re
+
 import pytest
 import torch
 from tiny_models import MODELS, TINY, WIDTH, WORDS, bart, bert, gpt2, inputs_for, llama, outputs_of
@@ -23,20 +25,29 @@ from transformers import (
     EsmModel,
     Gemma2Config,
     Gemma2Model,
+    GPT2Config,
+    GPT2Model,
+    GPTBigCodeConfig,
+    GPTBigCodeModel,
     GptOssConfig,
     GptOssModel,
     LlamaConfig,
     LlamaModel,
     MistralConfig,
     MistralModel,
+    MllamaTextConfig,
+    MllamaTextModel,
     SwinConfig,
     SwinModel,
     T5Config,
     T5Model,
+    WhisperConfig,
+    WhisperModel,
 )
 
 import performers
 from performers.convert import FavorOptions, layer
+from performers.convert.interface import attention_modules, is_cross_attention
 from performers.functional import softmax_attention
 
 
@@ -134,6 +145,57 @@ def test_cross_attention_is_bidirectional_over_the_keys_of_the_encoder(exact_est
     for call in cross:
         assert not call["is_causal"]
         assert torch.equal(call["key_padding_mask"], inputs["attention_mask"].bool())
+
+
+CROSS = {
+    "BART": (bart, r"decoder\.layers\.\d\.encoder_attn"),
+    "GPT-2": (
+        lambda: GPT2Model(GPT2Config(n_embd=32, n_layer=2, n_head=4, add_cross_attention=True)),
+        r"h\.\d\.crossattention",
+    ),
+    "GPT-BigCode": (
+        lambda: GPTBigCodeModel(
+            GPTBigCodeConfig(
+                n_embd=32, n_layer=2, n_head=4, multi_query=False, add_cross_attention=True
+            )
+        ),
+        r"h\.\d\.crossattention",
+    ),
+    "Mllama": (
+        lambda: MllamaTextModel(
+            MllamaTextConfig(
+                **TINY, **WIDTH, num_key_value_heads=2, cross_attention_layers=[1], pad_token_id=1
+            )
+        ),
+        r"layers\.1\.cross_attn",
+    ),
+    "BERT": (
+        lambda: bert(is_decoder=True, add_cross_attention=True),
+        r"encoder\.layer\.\d\.crossattention\.self",
+    ),
+    "Whisper": (
+        lambda: WhisperModel(WhisperConfig(d_model=48, encoder_layers=1, decoder_layers=1)),
+        r"decoder\.layers\.0\.encoder_attn",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CROSS)
+def test_cross_attention_is_known_by_what_its_module_says(name):
+    build, pattern = CROSS[name]
+    modules = attention_modules(build())
+    cross = {name for name, module in modules.items() if is_cross_attention(module)}
+    assert cross == {name for name in modules if re.fullmatch(pattern, name)} != set()
+
+
+def test_a_window_never_applies_between_two_sequences(exact_estimates):
+    model = bart()
+    model.config.favor = {"options": FavorOptions(window_size=3).to_dict()}
+    model.set_attn_implementation("favor")
+    ids = inputs_for(model)["input_ids"]
+    model(input_ids=ids, decoder_input_ids=ids)
+    windows = [call["window_size"] for call in exact_estimates]
+    assert windows == [3, 3, 3, None, 3, None]  # two of the encoder; self and cross, twice
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -48,10 +48,12 @@ __all__ = [
     "attention_modules",
     "check_convertible",
     "favor",
+    "favor_layer",
     "favor_mask",
     "generate_in_constant_memory",
     "head_dim",
     "is_converted",
+    "is_cross_attention",
     "keys_seen",
     "layer_number",
     "layer_numbers",
@@ -77,6 +79,9 @@ OTHER_ATTENTION = {
 
 # Those that a module which names them passes in every call.
 ALWAYS_OTHER = ("position_bias", "s_aux", "sinks", "indices", "block_indices")
+
+# Arguments of an attention module that hold what another sequence consists of.
+OTHER_KEYS = {"key_value_states", "encoder_hidden_states", "cross_attention_states"}
 
 # How an attention that looks into its mask of pairs, before it asks the interface, is written:
 # attention_mask[:, 0, …] or attention_mask[:, :, …]. Masks of padding have no such places.
@@ -362,6 +367,26 @@ def is_converted(module: nn.Module, options: FavorOptions, number: int) -> bool:
     return options.converts(number, kinds or ())
 
 
+def is_cross_attention(module: nn.Module) -> bool:
+    """Whether this module attends to another sequence, by what it says of itself.
+
+    Where one class serves an encoder, a decoder and what is between them, the latter is what takes
+    other keys in a decoder and is not causal. A class that does not say where it is (Moonshine)
+    counts as cross-attention unless it is causal: that costs its encoder the window, and the
+    statistics of calls, where the converse would be wrong.
+    """
+    if getattr(module, "is_cross_attention", False):
+        return True
+    takes_other_keys = OTHER_KEYS & inspect.signature(module.forward).parameters.keys()
+    is_decoder = getattr(module, "is_decoder", True)
+    return bool(takes_other_keys) and is_decoder and not getattr(module, "is_causal", False)
+
+
+def favor_layer(module: nn.Module, options: FavorOptions) -> FavorLayer:
+    """What converts this module: a function of the two alone, so that it comes back when loaded."""
+    return FavorLayer(options, layer_number(module) or 0, is_cross_attention(module))
+
+
 def head_dim(module: nn.Module) -> int | None:
     """The dim of this module's queries, where it says so under one of the usual names.
 
@@ -433,9 +458,7 @@ def _new_layer(module: nn.Module) -> FavorLayer | None:
             "this model was converted with calibration, or in part, which takes more than its "
             "config to load: use performers.load_linearized(AutoModel..., path)."
         )
-    if not is_converted(module, options, number or 0):
-        return None
-    return FavorLayer(options, number or 0)
+    return favor_layer(module, options) if is_converted(module, options, number or 0) else None
 
 
 def _is_causal(module: nn.Module, is_causal: bool | None) -> bool:

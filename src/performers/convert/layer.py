@@ -26,14 +26,19 @@ class FavorLayer(nn.Module):
 
     φ is made by the first call, or by `prepare`, because it takes the dim of a head, which
     architectures give many names. `number` is the layer's, and sets the draws of layers apart.
+
+    `is_cross`: keys are those of another sequence. Positions do not correspond then, so there is no
+    window, even between sequences of one length. Nor are there statistics of the call: a decoder's
+    would tell each position about the later ones, and one token at a time there is but one query.
     """
 
     feature_map: SharpFeatures | SoftmaxFeatures | KernelFeatures | None
 
-    def __init__(self, options: FavorOptions, number: int) -> None:
+    def __init__(self, options: FavorOptions, number: int, is_cross: bool = False) -> None:
         super().__init__()
         self.options = options
         self.number = number
+        self.is_cross = is_cross
         self.is_calibrated = False
         self.feature_map = None
 
@@ -73,12 +78,14 @@ class FavorLayer(nn.Module):
     ) -> Float[Tensor, "batch heads query_length value_dim"]:
         """`favor_attention` with this layer's φ. In causal attention the queries may be the last
         of the sequence only: those of its keys came before.
+
+        Raises ValueError for statistics of the call in cross-attention.
         """
         phi = self.feature_map_for(query, is_causal=is_causal)
         scale = query.shape[-1] ** -0.5 if scale is None else scale
         query_length, key_length = query.shape[2], key.shape[2]
         window_size = self.options.window_size
-        if not is_causal and query_length != key_length:
+        if self.is_cross or (not is_causal and query_length != key_length):
             window_size = None  # between two sequences there is no distance
         is_last = is_causal and query_length == 1 and window_size is None  # it sees every key
         if is_causal and not is_last and query_length < key_length:
@@ -144,16 +151,25 @@ class FavorLayer(nn.Module):
             self.prepare(query.shape[-1], query.device)
         phi = self.feature_map
         assert phi is not None, "prepare() makes one"
+        if self.is_cross and self.options.statistics == "call":
+            raise ValueError(
+                'statistics="call" in cross-attention would let a position see the queries of its '
+                "future. Calibrate the model: FavorOptions(statistics='calibrated'), then "
+                "performers.calibrate."
+            )
         if (
             isinstance(phi, SharpFeatures)
             and self.options.statistics is None
             and not self.is_calibrated
         ):
-            phi.statistics = "calibrated" if is_causal else "call"
+            phi.statistics = "calibrated" if is_causal or self.is_cross else "call"
         return phi
 
     def extra_repr(self) -> str:
-        return f"{self.options}, number={self.number}, is_calibrated={self.is_calibrated}"
+        return (
+            f"{self.options}, number={self.number}, is_cross={self.is_cross}, "
+            f"is_calibrated={self.is_calibrated}"
+        )
 
 
 def drop_keys(

@@ -29,10 +29,10 @@ from performers.convert.interface import (
     attention_configs,
     attention_modules,
     check_convertible,
+    favor_layer,
     generate_in_constant_memory,
     head_dim,
     is_converted,
-    layer_number,
     layer_numbers,
     switch,
 )
@@ -89,7 +89,7 @@ def linearize(model: PreTrainedModel, options: FavorOptions | None = None) -> Pr
     for name, module in attention_modules(model).items():
         layer = None
         if is_converted(module, options, numbers[name]):
-            layer = FavorLayer(options, layer_number(module) or 0)
+            layer = favor_layer(module, options)
             dim, device = head_dim(module), _device(module)
             if dim is not None and device.type != "meta":
                 layer.prepare(dim, device)
