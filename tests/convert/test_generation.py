@@ -66,6 +66,8 @@ CONVERSIONS = {
     "Gemma 3": (gemma3, OPTIONS),
     "in part": (lambda: llama(num_hidden_layers=3), FavorOptions(17, layers=[1])),
     "window": (llama, FavorOptions(17, window_size=3)),
+    "heads": (llama, FavorOptions(17, exact_heads={1: [0, 3]})),
+    "heads, window": (llama, FavorOptions(17, window_size=3, exact_heads={0: [2]})),
     "relu": (llama, FavorOptions(17, features="relu")),
 }
 MODES = {
@@ -116,7 +118,8 @@ def test_generate_keeps_states_without_being_asked(model, tokens):
     cache = written(model, tokens, return_dict_in_generate=True).past_key_values
     assert isinstance(cache, FavorCache)
     with_states = [n for n, layer in enumerate(cache.layers) if isinstance(layer, FavorMemory)]
-    assert with_states == [layer.number for layer in converted_layers(model).values()]
+    layers = converted_layers(model).values()
+    assert with_states == [x.number for x in layers if x.number not in x.options.exact_heads]
 
 
 @pytest.mark.parametrize(
@@ -351,8 +354,9 @@ def test_keys_that_are_changed_on_their_way_are_refused_before_they_are_missed(
         model(tokens[:, :1], past_key_values=cache)
 
 
-def test_a_cache_of_other_layers_is_refused(tokens):
-    model = linearize(llama(), FavorOptions(17, layers=[1]))
+@pytest.mark.parametrize("options", [{"layers": [1]}, {"exact_heads": {0: [3]}}])
+def test_a_cache_of_other_layers_is_refused(tokens, options):
+    model = linearize(llama(), FavorOptions(17, **options))
     every = FavorCache(llama().config)
     with pytest.raises(ValueError, match=r"of layer 0 got keys .*FavorCache\(model.config\)"):
         model(tokens, past_key_values=every)

@@ -139,6 +139,28 @@ def test_layers_that_are_not_named_stay_exact():
     assert not torch.allclose(outputs_of(model, inputs), outputs_of(exact, inputs), atol=1e-3)
 
 
+def test_options_that_mean_the_same_are_equal():
+    first = FavorOptions(layers=[2, 1, 2], exact_heads={1: [3, 0, 3], 2: []})
+    second = FavorOptions(layers=(1, 2), exact_heads={1: (0, 3)})
+    assert first == second == FavorOptions.from_dict(json.loads(json.dumps(first.to_dict())))
+    assert hash(first) == hash(second)
+    assert first != FavorOptions(layers=(1, 2))
+
+
+@pytest.mark.parametrize("name", ["BERT", "GPT-2", "Llama"])
+def test_a_model_with_exact_heads_comes_back(name, tmp_path):
+    model = linearize(MODELS[name](), FavorOptions(17, exact_heads={1: [3, 0]}))
+    inputs = inputs_for(model)
+    expected = outputs_of(model, inputs)
+    model.save_pretrained(tmp_path)
+    for loaded in (
+        load_linearized(type(model), tmp_path),
+        type(model).from_pretrained(tmp_path, attn_implementation="favor"),
+    ):
+        assert torch.equal(outputs_of(loaded.eval(), inputs), expected)
+    assert not torch.equal(outputs_of(linearize(model, FavorOptions(17)), inputs), expected)
+
+
 def test_a_model_converted_in_part_comes_back(tmp_path):
     for model in (llama(), MODELS["ViT"]()):
         linearize(model, FavorOptions(layers=(1,)))
@@ -229,6 +251,10 @@ def test_parts_of_a_composite_model_are_converted_and_come_back(tmp_path):
             r"DogeAttention \(layers\.0.*\) attends with a mask of pairs of its own",
         ),
         (bert, {"layers": (0, 7)}, r"BertModel has no layer 7: its layers are 0 to 1\."),
+        (bert, {"layers": (0,), "exact_heads": {1: [2]}}, "layer 1 of BertModel is none of 0"),
+        (bert, {"exact_heads": {1: [4]}}, r"heads 0 to 3 of layer 1, got \(4,\)"),
+        (bert, {"exact_heads": {1: range(4)}}, "To keep all exact, leave the layer out of layers"),
+        (MODELS["ViT"], {"exact_heads": {1: [2]}}, "some of ViTModel do not. Choose layers="),
         (bert, {"layers": ()}, "leaves no layer of BertModel to convert"),
     ],
 )
@@ -264,6 +290,8 @@ def test_loading_a_model_that_was_not_converted_is_refused(tmp_path):
         ({"features": "relu", "statistics": "call"}, "statistics are learned by features='sharp'"),
         ({"features": "relu", "window_size": 5}, "needs features 'sharp', 'positive' or 'hyp"),
         ({"layers": [-1]}, "numbers of layers, counted from 0"),
+        ({"exact_heads": {0: [1.5]}}, r"such as \{3: \[0, 5\]\}: got \{0: \[1\.5\]\}"),
+        ({"features": "relu", "exact_heads": {0: [1]}}, "put softmax attention beside its estima"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(options, words):

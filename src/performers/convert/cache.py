@@ -29,7 +29,7 @@ KEYS_AND_VALUES = (DynamicLayer, DynamicSlidingWindowLayer)
 
 class FavorCache(Cache):
     """One memory per layer: a `LinearState` where FAVOR+ attends, whose size does not depend on the
-    length; layers that stayed exact keep their keys and values.
+    length; layers that stayed exact, or have heads that did, keep their keys and values.
 
     After `linearize`, `generate()` makes one by itself. Make one to continue a sequence over
     several calls, or for a model that was switched by attn_implementation="favor" alone:
@@ -47,7 +47,8 @@ class FavorCache(Cache):
         kinds = getattr(config, "layer_types", None) or ()
         layers = DynamicCache(config=config).layers
         for number, layer in enumerate(layers):
-            if type(layer) in KEYS_AND_VALUES and options.converts(number, kinds):
+            has_state = options.converts(number, kinds) and number not in options.exact_heads
+            if type(layer) in KEYS_AND_VALUES and has_state:
                 layers[number] = FavorMemory(number)
         super().__init__(layers=layers)
 

@@ -137,7 +137,8 @@ def favor(
     if memory is not None:
         past_length = memory.num_tokens - key.shape[2]
         seen = keys_seen(module, key, attention_mask, past_length=past_length, **options)
-        if layer is None or memory.number != layer_number(module) or not seen.is_causal:
+        has_state = layer is not None and layer.number not in layer.options.exact_heads
+        if not has_state or memory.number != layer_number(module) or not seen.is_causal:
             raise ValueError(_foreign_cache(_name(module)))
         if wants_weights and past_length:
             raise ValueError(
@@ -334,12 +335,37 @@ def check_convertible(model: PreTrainedModel, options: FavorOptions) -> None:
         raise ValueError(
             f"layers={options.layers!r} leaves no layer of {type(model).__name__} to convert."
         )
+    _check_heads(model, options, {numbers[name]: modules[name] for name in converted})
     for name in converted:
         source = _source(modules[name])
         for word in ALWAYS_OTHER:
             if re.search(rf"\b{word}=", source):
                 kind = f"{OTHER_ATTENTION[word]} ({word}=)"
                 raise ValueError(_refusal(f"{type(modules[name]).__name__} ({name})", kind))
+
+
+def _check_heads(
+    model: PreTrainedModel, options: FavorOptions, converted: dict[int, nn.Module]
+) -> None:
+    """Whether the heads that are to stay exact are heads of converted layers."""
+    for layer, heads in options.exact_heads.items():
+        if layer not in converted:
+            raise ValueError(
+                f"exact_heads must be those of converted layers: layer {layer} of "
+                f"{type(model).__name__} is none of {', '.join(map(str, sorted(converted)))}."
+            )
+        config: Any = converted[layer].config
+        num_heads = getattr(config, "num_attention_heads", None)
+        if num_heads is not None and (heads[-1] >= num_heads or len(heads) == num_heads):
+            raise ValueError(
+                f"exact_heads must be some of the heads 0 to {num_heads - 1} of layer {layer}, got "
+                f"{heads}. To keep all exact, leave the layer out of layers."
+            )
+    if options.exact_heads and None in map(layer_number, attention_modules(model).values()):
+        raise ValueError(
+            f"exact_heads needs layers that carry a number, and some of {type(model).__name__} do "
+            "not. Choose layers= instead."
+        )
 
 
 def layer_numbers(model: PreTrainedModel) -> dict[str, int]:

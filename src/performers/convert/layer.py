@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from performers.convert.options import FavorOptions
 from performers.functional.favor import favor_attention
+from performers.functional.softmax import softmax_attention
 from performers.nn.feature_maps import KernelFeatures, SoftmaxFeatures
 from performers.nn.sharp import SharpFeatures
 from performers.typing import FeatureMap, LinearState
@@ -76,8 +77,8 @@ class FavorLayer(nn.Module):
         key_padding_mask: Bool[Tensor, "batch key_length"] | None,
         scale: float | None,
     ) -> Float[Tensor, "batch heads query_length value_dim"]:
-        """`favor_attention` with this layer's φ. In causal attention the queries may be the last
-        of the sequence only: those of its keys came before.
+        """`favor_attention` with this layer's φ, but for heads that stay exact. In causal attention
+        the queries may be the last of the sequence only: those of its keys came before.
 
         Raises ValueError for statistics of the call in cross-attention.
         """
@@ -101,6 +102,19 @@ class FavorLayer(nn.Module):
             enable_gqa=True,
             window_size=window_size,
         )
+        heads = self.options.exact_heads.get(self.number)
+        if heads:
+            group = query.shape[1] // key.shape[1]
+            key_heads = [head // group for head in heads]
+            exact = softmax_attention(
+                query[:, heads],
+                key[:, key_heads],
+                value[:, key_heads],
+                is_causal=is_causal and not is_last,
+                key_padding_mask=key_padding_mask,
+                scale=scale,
+            )
+            out = out.index_copy(1, torch.tensor(heads, device=out.device), exact)
         return out[:, :, out.shape[2] - query_length :]
 
     def resume(

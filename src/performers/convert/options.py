@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig
 from performers.checks import check_choice, check_count
 from performers.functional.features import KERNELS
 from performers.functional.projections import PROJECTIONS
+from performers.functional.sharp import QUERY_RATIO
 from performers.nn.feature_maps import ESTIMATORS, KernelFeatures, SoftmaxFeatures
 from performers.nn.sharp import STATISTICS, SharpFeatures
 
@@ -39,6 +40,8 @@ class FavorOptions:
     cross-attention.
     `layers`: numbers of the layers that are converted, the others stay exact. None: all, other than
     the sliding-window layers of models that also have layers without a window.
+    `exact_heads`: query heads of converted layers that stay exact, by the number of the layer. What
+    they cost is quadratic and comes on top; in generation such layers keep all their keys.
 
     Raises ValueError for unknown words, counts below 1, and words that do not go together.
     """
@@ -49,6 +52,7 @@ class FavorOptions:
     statistics: str | None = None
     window_size: int | None = None
     layers: Sequence[int] | None = None
+    exact_heads: Mapping[int, Sequence[int]] = field(default_factory=dict, hash=False)
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -78,12 +82,24 @@ class FavorOptions:
         if not isinstance(self.seed, int) or isinstance(self.seed, bool):
             raise TypeError(f"seed must be a whole number, got {self.seed!r}.")
         if self.layers is not None:
-            if any(not isinstance(i, int) or isinstance(i, bool) or i < 0 for i in self.layers):
+            if not _are_numbers(self.layers):
                 raise ValueError(
                     "layers must be numbers of layers, counted from 0, or None for all: got "
                     f"{self.layers!r}."
                 )
             object.__setattr__(self, "layers", tuple(sorted(set(self.layers))))
+        if not all(_are_numbers((layer, *heads)) for layer, heads in self.exact_heads.items()):
+            raise ValueError(
+                "exact_heads must be numbers of heads by the number of their layer, both counted "
+                f"from 0, such as {{3: [0, 5]}}: got {self.exact_heads!r}."
+            )
+        if self.features in KERNELS and self.exact_heads:
+            raise ValueError(
+                "exact_heads put softmax attention beside its estimates: they need features "
+                f"'sharp' or an estimator of softmax, got {self.features!r}."
+            )
+        heads = {n: tuple(sorted(set(heads))) for n, heads in self.exact_heads.items() if heads}
+        object.__setattr__(self, "exact_heads", heads)
 
     def feature_map(
         self, dim: int, num_heads: int = 1, layer: int = 0
@@ -96,6 +112,7 @@ class FavorOptions:
                 self.num_projections,
                 num_heads,
                 statistics=self.statistics or "calibrated",
+                query_ratio=QUERY_RATIO if self.window_size is None else 1.0,
                 projection=self.projection,
                 seed=self.seed,
                 layer=layer,
@@ -134,7 +151,8 @@ class FavorOptions:
         written = asdict(self)
         if self.layers is not None:
             written["layers"] = list(self.layers)
-        return written
+        heads = {str(layer): list(heads) for layer, heads in self.exact_heads.items()}
+        return written | {"exact_heads": heads}
 
     @classmethod
     def of(cls, config: PreTrainedConfig) -> FavorOptions:
@@ -148,4 +166,10 @@ class FavorOptions:
         known = [field.name for field in fields(cls)]
         for name in written:
             check_choice("option of a conversion", name, known)
-        return cls(**written)
+        heads = {int(layer): heads for layer, heads in written.get("exact_heads", {}).items()}
+        return cls(**{**written, "exact_heads": heads})
+
+
+def _are_numbers(given: Iterable[object]) -> bool:
+    """Whether these are whole numbers, counted from 0."""
+    return all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in given)
