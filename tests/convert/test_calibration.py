@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny_models import MODELS, bart, bert, inputs_for, llama, outputs_of
 
-from performers import FavorOptions, calibrate, linearize, restore
+from performers import FavorOptions, SharpFeatures, calibrate, linearize, restore
 from performers.convert import capture_attention
 from performers.convert.layer import FavorLayer
 from performers.convert.linearize import converted_layers
@@ -28,11 +28,13 @@ def test_each_layer_learns_the_moments_of_the_exact_models_queries_and_keys(name
     for first, second in zip(*seen, strict=True):
         layer = layers[first.name]
         assert layer.is_calibrated
-        keys = torch.cat([first.key, second.key]).double() * first.query.shape[-1] ** -0.25
-        mean = keys.transpose(0, 1).flatten(1, 2).mean(dim=1)
-        torch.testing.assert_close(layer.feature_map.key_mean, mean, rtol=1e-4, atol=1e-6)
-        count = torch.full_like(layer.feature_map.key_count, keys.shape[0] * keys.shape[2])
-        assert torch.equal(layer.feature_map.key_count, count)
+        expected = SharpFeatures(first.query.shape[-1], 17, first.key.shape[1])
+        for captured in (first, second):
+            expected.calibrate(captured.query, captured.key, scale=captured.scale)
+        for side in ("query", "key"):
+            for part in (f"{side}_mean", f"{side}_covariance", f"{side}_count"):
+                found = layer.feature_map.get_buffer(part)
+                torch.testing.assert_close(found, expected.get_buffer(part), rtol=1e-4, atol=1e-6)
 
 
 def test_padding_teaches_nothing():

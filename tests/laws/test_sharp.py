@@ -16,6 +16,7 @@ from performers.functional.sharp import (
     Reparametrization,
     ReparametrizedFeatures,
     optimal_exponent,
+    received_attention,
     sharpen,
 )
 from performers.theory import optimal_positive_parameter
@@ -27,6 +28,7 @@ STEPS = {
     "shift": {"balance": False, "optimal": "none"},
     "balance": {"shift": False, "optimal": "none"},
     "isotropic": {"optimal": "isotropic"},
+    "longer queries": {"query_ratio": 2.0},
     "all": {},
 }
 
@@ -122,6 +124,15 @@ def test_balance_gives_queries_and_keys_one_diagonal_covariance():
     torch.testing.assert_close(of_keys, diagonal, rtol=0, atol=1e-2 * of_keys.abs().max())
 
 
+def test_balance_makes_queries_as_many_times_longer_than_keys_as_it_is_told():
+    query, key, _ = anisotropic_inputs(length=997, dtype=torch.float64, key_heads=6)
+    moments = Moments.of(query).over_batch(), Moments.of(key).over_batch()
+    even, longer = sharpen(*moments), sharpen(*moments, query_ratio=3.0)
+    torch.testing.assert_close(longer.query_map, 3**0.5 * even.query_map)
+    torch.testing.assert_close(longer.key_map, even.key_map / 3**0.5)
+    assert (longer.exponent < even.exponent).all()  # it suits the spread that there is then
+
+
 def test_balance_minimizes_the_spread():
     query, key, _ = anisotropic_inputs(length=97, dtype=torch.float64, key_heads=6)
     queries, keys = Moments.of(query).over_batch(), Moments.of(key).over_batch()
@@ -141,6 +152,49 @@ def test_balance_minimizes_the_spread():
             torch.eye(5, dtype=torch.float64) + 0.1 * torch.randn(6, 5, 5, dtype=torch.float64)
         )
         assert (best <= spread(nearby) * 1.001).all()  # the floor on covariances moves it a little
+
+
+@pytest.mark.parametrize("repeats", [1, 17])
+def test_keys_receive_the_attention_of_queries_all_along_the_sequence(repeats):
+    query, key = torch.randn(2, 3, 64, 5), torch.randn(2, 3, 131, 5)
+    received = received_attention(query.repeat_interleave(repeats, dim=2), key)
+    torch.testing.assert_close(received, (query @ key.mT).softmax(-1).sum(-2))
+
+
+@pytest.mark.parametrize("length", [23, 131])
+def test_what_a_mask_hides_neither_gives_nor_receives_attention(length):
+    query, key, _ = inputs(length=length, key_heads=6)
+    alone = received_attention(query, key)
+    shown = torch.arange(3 * length).remainder(3).eq(1).expand(2, -1)
+    padded = [torch.full((2, 6, 3 * length, 5), math.nan) for _ in range(2)]
+    for wide, x in zip(padded, (query, key), strict=True):
+        wide[:, :, 1::3] = x
+    received = received_attention(*padded, shown, shown)
+    torch.testing.assert_close(received[:, :, 1::3], alone)
+    assert received[:, :, 0::3].eq(0).all()
+    assert received[:, :, 2::3].eq(0).all()
+
+
+def test_a_weight_of_n_is_n_equal_vectors():
+    x = torch.randn(1, 1, 7, 5, dtype=torch.float64)
+    weight = torch.tensor([1, 0, 3, 2, 0, 1, 4])
+    weighted = Moments.of(x, weight=weight[None, None].double() / 11)
+    repeated = Moments.of(x.repeat_interleave(weight, dim=2))
+    torch.testing.assert_close(weighted.mean, repeated.mean)
+    torch.testing.assert_close(weighted.covariance, repeated.covariance)
+    assert weighted.count == 7
+
+
+def test_keys_count_by_the_attention_they_receive():
+    query, key, _ = anisotropic_inputs(length=64, key_heads=6, batch=1)
+    key[:, :, 5] = 3 * query.mean(dim=2)  # one key that draws attention to it
+    phi = SharpFeatures(5, 11, 6)
+    phi.calibrate(query, key, scale=1.0)
+    attention = (query @ key.mT).softmax(-1).mean(-2, keepdim=True).double()
+    torch.testing.assert_close(
+        phi.key_shift, (attention @ key.double())[0, :, 0], rtol=1e-4, atol=1e-5
+    )
+    torch.testing.assert_close(phi.query_shift, query.double().mean(2)[0])
 
 
 @pytest.mark.parametrize("dim", [1, 7])
@@ -494,6 +548,7 @@ def test_misfits_are_refused_in_words():
         ({"statistics": "calls"}, "unknown statistics 'calls'.*Did you mean 'call'"),
         ({"optimal": "all"}, "unknown optimal 'all'"),
         ({"projection": None}, "unknown projection None"),
+        ({"query_ratio": 0.0}, "query_ratio must be a positive finite number, got 0.0"),
         ({"num_heads": 0}, "num_heads must be a whole number of at least 1"),
     ):
         with pytest.raises(ValueError, match=words):

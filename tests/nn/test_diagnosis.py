@@ -14,6 +14,7 @@ from performers import (
     favor_attention,
     softmax_attention,
 )
+from performers.functional.sharp import QUERY_RATIO
 from performers.nn.diagnosis import compare, recommendation
 
 
@@ -113,7 +114,7 @@ def test_the_spread_of_sharp_features_is_that_of_mapped_queries_and_keys():
 
 def test_sharp_features_lower_the_spread_and_the_error():
     query, key, value = inputs(length=97, key_heads=6)
-    found = compare(query + 1, key * torch.tensor([2.0, 1, 1, 1, 0.1]), value, 64, window_size=7)
+    found = compare(query + 1, key * torch.tensor([2.0, 1, 1, 1, 0.1]), value, 64, window_size=31)
     plain, sharp, windowed = found.values()
     assert sharp.mean("mean_square_sum") < plain.mean("mean_square_sum")
     assert sharp.mean("effective_features") > plain.mean("effective_features")
@@ -128,10 +129,13 @@ def test_sharp_features_lower_the_spread_and_the_error():
 def test_a_causal_comparison_calibrates_on_the_first_half_and_diagnoses_the_other():
     query, key, value = small_inputs(batch=4)
     found = compare(query, key, value, 64, window_size=7, is_causal=True)
-    phi = SharpFeatures(5, 64, 3)
-    phi.calibrate(query[:2], key[:2])
-    rest = (x[2:] for x in (query, key, value))
-    assert found["sharp"] == diagnose(*rest, phi, is_causal=True, enable_gqa=True)
+    rest = [x[2:] for x in (query, key, value)]
+    for name, ratio, window_size in (("sharp", QUERY_RATIO, None), ("sharp + window", 1.0, 7)):
+        phi = SharpFeatures(5, 64, 3, query_ratio=ratio)
+        phi.calibrate(query[:2], key[:2])
+        assert found[name] == diagnose(
+            *rest, phi, is_causal=True, enable_gqa=True, window_size=window_size
+        )
 
 
 def test_layers_that_no_features_serve_are_named():

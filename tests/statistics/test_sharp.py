@@ -7,8 +7,14 @@ import torch
 from standard_errors import assert_mean_within
 from torch import Tensor
 
-from performers import SharpFeatures, draw_projection
-from performers.functional.sharp import ReparametrizedFeatures
+from performers import SharpFeatures, draw_projection, favor_attention, softmax_attention
+from performers.functional.sharp import (
+    QUERY_RATIO,
+    Moments,
+    ReparametrizedFeatures,
+    received_attention,
+    sharpen,
+)
 from performers.theory import log_joint_moment_optimal
 
 # What each step adds, from plain positive features to the whole.
@@ -97,3 +103,52 @@ def test_the_measured_variance_is_the_closed_form(step):
     )
     expected = moments.diagonal(dim1=-2, dim2=-1).expm1().flatten(1)
     assert_mean_within(errors.square(), expected)
+
+
+def test_weighing_keys_by_their_attention_lowers_the_error_of_the_output():
+    """A tenth of the keys receive most of the attention, as in pretrained models."""
+    generator = torch.Generator().manual_seed(7)
+    query, key, value = torch.randn(3, 1, 2, 257, 8, generator=generator, dtype=torch.float64)
+    query[..., 0] += 2
+    key[:, :, ::10, 0] += 3
+    exact = softmax_attention(query, key, value, scale=1.0)
+    queries = Moments.of(query)
+    errors = []
+    for weight in (None, received_attention(query, key)):
+        reparametrization = sharpen(queries, Moments.of(key, weight=weight))
+        draws = []
+        for seed in range(31):
+            omega = draw_projection(64, 8, generator=torch.Generator().manual_seed(seed)).double()
+            phi = ReparametrizedFeatures(omega, reparametrization)
+            out = favor_attention(query, key, value, phi, scale=1.0)
+            draws.append((out - exact).square().mean())
+        errors.append(float(torch.stack(draws).mean()))
+    assert errors[1] < 0.8 * errors[0], errors
+
+
+def errors_of_attention(query_ratio: float, size: float, window_size: int | None) -> float:
+    """Mean square over draws of ω, for Gaussian queries and keys of mean length 2.7 · `size`."""
+    generator = torch.Generator().manual_seed(7)
+    query, key, value = torch.randn(3, 1, 2, 131, 8, generator=generator, dtype=torch.float64)
+    query, key = size * query, size * key
+    exact = softmax_attention(query, key, value, scale=1.0)
+    moments = Moments.of(query), Moments.of(key, weight=received_attention(query, key))
+    reparametrization = sharpen(*moments, query_ratio=query_ratio)
+    errors = []
+    for seed in range(61):
+        omega = draw_projection(64, 8, generator=torch.Generator().manual_seed(seed)).double()
+        phi = ReparametrizedFeatures(omega, reparametrization)
+        out = favor_attention(query, key, value, phi, scale=1.0, window_size=window_size)
+        errors.append((out - exact).square().mean())
+    return float(torch.stack(errors).mean())
+
+
+@pytest.mark.parametrize("size", [0.3, 0.6, 0.9])
+def test_queries_longer_than_keys_lower_the_error_of_attention(size):
+    longer, equal = (errors_of_attention(ratio, size, None) for ratio in (QUERY_RATIO, 1.0))
+    assert longer < 0.9 * equal
+
+
+def test_beside_a_window_queries_as_long_as_keys_are_better_at_large_norms():
+    longer, equal = (errors_of_attention(ratio, 1.2, 5) for ratio in (QUERY_RATIO, 1.0))
+    assert equal < 0.95 * longer

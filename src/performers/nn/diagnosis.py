@@ -15,7 +15,7 @@ from torch import Tensor
 
 from performers.checks import check_attention_inputs, check_count
 from performers.functional.favor import favor_attention
-from performers.functional.sharp import ReparametrizedFeatures
+from performers.functional.sharp import QUERY_RATIO, ReparametrizedFeatures
 from performers.nn.feature_maps import SoftmaxFeatures
 from performers.nn.sharp import SharpFeatures
 from performers.theory import (
@@ -218,21 +218,25 @@ def compare(
     """
     dim, key_heads = key.shape[-1], key.shape[1]
     statistics = "calibrated" if is_causal else "call"
-    positive = SoftmaxFeatures(dim, num_projections).to(query.device)
-    sharp = SharpFeatures(dim, num_projections, key_heads, statistics).to(query.device)
+    positive = SoftmaxFeatures(dim, num_projections)
+    sharp, beside_window = (
+        SharpFeatures(dim, num_projections, key_heads, statistics, query_ratio=ratio)
+        for ratio in (QUERY_RATIO, 1.0)
+    )
     if is_causal:
         half = len(query) // 2
         seen = slice(half) if half else slice(None)
-        sharp.calibrate(query[seen], key[seen], scale=scale)
+        for phi in (sharp, beside_window):
+            phi.to(query.device).calibrate(query[seen], key[seen], scale=scale)
         query, key, value = query[half:], key[half:], value[half:]
-    maps: tuple[SoftmaxFeatures | SharpFeatures, ...] = (positive, sharp, sharp)
+    maps: tuple[SoftmaxFeatures | SharpFeatures, ...] = (positive, sharp, beside_window)
     windows = (None, None, window_size)
     return {
         name: diagnose(
             query,
             key,
             value,
-            phi,
+            phi.to(query.device),
             is_causal,
             scale=scale,
             enable_gqa=True,

@@ -15,6 +15,7 @@ from performers.functional.sharp import (
     Moments,
     Reparametrization,
     ReparametrizedFeatures,
+    received_attention,
     sharpen,
 )
 from performers.nn.feature_maps import RandomFeatures
@@ -34,6 +35,8 @@ class SharpFeatures(RandomFeatures):
     statistics of a whole sequence tell its past about its future.
     `num_heads`: key heads; each has statistics of its own.
     `shift`, `balance`, `optimal`: the three steps of `performers.functional.sharp`, all on.
+    `query_ratio`: how many times as long as keys balance makes queries. 1 is best beside a window
+    and for the softmax normalizer, 2 for attention without a window.
 
     The statistics are buffers, saved with the weights, and keep their precision under `.half()`.
     They are constants to differentiation: whatever they are, the estimate is unbiased.
@@ -56,6 +59,7 @@ class SharpFeatures(RandomFeatures):
         shift: bool = True,
         balance: bool = True,
         optimal: str = "coordinate",
+        query_ratio: float = 1.0,
         projection: str = "orthogonal",
         seed: int = 0,
         layer: int = 0,
@@ -64,12 +68,15 @@ class SharpFeatures(RandomFeatures):
         check_choice("statistics", statistics, STATISTICS)
         check_choice("optimal", optimal, OPTIMAL)
         check_choice("projection", projection, PROJECTIONS)
+        if not 0 < query_ratio < float("inf"):
+            raise ValueError(f"query_ratio must be a positive finite number, got {query_ratio!r}.")
         super().__init__(dim, num_projections, projection, "gaussian", seed, layer)
         self.num_heads = num_heads
         self.statistics = statistics
         self.shift = shift
         self.balance = balance
         self.optimal = optimal
+        self.query_ratio = query_ratio
         for side in ("query", "key"):
             count = torch.zeros(num_heads, dtype=torch.float64, device="cpu")
             self.register_buffer(f"{side}_count", count)
@@ -177,7 +184,8 @@ class SharpFeatures(RandomFeatures):
     def extra_repr(self) -> str:
         return (
             f"statistics={self.statistics!r}, num_heads={self.num_heads}, shift={self.shift}, "
-            f"balance={self.balance}, optimal={self.optimal!r}, {super().extra_repr()}"
+            f"balance={self.balance}, optimal={self.optimal!r}, query_ratio={self.query_ratio}, "
+            f"{super().extra_repr()}"
         )
 
     def _with(self, reparametrization: Reparametrization) -> ReparametrizedFeatures:
@@ -202,7 +210,7 @@ class SharpFeatures(RandomFeatures):
         self, query: Tensor, key: Tensor, key_padding_mask: Tensor | None, scale: float
     ) -> tuple[Moments, Moments]:
         """Moments of scaled queries and keys per sequence and key head; a group of queries is one
-        set."""
+        set, and a key counts by the attention that it receives."""
         check_attention_inputs(
             query,
             key,
@@ -219,11 +227,19 @@ class SharpFeatures(RandomFeatures):
         if key_padding_mask is not None and query.shape[2] == key.shape[2]:
             query_mask = key_padding_mask.repeat(1, group)
         root = math.sqrt(scale)
-        keys = Moments.of(key.double() * root, key_padding_mask)
-        return Moments.of(rows.double() * root, query_mask), keys
+        rows, key = rows.double() * root, key.double() * root
+        received = received_attention(rows, key, query_mask, key_padding_mask)
+        return Moments.of(rows, query_mask), Moments.of(key, key_padding_mask, received)
 
     def _sharpened(self, queries: Moments, keys: Moments) -> Reparametrization:
-        return sharpen(queries, keys, shift=self.shift, balance=self.balance, optimal=self.optimal)
+        return sharpen(
+            queries,
+            keys,
+            shift=self.shift,
+            balance=self.balance,
+            optimal=self.optimal,
+            query_ratio=self.query_ratio,
+        )
 
 
 def _finite(moments: Moments) -> Moments:
