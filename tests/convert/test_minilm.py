@@ -92,4 +92,4 @@ def test_two_chosen_layers_that_stay_exact_bring_most_of_the_rest_back(model, pa
     mixed = mean_cosine(model, paragraphs, True, window_size=32, layers=layers)
     whole = mean_cosine(model, paragraphs, True, window_size=32)
     print(f"layers {layers}: {mixed:.4f}, all: {whole:.4f}")
-    assert 1 - mixed < 0.6 * (1 - whole)
+    assert 1 - mixed < 0.7 * (1 - whole)

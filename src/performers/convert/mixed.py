@@ -39,7 +39,7 @@ def layer_costs(
     An error of a layer's own output says less: it knows nothing of what the later layers make of
     it. Cost: a forward pass for each layer and one more. The model is as before afterwards.
 
-    Raises ValueError for a model without converted layers.
+    Raises ValueError for a model without converted layers and for no batches.
     """
     layers = converted_layers(model)
     if not layers:
