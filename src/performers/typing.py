@@ -12,9 +12,10 @@ Dimension words, used in every public signature:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, TypeGuard, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -29,6 +30,7 @@ __all__ = [
     "LogLinearMap",
     "RecentKeys",
     "exp_difference",
+    "is_log_linear",
 ]
 
 
@@ -40,7 +42,8 @@ def exp_difference(
     The exponent of nothing (a masked key, an empty state) is −∞; the frame of nothing is −∞ too,
     and −∞ − (−∞) would be NaN. Every frame is at least its exponents.
     """
-    return (exponent - frame.clamp(min=torch.finfo(frame.dtype).min)).exp()
+    difference = exponent - frame.clamp(min=torch.finfo(frame.dtype).min)
+    return (difference * math.log2(math.e)).exp2()
 
 
 class Features(NamedTuple):
@@ -75,16 +78,22 @@ class Features(NamedTuple):
 
 
 class LogLinear(NamedTuple):
-    """log φ_m(x) = inputs·directions_m + tilt_m + log_rows: exponential features, not multiplied.
+    """log φ_m(x) = inputs·directions_m + tilt_m − ‖inputs‖²/2 + offset: positive features of the
+    softmax kernel, not multiplied out.
 
-    `inputs` is x or a linear image of it; `tilt` is None for 0. Leading dimensions of `directions`
-    and `tilt` are none, (heads,) or (batch, heads).
+    `inputs` is x or an affine image of it, `tilt` is None for 0, `offset` a number, or one per row.
+    Leading dimensions of `directions` and `tilt` are none, (heads,) or (batch, heads).
     """
 
     inputs: Float[Tensor, "*batch length dim"]
     directions: Float[Tensor, "*heads num_features dim"]
-    log_rows: Float[Tensor, "*batch length 1"]
+    offset: Float[Tensor, "*batch length 1"] | float
     tilt: Float[Tensor, "*heads num_features"] | None = None
+
+    @property
+    def log_rows(self) -> Float[Tensor, "*batch length 1"]:
+        """What all features of a row share."""
+        return self.offset - self.inputs.square().sum(dim=-1, keepdim=True) / 2
 
     def features(self) -> Features:
         """The product: `log_values` and `log_rows`."""
@@ -136,6 +145,11 @@ class LogLinearMap(FeatureMap, Protocol):
     def log_linear_queries(self, x: Float[Tensor, "*batch length dim"]) -> LogLinear: ...
 
     def log_linear_keys(self, x: Float[Tensor, "*batch length dim"]) -> LogLinear: ...
+
+
+def is_log_linear(phi: FeatureMap) -> TypeGuard[LogLinearMap]:
+    """Whether φ is a `LogLinearMap`, in a form that torch.compile can trace."""
+    return hasattr(phi, "log_linear_queries")
 
 
 @runtime_checkable

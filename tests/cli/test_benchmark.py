@@ -1,11 +1,14 @@
 """`performers benchmark`: what it writes, what it refuses, and that a failing row ends alone."""
 
 import json
+import sys
+import types
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
+from performers import SoftmaxFeatures, favor_attention
 from performers.benchmark import Plan, crossover, peak_of_step, seconds_of_step
 from performers.benchmark import attention as benchmark
 from performers.benchmark.timing import OUT_OF_MEMORY, interleaved
@@ -118,3 +121,22 @@ def test_a_model_step_is_timed_and_weighed_for_each_mechanism():
         assert seconds[name]["forward"].keys() == seconds[name]["forward_backward"].keys()
     # At this size memory is that of the program; the claim is that a number comes back.
     assert peak_of_step(config, "identity", 17, 2, device) > 0
+
+
+def test_the_kernels_of_a_peer_are_given_the_features_of_favor(monkeypatch):
+    """In their layout, without a scale of their own. A sum stands for kernels that need a GPU."""
+
+    def chunk_linear_attn(q, k, v, scale, normalize):
+        assert (scale, normalize) == (1.0, True)
+        scores = torch.einsum("bihm,bjhm->bhij", q, k).tril()
+        out = torch.einsum("bhij,bjhd->bihd", scores / scores.sum(dim=-1, keepdim=True), v)
+        return out, None
+
+    kernels = types.SimpleNamespace(chunk_linear_attn=chunk_linear_attn)
+    monkeypatch.setitem(sys.modules, "fla", types.ModuleType("fla"))
+    monkeypatch.setitem(sys.modules, "fla.ops", types.ModuleType("fla.ops"))
+    monkeypatch.setitem(sys.modules, "fla.ops.linear_attn", kernels)
+    phi = SoftmaxFeatures(5, 7)
+    tensors = torch.randn(3, 2, 3, 11, 5).unbind()
+    found = benchmark._flash_linear_attention(phi, *tensors)
+    torch.testing.assert_close(found, favor_attention(*tensors, phi, is_causal=True))

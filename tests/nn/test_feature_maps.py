@@ -164,15 +164,15 @@ def test_any_elementwise_callable_is_a_kernel():
 
 ONE_GRAPH = """
 import torch
-from performers import SoftmaxFeatures, favor_attention
+from performers import SharpFeatures, SoftmaxFeatures, favor_attention
 
 query, key, value = torch.randn(3, 2, 3, 7, 5).unbind()
 query.requires_grad_()
-phi = SoftmaxFeatures(5, 11)
+phi = {features}
 compiled = torch.compile(favor_attention, backend="aot_eager", fullgraph=True)
 results = []
 for attend in (favor_attention, compiled):
-    out = attend(query, key, value, phi)
+    out = attend(query, key, value, phi, is_causal={is_causal})
     results.append((out, torch.autograd.grad(out.square().sum(), query)[0]))
 torch.testing.assert_close(*results)
 print("equal")
@@ -195,8 +195,10 @@ print("equal")
 """
 
 
-def test_bidirectional_attention_compiles_as_one_graph(fresh_python):
-    assert fresh_python(ONE_GRAPH).splitlines()[-1] == "equal"
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("features", ["SoftmaxFeatures(5, 11)", "SharpFeatures(5, 11)"])
+def test_attention_compiles_as_one_graph(fresh_python, features, is_causal):
+    assert fresh_python(ONE_GRAPH.format(features=features, is_causal=is_causal)).endswith("equal")
 
 
 @pytest.mark.slow

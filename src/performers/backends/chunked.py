@@ -46,7 +46,7 @@ from performers.backends.tiles import (
     recomputed,
     rows_of_a_piece,
 )
-from performers.typing import FeatureMap, LinearState, LogLinearMap, RecentKeys
+from performers.typing import FeatureMap, LinearState, RecentKeys, is_log_linear
 
 __all__ = ["attend"]
 
@@ -126,7 +126,7 @@ def _causal(
         state = _with_one(call, key, value, key_mask, state)
         partial = read(state, phi.query_features(call.scaled(query.flatten(2, 3))))
         return _unflattened(partial, query), state
-    if isinstance(phi, LogLinearMap) and phi.is_nonnegative:
+    if is_log_linear(phi) and phi.is_nonnegative:
         queries = phi.log_linear_queries(call.scaled(query.flatten(2, 3)))
         keys = phi.log_linear_keys(call.scaled(key))
         return scan(queries, keys, value.to(call.dtype), key_mask, state)

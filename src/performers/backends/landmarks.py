@@ -1,33 +1,30 @@
-"""Bidirectional attention as two calls of a fused softmax kernel, with the projections as
-landmarks.
+"""Bidirectional attention as two softmaxes, with the projections as landmarks.
 
 Where log φ_m(x) = x·ω_m + (a number of the row), FAVOR+ is softmax attention twice:
 
     landmark m attends to the keys       S_m, s_m = softmax_j(ω_m·k_j + row_j) v_j,  its log-sum-exp
     query i attends to the landmarks     out_i = softmax_m(q_i·ω_m + s_m) S_m
 
-so the kernel that PyTorch has for exact attention does the work, forward and backward, at its speed
-and without storing a feature. Its numbers are added to the logits by a column of their own: 1 on
-one side, the number on the other.
+so one operator does both, forward and backward, without storing a feature. In base 2, as that one.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from torch.nn import functional as F
 
-from performers.backends.tiles import key_tiles, rows_of_a_piece
-from performers.typing import FeatureMap, LinearState, LogLinearMap
+from performers.backends.fused_softmax import HIDDEN, TILE, fused_softmax
+from performers.typing import FeatureMap, LinearState, LogLinear, LogLinearMap, is_log_linear
 
 __all__ = ["attend", "refusal"]
 
-# What stands for −∞ in a logit: the kernel multiplies it, and 0 · ∞ is NaN. Far below any real
-# logit.
-HIDDEN = -1e30
+LOG2_E = math.log2(math.e)
 
 
 def refusal(
@@ -46,7 +43,7 @@ def refusal(
         return "it serves bidirectional attention without a window only"
     if has_state:
         return "it neither takes nor gives a LinearState"
-    if not (isinstance(phi, LogLinearMap) and phi.is_softmax and phi.is_nonnegative):
+    if not (is_log_linear(phi) and phi.is_softmax and phi.is_nonnegative):
         return "it needs positive features of the softmax kernel"
     if query.numel() == 0 or key.numel() == 0:  # which would stop the process
         return "its fused kernel needs at least one query and one key"
@@ -69,87 +66,74 @@ def attend(
     """What `reference.attend` computes, up to rounding. The state, empty and unused, comes back."""
     assert not is_causal, "`refusal` lets only bidirectional calls in"
     assert window_size is None, "`refusal` lets no window in"
-    # float16 cannot hold exponents, and bfloat16 would round ω: the kernel works in float32
-    wide = torch.promote_types(query.dtype, torch.float32)
-    rows = rows_of_a_piece(key, wide)
+    side = functools.partial(_side, root=root, dtype=_product_dtype(query.dtype))
+    keys = side(phi.log_linear_keys, key)
+    queries = side(phi.log_linear_queries, query.flatten(2, 3))
 
-    parts, log_sums = [], []
-    for part, values, mask in key_tiles(rows, key, value, key_mask):
-        keys = phi.log_linear_keys(part.to(wide) * root)
-        bias = keys.log_rows
-        if mask is not None:
-            bias = bias.masked_fill(~mask[:, None, :, None], HIDDEN)
-        directions = keys.directions.expand(*key.shape[:2], -1, -1)
-        found, log_sum = _FusedSoftmax.apply(directions, keys.inputs, bias, values.to(wide))
-        parts.append(found)
-        log_sums.append(log_sum)
-    log_sum = torch.stack(log_sums).logsumexp(dim=0)
-    shares = (torch.stack(log_sums) - log_sum).exp().unsqueeze(-1)
-    found = sum(part * share for part, share in zip(parts, shares, strict=True))
+    def directions(side: _Side) -> Tensor:
+        return side.directions.expand(*key.shape[:2], -1, -1)
 
-    outputs = []
-    for part in query.flatten(2, 3).split(rows, dim=2):
-        queries = phi.log_linear_queries(part.to(wide) * root)
-        bias = sum((t for t in (keys.tilt, queries.tilt) if t is not None), log_sum).unsqueeze(-1)
-        directions = queries.directions.expand(*key.shape[:2], -1, -1)
-        out, log_weight = _FusedSoftmax.apply(queries.inputs, directions, bias, found)
-        if not normalize:
-            out = out * (log_weight.unsqueeze(-1) + queries.log_rows).exp()
-        outputs.append(out)
-    out = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
+    bias = keys.offset
+    if key_mask is not None:
+        bias = bias.masked_fill(~key_mask[:, None, :, None], HIDDEN)
+    found, log_sum = fused_softmax(
+        directions(keys), keys.inputs, bias, value.to(keys.inputs.dtype), keys.curvature
+    )
+    bias = sum((side.tilt for side in (keys, queries) if side.tilt is not None), log_sum)
+    out, log_weight = fused_softmax(queries.inputs, directions(queries), bias, found)
+    if not normalize:
+        square = queries.inputs.to(bias.dtype).square().sum(dim=-1, keepdim=True)
+        out = out * (log_weight + queries.offset - queries.curvature * square).exp2()
     if key_mask is not None:
         out = out * key_mask.any(dim=1)[:, None, None, None]
     return out.unflatten(2, query.shape[2:4]), state
 
 
-class _FusedSoftmax(torch.autograd.Function):
-    """softmax_j(q_i·k_j + bias_j) v_j and the log-sum-exp of its logits, both differentiable, by
-    PyTorch's fused CPU kernel.
+class _Side(NamedTuple):
+    """log₂ φ of queries or keys: inputs·directions + tilt + offset − curvature ‖inputs‖²."""
 
-        query                                      key                      bias
-        [batch, heads, query_length, dim]          [·, ·, key_length, dim]  [·, ·, key_length, 1]
-        value [·, ·, key_length, value_dim]
+    inputs: Float[Tensor, "batch heads length dim"]
+    directions: Float[Tensor, "*heads num_features dim"]
+    tilt: Float[Tensor, "*heads num_features 1"] | None
+    offset: Float[Tensor, "batch heads length 1"]
+    curvature: float
 
-    The kernel's backward knows no gradient of the log-sum-exp. That gradient, g_i, adds g_i P_ij to
-    the gradient of the logits P_ij (dO_i·v_j − dO_i·O_i), so it may as well be taken from dO_i·O_i:
-    in a last column of V, which is 0, O is set to 1 and dO to −g.
 
-    Columns are added in both passes, and not kept between them.
+def _side(
+    log_linear: Callable[[Tensor], LogLinear],
+    x: Float[Tensor, "batch heads length dim"],
+    *,
+    root: float,
+    dtype: torch.dtype,
+) -> _Side:
+    """Plain features have for inputs what they are given, √scale x, and the same offset for every
+    row. Then x goes on as it came, which is exact in bfloat16, and √scale into the directions.
+
+    Other features are asked for a tile at a time, because a tile stays in the cache.
     """
-
-    @staticmethod
-    def forward(
-        ctx: Any, query: Tensor, key: Tensor, bias: Tensor, value: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        out, log_sum = kernel(*_widened(query, key, bias, value), scale=1.0)
-        ctx.save_for_backward(query, key, bias, value, out, log_sum)
-        return out[..., : value.shape[-1]], log_sum
-
-    @staticmethod
-    def backward(
-        ctx: Any, out_gradient: Tensor, log_sum_gradient: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        query, key, bias, value, out, log_sum = ctx.saved_tensors
-        dim, value_dim = key.shape[-1], value.shape[-1]
-        out = out.clone()
-        out[..., -1] = 1
-        out_gradient = F.pad(out_gradient, (0, out.shape[-1] - value_dim))
-        out_gradient[..., -1] = -log_sum_gradient
-        kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-        of_query, of_key, of_value = kernel(
-            out_gradient, *_widened(query, key, bias, value), out, log_sum, 0.0, False, scale=1.0
-        )
-        of_bias = of_key[..., dim : dim + 1]
-        return of_query[..., :dim], of_key[..., :dim], of_bias, of_value[..., :value_dim]
+    wide = torch.promote_types(dtype, torch.float32)
+    first = x[:, :, :1].to(wide) * root
+    side = log_linear(first)
+    if side.inputs is first and isinstance(side.offset, float):
+        inputs, stretch = x.to(dtype), root
+        offset = torch.full((1, 1, 1, 1), side.offset, dtype=wide)
+    else:
+        parts = [log_linear(part.to(wide) * root) for part in x.split(TILE, dim=2)]
+        inputs, stretch = torch.cat([part.inputs.to(dtype) for part in parts], dim=2), 1.0
+        offset = torch.cat([torch.as_tensor(part.offset) for part in parts], dim=2)
+    return _Side(
+        inputs,
+        side.directions * (stretch * LOG2_E),
+        None if side.tilt is None else side.tilt.unsqueeze(-1) * LOG2_E,
+        (offset * LOG2_E).expand(*x.shape[:-1], 1),
+        stretch**2 * LOG2_E / 2,
+    )
 
 
-def _widened(query: Tensor, key: Tensor, bias: Tensor, value: Tensor) -> list[Tensor]:
-    """Queries, keys and values of one width, which the kernel wants, with room for the bias.
-
-    The last column of the values is 0.
-    """
-    width = max(key.shape[-1], value.shape[-1]) + 1
-    wide = [torch.cat([query, torch.ones_like(query[..., :1])], dim=-1)]
-    wide += [torch.cat([key, bias], dim=-1), value]
-    return [F.pad(x, (0, width - x.shape[-1])) if x.shape[-1] < width else x for x in wide]
+def _product_dtype(dtype: torch.dtype) -> torch.dtype:
+    """bfloat16 where the processor can multiply it; float16 could not hold the weights."""
+    if dtype == torch.bfloat16:
+        capabilities = torch.cpu.get_capabilities()
+        if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"):
+            return dtype
+    return torch.promote_types(dtype, torch.float32)

@@ -3,7 +3,11 @@
     exact               torch's scaled_dot_product_attention (flash attention on a GPU)
     identity            returns V: the floor that the paper calls X
     performer           favor_attention with positive features
-    performer-pytorch   where it is installed
+
+and, where they are installed, against
+
+    performer-pytorch
+    flash-linear-attention   its causal kernels, given the features of FAVOR+; on a GPU only
 
 Nothing is timed before FAVOR+ has matched its own definition in float64.
 """
@@ -41,6 +45,8 @@ from performers.typing import LinearState
 __all__ = ["PEER", "Plan", "crossover", "run"]
 
 PEER = "performer-pytorch"
+KERNELS = "flash-linear-attention"
+MODULES = {PEER: "performer_pytorch", KERNELS: "fla"}
 BURST = 20  # tokens decoded in succession
 Mechanism = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -91,7 +97,9 @@ def run(plan: Plan, report: Callable[[str], None]) -> dict[str, Any]:
         "plan": asdict(plan),
         "environment": describe_environment(),
         "capability": torch.backends.cpu.get_cpu_capability(),
-        "peers": {PEER: metadata.version(PEER) if _has_peer() else None},
+        "peers": {
+            name: metadata.version(name) if _is_installed(name) else None for name in MODULES
+        },
         "time": [],
         "memory": [],
         "decoding": [],
@@ -128,21 +136,36 @@ def _mechanisms(plan: Plan, causal: bool) -> dict[str, Mechanism]:
         "identity": partial(Identity(), is_causal=causal),
         "performer": partial(favor_attention, phi=_features(plan), is_causal=causal),
     }
-    if _has_peer():
+    if _is_installed(PEER):
         from performer_pytorch import FastAttention
 
         with redirect_stdout(StringIO()):  # it says each time that it found no CUDA code
             peer = FastAttention(plan.dim, plan.num_projections, causal=causal)
         table[PEER] = peer.to(device)
+    if _is_installed(KERNELS) and causal and device.type == "cuda":
+        table[KERNELS] = partial(_flash_linear_attention, _features(plan))
     return table
+
+
+def _flash_linear_attention(
+    phi: SoftmaxFeatures, query: Tensor, key: Tensor, value: Tensor
+) -> Tensor:
+    """Causal FAVOR+ by kernels that are given its features: [batch, length, heads, m]."""
+    from fla.ops.linear_attn import chunk_linear_attn
+
+    root = math.sqrt(phi.default_scale)
+    features = phi.query_features(query.float() * root), phi.key_features(key.float() * root)
+    query, key = (part.dense().to(value.dtype).transpose(1, 2) for part in features)
+    out, _ = chunk_linear_attn(query, key, value.transpose(1, 2), scale=1.0, normalize=True)
+    return out.transpose(1, 2)
 
 
 def _features(plan: Plan) -> SoftmaxFeatures:
     return SoftmaxFeatures(plan.dim, plan.num_projections).to(torch.device(plan.device))
 
 
-def _has_peer() -> bool:
-    return importlib.util.find_spec(PEER.replace("-", "_")) is not None
+def _is_installed(name: str) -> bool:
+    return importlib.util.find_spec(MODULES[name]) is not None
 
 
 def _inputs(plan: Plan, length: int, dtype: torch.dtype) -> list[Tensor]:
@@ -307,7 +330,7 @@ def time_line(row: dict[str, Any]) -> str:
             cells.append(f"{part.replace('_', ' + ')}: {ours}")
             continue
         cells.append(f"{part.replace('_', ' + ')} {ours['median'] * 1e3:9.2f} ms")
-        for name in ("exact", PEER):
+        for name in ("exact", *MODULES):
             theirs = row["seconds"].get(name, {}).get(part)
             if isinstance(theirs, dict):
                 cells.append(f"{ours['median'] / theirs['median']:6.3f} × {name}")

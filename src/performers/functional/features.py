@@ -59,8 +59,7 @@ def log_linear_positive(
 ) -> LogLinear:
     """`positive_features`, not multiplied out."""
     check_omega(x, omega)
-    log_rows = -_half_square_norm(x) - math.log(len(omega)) / 2
-    return LogLinear(x, omega.to(x.dtype), log_rows)
+    return LogLinear(x, omega.to(x.dtype), -math.log(len(omega)) / 2)
 
 
 def hyperbolic_features(

@@ -330,9 +330,8 @@ class _Side(NamedTuple):
     def log_linear(self, x: Float[Tensor, "*batch length dim"]) -> LogLinear:
         centered = x - self.shift
         mapped = centered @ self.matrix
-        rows = torch.addcmul(centered * self.other_shift, mapped, mapped, value=-0.5)
-        rows = rows.sum(dim=-1, keepdim=True) + self.constant
-        return LogLinear(mapped, self.directions, rows, self.tilt)
+        offset = (centered * self.other_shift).sum(dim=-1, keepdim=True) + self.constant
+        return LogLinear(mapped, self.directions, offset, self.tilt)
 
 
 def _regular(moments: Moments) -> Tensor:

@@ -1,0 +1,379 @@
+"""Softmax attention with numbers added to its logits, a tile at a time, differentiated by hand.
+
+    out_i = Σ_j w_ij v_j      w_ij = 2^(t_ij − lse_i)      lse_i = log₂ Σ_j 2^t_ij
+    t_ij  = q_i·k_j + bias_j − curvature ‖k_j‖²
+
+Base 2, because exp2 costs a CPU a quarter of what exp does. A tile of weights stays in the cache,
+and none is kept: the backward pass computes them again.
+
+What is added to the products q_i·k_j goes through the matrix product, in columns of its own:
+
+    [q  1  −shift] · [k  number  1] = t − shift
+
+A product in bfloat16 is summed in float32 and rounded in the end. So what is rounded is t − shift,
+which is small where the weight is large. The shift has to be near the largest logit of its row, but
+need not be it: it is guessed from some of the keys, and raised where the sum of the weights shows
+that the guess was far too low.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+__all__ = ["HIDDEN", "fused_softmax"]
+
+# What stands for −∞ in a logit, since 0 · ∞ is NaN. A power of 2, which bfloat16 holds exactly.
+HIDDEN = -(2.0**100)
+
+TILE = 512  # queries, or keys, of a tile
+HEADS = 8  # in one matrix product
+SAMPLE = 32  # keys that a shift is guessed from
+MARGIN = 4.0  # by which the largest of all logits is taken to exceed that of the sample
+
+# How large a row's sum of weights may become. A weight 2^x in bfloat16 is off by up to x / 360 of
+# itself; in float32 it must not overflow.
+MAX_SUM = {torch.bfloat16: 2.0**12, torch.float32: 2.0**60, torch.float64: 2.0**60}
+
+
+def fused_softmax(
+    query: Float[Tensor, "batch heads rows dim"],
+    key: Float[Tensor, "batch heads keys dim"],
+    bias: Float[Tensor, "batch heads keys 1"],
+    value: Float[Tensor, "batch heads keys value_dim"],
+    curvature: float = 0.0,
+) -> tuple[Float[Tensor, "batch heads rows value_dim"], Float[Tensor, "batch heads rows 1"]]:
+    """out, in the precision of `query`, and lse, in that of `bias`; both differentiable, once.
+
+    Products are in bfloat16 where query or key is, with sums, shifts and numbers in float32. The
+    one of the two that is not in bfloat16 enters as two parts, which hold 16 bits of it.
+    """
+    flat = (x.flatten(0, 1) for x in (query, key, bias, value))
+    out, log_sum = _fused_softmax(*flat, curvature)
+    return out.unflatten(0, query.shape[:2]), log_sum.unflatten(0, query.shape[:2])
+
+
+# In what follows: heads = batch · heads.
+
+
+class _Buffers:
+    """Memory for tiles, by name: fresh memory costs a CPU more than what is computed in it."""
+
+    def __init__(self) -> None:
+        self._flat: dict[str, Tensor] = {}
+
+    def take(self, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        size = math.prod(shape)
+        if name not in self._flat or self._flat[name].numel() < size:
+            self._flat[name] = like.new_empty(size)
+        return self._flat[name][:size].view(shape)
+
+    def copied(self, name: str, x: Tensor, like: Tensor) -> Tensor:
+        """x in the precision of another."""
+        return self.take(name, x.shape, like).copy_(x)
+
+    def product(self, name: str, left: Tensor, right: Tensor) -> Tensor:
+        """left @ right."""
+        out = self.take(name, (len(left), left.shape[1], right.shape[2]), left)
+        return torch.bmm(left, right, out=out)
+
+    def joined(self, name: str, columns: list[Tensor]) -> Tensor:
+        """The columns side by side."""
+        width = sum(part.shape[-1] for part in columns)
+        out = self.take(name, (*columns[0].shape[:-1], width), columns[0])
+        return torch.cat(columns, dim=-1, out=out)
+
+
+def _parts(x: Tensor, dtype: torch.dtype, count: int) -> list[Tensor]:
+    """Tensors of a dtype that add up to x, to `count` times the bits of that dtype."""
+    if x.dtype == dtype:
+        return [x]
+    parts = []
+    for _ in range(count):
+        parts.append(x.to(dtype))
+        x = x - parts[-1]
+    return parts
+
+
+def _number_parts(x: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    """A number per row: in bfloat16 as three columns, which hold all bits of a float32."""
+    return _parts(x, dtype, 3)
+
+
+def _ones(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """What the columns of a number meet on the other side."""
+    return x.new_ones(*x.shape[:-1], 3 if dtype == torch.bfloat16 else 1, dtype=dtype)
+
+
+class _Keys(NamedTuple):
+    """A tile of keys, as columns of a product and as what those were made of."""
+
+    tile: slice
+    columns: Float[Tensor, "heads keys wider"]
+    key: Float[Tensor, "heads keys dim"]
+    number: Float[Tensor, "heads keys 1"]
+    value: Float[Tensor, "heads keys value_dim"]
+
+
+class _Product:
+    """Logits of some heads, a tile at a time."""
+
+    def __init__(
+        self, query: Tensor, key: Tensor, bias: Tensor, value: Tensor, curvature: float
+    ) -> None:
+        self.dtype = query.dtype if query.dtype == torch.bfloat16 else key.dtype
+        self.query, self.key, self.bias, self.value = query, key, bias, value
+        self.curvature = curvature
+        self.buffers = _Buffers()
+
+    def heads(self) -> Iterator[tuple[slice, list[_Keys] | None]]:
+        """Groups of heads, with their keys where those are one tile."""
+        for heads in _slices(len(self.query), HEADS):
+            yield heads, list(self.keys(heads)) if self.key.shape[1] <= TILE else None
+
+    def keys(self, heads: slice) -> Iterator[_Keys]:
+        copies = 1 if self.query.dtype == self.dtype else 2
+        for tile in _slices(self.key.shape[1], TILE):
+            key, number = self.key[heads, tile], self.bias[heads, tile]
+            if self.curvature:
+                square = self.buffers.copied("wide", key, number).square_()
+                square = square.sum(dim=-1, keepdim=True)
+                number = (number - self.curvature * square).clamp(min=HIDDEN)
+            parts = _parts(key, self.dtype, 2) * copies
+            parts += [*_number_parts(number, self.dtype), _ones(key, self.dtype)]
+            columns = self.buffers.joined("keys", parts)
+            yield _Keys(tile, columns, key, number, self.value[heads, tile].to(self.dtype))
+
+    def query_columns(self, query: Tensor, shift: Tensor) -> Tensor:
+        copies = 1 if self.key.dtype == self.dtype else 2
+        columns = _parts(query, self.dtype, 2) * copies
+        columns += [_ones(query, self.dtype), *_number_parts(-shift, self.dtype)]
+        return self.buffers.joined("queries", columns)
+
+    def logits(self, query_columns: Tensor, keys: _Keys) -> Tensor:
+        """t − shift."""
+        return self.buffers.product("logits", query_columns, keys.columns.mT)
+
+    def guess(self, query: Tensor, keys: _Keys) -> Tensor:
+        """About the largest logit of each row: that of some keys, and MARGIN for the others."""
+        stride = max(1, keys.key.shape[1] // SAMPLE)
+        key, number = keys.key[:, ::stride], keys.number[:, ::stride]
+        logits = query.to(self.dtype) @ key.to(self.dtype).mT + number.mT
+        return logits.amax(dim=-1, keepdim=True) + (MARGIN if stride > 1 else 0.0)
+
+    def weights(self, query_columns: Tensor, keys: _Keys) -> tuple[Tensor, Tensor]:
+        """2^(t − shift), and its sum over the keys."""
+        weights = self.logits(query_columns, keys).exp2_()
+        return weights, weights.sum(dim=-1, keepdim=True).to(keys.number.dtype)
+
+    def attend(self, query: Tensor, tiles: Iterable[_Keys]) -> tuple[Tensor, Tensor]:
+        """out and lse of a tile of queries."""
+        shift = query.new_full((*query.shape[:2], 1), -torch.inf, dtype=self.bias.dtype)
+        sums = totals = torch.zeros_like(shift)
+        for index, keys in enumerate(tiles):
+            old = shift
+            if index == 0:
+                shift = self.guess(query, keys)
+                columns = self.query_columns(query, shift)
+            weights, total = self.weights(columns, keys)
+            if self.is_off(total, has_moved=shift > old):
+                # Once something has been summed, the shift of a row moves up only.
+                shift = torch.maximum(self.better(shift, total, query, keys), old)
+                columns = self.query_columns(query, shift)
+                weights, total = self.weights(columns, keys)
+                if self.is_off(total, has_moved=shift > old):
+                    # numbers so large that rounding hides the shift: the rest by subtraction
+                    logits = self.logits(columns, keys)
+                    rest = torch.maximum(logits.amax(dim=-1, keepdim=True), old - shift)
+                    weights, shift = logits.sub_(rest).exp2_(), shift + rest
+                    total = weights.sum(dim=-1, keepdim=True).to(shift.dtype)
+                    columns = self.query_columns(query, shift)
+                if index > 0:
+                    decay = (old - shift).exp2()
+                    sums, totals = sums.mul_(decay), totals * decay
+            found = self.buffers.product("found", weights, keys.value)
+            sums = sums.add_(found) if index > 0 else self.buffers.copied("sums", found, shift)
+            totals = totals + total
+        return sums.div_(totals), shift + totals.log2()
+
+    def is_off(self, total: Tensor, has_moved: Tensor) -> bool:
+        """Whether the shift is far from the largest logit of some row, given its sum of weights.
+
+        The sum of a tile may be small where the shift is that of an earlier key.
+        """
+        most = MAX_SUM[self.dtype]
+        return bool(((total > most) | (has_moved & (total < 1 / most))).any())
+
+    def better(self, shift: Tensor, total: Tensor, query: Tensor, keys: _Keys) -> Tensor:
+        """A shift near the largest logit of each row, given the sum of weights under another."""
+        better = shift + total.log2()
+        if not better.isfinite().all():  # so far off that nothing can be told from the sum
+            wide = (x.to(shift.dtype) for x in (query, keys.key.mT))
+            largest = torch.baddbmm(keys.number.mT, *wide).amax(dim=-1, keepdim=True)
+            better = better.where(better.isfinite(), largest)
+        return better
+
+
+def _slices(length: int, size: int) -> Iterator[slice]:
+    for start in range(0, length, size):
+        yield slice(start, min(start + size, length))
+
+
+def _add(whole: Tensor, part: Tensor, is_first: bool) -> None:
+    if is_first:
+        whole.copy_(part)
+    else:
+        whole.add_(part)
+
+
+@torch.library.custom_op(
+    "performers::fused_softmax",
+    mutates_args=(),
+    schema="(Tensor query, Tensor key, Tensor bias, Tensor value, float curvature) "
+    "-> (Tensor, Tensor)",
+)
+def _fused_softmax(
+    query: Tensor, key: Tensor, bias: Tensor, value: Tensor, curvature: float
+) -> tuple[Tensor, Tensor]:
+    product = _Product(query, key, bias, value, curvature)
+    out = query.new_empty(*query.shape[:2], value.shape[-1])
+    log_sum = bias.new_empty(*query.shape[:2], 1)
+    for heads, tiles in product.heads():
+        for rows in _slices(query.shape[1], TILE):
+            found = product.attend(query[heads, rows], tiles or product.keys(heads))
+            out[heads, rows], log_sum[heads, rows] = found
+    return out, log_sum
+
+
+@_fused_softmax.register_fake
+def _(
+    query: Tensor, key: Tensor, bias: Tensor, value: Tensor, curvature: float
+) -> tuple[Tensor, Tensor]:
+    shape = query.shape[:2]
+    return query.new_empty(*shape, value.shape[-1]), bias.new_empty(*shape, 1)
+
+
+@torch.library.custom_op(
+    "performers::fused_softmax_backward",
+    mutates_args=(),
+    schema="(Tensor out_gradient, Tensor log_sum_gradient, Tensor query, Tensor key, Tensor bias, "
+    "Tensor value, Tensor out, Tensor log_sum, float curvature, bool with_query, bool with_key) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+)
+def _fused_softmax_backward(
+    out_gradient: Tensor,
+    log_sum_gradient: Tensor,
+    query: Tensor,
+    key: Tensor,
+    bias: Tensor,
+    value: Tensor,
+    out: Tensor,
+    log_sum: Tensor,
+    curvature: float,
+    with_query: bool,
+    with_key: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of query, key, bias and value; the first two are empty unless asked for.
+
+    That of t_ij is w_ij (ln 2 (dO_i·v_j − dO_i·O_i) + dlse_i).
+    """
+    product = _Product(query, key, bias, value, curvature)
+    dtype, buffers = product.dtype, product.buffers
+    query_gradient = torch.empty_like(query) if with_query else query.new_empty(0)
+    key_gradient = torch.empty_like(key) if with_key else key.new_empty(0)
+    bias_gradient, value_gradient = torch.empty_like(bias), torch.empty_like(value)
+    for heads, tiles in product.heads():
+        for rows in _slices(query.shape[1], TILE):
+            queries, gradient = query[heads, rows], out_gradient[heads, rows]
+            query_columns = product.query_columns(queries, log_sum[heads, rows])
+            wide = buffers.copied("wide", gradient, bias).mul_(math.log(2))
+            columns = [wide.to(dtype, copy=True)]
+            number = log_sum_gradient[heads, rows] - wide.mul_(out[heads, rows]).sum(
+                -1, keepdim=True
+            )
+            columns += _number_parts(number, dtype)
+            gradient_columns = buffers.joined("gradients", columns)
+            queries, gradient = queries.to(dtype), gradient.to(dtype)
+            for keys in tiles or product.keys(heads):
+                tile, is_first = keys.tile, rows.start == 0
+                # ≤ 0, but for the rounding of very large numbers
+                weights = product.logits(query_columns, keys).clamp_(max=0).exp2_()
+                part = buffers.product("of value", weights.mT, gradient)
+                _add(value_gradient[heads, tile], part, is_first)
+
+                value_columns = buffers.joined("values", [keys.value, _ones(keys.value, dtype)])
+                of_logits = buffers.product("logits gradient", gradient_columns, value_columns.mT)
+                of_logits *= weights
+                of_bias = of_logits.sum(dim=1).unsqueeze(-1)
+                _add(bias_gradient[heads, tile], of_bias, is_first)
+                if with_key:
+                    part = buffers.product("of key", of_logits.mT, queries)
+                    if curvature:
+                        part.addcmul_(of_bias, keys.key, value=-2 * curvature)
+                    _add(key_gradient[heads, tile], part, is_first)
+                if with_query:
+                    part = buffers.product("of query", of_logits, keys.key.to(dtype))
+                    _add(query_gradient[heads, rows], part, tile.start == 0)
+    return query_gradient, key_gradient, bias_gradient, value_gradient
+
+
+@_fused_softmax_backward.register_fake
+def _(
+    out_gradient: Tensor,
+    log_sum_gradient: Tensor,
+    query: Tensor,
+    key: Tensor,
+    bias: Tensor,
+    value: Tensor,
+    out: Tensor,
+    log_sum: Tensor,
+    curvature: float,
+    with_query: bool,
+    with_key: bool,
+) -> tuple[Tensor, ...]:
+    return (
+        torch.empty_like(query) if with_query else query.new_empty(0),
+        torch.empty_like(key) if with_key else key.new_empty(0),
+        torch.empty_like(bias),
+        torch.empty_like(value),
+    )
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.set_materialize_grads(False)
+    *tensors, ctx.curvature = inputs
+    ctx.save_for_backward(*tensors, *output)
+
+
+def _differentiate(
+    ctx: Any, out_gradient: Tensor | None, log_sum_gradient: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    saved = ctx.saved_tensors  # once: activation checkpointing unpacks them a single time
+    out, log_sum = saved[4:]
+    if out_gradient is None:
+        out_gradient = torch.zeros_like(out)
+    if log_sum_gradient is None:
+        log_sum_gradient = torch.zeros_like(log_sum)
+    with_query, with_key = ctx.needs_input_grad[:2]
+    query, key, bias, value = _fused_softmax_backward(
+        out_gradient, log_sum_gradient, *saved, ctx.curvature, with_query, with_key
+    )
+    return query if with_query else None, key if with_key else None, bias, value, None
+
+
+_fused_softmax.register_autograd(_differentiate, setup_context=_keep)
+
+
+def _refuse_second_derivative(ctx: Any, *_: Any) -> Any:
+    raise RuntimeError(
+        "fused softmax attention has a first derivative only. For second derivatives pass "
+        'backend="chunked" to the attention call.'
+    )
+
+
+_fused_softmax_backward.register_autograd(_refuse_second_derivative)
