@@ -37,6 +37,8 @@ def test_sharp_features_and_a_window_keep_more_than_plain_features(before, recor
     cosine = {title: scores["cosine"] for title, scores in before.items()}
     assert unrelated < cosine["FAVOR+"] < cosine["sharp, calibrated"] < cosine["sharp"]
     assert cosine["FAVOR+, window 64"] < cosine[NEAR]
+    assert cosine["sharp"] >= 0.84
+    assert cosine["sharp, calibrated"] >= 0.80
     assert cosine["sharp, window 64"] >= 0.94
     assert cosine[NEAR] >= 0.92
 
