@@ -4,12 +4,18 @@ import pytest
 import torch
 
 from performers.functional import KERNELS
-from performers.models import MECHANISMS, PerformerConfig, PerformerForMaskedLM
+from performers.models import (
+    MECHANISMS,
+    PerformerConfig,
+    PerformerForCausalLM,
+    PerformerForMaskedLM,
+)
 
 
-def test_mechanisms_are_exact_identity_softmax_and_every_kernel():
+def test_mechanisms_are_exact_identity_two_of_softmax_and_every_kernel():
     kernels = {f"performer-{kernel}" for kernel in KERNELS}
-    assert set(MECHANISMS) == {"exact", "identity", "performer-softmax", *kernels}
+    softmax = {"performer-softmax", "performer-sharp"}
+    assert set(MECHANISMS) == {"exact", "identity", *softmax, *kernels}
     assert PerformerConfig().attention == "performer-relu"
 
 
@@ -70,7 +76,7 @@ def test_a_saved_config_comes_back_equal(tiny_config, tmp_path):
         ("pad_token_id", 31, "pad_token_id must be None or a token of the vocabulary, 0 to 30"),
         ("eos_token_id", [1, -1], "eos_token_id must be None or a token of the vocabulary"),
         ("window_size", 0, "window_size must be a whole number of at least 1"),
-        ("window_size", 4, "it needs attention='performer-softmax'"),
+        ("window_size", 4, "it needs attention in ('performer-softmax', 'performer-sharp')"),
     ],
 )
 def test_a_wrong_value_is_named_with_what_must_hold(tiny_config, field, value, words):
@@ -132,3 +138,16 @@ def test_a_config_broken_after_it_was_made_is_refused_by_the_model(tiny_config):
 def test_an_unknown_size_is_refused():
     with pytest.raises(ValueError, match=r"unknown size 'proteins'.*Did you mean 'protein'"):
         PerformerConfig.named("proteins")
+
+
+def test_sharp_attention_is_bidirectional_and_estimates_softmax():
+    with pytest.raises(ValueError, match=r"cannot be causal\. Train with 'performer-softmax'"):
+        PerformerConfig(attention="performer-sharp", is_decoder=True)
+    with pytest.raises(ValueError, match="cannot be causal"):
+        PerformerForCausalLM(PerformerConfig(attention="performer-sharp"))
+    with pytest.raises(ValueError, match="needs distribution='gaussian', got 'sphere'"):
+        PerformerConfig(attention="performer-sharp", distribution="sphere")
+    with pytest.raises(ValueError, match="needs estimator='positive', got 'hyperbolic'"):
+        PerformerConfig(attention="performer-sharp", estimator="hyperbolic")
+    with pytest.raises(ValueError, match="'performer-sharp' needs random projections"):
+        PerformerConfig(attention="performer-sharp", projection=None)

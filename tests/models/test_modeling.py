@@ -451,3 +451,18 @@ def test_the_default_model_is_the_one_of_the_paper():
         "orthogonal",
         1e-3,
     )
+
+
+@pytest.mark.parametrize("window_size", [None, 3])
+def test_sharp_attention_is_nearer_to_the_exact_model_with_the_same_weights(
+    tiny_model, window_size
+):
+    tokens = torch.randint(5, 29, (3, 67), generator=torch.Generator().manual_seed(5))
+    exact = tiny_model(PerformerForMaskedLM, attention="exact")
+    errors = {}
+    for attention in ("performer-softmax", "performer-sharp"):
+        options = {"attention": attention, "window_size": window_size, "num_projections": 64}
+        model = tiny_model(PerformerForMaskedLM, **options)
+        model.load_state_dict(exact.state_dict(), strict=False)
+        errors[attention] = (model(tokens).logits - exact(tokens).logits).norm()
+    assert errors["performer-sharp"] < 0.9 * errors["performer-softmax"]

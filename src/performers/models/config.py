@@ -41,16 +41,21 @@ SIZES: dict[str, dict[str, int]] = {
 }
 
 
+ESTIMATES_OF_SOFTMAX = ("performer-softmax", "performer-sharp")
+
+
 class PerformerConfig(PreTrainedConfig):
     """A Performer in transformers' words, the paper's defaults where the paper names one.
 
     `attention`: the mechanism. "performer-relu" (the paper's default for training), any other
-    kernel as "performer-<kernel>", "performer-softmax", "exact" (an ordinary Transformer) or
-    "identity" (the paper's X: no attention at all).
+    kernel as "performer-<kernel>", "performer-softmax", "performer-sharp" (the same estimate, with
+    the statistics of each sequence: bidirectional models only, see `SharpFeatures`), "exact" (an
+    ordinary Transformer) or "identity" (the paper's X: no attention at all).
     `num_projections`, `projection`, `distribution`, `estimator`, `seed`: see `SoftmaxFeatures`;
     `kernel_epsilon`: see `KernelFeatures`. `projection=None` is a kernel without ω.
     `estimator` matters to "performer-softmax", `kernel_epsilon` to the other kernels.
-    `window_size`: "performer-softmax" scores keys nearer than this exactly, see `favor_attention`.
+    `window_size`: "performer-softmax" and "performer-sharp" score keys nearer than this exactly;
+    see `favor_attention`.
     `position`: "rotary", "learned" (limited to `max_position_embeddings`) or "sinusoidal";
     `rope_theta` is the base of both rotary and sinusoidal wavelengths.
     `num_key_value_heads`: fewer than `num_attention_heads` for grouped-query attention.
@@ -147,17 +152,19 @@ class PerformerConfig(PreTrainedConfig):
         check_choice("estimator", self.estimator, ESTIMATORS)
         if self.projection is not None:
             check_choice("projection", self.projection, PROJECTIONS)
-        elif self.attention == "performer-softmax":
+        elif self.attention in ESTIMATES_OF_SOFTMAX:
             raise ValueError(
-                "attention='performer-softmax' needs random projections: projection is None. "
+                f"attention={self.attention!r} needs random projections: projection is None. "
                 f"Choose one of {sorted(PROJECTIONS)}."
             )
+        if self.attention == "performer-sharp":
+            self._check_sharp()
         if self.window_size is not None:
             check_count("window_size", self.window_size)
-            if self.attention != "performer-softmax" or self.estimator == "trigonometric":
+            if self.attention not in ESTIMATES_OF_SOFTMAX or self.estimator == "trigonometric":
                 raise ValueError(
                     "window_size puts exact softmax scores beside estimated ones: it needs "
-                    "attention='performer-softmax' with a positive estimator, got "
+                    f"attention in {ESTIMATES_OF_SOFTMAX} with a positive estimator, got "
                     f"attention={self.attention!r}, estimator={self.estimator!r}."
                 )
         self._check_divisible("hidden_size", "num_attention_heads")
@@ -185,6 +192,20 @@ class PerformerConfig(PreTrainedConfig):
             raise TypeError(f"seed must be a whole number, got {self.seed!r}.")
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
             self._check_token(name)
+
+    def _check_sharp(self) -> None:
+        if self.is_decoder:
+            raise ValueError(
+                "attention='performer-sharp' takes its statistics from the whole sequence, and so "
+                "cannot be causal. Train with 'performer-softmax', or convert a trained model with "
+                "performers.linearize, which calibrates."
+            )
+        for name, fixed in (("distribution", "gaussian"), ("estimator", "positive")):
+            if getattr(self, name) != fixed:
+                raise ValueError(
+                    f"attention='performer-sharp' needs {name}={fixed!r}, got "
+                    f"{getattr(self, name)!r}."
+                )
 
     def _check_divisible(self, whole: str, part: str) -> None:
         if getattr(self, whole) % getattr(self, part):

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from performers.baselines import Identity
 from performers.functional import KERNELS, favor_attention, softmax_attention
+from performers.functional.sharp import QUERY_RATIO
 from performers.models.memory import KeysAndValues, Nothing, State
-from performers.nn import KernelFeatures, SoftmaxFeatures
+from performers.nn import KernelFeatures, SharpFeatures, SoftmaxFeatures
 from performers.typing import LinearState
 
 if TYPE_CHECKING:
@@ -31,7 +32,9 @@ class Favor(nn.Module):
     """`favor_attention` with a feature map of its own, and a window of exact scores if asked."""
 
     def __init__(
-        self, feature_map: SoftmaxFeatures | KernelFeatures, window_size: int | None = None
+        self,
+        feature_map: SoftmaxFeatures | SharpFeatures | KernelFeatures,
+        window_size: int | None = None,
     ) -> None:
         super().__init__()
         self.feature_map = feature_map
@@ -135,6 +138,24 @@ def _performer_softmax(config: PerformerConfig, layer: int) -> Favor:
     )
 
 
+def _performer_sharp(config: PerformerConfig, layer: int) -> Favor:
+    assert config.projection is not None, "PerformerConfig refuses softmax features without omega"
+    assert config.num_key_value_heads is not None, "PerformerConfig fills it in"
+    return Favor(
+        SharpFeatures(
+            config.head_dim,
+            num_projections=config.num_projections,
+            num_heads=config.num_key_value_heads,
+            statistics="call",
+            query_ratio=QUERY_RATIO if config.window_size is None else 1.0,
+            projection=config.projection,
+            seed=config.seed,
+            layer=layer,
+        ),
+        window_size=config.window_size,
+    )
+
+
 def _performer_kernel(fn: str, config: PerformerConfig, layer: int) -> Favor:
     return Favor(
         KernelFeatures(
@@ -154,6 +175,7 @@ MECHANISMS: dict[str, Mechanism] = {
     "exact": Mechanism(_exact, memory=KeysAndValues),
     "identity": Mechanism(_identity, memory=Nothing),
     "performer-softmax": Mechanism(_performer_softmax, memory=State),
+    "performer-sharp": Mechanism(_performer_sharp, memory=State),
     **{  # performer-relu, performer-exp, …
         f"performer-{fn}": Mechanism(partial(_performer_kernel, fn), memory=State) for fn in KERNELS
     },
