@@ -12,7 +12,7 @@ from performers.models import (
 )
 
 
-def test_mechanisms_are_exact_identity_two_of_softmax_and_every_kernel():
+def test_mechanisms_are_exact_identity_softmax_and_every_kernel():
     kernels = {f"performer-{kernel}" for kernel in KERNELS}
     softmax = {"performer-softmax", "performer-sharp"}
     assert set(MECHANISMS) == {"exact", "identity", *softmax, *kernels}
