@@ -37,6 +37,14 @@ def test_each_layer_learns_the_moments_of_the_exact_models_queries_and_keys(name
                 torch.testing.assert_close(found, expected.get_buffer(part), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize(("window_size", "ratio"), [(None, 2.0), (3, 1.0)])
+def test_queries_are_made_longer_where_nothing_is_scored_exactly(window_size, ratio):
+    model = linearize(bert(), FavorOptions(num_projections=17, window_size=window_size))
+    calibrate(model, [inputs_for(model)])
+    for layer in converted_layers(model).values():
+        assert layer.feature_map.query_ratio == ratio
+
+
 def test_padding_teaches_nothing():
     found = []
     for word in (7, 11):
