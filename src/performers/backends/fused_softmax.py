@@ -19,6 +19,7 @@ that the guess was far too low.
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -50,8 +51,7 @@ def fused_softmax(
 ) -> tuple[Float[Tensor, "batch heads rows value_dim"], Float[Tensor, "batch heads rows 1"]]:
     """out, in the precision of `query`, and lse, in that of `bias`; both differentiable, once.
 
-    Products are in bfloat16 where query or key is, with sums, shifts and numbers in float32. The
-    one of the two that is not in bfloat16 enters as two parts, which hold 16 bits of it.
+    Products are in bfloat16 where query or key is, with sums, shifts and numbers in float32.
     """
     flat = (x.flatten(0, 1) for x in (query, key, bias, value))
     out, log_sum = _fused_softmax(*flat, curvature)
@@ -61,17 +61,21 @@ def fused_softmax(
 # In what follows: heads = batch · heads.
 
 
-class _Buffers:
-    """Memory for tiles, by name: fresh memory costs a CPU more than what is computed in it."""
+class _Buffers(threading.local):
+    """Memory for tiles, by name: fresh memory costs a CPU more than what is computed in it.
+
+    Every thread keeps its own, some 10 MB, from call to call.
+    """
 
     def __init__(self) -> None:
-        self._flat: dict[str, Tensor] = {}
+        self._flat: dict[tuple[str, torch.dtype], Tensor] = {}
 
     def take(self, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
-        size = math.prod(shape)
-        if name not in self._flat or self._flat[name].numel() < size:
-            self._flat[name] = like.new_empty(size)
-        return self._flat[name][:size].view(shape)
+        size, key = math.prod(shape), (name, like.dtype)
+        if key not in self._flat or self._flat[key].numel() < size:
+            with torch.inference_mode(False):  # or training could not write to it later
+                self._flat[key] = torch.empty(size, dtype=like.dtype, device=like.device)
+        return self._flat[key][:size].view(shape)
 
     def copied(self, name: str, x: Tensor, like: Tensor) -> Tensor:
         """x in the precision of another."""
@@ -89,25 +93,25 @@ class _Buffers:
         return torch.cat(columns, dim=-1, out=out)
 
 
-def _parts(x: Tensor, dtype: torch.dtype, count: int) -> list[Tensor]:
-    """Tensors of a dtype that add up to x, to `count` times the bits of that dtype."""
-    if x.dtype == dtype:
-        return [x]
-    parts = []
-    for _ in range(count):
-        parts.append(x.to(dtype))
-        x = x - parts[-1]
-    return parts
+_buffers = _Buffers()
 
 
 def _number_parts(x: Tensor, dtype: torch.dtype) -> list[Tensor]:
     """A number per row: in bfloat16 as three columns, which hold all bits of a float32."""
-    return _parts(x, dtype, 3)
+    parts = [x.to(dtype)]
+    while len(parts) < _columns(dtype):
+        x = x - parts[-1]
+        parts.append(x.to(dtype))
+    return parts
+
+
+def _columns(dtype: torch.dtype) -> int:
+    return 3 if dtype == torch.bfloat16 else 1
 
 
 def _ones(x: Tensor, dtype: torch.dtype) -> Tensor:
     """What the columns of a number meet on the other side."""
-    return x.new_ones(*x.shape[:-1], 3 if dtype == torch.bfloat16 else 1, dtype=dtype)
+    return x.new_ones(*x.shape[:-1], _columns(dtype), dtype=dtype)
 
 
 class _Keys(NamedTuple):
@@ -129,7 +133,7 @@ class _Product:
         self.dtype = query.dtype if query.dtype == torch.bfloat16 else key.dtype
         self.query, self.key, self.bias, self.value = query, key, bias, value
         self.curvature = curvature
-        self.buffers = _Buffers()
+        self.buffers = _buffers
 
     def heads(self) -> Iterator[tuple[slice, list[_Keys] | None]]:
         """Groups of heads, with their keys where those are one tile."""
@@ -137,23 +141,19 @@ class _Product:
             yield heads, list(self.keys(heads)) if self.key.shape[1] <= TILE else None
 
     def keys(self, heads: slice) -> Iterator[_Keys]:
-        copies = 1 if self.query.dtype == self.dtype else 2
         for tile in _slices(self.key.shape[1], TILE):
             key, number = self.key[heads, tile], self.bias[heads, tile]
             if self.curvature:
                 square = self.buffers.copied("wide", key, number).square_()
                 square = square.sum(dim=-1, keepdim=True)
                 number = (number - self.curvature * square).clamp(min=HIDDEN)
-            parts = _parts(key, self.dtype, 2) * copies
-            parts += [*_number_parts(number, self.dtype), _ones(key, self.dtype)]
-            columns = self.buffers.joined("keys", parts)
+            numbers = [*_number_parts(number, self.dtype), _ones(key, self.dtype)]
+            columns = self.buffers.joined("keys", [key.to(self.dtype), *numbers])
             yield _Keys(tile, columns, key, number, self.value[heads, tile].to(self.dtype))
 
     def query_columns(self, query: Tensor, shift: Tensor) -> Tensor:
-        copies = 1 if self.key.dtype == self.dtype else 2
-        columns = _parts(query, self.dtype, 2) * copies
-        columns += [_ones(query, self.dtype), *_number_parts(-shift, self.dtype)]
-        return self.buffers.joined("queries", columns)
+        numbers = [_ones(query, self.dtype), *_number_parts(-shift, self.dtype)]
+        return self.buffers.joined("queries", [query.to(self.dtype), *numbers])
 
     def logits(self, query_columns: Tensor, keys: _Keys) -> Tensor:
         """t − shift."""
