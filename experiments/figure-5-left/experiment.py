@@ -66,6 +66,7 @@ def fine_tuned(config: Config) -> dict[str, dict[str, Any]]:
     return {
         CONTROL: {"attention": "exact"},
         "FAVOR+": favor,
+        "sharp": {"attention": "performer-sharp"},
         "trigonometric": {**favor, "estimator": "trigonometric"},
         "FAVOR+ with a window": {**favor, "window_size": config.window},
     }
