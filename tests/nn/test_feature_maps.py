@@ -166,7 +166,7 @@ ONE_GRAPH = """
 import torch
 from performers import SharpFeatures, SoftmaxFeatures, favor_attention
 
-query, key, value = torch.randn(3, 2, 3, 7, 5).unbind()
+query, key, value = torch.randn(3, 2, 3, 7, 5, dtype=torch.{dtype}).unbind()
 query.requires_grad_()
 phi = {features}
 compiled = torch.compile(favor_attention, backend="aot_eager", fullgraph=True)
@@ -195,10 +195,13 @@ print("equal")
 """
 
 
-@pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("features", ["SoftmaxFeatures(5, 11)", "SharpFeatures(5, 11)"])
-def test_attention_compiles_as_one_graph(fresh_python, features, is_causal):
-    assert fresh_python(ONE_GRAPH.format(features=features, is_causal=is_causal)).endswith("equal")
+@pytest.mark.parametrize(
+    ("is_causal", "dtype"), [(False, "float32"), (False, "bfloat16"), (True, "float32")]
+)
+def test_attention_compiles_as_one_graph(fresh_python, features, is_causal, dtype):
+    script = ONE_GRAPH.format(features=features, is_causal=is_causal, dtype=dtype)
+    assert fresh_python(script).endswith("equal")
 
 
 @pytest.mark.slow

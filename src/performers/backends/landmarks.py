@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -25,6 +25,10 @@ from performers.typing import FeatureMap, LinearState, LogLinear, LogLinearMap, 
 __all__ = ["attend", "refusal"]
 
 LOG2_E = math.log2(math.e)
+
+# An older torch cannot say.
+_capabilities: Mapping[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
+HAS_BFLOAT16 = any(_capabilities.get(name) for name in ("avx512_bf16", "amx_bf16"))
 
 
 def refusal(
@@ -132,8 +136,6 @@ def _side(
 
 def _product_dtype(dtype: torch.dtype) -> torch.dtype:
     """bfloat16 where the processor can multiply it; float16 could not hold the weights."""
-    if dtype == torch.bfloat16:
-        capabilities = torch.cpu.get_capabilities()
-        if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"):
-            return dtype
+    if dtype == torch.bfloat16 and HAS_BFLOAT16:
+        return dtype
     return torch.promote_types(dtype, torch.float32)
