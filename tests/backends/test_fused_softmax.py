@@ -43,7 +43,7 @@ def relative_error(found, expected):
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Several tiles on both sides, the last not full, and several groups of heads."""
-    monkeypatch.setattr(module, "TILE", 7)
+    monkeypatch.setattr(module, "_tile_sizes", lambda *_: (7, 7))
     monkeypatch.setattr(module, "HEADS", 3)
     monkeypatch.setattr(module, "SAMPLE", 2)
 
@@ -134,6 +134,17 @@ def test_a_call_in_inference_mode_leaves_nothing_that_training_cannot_use():
     with torch.inference_mode():
         fused_softmax(*tensors)
     torch.testing.assert_close(gradients(fused_softmax, tensors), gradients(defined, tensors))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("rows", "keys"), [(256, 4096), (4096, 256), (1024, 65536), (31, 17)])
+def test_a_tile_fits_the_memory_that_it_is_given(monkeypatch, rows, keys, dtype):
+    for size in (2**19, 2**21, 2**23):
+        monkeypatch.setattr(module, "TILE_BYTES", size)
+        row_tile, key_tile = module._tile_sizes(11, rows, keys, dtype)
+        assert min(row_tile, key_tile) >= min(rows, keys, 64)
+        needed = module.HEADS * min(row_tile, rows) * min(key_tile, keys) * dtype.itemsize
+        assert needed <= max(size, module.HEADS * 64 * min(rows, keys) * dtype.itemsize)
 
 
 def test_threads_do_not_share_the_memory_of_tiles():

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -32,8 +32,12 @@ __all__ = ["HIDDEN", "fused_softmax"]
 # What stands for −∞ in a logit, since 0 · ∞ is NaN. A power of 2, which bfloat16 holds exactly.
 HIDDEN = -(2.0**100)
 
-TILE = 512  # queries, or keys, of a tile
 HEADS = 8  # in one matrix product
+SHORT_SIDE = 1024  # as many queries, or keys, are not split
+
+# Of a tile of weights. Twice the second-level cache of a processor, but assign what suits yours.
+_capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+TILE_BYTES = 2 * (_capabilities.get("l2_cache_size") or 2**20)
 SAMPLE = 32  # keys that a shift is guessed from
 MARGIN = 4.0  # by which the largest of all logits is taken to exceed that of the sample
 
@@ -134,14 +138,16 @@ class _Product:
         self.query, self.key, self.bias, self.value = query, key, bias, value
         self.curvature = curvature
         self.buffers = _buffers
+        sizes = _tile_sizes(len(query), query.shape[1], key.shape[1], self.dtype)
+        self.row_tile, self.key_tile = sizes
 
     def heads(self) -> Iterator[tuple[slice, list[_Keys] | None]]:
         """Groups of heads, with their keys where those are one tile."""
         for heads in _slices(len(self.query), HEADS):
-            yield heads, list(self.keys(heads)) if self.key.shape[1] <= TILE else None
+            yield heads, list(self.keys(heads)) if self.key.shape[1] <= self.key_tile else None
 
     def keys(self, heads: slice) -> Iterator[_Keys]:
-        for tile in _slices(self.key.shape[1], TILE):
+        for tile in _slices(self.key.shape[1], self.key_tile):
             key, number = self.key[heads, tile], self.bias[heads, tile]
             if self.curvature:
                 square = self.buffers.copied("wide", key, number).square_()
@@ -219,6 +225,14 @@ class _Product:
         return better
 
 
+def _tile_sizes(heads: int, rows: int, keys: int, dtype: torch.dtype) -> tuple[int, int]:
+    """Queries and keys of a tile: the shorter side whole, of the longer what TILE_BYTES hold."""
+    short = min(rows, keys, SHORT_SIDE)
+    longer = TILE_BYTES // (min(heads, HEADS) * short * dtype.itemsize)
+    longer = max(64, longer // 64 * 64)
+    return (longer, short) if rows > keys else (short, longer)
+
+
 def _slices(length: int, size: int) -> Iterator[slice]:
     for start in range(0, length, size):
         yield slice(start, min(start + size, length))
@@ -244,7 +258,7 @@ def _fused_softmax(
     out = query.new_empty(*query.shape[:2], value.shape[-1])
     log_sum = bias.new_empty(*query.shape[:2], 1)
     for heads, tiles in product.heads():
-        for rows in _slices(query.shape[1], TILE):
+        for rows in _slices(query.shape[1], product.row_tile):
             found = product.attend(query[heads, rows], tiles or product.keys(heads))
             out[heads, rows], log_sum[heads, rows] = found
     return out, log_sum
@@ -288,7 +302,7 @@ def _fused_softmax_backward(
     key_gradient = torch.empty_like(key) if with_key else key.new_empty(0)
     bias_gradient, value_gradient = torch.empty_like(bias), torch.empty_like(value)
     for heads, tiles in product.heads():
-        for rows in _slices(query.shape[1], TILE):
+        for rows in _slices(query.shape[1], product.row_tile):
             queries, gradient = query[heads, rows], out_gradient[heads, rows]
             query_columns = product.query_columns(queries, log_sum[heads, rows])
             wide = buffers.copied("wide", gradient, bias).mul_(math.log(2))

@@ -19,12 +19,13 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from performers.backends.fused_softmax import HIDDEN, TILE, fused_softmax
+from performers.backends.fused_softmax import HIDDEN, fused_softmax
 from performers.typing import FeatureMap, LinearState, LogLinear, LogLinearMap, is_log_linear
 
 __all__ = ["attend", "refusal"]
 
 LOG2_E = math.log2(math.e)
+TILE = 512  # positions whose features are asked for at a time
 
 # An older torch cannot say.
 _capabilities: Mapping[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
