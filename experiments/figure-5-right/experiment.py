@@ -44,8 +44,8 @@ class Config:
 PAPER = Config()
 REDUCED = replace(
     PAPER, vocab_size=512, length=128, num_valid=128, hidden_size=64, num_hidden_layers=2,
-    num_attention_heads=4, num_projections=64, redraw_every=100, batch_size=8, learning_rate=2e-3,
-    warmup_steps=50, steps=1000, evaluations=5,
+    num_attention_heads=4, redraw_every=150, batch_size=8, learning_rate=2e-3, warmup_steps=50,
+    steps=6000, evaluations=12,
 )  # fmt: skip
 SMOKE = replace(
     REDUCED, texts="excerpts", held_out="persuasion", vocab_size=128, length=32, num_valid=16,
