@@ -27,7 +27,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-__all__ = ["HIDDEN", "fused_softmax"]
+__all__ = ["HAS_BFLOAT16", "HIDDEN", "fused_softmax"]
 
 # What stands for −∞ in a logit, since 0 · ∞ is NaN. A power of 2, which bfloat16 holds exactly.
 HIDDEN = -(2.0**100)
@@ -35,8 +35,11 @@ HIDDEN = -(2.0**100)
 HEADS = 8  # in one matrix product
 SHORT_SIDE = 1024  # as many queries, or keys, are not split
 
-# Of a tile of weights. Twice the second-level cache of a processor, but assign what suits yours.
+# Of the processor. An older torch cannot say.
 _capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+HAS_BFLOAT16 = any(_capabilities.get(name) for name in ("avx512_bf16", "amx_bf16"))
+
+# Of a tile of weights. Twice the second-level cache, but assign what suits your processor.
 TILE_BYTES = 2 * (_capabilities.get("l2_cache_size") or 2**20)
 SAMPLE = 32  # keys that a shift is guessed from
 MARGIN = 4.0  # by which the largest of all logits is taken to exceed that of the sample
@@ -306,12 +309,10 @@ def _fused_softmax_backward(
             queries, gradient = query[heads, rows], out_gradient[heads, rows]
             query_columns = product.query_columns(queries, log_sum[heads, rows])
             wide = buffers.copied("wide", gradient, bias).mul_(math.log(2))
-            columns = [wide.to(dtype, copy=True)]
-            number = log_sum_gradient[heads, rows] - wide.mul_(out[heads, rows]).sum(
-                -1, keepdim=True
-            )
-            columns += _number_parts(number, dtype)
-            gradient_columns = buffers.joined("gradients", columns)
+            scaled = wide.to(dtype, copy=True)  # before the buffer serves for the products with O
+            along_out = wide.mul_(out[heads, rows]).sum(dim=-1, keepdim=True)
+            numbers = _number_parts(log_sum_gradient[heads, rows] - along_out, dtype)
+            gradient_columns = buffers.joined("gradients", [scaled, *numbers])
             queries, gradient = queries.to(dtype), gradient.to(dtype)
             for keys in tiles or product.keys(heads):
                 tile, is_first = keys.tile, rows.start == 0

@@ -12,24 +12,20 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from performers.backends.fused_softmax import HIDDEN, fused_softmax
+from performers.backends.fused_softmax import HAS_BFLOAT16, HIDDEN, fused_softmax
 from performers.typing import FeatureMap, LinearState, LogLinear, LogLinearMap, is_log_linear
 
 __all__ = ["attend", "refusal"]
 
 LOG2_E = math.log2(math.e)
 TILE = 512  # positions whose features are asked for at a time
-
-# An older torch cannot say.
-_capabilities: Mapping[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
-HAS_BFLOAT16 = any(_capabilities.get(name) for name in ("avx512_bf16", "amx_bf16"))
 
 
 def refusal(
@@ -50,7 +46,7 @@ def refusal(
         return "it neither takes nor gives a LinearState"
     if not (is_log_linear(phi) and phi.is_softmax and phi.is_nonnegative):
         return "it needs positive features of the softmax kernel"
-    if query.numel() == 0 or key.numel() == 0:  # which would stop the process
+    if query.numel() == 0 or key.numel() == 0:
         return "its fused kernel needs at least one query and one key"
     return None
 
