@@ -1,7 +1,7 @@
 """Linear attention by its definition: float64, log space, quadratic, and no code of the package.
 
 log|φ_m(x)| and the sign of φ_m(x) from the paper's formulas, written here a second time;
-A_ij = Σ_m φ_m(q_i) φ_m(k_j), or exp(q_i·k_j) for |i − j| < window_size,
+A_ij = Σ_m φ_m(q_i) φ_m(k_j), or exp(q_i·k_j) where j is near of i or a sink,
 out_i = Σ_j A_ij v_j / Σ_j A_ij over the visible j
 """
 
@@ -31,8 +31,13 @@ def attended(
     scale: float | None = None,
     normalize: bool = True,
     window_size: int = 0,
+    num_sinks: int = 0,
+    far: bool = True,
 ) -> Attended:
-    """Every row by itself, in the frame of its largest term. Key heads are repeated for groups."""
+    """Every row by itself, in the frame of its largest term. Key heads are repeated for groups.
+
+    With a window, padded queries see nothing: they have no place among the blocks.
+    """
     group = query.shape[1] // key.shape[1]
     root = math.sqrt(phi.default_scale if scale is None else scale)
     query, key, value = (x.double() for x in (query, key, value))
@@ -52,8 +57,15 @@ def attended(
     log_terms = query_log.unsqueeze(3) + key_log.unsqueeze(2)
     signs = query_sign.unsqueeze(3) * key_sign.unsqueeze(2)
     if window_size:
-        distance = torch.arange(query.shape[2])[:, None] - torch.arange(key.shape[2])
-        is_near = (distance.abs() < window_size).unsqueeze(-1)
+        real = torch.ones(len(key), key.shape[2], dtype=torch.bool)
+        real = real if key_padding_mask is None else key_padding_mask
+        position = real.cumsum(dim=1) - real.long()  # real tokens before
+        block = position // window_size
+        is_near = (block[:, :, None] - block[:, None, :]).abs() <= 1
+        is_near = (is_near | (position < num_sinks)[:, None, :])[:, None, :, :, None]
+        visible = visible & real[:, None, :, None]
+        if not far:
+            visible = visible & is_near.squeeze(-1)
         exact = (query @ key.mT).unsqueeze(-1) * root**2
         only_term = torch.nn.functional.pad(exact, (0, log_terms.shape[-1] - 1), value=-torch.inf)
         log_terms = torch.where(is_near, only_term, log_terms)

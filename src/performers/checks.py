@@ -14,9 +14,9 @@ __all__ = [
     "check_count",
     "check_feature_map",
     "check_key_padding_mask",
+    "check_near_field",
     "check_omega",
     "check_state",
-    "check_window",
 ]
 
 
@@ -148,8 +148,10 @@ def check_key_padding_mask(mask: Tensor | None, key: Tensor) -> None:
         )
 
 
-def check_window(
-    window_size: int,
+def check_near_field(
+    window_size: int | None,
+    num_sinks: int,
+    far: bool,
     query: Tensor,
     key: Tensor,
     *,
@@ -157,13 +159,24 @@ def check_window(
     is_causal: bool,
     has_state: bool,
 ) -> None:
-    """Whether an exact near field is possible with these arguments."""
+    """An exact near field is possible with these arguments."""
+    if not isinstance(num_sinks, int) or isinstance(num_sinks, bool) or num_sinks < 0:
+        raise ValueError(f"num_sinks must be a whole number of at least 0, got {num_sinks!r}.")
+    if window_size is None:
+        if num_sinks or not far:
+            given = f"num_sinks={num_sinks}" if num_sinks else "far=False"
+            raise ValueError(
+                f"{given} belongs to an exact near field, and window_size is None. Pass "
+                "window_size= too, for example 64."
+            )
+        return
     check_count("window_size", window_size)
-    if not estimates_softmax:
+    if far and not estimates_softmax:
         raise ValueError(
-            "window_size= puts exact softmax scores beside the features' estimates, so φ must be a "
-            "nonnegative estimate of the softmax kernel, and this one is not. Use SoftmaxFeatures "
-            'with estimator "positive" or "hyperbolic", or window_size=None.'
+            "window_size= puts exact softmax scores beside the features' estimates, so φ must be "
+            "positive features of the softmax kernel, and this one is not. Use SharpFeatures, or "
+            'SoftmaxFeatures with estimator "positive" or "hyperbolic"; window_size=None; or '
+            "far=False, for the near field alone."
         )
     if query.shape[2] != key.shape[2]:
         raise ValueError(
@@ -172,8 +185,9 @@ def check_window(
         )
     if not is_causal and has_state:
         raise ValueError(
-            "a bidirectional window cannot continue a state: what is near would depend on keys "
-            "that were not kept. Pass is_causal=True, or initial_state=None."
+            "a bidirectional window neither takes nor gives a state: what is near would depend on "
+            "keys that were not kept, or are still to come. Pass is_causal=True, or "
+            "initial_state=None and return_state=False."
         )
 
 
@@ -185,7 +199,7 @@ def check_state(
 ) -> None:
     """The parts of a state that came from outside, against those that this call would start from.
 
-    Recent keys may be of another dtype: they are inputs, not sums.
+    Keys and values that a near field remembers may be of another dtype: they are no sums.
     """
     if parts.keys() != shapes.keys():
         has = "with" if len(parts) > len(shapes) else "without"
@@ -197,15 +211,16 @@ def check_state(
         if part.shape != shapes[name]:
             raise ValueError(
                 f"initial_state.{name} must have shape {shapes[name]} for these inputs, got "
-                f"{_shape(part)}. A state belongs to one batch, feature map, value_dim and "
-                "window_size; reorder its batch with state.index_select(index)."
+                f"{_shape(part)}. A state belongs to one batch, feature map, value_dim and near "
+                "field; reorder its batch with state.index_select(index)."
             )
         if part.device != device:
             raise ValueError(
                 f"initial_state.{name} must be on the device of value: it is on {part.device}, "
                 f"value on {device}. Move the state with state.to({str(device)!r})."
             )
-        if part.dtype != dtype and not name.startswith("recent."):
+        is_sum = name.rpartition(".")[2] in ("log_scale", "normalizer", "values")
+        if is_sum and part.dtype != dtype:
             raise TypeError(
                 f"initial_state.{name} must be {dtype} for these inputs, got {part.dtype}: "
                 "sums are float32, or float64 for float64 inputs. Pass a state as it was returned."

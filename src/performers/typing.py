@@ -28,7 +28,9 @@ __all__ = [
     "LinearState",
     "LogLinear",
     "LogLinearMap",
-    "RecentKeys",
+    "LogLinearSide",
+    "NearField",
+    "NearKeys",
     "exp_difference",
     "is_log_linear",
 ]
@@ -103,6 +105,33 @@ class LogLinear(NamedTuple):
         return Features(log_values=log_values, log_rows=self.log_rows)
 
 
+class LogLinearSide(NamedTuple):
+    """What the queries, or the keys, of a `LogLinearMap` go through.
+
+        log φ_m(x) = y·directions_m + tilt_m − ‖y‖²/2 + (x − shift)·linear + constant
+        y          = (x − shift) matrix
+
+    None: shift and linear are 0, the matrix is the identity, tilt is 0. Leading dimensions are
+    none, (heads,) or (batch, heads).
+    """
+
+    directions: Float[Tensor, "*heads num_features dim"]
+    constant: Float[Tensor, "*heads 1 1"] | float
+    tilt: Float[Tensor, "*heads num_features"] | None = None
+    shift: Float[Tensor, "*heads 1 dim"] | None = None
+    matrix: Float[Tensor, "*heads dim dim"] | None = None
+    linear: Float[Tensor, "*heads 1 dim"] | None = None
+
+    def log_linear(self, x: Float[Tensor, "*batch length dim"]) -> LogLinear:
+        """log φ(x), not multiplied out."""
+        centered = x if self.shift is None else x - self.shift
+        offset = self.constant
+        if self.linear is not None:
+            offset = (centered * self.linear).sum(dim=-1, keepdim=True) + offset
+        inputs = centered if self.matrix is None else centered @ self.matrix
+        return LogLinear(inputs, self.directions, offset, self.tilt)
+
+
 @runtime_checkable
 class FeatureMap(Protocol):
     """φ: what attention needs to know of a feature map. `performers.nn` has the modules."""
@@ -142,14 +171,14 @@ class FeatureMap(Protocol):
 class LogLinearMap(FeatureMap, Protocol):
     """A feature map whose features are exponentials of linear functions (where nonnegative)."""
 
-    def log_linear_queries(self, x: Float[Tensor, "*batch length dim"]) -> LogLinear: ...
+    def query_side(self, dtype: torch.dtype) -> LogLinearSide: ...
 
-    def log_linear_keys(self, x: Float[Tensor, "*batch length dim"]) -> LogLinear: ...
+    def key_side(self, dtype: torch.dtype) -> LogLinearSide: ...
 
 
 def is_log_linear(phi: FeatureMap) -> TypeGuard[LogLinearMap]:
     """Whether φ is a `LogLinearMap`, in a form that torch.compile can trace."""
-    return hasattr(phi, "log_linear_queries")
+    return hasattr(phi, "query_side")
 
 
 @runtime_checkable
@@ -167,30 +196,70 @@ class Attention(Protocol):
     ) -> Float[Tensor, "batch heads query_length value_dim"]: ...
 
 
-@dataclass(frozen=True)
-class RecentKeys:
-    """The last `window_size` keys and values, which an exact near field needs one by one.
+class NearField(NamedTuple):
+    """Which keys a query scores exactly, where not all are estimated.
 
-    Before that many have been seen, the first entries are not `visible`.
+    The position of a token is the number of real tokens before it, and its block is position //
+    window_size. Near a query are the keys of its own block and of the neighboring ones (causal: of
+    the one before, and its own up to itself), and the first `num_sinks` tokens. The others are
+    estimated by φ; without `far` they are left out.
     """
 
-    key: Float[Tensor, "batch key_heads window dim"]
-    value: Float[Tensor, "batch key_heads window value_dim"]
-    visible: Bool[Tensor, "batch window"]
+    window_size: int
+    num_sinks: int = 0
+    far: bool = True
+
+
+@dataclass(frozen=True)
+class NearKeys:
+    """What a near field needs one by one, before the token at position `count`.
+
+    `key`, `value`: of the block before that of the next token, and of its own, which is not full.
+    What belongs to no position from 0 to `count` is 0.
+    `sink_key`, `sink_value`: of the first tokens, as far as there are any.
+    `pending`: sums of the first keys of the block before, as many as its own block has. When that
+    is full, they are those of a whole block, and far of all that comes: so each step adds one key.
+    """
+
+    key: Float[Tensor, "batch key_heads two_blocks dim"]
+    value: Float[Tensor, "batch key_heads two_blocks value_dim"]
+    sink_key: Float[Tensor, "batch key_heads num_sinks dim"]
+    sink_value: Float[Tensor, "batch key_heads num_sinks value_dim"]
+    count: Int[Tensor, " batch"]
+    pending: LinearState
 
     @classmethod
     def empty(
-        cls, key: Float[Tensor, "batch key_heads _ dim"], value: Tensor, window_size: int
-    ) -> RecentKeys:
-        """The window before the first key, for keys and values like these."""
+        cls,
+        key: Float[Tensor, "batch key_heads _ dim"],
+        value: Float[Tensor, "batch key_heads _ value_dim"],
+        near: NearField,
+        pending: LinearState,
+    ) -> NearKeys:
+        """Before the first token, for keys and values like these."""
+
+        def zeros(x: Tensor, length: int) -> Tensor:
+            return x.new_zeros(*x.shape[:2], length, x.shape[-1])
+
         return cls(
-            key=key.new_zeros(*key.shape[:2], window_size, key.shape[-1]),
-            value=value.new_zeros(*value.shape[:2], window_size, value.shape[-1]),
-            visible=torch.zeros(len(key), window_size, dtype=torch.bool, device=key.device),
+            key=zeros(key, 2 * near.window_size),
+            value=zeros(value, 2 * near.window_size),
+            sink_key=zeros(key, near.num_sinks),
+            sink_value=zeros(value, near.num_sinks),
+            count=torch.zeros(len(key), dtype=torch.int64, device=key.device),
+            pending=pending,
         )
 
-    def map(self, function: Callable[[Tensor], Tensor]) -> RecentKeys:
-        return RecentKeys(function(self.key), function(self.value), function(self.visible))
+    def map(self, function: Callable[[Tensor], Tensor]) -> NearKeys:
+        """With a function of a tensor applied to every part."""
+        return NearKeys(
+            function(self.key),
+            function(self.value),
+            function(self.sink_key),
+            function(self.sink_value),
+            function(self.count),
+            self.pending.map(function),
+        )
 
 
 @dataclass(frozen=True)
@@ -205,9 +274,10 @@ class LinearState:
     differentiated.
 
     One object serves prefix sums, prefill and decoding, and ranks of a sequence-parallel group,
-    because states merge associatively. With an exact near field (`window_size=`) the sums hold the
-    far field and `recent` the keys that are still near. Size: num_features · (value_dim + 2)
-    numbers per head, and those of the window, at any length.
+    because states merge associatively. With a near field (`window_size=`) the sums are those of
+    the blocks that are far of the next token, and `near` has the keys that are not. Size:
+    num_features · (value_dim + 2) numbers per head, with a near field twice that and two blocks of
+    keys and values, at any length.
 
     Source: [V 1], Buf and the prefix sums G^PS of Choromanski et al. 2021, Section 2.5.1 and
     Appendix B.
@@ -216,7 +286,7 @@ class LinearState:
     log_scale: Float[Tensor, "batch key_heads num_features"]
     normalizer: Float[Tensor, "batch key_heads num_features"]
     values: Float[Tensor, "batch key_heads num_features value_dim"]
-    recent: RecentKeys | None = None
+    near: NearKeys | None = None
 
     @classmethod
     def empty(
@@ -243,9 +313,18 @@ class LinearState:
         values = self.values * decay.unsqueeze(-1)
         return replace(self, log_scale=log_scale, normalizer=self.normalizer * decay, values=values)
 
+    def emptied(self, where: Bool[Tensor, "batch 1 1"]) -> LinearState:
+        """The same sums, but none for some sequences of the batch."""
+        return replace(
+            self,
+            log_scale=self.log_scale.masked_fill(where, -torch.inf),
+            normalizer=self.normalizer.masked_fill(where, 0.0),
+            values=self.values.masked_fill(where.unsqueeze(-1), 0.0),
+        )
+
     def merge(self, other: LinearState) -> LinearState:
         """The state of both key sets together. Associative and commutative up to rounding."""
-        if self.recent is not None or other.recent is not None:
+        if self.near is not None or other.near is not None:
             raise ValueError(
                 "states with a window cannot merge: their recent keys are near for one sequence "
                 "only. Merge states made with window_size=None."
@@ -275,8 +354,10 @@ class LinearState:
     def parts(self) -> dict[str, Tensor]:
         """Every tensor of the state, by name."""
         parts = {"log_scale": self.log_scale, "normalizer": self.normalizer, "values": self.values}
-        if self.recent is not None:
-            parts |= {f"recent.{name}": part for name, part in vars(self.recent).items()}
+        if self.near is not None:
+            near = vars(self.near) | self.near.pending.parts()
+            near.pop("pending")
+            parts |= {f"near.{name}": part for name, part in near.items()}
         return parts
 
     def map(self, function: Callable[[Tensor], Tensor]) -> LinearState:
@@ -285,5 +366,5 @@ class LinearState:
             function(self.log_scale),
             function(self.normalizer),
             function(self.values),
-            None if self.recent is None else self.recent.map(function),
+            None if self.near is None else self.near.map(function),
         )

@@ -207,7 +207,7 @@ class TestState:
         _, state = favor_attention(*tensors, phi, True, return_state=True, window_size=3)
         with refused("initial_state was made with a window"):
             favor_attention(*tensors, phi, True, initial_state=state)
-        with refused("initial_state.recent.key must have shape (2, 6, 4, 5)"):
+        with refused("initial_state.near.key must have shape (2, 6, 8, 5)"):
             favor_attention(*tensors, phi, True, initial_state=state, window_size=4)
         with refused("states with a window cannot merge"):
             state.merge(state)

@@ -99,7 +99,7 @@ def test_the_state_has_one_size_at_every_length(model, tokens):
     def size(cache: PerformerCache) -> int:
         parts = [layer.state for layer in cache.layers]
         tensors = [part.values for part in parts] + [part.log_scale for part in parts]
-        tensors += [part.recent.key for part in parts if part.recent is not None]
+        tensors += [part.near.key for part in parts if part.near is not None]
         return sum(tensor.numel() for tensor in tensors)
 
     short, long = PerformerCache(model.config), PerformerCache(model.config)

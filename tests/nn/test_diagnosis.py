@@ -106,8 +106,8 @@ def test_the_spread_of_sharp_features_is_that_of_mapped_queries_and_keys():
     phi.calibrate(query + 2, key * torch.tensor([3.0, 1, 1, 1, 0.1]))
     found = diagnose(query, key, value, phi)
     root = 5**-0.25
-    q = phi.log_linear_queries(query.double() * root).inputs[0]
-    k = phi.log_linear_keys(key.double() * root).inputs[0]
+    q = phi.query_side(torch.float64).log_linear(query.double() * root).inputs[0]
+    k = phi.key_side(torch.float64).log_linear(key.double() * root).inputs[0]
     pairs = (q[:, :, None] + k[:, None]).square().sum(dim=-1).mean(dim=(1, 2))
     assert [head.mean_square_sum for head in found.heads] == pytest.approx(pairs.tolist())
 

@@ -95,8 +95,8 @@ def test_the_measured_variance_is_the_closed_form(step):
     phi = fitted(query, key, **STEPS[step])
     omega = draw_projection(200_003, 5, "iid").double()
     errors = relative_estimates(phi, query, key, omega, 200_003) - 1
-    mapped_query = phi.log_linear_queries(query).inputs[0]
-    mapped_key = phi.log_linear_keys(key).inputs[0]
+    mapped_query = phi.query_side(query.dtype).log_linear(query).inputs[0]
+    mapped_key = phi.key_side(key.dtype).log_linear(key).inputs[0]
     exponent = phi.reparametrization.exponent[:, None]
     moments = log_joint_moment_optimal(
         mapped_query, mapped_key.unsqueeze(1).expand(-1, 3, -1, -1), exponent

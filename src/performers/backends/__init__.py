@@ -9,7 +9,7 @@ from torch import Tensor
 
 from performers.backends import chunked, landmarks, reference, triton
 from performers.checks import check_choice
-from performers.typing import FeatureMap
+from performers.typing import FeatureMap, NearField
 
 __all__ = ["BACKENDS", "choose_backend", "refusals"]
 
@@ -29,7 +29,7 @@ def choose_backend(
     phi: FeatureMap,
     *,
     is_causal: bool,
-    window_size: int | None,
+    near: NearField | None,
     has_state: bool,
 ) -> str:
     """The backend for a call: the named one, obeyed or refused; for None, the fastest proven one.
@@ -43,7 +43,7 @@ def choose_backend(
         value,
         phi,
         is_causal=is_causal,
-        window_size=window_size,
+        near=near,
         has_state=has_state,
     )
     if name is None:
@@ -64,13 +64,13 @@ def refusals(
     phi: FeatureMap,
     *,
     is_causal: bool,
-    window_size: int | None,
+    near: NearField | None,
     has_state: bool,
 ) -> dict[str, str | None]:
     """Why each backend that does not serve every call cannot serve this one; None if it can."""
     return {
         "landmarks": landmarks.refusal(
-            query, key, phi, is_causal=is_causal, window_size=window_size, has_state=has_state
+            query, key, phi, is_causal=is_causal, near=near, has_state=has_state
         ),
-        "triton": triton.refusal(query, key, value, phi, window_size=window_size),
+        "triton": triton.refusal(query, key, value, phi, near=near),
     }

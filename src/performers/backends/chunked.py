@@ -10,43 +10,20 @@ Causal: a chunk reads the state before it, attends within itself, and is absorbe
                  │chunk 1│   │chunk 2│   │chunk 3│          out = D⁻¹ (Q′ S + tril(Q′ K′ᵀ) V)
                  └───────┘   └───────┘   └───────┘
 
-Exact near field: keys nearer than the window are scored by exp(q·k) itself, in a band around the
-diagonal. The far field of position i is then causal attention to keys that come `window_size` later
-than they are, so the same scan serves; bidirectional attention runs it from both ends.
-
-        keys    ─── far, before ───┃ near ┃─── far, after ───      (after: bidirectional only)
-                                      i
+With a near field: see `near`.
 """
 
 from __future__ import annotations
-
-import itertools
-import math
-from dataclasses import replace
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from performers.backends.reference import (
-    Partial,
-    absorb,
-    key_exponent,
-    key_weights,
-    last_keys,
-    read,
-    with_recent,
-)
+from performers.backends.near import attend as attend_near
+from performers.backends.reference import Partial, absorb, key_exponent, key_weights, read
 from performers.backends.scan import scan
-from performers.backends.tiles import (
-    Call,
-    band,
-    causal_chunk,
-    key_tiles,
-    recomputed,
-    rows_of_a_piece,
-)
-from performers.typing import FeatureMap, LinearState, RecentKeys, is_log_linear
+from performers.backends.tiles import Call, causal_chunk, key_tiles, recomputed, rows_of_a_piece
+from performers.typing import FeatureMap, LinearState, NearField, is_log_linear
 
 __all__ = ["attend"]
 
@@ -65,15 +42,19 @@ def attend(
     key_mask: Bool[Tensor, "batch key_length"] | None,
     is_causal: bool,
     normalize: bool,
-    window_size: int | None,
+    near: NearField | None,
     state: LinearState,
+    with_state: bool,
 ) -> tuple[Float[Tensor, "batch key_heads group query_length value_dim"], LinearState]:
     """Attention and the state after it, equal to the reference up to rounding."""
+    if near is not None:
+        return attend_near(
+            query, key, value, phi, root=root, key_mask=key_mask, is_causal=is_causal,
+            normalize=normalize, near=near, state=state, with_state=with_state,
+        )  # fmt: skip
     call = Call(phi, root, normalize, state.values.dtype)
-    if query.shape[3] == 0 and (is_causal or window_size is not None):
+    if query.shape[3] == 0 and is_causal:
         return _no_rows(call, query, value), state
-    if window_size is not None:
-        return _windowed(call, query, key, value, key_mask, is_causal, window_size, state)
     if is_causal:
         rows = max(CAUSAL_CHUNK, rows_of_a_piece(key, call.dtype))
         if query.shape[3] <= rows:
@@ -127,8 +108,8 @@ def _causal(
         partial = read(state, phi.query_features(call.scaled(query.flatten(2, 3))))
         return _unflattened(partial, query), state
     if is_log_linear(phi) and phi.is_nonnegative:
-        queries = phi.log_linear_queries(call.scaled(query.flatten(2, 3)))
-        keys = phi.log_linear_keys(call.scaled(key))
+        queries = phi.query_side(call.dtype).log_linear(call.scaled(query.flatten(2, 3)))
+        keys = phi.key_side(call.dtype).log_linear(call.scaled(key))
         return scan(queries, keys, value.to(call.dtype), key_mask, state)
 
     def chunk(
@@ -161,85 +142,6 @@ def _with_one(
     state.normalizer.add_(weights.squeeze(2))
     state.values.addcmul_(weights.mT, value.to(call.dtype))
     return state
-
-
-def _windowed(
-    call: Call,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_mask: Tensor | None,
-    is_causal: bool,
-    window_size: int,
-    state: LinearState,
-) -> tuple[Tensor, LinearState]:
-    length = query.shape[3]
-    recent = state.recent or RecentKeys.empty(key, value, window_size)
-    keys, values, visible = with_recent(recent, key, value, key_mask)
-    far, sums = _far_field(call, query, keys, values, visible, replace(state, recent=None))
-    near = _near_field(call, query, keys, values, visible, is_causal, window_size)
-    partial = far.merge(near)
-    if is_causal:
-        state = replace(sums, recent=last_keys(keys, values, visible, recent))
-    else:
-        features = call.phi.key_features(call.scaled(keys[:, :, length:]))
-        last_values = values[:, :, length:].to(call.dtype)
-        whole = absorb(sums, features, last_values, visible[:, length:])
-        # The same from the other end: what is far before i there is far after i here.
-        reversed_mask = None if key_mask is None else key_mask.flip(1)
-        keys, values, visible = with_recent(recent, key.flip(2), value.flip(2), reversed_mask)
-        later, _ = _far_field(call, query.flip(3), keys, values, visible, state)
-        partial = partial.merge(Partial(*(part.flip(3) for part in later)))
-        state = whole
-    return call.output(partial), state
-
-
-def _far_field(
-    call: Call,
-    query: Float[Tensor, "batch key_heads group length dim"],
-    key: Float[Tensor, "batch key_heads longer dim"],
-    value: Float[Tensor, "batch key_heads longer value_dim"],
-    visible: Bool[Tensor, "batch longer"],
-    state: LinearState,
-) -> tuple[Partial, LinearState]:
-    """What queries get from keys at least a window before them. The keys start a window earlier."""
-    length = query.shape[3]
-    delayed = (key[:, :, :length], value[:, :, :length], visible[:, :length])
-    return _causal(call, query, *delayed, state)
-
-
-def _near_field(
-    call: Call,
-    query: Float[Tensor, "batch key_heads group length dim"],
-    key: Float[Tensor, "batch key_heads longer dim"],
-    value: Float[Tensor, "batch key_heads longer value_dim"],
-    visible: Bool[Tensor, "batch longer"],
-    is_causal: bool,
-    window_size: int,
-) -> Partial:
-    """What queries get from keys less than a window away. The keys start a window earlier."""
-
-    def rows(near: Tensor, query: Tensor, *keys: Tensor) -> Partial:
-        # whole tiles of keys, joined: slices of the whole would each cost their gradient its length
-        count = len(keys) // 3
-        key, value = torch.cat(keys[:count], dim=2), torch.cat(keys[count : 2 * count], dim=2)
-        visible = torch.cat(keys[2 * count :], dim=1)
-        return _unflattened(band(call, query, key, value, visible, near), query)
-
-    position = torch.arange(key.shape[2], device=key.device)
-    reach = window_size if is_causal else 2 * window_size
-    tiles = list(key_tiles(CAUSAL_CHUNK, key, value, visible))
-    partials = []
-    for index, tile in enumerate(query.split(CAUSAL_CHUNK, dim=3)):
-        start, stop = index * CAUSAL_CHUNK, index * CAUSAL_CHUNK + tile.shape[3]
-        span = tiles[index : math.ceil((stop + reach) / CAUSAL_CHUNK)]
-        keys = position[start : start + sum(part[0].shape[2] for part in span)] - window_size
-        distance = position[start:stop, None] - keys
-        near = distance.abs() < window_size
-        if is_causal:
-            near = near & (distance >= 0)
-        partials.append(recomputed(rows, near, tile, *itertools.chain(*zip(*span, strict=True))))
-    return _joined(partials)
 
 
 def _no_rows(

@@ -20,7 +20,14 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from performers.backends.fused_softmax import HAS_BFLOAT16, HIDDEN, fused_softmax
-from performers.typing import FeatureMap, LinearState, LogLinear, LogLinearMap, is_log_linear
+from performers.typing import (
+    FeatureMap,
+    LinearState,
+    LogLinearMap,
+    LogLinearSide,
+    NearField,
+    is_log_linear,
+)
 
 __all__ = ["attend", "refusal"]
 
@@ -34,13 +41,13 @@ def refusal(
     phi: FeatureMap,
     *,
     is_causal: bool,
-    window_size: int | None,
+    near: NearField | None,
     has_state: bool,
 ) -> str | None:
     """Why this backend cannot serve a call; None if it can."""
     if query.device.type != "cpu":
         return "its fused kernel is used on the CPU only"
-    if is_causal or window_size is not None:
+    if is_causal or near is not None:
         return "it serves bidirectional attention without a window only"
     if has_state:
         return "it neither takes nor gives a LinearState"
@@ -61,15 +68,16 @@ def attend(
     key_mask: Bool[Tensor, "batch key_length"] | None,
     is_causal: bool,
     normalize: bool,
-    window_size: int | None,
+    near: NearField | None,
     state: LinearState,
+    with_state: bool,
 ) -> tuple[Float[Tensor, "batch key_heads group query_length value_dim"], LinearState]:
     """What `reference.attend` computes, up to rounding. The state, empty and unused, comes back."""
     assert not is_causal, "`refusal` lets only bidirectional calls in"
-    assert window_size is None, "`refusal` lets no window in"
+    assert near is None, "`refusal` lets no near field in"
     side = functools.partial(_side, root=root, dtype=_product_dtype(query.dtype))
-    keys = side(phi.log_linear_keys, key)
-    queries = side(phi.log_linear_queries, query.flatten(2, 3))
+    keys = side(phi.key_side, key)
+    queries = side(phi.query_side, query.flatten(2, 3))
 
     def directions(side: _Side) -> Tensor:
         return side.directions.expand(*key.shape[:2], -1, -1)
@@ -101,7 +109,7 @@ class _Side(NamedTuple):
 
 
 def _side(
-    log_linear: Callable[[Tensor], LogLinear],
+    side_in: Callable[[torch.dtype], LogLinearSide],
     x: Float[Tensor, "batch heads length dim"],
     *,
     root: float,
@@ -113,13 +121,12 @@ def _side(
     Other features are asked for a tile at a time, because a tile stays in the cache.
     """
     wide = torch.promote_types(dtype, torch.float32)
-    first = x[:, :, :1].to(wide) * root
-    side = log_linear(first)
-    if side.inputs is first and isinstance(side.offset, float):
+    side = side_in(wide)
+    if side.matrix is None and side.shift is None and isinstance(side.constant, float):
         inputs, stretch = x.to(dtype), root
-        offset = torch.full((1, 1, 1, 1), side.offset, dtype=wide)
+        offset = torch.full((1, 1, 1, 1), side.constant, dtype=wide)
     else:
-        parts = [log_linear(part.to(wide) * root) for part in x.split(TILE, dim=2)]
+        parts = [side.log_linear(part.to(wide) * root) for part in x.split(TILE, dim=2)]
         inputs, stretch = torch.cat([part.inputs.to(dtype) for part in parts], dim=2), 1.0
         offset = torch.cat([torch.as_tensor(part.offset) for part in parts], dim=2)
     return _Side(

@@ -21,7 +21,15 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from performers.typing import FeatureMap, Features, LinearState, RecentKeys, exp_difference
+from performers.backends.slots import Slots
+from performers.typing import (
+    FeatureMap,
+    Features,
+    LinearState,
+    NearField,
+    NearKeys,
+    exp_difference,
+)
 
 __all__ = [
     "Partial",
@@ -30,10 +38,9 @@ __all__ = [
     "exact_partial",
     "key_exponent",
     "key_weights",
-    "last_keys",
     "read",
     "read_weights",
-    "with_recent",
+    "remembered",
 ]
 
 # Signed features can have a normalizer of any sign. The paper's renormalizer adds 2ε to |D| ≤ ε.
@@ -83,44 +90,108 @@ def attend(
     key_mask: Bool[Tensor, "batch key_length"] | None,
     is_causal: bool,
     normalize: bool,
-    window_size: int | None,
+    near: NearField | None,
     state: LinearState,
+    with_state: bool,
 ) -> tuple[Float[Tensor, "batch key_heads group query_length value_dim"], LinearState]:
     """Attention with φ(root · q) and φ(root · k), and the state after it.
 
-    Query i sees the state and the keys j ≤ i, or all keys if not causal. Keys nearer than
-    `window_size` are scored by exp(q·k) itself, the others by φ(q)·φ(k), under one normalizer.
+    Query i sees the state and the keys j ≤ i, or all keys if not causal. What the near field has of
+    these is scored by exp(q·k) itself, the others by φ(q)·φ(k), under one normalizer.
     A Python step per query position, for clarity alone.
     """
+    if near is not None:
+        return _attend_near(
+            query, key, value, phi, root=root, key_mask=key_mask, is_causal=is_causal,
+            normalize=normalize, near=near, state=state, with_state=with_state,
+        )  # fmt: skip
     dtype = state.values.dtype
-    recent = state.recent
-    if recent is not None:
-        key, value, key_mask = with_recent(recent, key, value, key_mask)
-        recent = last_keys(key, value, key_mask, recent)
     query, key, value = query.to(dtype) * root, key.to(dtype) * root, value.to(dtype)
     features = phi.key_features(key)
     everywhere = torch.ones(len(key), key.shape[2], dtype=torch.bool, device=key.device)
     visible = everywhere if key_mask is None else key_mask
-    earlier_keys = key.shape[2] - query.shape[3] if is_causal else 0  # of the window's memory
-
-    outputs = [query[..., :0, :1].expand(*query.shape[:3], 0, value.shape[-1])]
+    place = torch.arange(key.shape[2], device=key.device)
+    outputs = [_no_rows(query, value)]
     for position in range(query.shape[3]):
-        row = query[..., position, :]  # [batch, key_heads, group, dim]
-        distance = position + earlier_keys - torch.arange(key.shape[2], device=key.device)
-        seen = visible & (distance >= 0) if is_causal else visible
-        near = distance.abs() < (window_size or 0)
-        far = absorb(state, features, value, seen & ~near)
-        partial = read(far, phi.query_features(row))
-        if window_size is not None:
-            mask = (seen & near)[:, None, None, :]
-            partial = partial.merge(exact_partial(row, key, value, mask))
+        seen = visible & (place <= position) if is_causal else visible
+        far = absorb(state, features, value, seen)
+        partial = read(far, phi.query_features(query[..., position, :]))
         outputs.append(partial.output(normalize, phi.is_nonnegative).unsqueeze(3))
+    return torch.cat(outputs, dim=3), absorb(state, features, value, visible)
 
-    if recent is not None:
-        visible = visible & (torch.arange(key.shape[2], device=key.device) < query.shape[3])
-    return torch.cat(outputs, dim=3), replace(
-        absorb(state, features, value, visible), recent=recent
+
+def _attend_near(
+    query: Float[Tensor, "batch key_heads group length dim"],
+    key: Float[Tensor, "batch key_heads length dim"],
+    value: Float[Tensor, "batch key_heads length value_dim"],
+    phi: FeatureMap,
+    *,
+    root: float,
+    key_mask: Bool[Tensor, "batch length"] | None,
+    is_causal: bool,
+    normalize: bool,
+    near: NearField,
+    state: LinearState,
+    with_state: bool,
+) -> tuple[Float[Tensor, "batch key_heads group length value_dim"], LinearState]:
+    """`attend` with a near field, in the order of slots."""
+    dtype = state.values.dtype
+    slots = Slots.of(near, query, key, value, key_mask, state.near)
+    sink_key, sink_value, is_sink = slots.sinks(state.near)
+    query, value = slots.query.to(dtype) * root, slots.value.to(dtype)
+    key, sink_key = slots.key.to(dtype) * root, sink_key.to(dtype) * root
+    features = phi.key_features(key)
+    exact_keys = torch.cat([sink_key, key], dim=2)
+    exact_values = torch.cat([sink_value.to(dtype), value], dim=2)
+    positions, sink_positions = slots.positions(), torch.arange(near.num_sinks, device=key.device)
+    block = positions // near.window_size
+    estimated = slots.estimated()
+    estimated = torch.ones_like(positions, dtype=torch.bool) if estimated is None else estimated
+    outputs = [_no_rows(query, value)]
+    for slot in range(query.shape[3]):
+        position, row = positions[:, slot, None], query[..., slot, :]
+        seen, seen_sinks = estimated, is_sink
+        if is_causal:
+            seen = seen & (positions <= position)
+            seen_sinks = seen_sinks & (sink_positions <= position)
+        is_near = (block - position // near.window_size).abs() <= 1
+        mask = torch.cat([seen_sinks, seen & is_near], dim=1)[:, None, None, :]
+        partial = exact_partial(row, exact_keys, exact_values, mask)
+        if near.far:
+            far = absorb(state, features, value, seen & ~is_near)
+            partial = partial.merge(read(far, phi.query_features(row)))
+        outputs.append(partial.output(normalize, phi.is_nonnegative).unsqueeze(3))
+    out = slots.tokens(torch.cat(outputs, dim=3))
+    if not with_state:
+        return out, state
+    if near.far:
+        state = absorb(state, features, value, estimated & (positions < slots.next_start()))
+    return out, replace(state, near=remembered(slots, phi, root, state))
+
+
+def remembered(slots: Slots, phi: FeatureMap, root: float, state: LinearState) -> NearKeys:
+    """What a state keeps for the tokens that come after these slots, besides its sums."""
+    near, start = slots.near, slots.next_start()
+    position = start + torch.arange(2 * near.window_size, device=start.device)
+    key, value = slots.at(position)
+    sink_key, sink_value, _ = slots.sinks(state.near)
+    pending = LinearState.empty(
+        *state.values.shape, device=state.values.device, dtype=state.values.dtype
     )
+    if near.far:
+        first = position[:, : near.window_size]
+        features = phi.key_features(key[:, :, : near.window_size].to(pending.values.dtype) * root)
+        first_values = value[:, :, : near.window_size].to(pending.values.dtype)
+        mask = (first >= near.num_sinks) & (first >= 0) & (first < slots.count - near.window_size)
+        pending = absorb(pending, features, first_values, mask)
+    return NearKeys(key, value, sink_key, sink_value, slots.count.squeeze(1), pending)
+
+
+def _no_rows(
+    query: Float[Tensor, "*batch length dim"], value: Tensor
+) -> Float[Tensor, "*batch 0 value_dim"]:
+    """The output of no queries, which a backward pass may still start from."""
+    return query[..., :0, :1].expand(*query.shape[:-2], 0, value.shape[-1])
 
 
 def absorb(
@@ -204,34 +275,3 @@ def key_exponent(
     if key_mask is None:
         return exponent
     return exponent.masked_fill(~key_mask[:, None, :, None], -torch.inf)
-
-
-def with_recent(
-    recent: RecentKeys,
-    key: Float[Tensor, "batch key_heads key_length dim"],
-    value: Float[Tensor, "batch key_heads key_length value_dim"],
-    key_mask: Bool[Tensor, "batch key_length"] | None,
-) -> tuple[
-    Float[Tensor, "batch key_heads longer dim"],
-    Float[Tensor, "batch key_heads longer value_dim"],
-    Bool[Tensor, "batch longer"],
-]:
-    """The keys and values that a window remembers, followed by the new ones."""
-    if key_mask is None:
-        key_mask = torch.ones(len(key), key.shape[2], dtype=torch.bool, device=key.device)
-    return (
-        torch.cat([recent.key.to(key.dtype), key], dim=2),
-        torch.cat([recent.value.to(value.dtype), value], dim=2),
-        torch.cat([recent.visible, key_mask], dim=1),
-    )
-
-
-def last_keys(
-    key: Float[Tensor, "batch key_heads key_length dim"],
-    value: Float[Tensor, "batch key_heads key_length value_dim"],
-    key_mask: Bool[Tensor, "batch key_length"],
-    window: RecentKeys,
-) -> RecentKeys:
-    """What a window like the given one remembers after these keys, and no memory of the others."""
-    start = key.shape[2] - window.key.shape[2]
-    return RecentKeys(key[:, :, start:], value[:, :, start:], key_mask[:, start:]).map(Tensor.clone)

@@ -1,4 +1,4 @@
-"""What the chunked path does with one tile: attend within a causal chunk, or within a band."""
+"""What the chunked path does with one tile: attend within a causal chunk."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from torch.utils.checkpoint import checkpoint
 
 from performers.backends.reference import (
     Partial,
-    exact_partial,
     key_exponent,
     key_weights,
     read_weights,
@@ -24,7 +23,6 @@ from performers.typing import FeatureMap, LinearState
 __all__ = [
     "MAX_RISE",
     "Call",
-    "band",
     "causal_chunk",
     "exponent_at",
     "key_tiles",
@@ -154,20 +152,6 @@ def rows_of_a_piece(key: Float[Tensor, "batch key_heads length dim"], dtype: tor
     """How many positions of a long sequence go through a backend at a time."""
     row_bytes = dtype.itemsize * key[:, :, 0].numel()
     return max(1, PIECE_BYTES // max(1, row_bytes))
-
-
-def band(
-    call: Call,
-    query: Float[Tensor, "batch key_heads group rows dim"],
-    key: Float[Tensor, "batch key_heads keys dim"],
-    value: Float[Tensor, "batch key_heads keys value_dim"],
-    visible: Bool[Tensor, "batch keys"],
-    near: Bool[Tensor, "rows keys"],
-) -> Partial:
-    """What queries get exactly from the keys near them. Rows as in `causal_chunk`."""
-    mask = near.repeat(query.shape[2], 1) & visible[:, None, None, :]
-    rows = call.scaled(query.flatten(2, 3))
-    return exact_partial(rows, call.scaled(key), value.to(call.dtype), mask)
 
 
 def recomputed(function: Callable[..., Any], *arguments: Any) -> Any:

@@ -43,9 +43,7 @@ def _chosen(is_causal: bool) -> str:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     x = torch.empty(1, 1, 1, 64, device=device)
     phi = SoftmaxFeatures(64).to(device)
-    name = choose_backend(
-        None, x, x, x, phi, is_causal=is_causal, window_size=None, has_state=False
-    )
-    reasons = refusals(x, x, x, phi, is_causal=is_causal, window_size=None, has_state=False)
+    name = choose_backend(None, x, x, x, phi, is_causal=is_causal, near=None, has_state=False)
+    reasons = refusals(x, x, x, phi, is_causal=is_causal, near=None, has_state=False)
     others = [f"{other} cannot: {reason}" for other, reason in reasons.items() if reason]
     return "; ".join([name, *others])

@@ -21,6 +21,7 @@ from performers.convert.interface import (
 )
 from performers.convert.linearize import converted_layers, options_of
 from performers.convert.options import FAVOR, SHARP
+from performers.functional.favor import without_sinks
 from performers.nn.sharp import SharpFeatures
 
 __all__ = ["calibrate"]
@@ -92,6 +93,9 @@ class _Learners:
             phi = layer.options.feature_map(query.shape[-1], key.shape[1], layer.number)
             assert isinstance(phi, SharpFeatures), "others have nothing to calibrate"
             self.feature_maps[name] = phi.to(query.device)
+        num_sinks = self.layers[name].options.num_sinks
+        if num_sinks:
+            mask = without_sinks(key, mask, num_sinks)
         try:
             self.feature_maps[name].calibrate(query, key, mask, scale)
         except ValueError as error:

@@ -85,10 +85,11 @@ class FavorLayer(nn.Module):
         phi = self.feature_map_for(query, is_causal=is_causal)
         scale = query.shape[-1] ** -0.5 if scale is None else scale
         query_length, key_length = query.shape[2], key.shape[2]
-        window_size = self.options.window_size
+        near_field = self.options.near_field()
         if self.is_cross or (not is_causal and query_length != key_length):
-            window_size = None  # between two sequences there is no distance
-        is_last = is_causal and query_length == 1 and window_size is None  # it sees every key
+            near_field = {}  # between two sequences there is no distance
+        has_window = near_field.get("window_size") is not None
+        is_last = is_causal and query_length == 1 and not has_window  # it sees every key
         if is_causal and not is_last and query_length < key_length:
             query = F.pad(query, (0, 0, key_length - query_length, 0))
         out = favor_attention(
@@ -100,7 +101,7 @@ class FavorLayer(nn.Module):
             key_padding_mask=key_padding_mask,
             scale=scale,
             enable_gqa=True,
-            window_size=window_size,
+            **near_field,
         )
         heads = self.options.exact_heads.get(self.number)
         if heads:
@@ -144,9 +145,9 @@ class FavorLayer(nn.Module):
             key_padding_mask=key_padding_mask,
             scale=scale,
             enable_gqa=True,
-            window_size=self.options.window_size,
             initial_state=state,
             return_state=True,
+            **self.options.near_field(),
         )
         return out, state, phi
 

@@ -36,8 +36,8 @@ class FavorOptions:
     `statistics`: where sharp features learn, see `SharpFeatures`. None: from `calibrate` once that
     was called; before that from each call in bidirectional attention, and nothing in causal
     attention, where they are plain positive features.
-    `window_size`: keys nearer than this are scored exactly, see `favor_attention`. Not in
-    cross-attention.
+    `window_size`, `num_sinks`, `far`: the exact near field, and whether anything else is estimated,
+    see `favor_attention`. Not in cross-attention.
     `layers`: numbers of the layers that are converted, the others stay exact. None: all, other than
     the sliding-window layers of models that also have layers without a window.
     `exact_heads`: query heads of converted layers that stay exact, by the number of the layer. What
@@ -51,6 +51,8 @@ class FavorOptions:
     projection: str | None = "orthogonal"
     statistics: str | None = None
     window_size: int | None = None
+    num_sinks: int = 0
+    far: bool = True
     layers: Sequence[int] | None = None
     exact_heads: Mapping[int, Sequence[int]] = field(default_factory=dict, hash=False)
     seed: int = 0
@@ -79,6 +81,19 @@ class FavorOptions:
                     "window_size puts exact softmax scores beside estimated ones: it needs "
                     f"features 'sharp', 'positive' or 'hyperbolic', got {self.features!r}."
                 )
+        if self.window_size is None and (self.num_sinks or not self.far):
+            raise ValueError(
+                "num_sinks and far=False belong to an exact near field, and window_size is None: "
+                f"got num_sinks={self.num_sinks!r}, far={self.far!r}. Pass window_size= too."
+            )
+        if (
+            not isinstance(self.num_sinks, int)
+            or isinstance(self.num_sinks, bool)
+            or self.num_sinks < 0
+        ):
+            raise ValueError(
+                f"num_sinks must be a whole number of at least 0, got {self.num_sinks!r}."
+            )
         if not isinstance(self.seed, int) or isinstance(self.seed, bool):
             raise TypeError(f"seed must be a whole number, got {self.seed!r}.")
         if self.layers is not None:
@@ -135,6 +150,10 @@ class FavorOptions:
             seed=self.seed,
             layer=layer,
         )
+
+    def near_field(self) -> dict[str, Any]:
+        """The words of `favor_attention` for the near field."""
+        return {"window_size": self.window_size, "num_sinks": self.num_sinks, "far": self.far}
 
     def converts(self, number: int, layer_types: Sequence[str]) -> bool:
         """Whether FAVOR+ takes the place of attention in the layer of this number.

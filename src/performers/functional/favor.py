@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import Literal, overload
 
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from performers.checks import check_attention_inputs
 from performers.functional.linear import linear_attention
 from performers.typing import FeatureMap, LinearState
 
-__all__ = ["favor_attention"]
+__all__ = ["favor_attention", "without_sinks"]
 
 Output = Float[Tensor, "batch heads query_length value_dim"]
 
@@ -27,6 +29,8 @@ def favor_attention(
     normalize: bool = ...,
     enable_gqa: bool = ...,
     window_size: int | None = ...,
+    num_sinks: int = ...,
+    far: bool = ...,
     initial_state: LinearState | None = ...,
     return_state: Literal[False] = ...,
     backend: str | None = ...,
@@ -45,6 +49,8 @@ def favor_attention(
     normalize: bool = ...,
     enable_gqa: bool = ...,
     window_size: int | None = ...,
+    num_sinks: int = ...,
+    far: bool = ...,
     initial_state: LinearState | None = ...,
     *,
     return_state: Literal[True],
@@ -63,6 +69,8 @@ def favor_attention(
     normalize: bool = True,
     enable_gqa: bool = False,
     window_size: int | None = None,
+    num_sinks: int = 0,
+    far: bool = True,
     initial_state: LinearState | None = None,
     return_state: bool = False,
     backend: str | None = None,
@@ -78,8 +86,12 @@ def favor_attention(
     `scale`: 1/√dim for softmax features, 1 for generalized kernels, unless given. Must be positive.
     `normalize`: False leaves out D⁻¹ (Appendix D.3); the output then is as large as φ makes it.
     `enable_gqa`: key heads may divide query heads; each key head serves a group of neighbors.
-    `window_size`: keys with |i − j| < window_size are scored exactly, the others by φ, under one
-    normalizer; a window of the whole length is exact attention. For softmax features only.
+    `window_size`: real tokens are cut into blocks of this size. A query scores the keys of its own
+    block and of the neighboring ones exactly (causal: of the one before, and its own up to itself),
+    so at least the window_size nearest on each side, and all others by φ, under one normalizer. A
+    window of the whole length is exact attention. For positive features of softmax only.
+    `num_sinks`: the first so many real tokens are exact keys for every query that sees them, too.
+    `far`: False leaves out what is neither near nor a sink; φ is then not used.
     `initial_state`, `return_state`: continue a sequence. Prefill, chunked prefill and one-token
     decoding are this same call. With `return_state=True` the result is `(out, LinearState)`.
     `backend`: None chooses; "reference", "chunked", "landmarks" or "triton" is obeyed or refused.
@@ -97,20 +109,41 @@ def favor_attention(
     torch.Size([2, 4, 1000, 64])
     """
     scale = phi.default_scale if scale is None else scale
-    is_streaming = is_causal or return_state or initial_state is not None
+    if far:
+        estimated = key_padding_mask
+        if num_sinks:
+            check_attention_inputs(
+                query, key, value, is_causal=is_causal, key_padding_mask=key_padding_mask,
+                enable_gqa=enable_gqa, scale=scale,
+            )  # fmt: skip
+            estimated = without_sinks(key, key_padding_mask, num_sinks)
+        is_streaming = is_causal or return_state or initial_state is not None
+        phi = phi.fitted(query, key, estimated, scale=scale, is_streaming=is_streaming)
     out, state = linear_attention(
         query,
         key,
         value,
-        phi.fitted(query, key, key_padding_mask, scale=scale, is_streaming=is_streaming),
+        phi,
         is_causal=is_causal,
         key_padding_mask=key_padding_mask,
         scale=scale,
         normalize=normalize,
         enable_gqa=enable_gqa,
         window_size=window_size,
+        num_sinks=num_sinks,
+        far=far,
         initial_state=initial_state,
         return_state=return_state,
         backend=backend,
     )
     return out if state is None else (out, state)
+
+
+def without_sinks(
+    key: Tensor, key_padding_mask: Tensor | None, num_sinks: int
+) -> Bool[Tensor, "batch key_length"]:
+    """The keys that features are asked to estimate, of which alone they should learn."""
+    if key_padding_mask is None:
+        is_later = torch.arange(key.shape[2], device=key.device) >= num_sinks
+        return is_later.expand(len(key), -1)
+    return key_padding_mask & (key_padding_mask.cumsum(dim=1) > num_sinks)

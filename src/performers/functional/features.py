@@ -20,16 +20,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from performers.checks import check_choice, check_omega
-from performers.typing import Features, LogLinear
+from performers.typing import Features, LogLinearSide
 
 __all__ = [
     "KERNELS",
     "Kernel",
     "hyperbolic_features",
+    "hyperbolic_side",
     "kernel_features",
-    "log_linear_hyperbolic",
-    "log_linear_positive",
     "positive_features",
+    "positive_side",
     "trigonometric_features",
 ]
 
@@ -50,16 +50,13 @@ def positive_features(
     >>> positive_features(x, omega).dense()
     tensor([[0.7071, 0.7071]])
     """
-    return log_linear_positive(x, omega).features()
-
-
-def log_linear_positive(
-    x: Float[Tensor, "*batch length dim"],
-    omega: Float[Tensor, "num_projections dim"],
-) -> LogLinear:
-    """`positive_features`, not multiplied out."""
     check_omega(x, omega)
-    return LogLinear(x, omega.to(x.dtype), -math.log(len(omega)) / 2)
+    return positive_side(omega.to(x.dtype)).log_linear(x).features()
+
+
+def positive_side(omega: Float[Tensor, "num_projections dim"]) -> LogLinearSide:
+    """`positive_features`, not multiplied out."""
+    return LogLinearSide(omega, -math.log(len(omega)) / 2)
 
 
 def hyperbolic_features(
@@ -74,15 +71,13 @@ def hyperbolic_features(
 
     Cost: O(length · m · dim).  Source: Choromanski et al. 2021, Lemma 1 and Lemma 2.
     """
-    return log_linear_hyperbolic(x, omega).features()
+    check_omega(x, omega)
+    return hyperbolic_side(omega.to(x.dtype)).log_linear(x).features()
 
 
-def log_linear_hyperbolic(
-    x: Float[Tensor, "*batch length dim"],
-    omega: Float[Tensor, "num_projections dim"],
-) -> LogLinear:
+def hyperbolic_side(omega: Float[Tensor, "num_projections dim"]) -> LogLinearSide:
     """`hyperbolic_features`, not multiplied out."""
-    return log_linear_positive(x, torch.cat([omega, -omega]))
+    return positive_side(torch.cat([omega, -omega]))
 
 
 def trigonometric_features(

@@ -10,8 +10,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from performers.backends import BACKENDS, choose_backend
-from performers.checks import check_attention_inputs, check_state, check_window
-from performers.typing import FeatureMap, LinearState, RecentKeys
+from performers.checks import check_attention_inputs, check_near_field, check_state
+from performers.typing import FeatureMap, LinearState, NearField, NearKeys, is_log_linear
 
 __all__ = ["linear_attention"]
 
@@ -28,6 +28,8 @@ def linear_attention(
     normalize: bool = True,
     enable_gqa: bool = False,
     window_size: int | None = None,
+    num_sinks: int = 0,
+    far: bool = True,
     initial_state: LinearState | None = None,
     return_state: bool = False,
     backend: str | None = None,
@@ -37,8 +39,9 @@ def linear_attention(
         bidirectional:  out_i = Σ_j κ(q_i, k_j) v_j / Σ_j κ(q_i, k_j)
         causal:         the sums run over j ≤ i
 
-    With `window_size`, keys with |i − j| < window_size are scored by exp(scale · q·k), not κ: for
-    feature maps of the softmax kernel only, and for one query per key.
+    With `window_size`, the keys of a near field (`NearField`) are scored by exp(scale · q·k), not
+    by κ: for positive features of the softmax kernel, and for one query per key. Without `far` the
+    others are left out.
 
     Returns the output and, with `return_state`, the state, else None.
 
@@ -57,27 +60,32 @@ def linear_attention(
         enable_gqa=enable_gqa,
         scale=scale,
     )
-    if window_size is not None:
-        check_window(
-            window_size,
-            query,
-            key,
-            estimates_softmax=phi.is_softmax and phi.is_nonnegative,
-            is_causal=is_causal,
-            has_state=initial_state is not None,
-        )
+    has_state = return_state or initial_state is not None
+    check_near_field(
+        window_size,
+        num_sinks,
+        far,
+        query,
+        key,
+        estimates_softmax=phi.is_softmax and phi.is_nonnegative and is_log_linear(phi),
+        is_causal=is_causal,
+        has_state=has_state,
+    )
+    near = None if window_size is None else NearField(window_size, num_sinks, far)
     batch, key_heads, _, value_dim = value.shape
     dtype = torch.promote_types(value.dtype, torch.float32)
+    state = LinearState.empty(
+        batch,
+        key_heads,
+        phi.num_features if far else 0,
+        value_dim,
+        device=value.device,
+        dtype=dtype,
+    )
     if initial_state is not None:
-        shapes = _state_shapes(key, value, phi.num_features, window_size if is_causal else None)
+        shapes = _shapes(_remembering(state, key, value, near))
         check_state(initial_state.parts(), shapes, dtype, value.device)
         state = initial_state
-    else:
-        state = LinearState.empty(
-            batch, key_heads, phi.num_features, value_dim, device=value.device, dtype=dtype
-        )
-        if window_size is not None and is_causal:
-            state = replace(state, recent=RecentKeys.empty(key, value, window_size))
     if key_padding_mask is not None:
         # Masked keys weigh 0, but 0 · NaN is NaN, and padding may hold anything.
         absent = ~key_padding_mask[:, None, :, None]
@@ -89,9 +97,13 @@ def linear_attention(
         value,
         phi,
         is_causal=is_causal,
-        window_size=window_size,
-        has_state=return_state or initial_state is not None,
+        near=near,
+        has_state=has_state,
     )
+    if near is not None and key.shape[2] == 0:
+        out = query[..., :1].expand(*query.shape[:-1], value_dim)
+        last = _remembering(state, key, value, near) if state.near is None else state
+        return out, last if return_state else None
     with torch.autocast(query.device.type, enabled=False):
         out, last = BACKENDS[chosen](
             query.unflatten(1, (key_heads, -1)),
@@ -102,22 +114,21 @@ def linear_attention(
             key_mask=key_padding_mask,
             is_causal=is_causal,
             normalize=normalize,
-            window_size=window_size,
+            near=near,
             state=state,
+            with_state=has_state,
         )
     return out.flatten(1, 2).to(query.dtype), last if return_state else None
 
 
-def _state_shapes(
-    key: Tensor, value: Tensor, num_features: int, window_size: int | None
-) -> dict[str, tuple[int, ...]]:
-    """The shapes of a state's parts, by the names that `LinearState.parts` gives them."""
-    batch, key_heads, _, value_dim = value.shape
-    sums = (batch, key_heads, num_features)
-    shapes = {"log_scale": sums, "normalizer": sums, "values": (*sums, value_dim)}
-    if window_size is not None:
-        recent = (batch, key_heads, window_size)
-        shapes["recent.key"] = (*recent, key.shape[-1])
-        shapes["recent.value"] = (*recent, value_dim)
-        shapes["recent.visible"] = (batch, window_size)
-    return shapes
+def _remembering(
+    empty: LinearState, key: Tensor, value: Tensor, near: NearField | None
+) -> LinearState:
+    """The state before the first key, with what a near field remembers where there is one."""
+    if near is None:
+        return empty
+    return replace(empty, near=NearKeys.empty(key, value, near, pending=empty))
+
+
+def _shapes(state: LinearState) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(part.shape) for name, part in state.parts().items()}

@@ -49,6 +49,8 @@ def attention_matrix(
     normalize: bool = True,
     enable_gqa: bool = False,
     window_size: int | None = None,
+    num_sinks: int = 0,
+    far: bool = True,
 ) -> Float[Tensor, "batch heads query_length key_length"]:
     """The matrix that `favor_attention` with these arguments applies to its values: D⁻¹ Q′K′ᵀ.
 
@@ -68,6 +70,8 @@ def attention_matrix(
             normalize=normalize,
             enable_gqa=enable_gqa,
             window_size=window_size,
+            num_sinks=num_sinks,
+            far=far,
         ),
         key,
     )

@@ -33,7 +33,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from performers.checks import check_choice
-from performers.typing import FeatureMap, Features, LogLinear
+from performers.typing import FeatureMap, Features, LogLinearSide
 
 __all__ = [
     "OPTIMAL",
@@ -243,7 +243,7 @@ class ReparametrizedFeatures:
 
     omega: Float[Tensor, "num_projections dim"]
     reparametrization: Reparametrization
-    _sides: dict[tuple[str, torch.dtype], _Side] = field(
+    _sides: dict[tuple[str, torch.dtype], LogLinearSide] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
 
@@ -275,27 +275,27 @@ class ReparametrizedFeatures:
         return self
 
     def query_features(self, x: Float[Tensor, "*batch length dim"]) -> Features:
-        return self.log_linear_queries(x).features()
+        return self.query_side(x.dtype).log_linear(x).features()
 
     def key_features(self, x: Float[Tensor, "*batch length dim"]) -> Features:
-        return self.log_linear_keys(x).features()
+        return self.key_side(x.dtype).log_linear(x).features()
 
-    def log_linear_queries(self, x: Float[Tensor, "*batch length dim"]) -> LogLinear:
-        """φ(q); the factor exp(b·q) of the shift goes to the row."""
-        return self._side("query", x.dtype).log_linear(x)
+    def query_side(self, dtype: torch.dtype) -> LogLinearSide:
+        """Of φ(q); the factor exp(b·q) of the shift goes to the row."""
+        return self._side("query", dtype)
 
-    def log_linear_keys(self, x: Float[Tensor, "*batch length dim"]) -> LogLinear:
-        """φ(k); the factor exp(a·(k − b)) of the shift goes to the row."""
-        return self._side("key", x.dtype).log_linear(x)
+    def key_side(self, dtype: torch.dtype) -> LogLinearSide:
+        """Of φ(k); the factor exp(a·(k − b)) of the shift goes to the row."""
+        return self._side("key", dtype)
 
-    def _side(self, name: str, dtype: torch.dtype) -> _Side:
+    def _side(self, name: str, dtype: torch.dtype) -> LogLinearSide:
         if self.omega.requires_grad:  # each tile's graph is its own
             return self._new_side(name, dtype)
         if (name, dtype) not in self._sides:
             self._sides[name, dtype] = self._new_side(name, dtype)
         return self._sides[name, dtype]
 
-    def _new_side(self, name: str, dtype: torch.dtype) -> _Side:
+    def _new_side(self, name: str, dtype: torch.dtype) -> LogLinearSide:
         a, b, query_map, key_map, exponent = self.reparametrization
         stretch = (1 - 4 * exponent).sqrt()
         constant = stretch.log().sum(dim=-1) / 2 - math.log(len(self.omega)) / 2
@@ -307,31 +307,14 @@ class ReparametrizedFeatures:
         shift, other_shift, matrix, constant = (part.to(dtype) for part in parts)
         stretch, omega = stretch.to(dtype).unsqueeze(-2), self.omega.to(dtype)
         tilt = exponent.to(dtype).unsqueeze(-2) @ omega.square().mT
-        return _Side(
-            shift.unsqueeze(-2),
-            other_shift.unsqueeze(-2),
-            matrix.mT,
-            constant[..., None, None],
-            omega * stretch,
-            tilt.squeeze(-2),
+        return LogLinearSide(
+            directions=omega * stretch,
+            constant=constant[..., None, None],
+            tilt=tilt.squeeze(-2),
+            shift=shift.unsqueeze(-2),
+            matrix=matrix.mT,
+            linear=other_shift.unsqueeze(-2),
         )
-
-
-class _Side(NamedTuple):
-    """What the features of queries, or those of keys, are computed from, in one precision."""
-
-    shift: Float[Tensor, "*heads 1 dim"]
-    other_shift: Float[Tensor, "*heads 1 dim"]
-    matrix: Float[Tensor, "*heads dim dim"]
-    constant: Float[Tensor, "*heads 1 1"]
-    directions: Float[Tensor, "*heads num_projections dim"]
-    tilt: Float[Tensor, "*heads num_projections"]  # Σ_i A_i ω_mi²
-
-    def log_linear(self, x: Float[Tensor, "*batch length dim"]) -> LogLinear:
-        centered = x - self.shift
-        mapped = centered @ self.matrix
-        offset = (centered * self.other_shift).sum(dim=-1, keepdim=True) + self.constant
-        return LogLinear(mapped, self.directions, offset, self.tilt)
 
 
 def _regular(moments: Moments) -> Tensor:

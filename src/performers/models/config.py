@@ -54,8 +54,8 @@ class PerformerConfig(PreTrainedConfig):
     `num_projections`, `projection`, `distribution`, `estimator`, `seed`: see `SoftmaxFeatures`;
     `kernel_epsilon`: see `KernelFeatures`. `projection=None` is a kernel without ω.
     `estimator` matters to "performer-softmax", `kernel_epsilon` to the other kernels.
-    `window_size`: "performer-softmax" and "performer-sharp" score keys nearer than this exactly;
-    see `favor_attention`.
+    `window_size`: "performer-softmax" and "performer-sharp" score the keys of neighboring blocks of
+    this size exactly, see `favor_attention`.
     `position`: "rotary", "learned" (limited to `max_position_embeddings`) or "sinusoidal";
     `rope_theta` is the base of both rotary and sinusoidal wavelengths.
     `num_key_value_heads`: fewer than `num_attention_heads` for grouped-query attention.

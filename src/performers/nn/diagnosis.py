@@ -325,6 +325,10 @@ class _Sequence:
         real_query, real_key, real_value = (x.double() for x in real)
         distance = queries[:, None] - keys
         visible = distance >= 0 if is_causal else torch.ones_like(distance, dtype=torch.bool)
+        near = torch.zeros_like(visible)
+        if window_size is not None:  # one query per key: the places of real tokens among themselves
+            block = torch.arange(len(keys), device=keys.device) // window_size
+            near = visible & ((block[:, None] - block).abs() <= 1)
         scores = real_query @ real_key.repeat_interleave(group, dim=0).mT * scale
         return cls(
             query=query,
@@ -337,7 +341,7 @@ class _Sequence:
             queries=queries,
             keys=keys,
             visible=visible,
-            near=visible & (distance.abs() < (window_size or 0)),
+            near=near,
             log_weights=scores.masked_fill(~visible, -torch.inf).log_softmax(dim=-1),
             real_value=real_value.repeat_interleave(group, dim=0),
         )
@@ -350,8 +354,8 @@ class _Sequence:
         query, key = self._rows()
         mapped_query, mapped_key = query, key
         if isinstance(fitted, ReparametrizedFeatures):
-            mapped_query = fitted.log_linear_queries(query).inputs
-            mapped_key = fitted.log_linear_keys(key).inputs
+            mapped_query = fitted.query_side(query.dtype).log_linear(query).inputs
+            mapped_key = fitted.key_side(key.dtype).log_linear(key).inputs
         mapped_query, mapped_key = self._by_head(mapped_query, mapped_key)
         query_norm, key_norm = (x.norm(dim=-1) for x in self._by_head(query, key))
         # Queries and keys taken independently: E‖q + k‖² = E‖q‖² + E‖k‖² + 2 E q · E k

@@ -14,15 +14,15 @@ from performers.checks import check_choice, check_count, check_feature_map
 from performers.functional.features import (
     Kernel,
     hyperbolic_features,
+    hyperbolic_side,
     kernel_features,
-    log_linear_hyperbolic,
-    log_linear_positive,
     positive_features,
+    positive_side,
     resolve_kernel,
     trigonometric_features,
 )
 from performers.functional.projections import DISTRIBUTIONS, PROJECTIONS, draw_projection
-from performers.typing import FeatureMap, Features, LogLinear
+from performers.typing import FeatureMap, Features, LogLinearSide
 
 __all__ = ["KernelFeatures", "RandomFeatures", "SoftmaxFeatures"]
 
@@ -177,13 +177,13 @@ class SoftmaxFeatures(RandomFeatures):
     def key_features(self, x: Float[Tensor, "*batch length dim"]) -> Features:
         return self.query_features(x)
 
-    def log_linear_queries(self, x: Float[Tensor, "*batch length dim"]) -> LogLinear:
+    def query_side(self, dtype: torch.dtype) -> LogLinearSide:
         """The nonnegative estimators, not multiplied out."""
         assert self.omega is not None, "softmax features always have omega"
-        return LOG_LINEAR_ESTIMATORS[self.estimator](x, self.omega)
+        return SIDES[self.estimator](self.omega.to(dtype))
 
-    def log_linear_keys(self, x: Float[Tensor, "*batch length dim"]) -> LogLinear:
-        return self.log_linear_queries(x)
+    def key_side(self, dtype: torch.dtype) -> LogLinearSide:
+        return self.query_side(dtype)
 
     def extra_repr(self) -> str:
         return f"estimator={self.estimator!r}, {super().extra_repr()}"
@@ -258,9 +258,9 @@ ESTIMATORS: dict[str, Callable[[Tensor, Tensor], Features]] = {
     "trigonometric": trigonometric_features,
 }
 
-LOG_LINEAR_ESTIMATORS: dict[str, Callable[[Tensor, Tensor], LogLinear]] = {
-    "positive": log_linear_positive,
-    "hyperbolic": log_linear_hyperbolic,
+SIDES: dict[str, Callable[[Tensor], LogLinearSide]] = {
+    "positive": positive_side,
+    "hyperbolic": hyperbolic_side,
 }
 
 

@@ -19,7 +19,7 @@ from performers.functional.sharp import (
     sharpen,
 )
 from performers.nn.feature_maps import RandomFeatures
-from performers.typing import FeatureMap, Features, LogLinear
+from performers.typing import FeatureMap, Features, LogLinearSide
 
 __all__ = ["SharpFeatures"]
 
@@ -170,16 +170,16 @@ class SharpFeatures(RandomFeatures):
         return self._with(self._sharpened(_finite(queries), _finite(keys)))
 
     def query_features(self, x: Float[Tensor, "*batch length dim"]) -> Features:
-        return self.log_linear_queries(x).features()
+        return self.query_side(x.dtype).log_linear(x).features()
 
     def key_features(self, x: Float[Tensor, "*batch length dim"]) -> Features:
-        return self.log_linear_keys(x).features()
+        return self.key_side(x.dtype).log_linear(x).features()
 
-    def log_linear_queries(self, x: Float[Tensor, "*batch length dim"]) -> LogLinear:
-        return self._with(self._reparametrization()).log_linear_queries(x)
+    def query_side(self, dtype: torch.dtype) -> LogLinearSide:
+        return self._with(self._reparametrization()).query_side(dtype)
 
-    def log_linear_keys(self, x: Float[Tensor, "*batch length dim"]) -> LogLinear:
-        return self._with(self._reparametrization()).log_linear_keys(x)
+    def key_side(self, dtype: torch.dtype) -> LogLinearSide:
+        return self._with(self._reparametrization()).key_side(dtype)
 
     def extra_repr(self) -> str:
         return (

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from performers.backends.triton.config import MAX_DIM, MAX_HEADS, OPERANDS
 from performers.backends.triton.maps import SUPPORTED, kernel_map
-from performers.typing import FeatureMap, LinearState
+from performers.typing import FeatureMap, LinearState, NearField
 
 __all__ = ["attend", "refusal"]
 
@@ -29,7 +29,7 @@ def refusal(
     value: Tensor,
     phi: FeatureMap,
     *,
-    window_size: int | None,
+    near: NearField | None,
 ) -> str | None:
     """Why this backend cannot serve a call; None if it can."""
     if not IS_INSTALLED:
@@ -39,7 +39,7 @@ def refusal(
     plan = kernel_map(phi)
     if plan is None:
         return f"it computes {SUPPORTED}, and {type(phi).__name__} is none of these"
-    if window_size is not None:
+    if near is not None:
         return "it has no exact window"
     if query.dtype not in OPERANDS:
         return f"it takes float32, bfloat16 and float16, not {query.dtype}"
@@ -66,11 +66,12 @@ def attend(
     key_mask: Bool[Tensor, "batch key_length"] | None,
     is_causal: bool,
     normalize: bool,
-    window_size: int | None,
+    near: NearField | None,
     state: LinearState,
+    with_state: bool,
 ) -> tuple[Float[Tensor, "batch key_heads group query_length value_dim"], LinearState]:
     """What `reference.attend` computes, up to rounding, and the state after it."""
-    assert window_size is None, "`refusal` lets no window in"
+    assert near is None, "`refusal` lets no near field in"
     plan = kernel_map(phi)
     assert plan is not None, "`refusal` lets only its own feature maps in"
     from performers.backends.triton.attention import contract

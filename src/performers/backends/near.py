@@ -1,0 +1,208 @@
+"""Attention with a near field: all new tokens at once by `blocks`, the next one by a step.
+
+What is far needs positive features of the softmax kernel, whose sides the operator is given.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from torch.nn import functional as F
+
+from performers.backends.blocks import Problem, block_attention
+from performers.backends.fused_softmax import HIDDEN
+from performers.backends.reference import absorb, exact_partial, read, remembered
+from performers.backends.slots import Slots
+from performers.typing import (
+    FeatureMap,
+    LinearState,
+    LogLinearSide,
+    NearField,
+    NearKeys,
+    is_log_linear,
+)
+
+__all__ = ["attend"]
+
+
+def attend(
+    query: Float[Tensor, "batch key_heads group length dim"],
+    key: Float[Tensor, "batch key_heads length dim"],
+    value: Float[Tensor, "batch key_heads length value_dim"],
+    phi: FeatureMap,
+    *,
+    root: float,
+    key_mask: Bool[Tensor, "batch length"] | None,
+    is_causal: bool,
+    normalize: bool,
+    near: NearField,
+    state: LinearState,
+    with_state: bool,
+) -> tuple[Float[Tensor, "batch key_heads group length value_dim"], LinearState]:
+    """What `reference.attend` computes with a near field, up to rounding."""
+    if state.near is not None and query.shape[3] == 1:
+        return _step(
+            query, key, value, phi, root=root, key_mask=key_mask, normalize=normalize, near=near,
+            state=state,
+        )  # fmt: skip
+    slots = Slots.of(near, query, key, value, key_mask, state.near)
+    batch, heads, dtype = *key.shape[:2], state.values.dtype
+    sink_key, sink_value, is_sink = slots.sinks(state.near)
+    sink_start = torch.arange(near.num_sinks, device=key.device) - slots.start
+    sink_start = sink_start if is_causal else torch.zeros_like(sink_start)
+    sink_start = torch.where(is_sink, sink_start, slots.key.shape[2])
+    estimated = slots.estimated()
+    hidden = hidden_far = None if estimated is None else ~estimated
+    if with_state:  # whose sums leave out what is near of the tokens to come
+        later = slots.positions() >= slots.next_start()
+        hidden_far = later if hidden is None else later | hidden
+    sides = _Sides.of(phi, dtype) if near.far else _Sides.of_nothing(key, dtype)
+    found = block_attention(
+        Problem(
+            *(x.flatten(0, 1) for x in (slots.query, slots.key, slots.value)),
+            *(None if x is None else x.repeat_interleave(heads, 0) for x in (hidden, hidden_far)),
+            sink_key.flatten(0, 1),
+            sink_value.flatten(0, 1),
+            sink_start.repeat_interleave(heads, 0),
+            *sides.arguments(batch, heads),
+            *sides.averages(state),
+            near.window_size,
+            root**2,
+            is_causal,
+        )
+    )
+    out = found.out if normalize else found.out * found.log_sum.exp()
+    out = slots.tokens(out.unflatten(0, (batch, heads)))
+    if not with_state:
+        return out, state
+    after = sides.sums(found.log_mass, found.average, state)
+    return out, replace(after, near=remembered(slots, phi, root, state))
+
+
+class _Sides(NamedTuple):
+    """φ of queries and of keys. `key_numbers`: what each feature of every key has."""
+
+    query: LogLinearSide
+    key: LogLinearSide
+    key_numbers: Float[Tensor, "*heads num_features"]
+
+    @classmethod
+    def of(cls, phi: FeatureMap, dtype: torch.dtype) -> _Sides:
+        assert is_log_linear(phi), "`check_near_field` lets no other features in"
+        query, key = phi.query_side(dtype), phi.key_side(dtype)
+        return cls(query, key, _numbers(key))
+
+    @classmethod
+    def of_nothing(cls, like: Tensor, dtype: torch.dtype) -> _Sides:
+        """No features, for a near field alone."""
+        side = LogLinearSide(like.new_zeros(0, like.shape[-1], dtype=dtype), 0.0)
+        return cls(side, side, _numbers(side))
+
+    def arguments(self, batch: int, heads: int) -> list[Tensor | None]:
+        """The sides as `Problem` has them, one row for all heads or one for each."""
+
+        def rows(x: Tensor | None) -> Tensor | None:
+            if x is None or x.ndim == 2:
+                return None if x is None else x.unsqueeze(0)
+            return x.expand(batch, heads, *x.shape[-2:]).flatten(0, 1)
+
+        found = [
+            rows(x)
+            for side in (self.query, self.key)
+            for x in (side.directions, side.shift, side.matrix, side.linear)
+        ]
+        tilt = rows((_numbers(self.query) + self.key_numbers).unsqueeze(-2))
+        return [*found, tilt]
+
+    def averages(self, state: LinearState) -> tuple[Tensor, Tensor]:
+        """The log of a state's sums of features, less `key_numbers`, and its averages of values."""
+        is_empty = state.normalizer == 0
+        total = state.normalizer.masked_fill(is_empty, 1.0)
+        log_mass = state.log_scale.masked_fill(is_empty, 0.0) + total.log() - self.key_numbers
+        log_mass = log_mass.masked_fill(is_empty, HIDDEN)
+        return log_mass.flatten(0, 1), (state.values / total.unsqueeze(-1)).flatten(0, 1)
+
+    def sums(self, log_mass: Tensor, average: Tensor, like: LinearState) -> LinearState:
+        """The way back: the state with these averages."""
+        log_mass, average = log_mass.view_as(like.normalizer), average.view_as(like.values)
+        is_empty = log_mass <= HIDDEN / 2
+        log_mass = log_mass + self.key_numbers
+        log_scale = log_mass.detach()
+        total = (log_mass - log_scale).exp().masked_fill(is_empty, 0.0)
+        log_scale = log_scale.masked_fill(is_empty, -torch.inf)
+        return replace(
+            like, log_scale=log_scale, normalizer=total, values=average * total.unsqueeze(-1)
+        )
+
+
+def _numbers(side: LogLinearSide) -> Float[Tensor, "*heads num_features"]:
+    """What log φ_m has besides y·ω_m and the numbers of a row."""
+    tilt = side.directions.new_zeros(side.directions.shape[:-1]) if side.tilt is None else side.tilt
+    return tilt + (side.constant if isinstance(side.constant, float) else side.constant.squeeze(-1))
+
+
+def _step(
+    query: Float[Tensor, "batch key_heads group 1 dim"],
+    key: Float[Tensor, "batch key_heads 1 dim"],
+    value: Float[Tensor, "batch key_heads 1 value_dim"],
+    phi: FeatureMap,
+    *,
+    root: float,
+    key_mask: Bool[Tensor, "batch 1"] | None,
+    normalize: bool,
+    near: NearField,
+    state: LinearState,
+) -> tuple[Float[Tensor, "batch key_heads group 1 value_dim"], LinearState]:
+    """One token after those of the state, at a cost that does not depend on how many there are."""
+    earlier, dtype, size = state.near, state.values.dtype, near.window_size
+    assert earlier is not None, "`attend` steps from a state with a near field only"
+    count = earlier.count.unsqueeze(1)
+    is_token = torch.ones_like(count, dtype=torch.bool) if key_mask is None else key_mask
+    offset, start = count % size, (count // size - 1) * size
+    slot = torch.arange(2 * size, device=count.device)
+    sink = torch.arange(near.num_sinks, device=count.device)
+
+    def written(x: Tensor, place: Tensor, new: Tensor) -> Tensor:
+        return torch.where((place & is_token)[:, None, :, None], new.to(x.dtype), x)
+
+    is_own, is_sink = slot == size + offset, sink == count
+    keys, values = written(earlier.key, is_own, key), written(earlier.value, is_own, value)
+    sink_key = written(earlier.sink_key, is_sink, key)
+    sink_value = written(earlier.sink_value, is_sink, value)
+
+    position = start + slot
+    visible = (position >= near.num_sinks) & (position >= 0) & (position <= count)
+    visible = torch.cat([sink <= count, visible], dim=1)[:, None, None, :]
+    row = query.squeeze(3).to(dtype) * root
+    exact_keys = torch.cat([sink_key, keys], dim=2).to(dtype) * root
+    exact_values = torch.cat([sink_value, values], dim=2).to(dtype)
+    partial = exact_partial(row, exact_keys, exact_values, visible)
+    if near.far:
+        partial = partial.merge(read(state, phi.query_features(row)))
+    out = partial.output(normalize, True).masked_fill(~is_token[:, None, :, None], 0.0)
+
+    pending = earlier.pending
+    if near.far:  # one more key of the block before, which is as far along as the token's own
+        place = offset[:, None, :, None]
+        one_key, one_value = (x.take_along_dim(place, dim=2) for x in (earlier.key, earlier.value))
+        is_pending = is_token & (count >= size) & (count - size >= near.num_sinks)
+        features = phi.key_features(one_key.to(dtype) * root)
+        pending = absorb(pending, features, one_value.to(dtype), is_pending)
+    is_full = is_token & (offset == size - 1)
+    if torch.compiler.is_compiling() or bool(is_full.any()):
+        # The block before is far of all that comes, and the token's own is the block before.
+        full = is_full.unsqueeze(-1)
+        nothing = pending.emptied(full)
+        ended = pending.emptied(~full)
+        sums = replace(state, near=None).merge(ended)
+        state, pending = replace(sums, near=earlier), nothing
+        shift = full.unsqueeze(-1)
+        keys, values = (
+            torch.where(shift, F.pad(x[:, :, size:], (0, 0, 0, size)), x) for x in (keys, values)
+        )
+    after = NearKeys(keys, values, sink_key, sink_value, (count + is_token).squeeze(1), pending)
+    return out.unsqueeze(3), replace(state, near=after)

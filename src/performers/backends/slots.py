@@ -1,0 +1,138 @@
+"""Slots: the real tokens of a sequence side by side, cut into the blocks of a near field.
+
+Blocks are counted in real tokens, so that padding, wherever it stands, changes nothing. Slot 0 is
+the first of a block. A sequence that goes on begins with the keys that its state remembers:
+
+    slots     │ the block before │ the next token's own │ …            a block: window_size slots
+               ─── remembered keys ───┃── new tokens ────
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from performers.typing import NearField, NearKeys
+
+__all__ = ["Slots"]
+
+
+@dataclass(frozen=True)
+class Slots:
+    """Queries, keys and values in slots, at the positions `start`, `start` + 1, …
+
+    `count`: real tokens up to the last slot, all earlier ones included. `is_real`: whether a slot
+    has a key. `place`: the slot of each new token; `is_token`: whether that is a real one. None:
+    every slot has a key, and tokens are slots.
+    """
+
+    near: NearField
+    query: Float[Tensor, "batch key_heads group slots dim"]
+    key: Float[Tensor, "batch key_heads slots dim"]
+    value: Float[Tensor, "batch key_heads slots value_dim"]
+    start: Int[Tensor, "batch 1"]
+    count: Int[Tensor, "batch 1"]
+    is_real: Bool[Tensor, "batch slots"] | None = None
+    place: Int[Tensor, "batch length"] | None = None
+    is_token: Bool[Tensor, "batch length"] | None = None
+
+    @classmethod
+    def of(
+        cls,
+        near: NearField,
+        query: Float[Tensor, "batch key_heads group length dim"],
+        key: Float[Tensor, "batch key_heads length dim"],
+        value: Float[Tensor, "batch key_heads length value_dim"],
+        is_token: Bool[Tensor, "batch length"] | None,
+        earlier: NearKeys | None,
+    ) -> Slots:
+        """The slots of new tokens, after those of the keys that a state remembers."""
+        batch, length = len(key), key.shape[2]
+        zero = torch.zeros(batch, 1, dtype=torch.int64, device=key.device)
+        if is_token is None and earlier is None:
+            return cls(near, query, key, value, zero, zero + length)
+        if is_token is None:
+            is_token = torch.ones(batch, length, dtype=torch.bool, device=key.device)
+        real_first = (~is_token).byte().argsort(dim=1, stable=True)
+        number = is_token.sum(dim=1, keepdim=True)
+        rank = (is_token.cumsum(dim=1) - 1).clamp(min=0)
+        if earlier is None:
+            is_real = torch.arange(length, device=key.device) < number
+            query, key, value = (_taken(x, real_first) for x in (query, key, value))
+            return cls(near, query, key, value, zero, number, is_real, rank, is_token)
+        size, before = near.window_size, earlier.count.unsqueeze(1)
+        start = (before // size - 1) * size
+        first = before - start  # the slot of the first new token
+        slot = torch.arange(2 * size + length, device=key.device).expand(batch, -1)
+        source = real_first.gather(1, (slot - first).clamp(0, length - 1))
+        query = _taken(query, source)
+        source = torch.where(slot < first, slot, 2 * size + source)
+        key = _taken(torch.cat([earlier.key.to(key.dtype), key], dim=2), source)
+        value = _taken(torch.cat([earlier.value.to(value.dtype), value], dim=2), source)
+        is_real = (slot + start >= 0) & (slot < first + number)
+        return cls(near, query, key, value, start, before + number, is_real, first + rank, is_token)
+
+    def positions(self) -> Int[Tensor, "batch slots"]:
+        """How many real tokens come before each slot; negative before the first."""
+        return self.start + torch.arange(self.key.shape[2], device=self.key.device)
+
+    def estimated(self) -> Bool[Tensor, "batch slots"] | None:
+        """The keys that are not exact for every query: real ones other than sinks. None: all."""
+        if self.near.num_sinks == 0:
+            return self.is_real
+        is_later = self.positions() >= self.near.num_sinks
+        return is_later if self.is_real is None else is_later & self.is_real
+
+    def sinks(
+        self, earlier: NearKeys | None
+    ) -> tuple[
+        Float[Tensor, "batch key_heads num_sinks dim"],
+        Float[Tensor, "batch key_heads num_sinks value_dim"],
+        Bool[Tensor, "batch num_sinks"],
+    ]:
+        """Keys and values of the first tokens, and which of them there are; 0 for the others."""
+        position = torch.arange(self.near.num_sinks, device=self.key.device)
+        is_there = position < self.count
+        key, value = self.at(position)
+        if earlier is not None:
+            is_earlier = (position < self.start)[:, None, :, None]
+            key = torch.where(is_earlier, earlier.sink_key.to(key.dtype), key)
+            value = torch.where(is_earlier, earlier.sink_value.to(value.dtype), value)
+        return key, value, is_there
+
+    def next_start(self) -> Int[Tensor, "batch 1"]:
+        """The position of slot 0 for the tokens to come."""
+        return (self.count // self.near.window_size - 1) * self.near.window_size
+
+    def at(
+        self, position: Int[Tensor, "*batch places"]
+    ) -> tuple[
+        Float[Tensor, "batch key_heads places dim"],
+        Float[Tensor, "batch key_heads places value_dim"],
+    ]:
+        """Keys and values at these positions; 0 where there is none, or none in a slot."""
+        slot = position - self.start
+        is_here = (slot >= 0) & (position >= 0) & (position < self.count)
+        slot = slot.clamp(0, self.key.shape[2] - 1)
+        absent = ~is_here[:, None, :, None]
+        key, value = (_taken(x, slot).masked_fill(absent, 0.0) for x in (self.key, self.value))
+        return key, value
+
+    def tokens(
+        self, rows: Float[Tensor, "batch key_heads group slots _"]
+    ) -> Float[Tensor, "batch key_heads group length _"]:
+        """Of rows in slots those of the new tokens; padding gets 0."""
+        if self.place is None or self.is_token is None:
+            return rows
+        return _taken(rows, self.place).masked_fill(~self.is_token[:, None, None, :, None], 0.0)
+
+
+def _taken(
+    x: Float[Tensor, "batch *heads length _"], index: Int[Tensor, "batch places"]
+) -> Float[Tensor, "batch *heads places _"]:
+    """x at other places along the length, for each sequence its own."""
+    row = torch.arange(len(x), device=x.device).unsqueeze(1)
+    return x.movedim(-2, 1)[row, index].movedim(1, -2)
