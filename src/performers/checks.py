@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ __all__ = [
     "check_key_padding_mask",
     "check_near_field",
     "check_omega",
+    "check_same_near_field",
     "check_state",
 ]
 
@@ -191,6 +192,21 @@ def check_near_field(
         )
 
 
+def check_same_near_field(
+    made: Mapping[str, object] | None, asked: Mapping[str, object] | None
+) -> None:
+    """The words for the near field are those that made a state."""
+    if made != asked:
+        of_state, of_call = (
+            "no window" if words is None else ", ".join(f"{k}={v}" for k, v in words.items())
+            for words in (made, asked)
+        )
+        raise ValueError(
+            f"initial_state was made with {of_state}, and this call has {of_call}: pass what made "
+            "it, or begin the sequence anew with initial_state=None."
+        )
+
+
 def check_state(
     parts: dict[str, Tensor],
     shapes: dict[str, tuple[int, ...]],
@@ -201,12 +217,6 @@ def check_state(
 
     Keys and values that a near field remembers may be of another dtype: they are no sums.
     """
-    if parts.keys() != shapes.keys():
-        has = "with" if len(parts) > len(shapes) else "without"
-        raise ValueError(
-            f"initial_state was made {has} a window and this call is the other way round: pass the "
-            "window_size= that made it."
-        )
     for name, part in parts.items():
         if part.shape != shapes[name]:
             raise ValueError(

@@ -313,6 +313,13 @@ class LinearState:
         values = self.values * decay.unsqueeze(-1)
         return replace(self, log_scale=log_scale, normalizer=self.normalizer * decay, values=values)
 
+    def near_field(self) -> NearField | None:
+        """The near field that this state was made with."""
+        if self.near is None:
+            return None
+        size, sinks = self.near.key.shape[2] // 2, self.near.sink_key.shape[2]
+        return NearField(size, sinks, far=self.values.shape[2] > 0)
+
     def emptied(self, where: Bool[Tensor, "batch 1 1"]) -> LinearState:
         """The same sums, but none for some sequences of the batch."""
         return replace(

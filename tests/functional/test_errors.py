@@ -200,20 +200,45 @@ class TestState:
                 *inputs(key_heads=6), SoftmaxFeatures(5, 11), True, initial_state=rounded
             )
 
-    def test_with_or_without_a_window(self, state):
+    @pytest.mark.parametrize(
+        ("made", "asked", "words"),
+        [
+            ({}, {"window_size": 3}, "made with no window, and this call has window_size=3"),
+            ({"window_size": 3}, {}, "num_sinks=0, far=True, and this call has no window"),
+            ({"window_size": 3}, {"window_size": 4}, "made with window_size=3, num_sinks=0"),
+            ({"window_size": 3}, {"window_size": 3, "num_sinks": 2}, "call has window_size=3, num"),
+            ({"window_size": 3}, {"window_size": 3, "far": False}, "num_sinks=0, far=False: pass"),
+            ({"window_size": 3, "far": False}, {"window_size": 3}, "made with window_size=3"),
+        ],
+    )
+    def test_of_another_near_field(self, made, asked, words):
         tensors, phi = inputs(key_heads=6), SoftmaxFeatures(5, 11)
-        with refused("initial_state was made without a window"):
-            favor_attention(*tensors, phi, True, initial_state=state, window_size=3)
+        _, state = favor_attention(*tensors, phi, True, return_state=True, **made)
+        favor_attention(*tensors, phi, True, initial_state=state, **made)
+        with refused(words):
+            favor_attention(*tensors, phi, True, initial_state=state, **asked)
+
+    def test_with_a_window_cannot_merge(self):
+        tensors, phi = inputs(key_heads=6), SoftmaxFeatures(5, 11)
         _, state = favor_attention(*tensors, phi, True, return_state=True, window_size=3)
-        with refused("initial_state was made with a window"):
-            favor_attention(*tensors, phi, True, initial_state=state)
-        with refused("initial_state.near.key must have shape (2, 6, 8, 5)"):
-            favor_attention(*tensors, phi, True, initial_state=state, window_size=4)
         with refused("states with a window cannot merge"):
             state.merge(state)
 
 
-class TestWindow:
+class TestNearField:
+    @pytest.mark.parametrize("given", [{"num_sinks": 2}, {"far": False}])
+    def test_without_a_window(self, given):
+        ((name, value),) = given.items()
+        with refused(f"{name}={value} belongs to an exact near field, and window_size is None"):
+            favor_attention(*inputs(key_heads=6), SoftmaxFeatures(5), **given)
+
+    @pytest.mark.parametrize("num_sinks", [-1, 1.5, True, "two"])
+    def test_of_an_odd_number_of_sinks(self, num_sinks):
+        with refused("num_sinks must be a whole number of at least 0"):
+            favor_attention(
+                *inputs(key_heads=6), SoftmaxFeatures(5), window_size=3, num_sinks=num_sinks
+            )
+
     def test_of_no_keys(self):
         with refused("window_size must be a whole number of at least 1, got 0"):
             favor_attention(*inputs(key_heads=6), SoftmaxFeatures(5), window_size=0)
@@ -222,7 +247,7 @@ class TestWindow:
         "phi", [KernelFeatures(5), SoftmaxFeatures(5, estimator="trigonometric")]
     )
     def test_beside_another_kernel(self, phi):
-        with refused("φ must be a nonnegative estimate of the softmax kernel"):
+        with refused("φ must be positive features of the softmax kernel"):
             favor_attention(*inputs(key_heads=6), phi, window_size=3)
 
     def test_in_cross_attention(self):
@@ -232,7 +257,7 @@ class TestWindow:
     def test_that_continues_in_both_directions(self):
         tensors, phi = inputs(key_heads=6), SoftmaxFeatures(5)
         _, state = favor_attention(*tensors, phi, return_state=True)
-        with refused("a bidirectional window cannot continue a state"):
+        with refused("a bidirectional window neither takes nor gives a state"):
             favor_attention(*tensors, phi, initial_state=state, window_size=3)
 
 

@@ -50,7 +50,9 @@ def living_storages() -> dict[int, int]:
     return {storage.data_ptr(): storage.nbytes() for storage in storages}
 
 
-@pytest.mark.parametrize(("is_causal", "window_size"), [(False, None), (True, None), (True, 31)])
+@pytest.mark.parametrize(
+    ("is_causal", "window_size"), [(False, None), (True, None), (False, 31), (True, 31)]
+)
 def test_training_at_length_16384_keeps_nothing_of_the_size_of_features(
     is_causal, window_size, monkeypatch
 ):
@@ -62,9 +64,10 @@ def test_training_at_length_16384_keeps_nothing_of_the_size_of_features(
 
 
 @pytest.mark.parametrize("num_features", [64, 256, 1024])
+@pytest.mark.parametrize("near", [{}, {"window_size": 64, "num_sinks": 4}])
 @pytest.mark.parametrize("is_causal", CAUSAL)
 def test_what_training_keeps_is_at_most_half_again_as_large_as_inputs_and_output(
-    is_causal, num_features, monkeypatch
+    is_causal, near, num_features, monkeypatch
 ):
     monkeypatch.undo()  # the tiles that users get
     tensors = inputs(16384, batch=1, heads=1, key_heads=1, dim=64, value_dim=64)
@@ -77,7 +80,7 @@ def test_what_training_keeps_is_at_most_half_again_as_large_as_inputs_and_output
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        out = favor_attention(*tensors, SoftmaxFeatures(64, num_features), is_causal)
+        out = favor_attention(*tensors, SoftmaxFeatures(64, num_features), is_causal, **near)
     # Some of what was saved is of branches that lead nowhere, and is gone.
     kept = sum(size for pointer, size in living_storages().items() if pointer in saved)
     assert 0 < kept <= 1.5 * sum(x.nbytes for x in (*tensors, out))

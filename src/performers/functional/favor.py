@@ -111,7 +111,7 @@ def favor_attention(
     scale = phi.default_scale if scale is None else scale
     if far:
         estimated = key_padding_mask
-        if num_sinks:
+        if isinstance(num_sinks, int) and num_sinks > 0:  # others are refused below
             check_attention_inputs(
                 query, key, value, is_causal=is_causal, key_padding_mask=key_padding_mask,
                 enable_gqa=enable_gqa, scale=scale,

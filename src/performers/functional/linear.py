@@ -10,7 +10,12 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from performers.backends import BACKENDS, choose_backend
-from performers.checks import check_attention_inputs, check_near_field, check_state
+from performers.checks import (
+    check_attention_inputs,
+    check_near_field,
+    check_same_near_field,
+    check_state,
+)
 from performers.typing import FeatureMap, LinearState, NearField, NearKeys, is_log_linear
 
 __all__ = ["linear_attention"]
@@ -83,6 +88,8 @@ def linear_attention(
         dtype=dtype,
     )
     if initial_state is not None:
+        made = initial_state.near_field()
+        check_same_near_field(made and made._asdict(), near and near._asdict())
         shapes = _shapes(_remembering(state, key, value, near))
         check_state(initial_state.parts(), shapes, dtype, value.device)
         state = initial_state
