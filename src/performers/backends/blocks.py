@@ -32,10 +32,10 @@ from torch.nn import functional as F
 from performers.backends.fused_softmax import (
     HIDDEN,
     TILE_BYTES,
-    _buffers,
     _refuse_second_derivative,
-    _slices,
 )
+from performers.backends.fused_softmax import _buffers as buffers
+from performers.backends.fused_softmax import _slices as slices
 
 __all__ = ["BlockAttention", "Problem", "block_attention"]
 
@@ -55,8 +55,8 @@ class BlockAttention(NamedTuple):
     average: Float[Tensor, "heads num_features value_dim"]
 
 
-# In what follows: heads = batch · key_heads; a block of `window_size` keys has `group` as many
-# queries; near = the keys of 3 blocks, causal of 2; wide = value_dim + 1.
+# In what follows: heads = batch · key_heads; rows = the queries of a block, group · window_size of
+# them; near = the keys of 3 blocks, causal of 2.
 
 
 class Problem(NamedTuple):
@@ -94,28 +94,26 @@ class Problem(NamedTuple):
 class _Averages(NamedTuple):
     """Of every block, or of what is far of it: s and A, or s̃ and F."""
 
-    log_mass: Float[Tensor, "blocks heads num_features"]
-    average: Float[Tensor, "blocks heads num_features wide"]
+    log_mass: Float[Tensor, "heads blocks num_features"]
+    average: Float[Tensor, "heads blocks num_features value_dim"]
 
 
-class _Scan(NamedTuple):
+class _Scan:
     """Blocks added up one after another: log-masses after 0, 1, 2, … of them, and the factors with
     which each step takes over what was there and the new block."""
 
-    log_mass: Float[Tensor, "steps heads num_features"]
-    kept: Float[Tensor, "blocks heads num_features 1"]
-    added: Float[Tensor, "blocks heads num_features 1"]
-
-    @classmethod
-    def of(cls, first: Tensor, log_mass: Tensor) -> _Scan:
-        total = torch.cat([first.unsqueeze(0), log_mass]).logcumsumexp(dim=0)
-        kept, added = (total[:-1] - total[1:]).exp_(), (log_mass - total[1:]).exp_()
-        return cls(total, kept.unsqueeze(-1), added.unsqueeze(-1))
+    def __init__(self, first: Tensor, log_mass: Float[Tensor, "heads blocks num_features"]) -> None:
+        total = torch.cat([first.unsqueeze(1), log_mass], dim=1).logcumsumexp(dim=1)
+        self.log_mass = total
+        self.kept = (total[:, :-1] - total[:, 1:]).exp_().unsqueeze(-1).unbind(1)
+        self.added = (log_mass - total[:, 1:]).exp_().unsqueeze(-1).unbind(1)
 
     def step(self, index: int, running: Tensor, block: Tensor) -> None:
+        """`running` takes over the next block."""
         running.mul_(self.kept[index]).addcmul_(block, self.added[index])
 
     def step_back(self, index: int, gradient: Tensor, of_block: Tensor) -> None:
+        """The gradient of `running`, back over a step."""
         of_block.addcmul_(gradient, self.added[index])
         gradient.mul_(self.kept[index])
 
@@ -123,29 +121,29 @@ class _Scan(NamedTuple):
 class _Merge:
     """What is far of each block: the state and the blocks before it, and those after it."""
 
-    def __init__(self, blocks: _Averages, first: Tensor, is_causal: bool) -> None:
-        count = len(blocks.log_mass)
-        self.count, self.blocks, self.is_causal = count, blocks, is_causal
-        place = torch.arange(count, device=first.device)
-        self.before = _Scan.of(first, blocks.log_mass)
-        self.log_mass = self.before.log_mass[(place - 1).clamp(min=0)]
+    def __init__(self, log_mass: Tensor, first: Tensor, is_causal: bool) -> None:
+        self.count, self.is_causal = log_mass.shape[1], is_causal
+        place = torch.arange(self.count, device=first.device)
+        self.before = _Scan(first, log_mass)
+        self.log_mass = self.before.log_mass[:, (place - 1).clamp(min=0)]
         if not is_causal:
-            nothing = torch.full_like(first, HIDDEN)
-            self.after = _Scan.of(nothing, blocks.log_mass.flip(0))
-            parts = self.log_mass, self.after.log_mass[(count - 2 - place).clamp(min=0)]
+            self.after = _Scan(torch.full_like(first, HIDDEN), log_mass.flip(1))
+            later = self.after.log_mass[:, (self.count - 2 - place).clamp(min=0)]
+            parts = self.log_mass, later
             self.log_mass = torch.logaddexp(*parts)
-            self.shares = [(part - self.log_mass).exp_().unsqueeze(-1) for part in parts]
+            self.shares = [(part - self.log_mass).exp_().unsqueeze(-1).unbind(1) for part in parts]
 
-    def far(self, running: Tensor, far: Tensor) -> None:
-        """F of each block; `running`, the average of the state before, becomes that after."""
-        average = self.blocks.average
+    def far(self, running: Tensor, blocks: Tensor, far: Tensor) -> None:
+        """F of each block, of the averages of blocks; `running`, the average of the state before,
+        becomes that of the state after."""
+        average, rows = blocks.unbind(1), far.unbind(1)
         for block in range(self.count):
             if block >= 2:
                 self.before.step(block - 2, running, average[block - 2])
             if self.is_causal:
-                far[block].copy_(running)
+                rows[block].copy_(running)
             else:
-                torch.mul(running, self.shares[0][block], out=far[block])
+                torch.mul(running, self.shares[0][block], out=rows[block])
         if self.is_causal:
             for block in range(max(0, self.count - 2), self.count):
                 self.before.step(block, running, average[block])
@@ -153,26 +151,27 @@ class _Merge:
         running = torch.zeros_like(running)
         for block in reversed(range(self.count - 2)):
             self.after.step(self.count - 3 - block, running, average[block + 2])
-            far[block].addcmul_(running, self.shares[1][block])
+            rows[block].addcmul_(running, self.shares[1][block])
 
     def far_back(self, running: Tensor, of_far: Tensor, of_blocks: Tensor) -> None:
-        """The gradients of the blocks' averages from those of F; `running`, that of the state
-        after, becomes that of the state before."""
+        """The same way back, for gradients of averages or anything that goes with them; `of_blocks`
+        begins as 0."""
+        of_rows, of_average = of_far.unbind(1), of_blocks.unbind(1)
         if self.is_causal:
             for block in reversed(range(max(0, self.count - 2), self.count)):
-                self.before.step_back(block, running, of_blocks[block])
+                self.before.step_back(block, running, of_average[block])
         for block in reversed(range(self.count)):
             if self.is_causal:
-                running.add_(of_far[block])
+                running.add_(of_rows[block])
             else:
-                running.addcmul_(of_far[block], self.shares[0][block])
+                running.addcmul_(of_rows[block], self.shares[0][block])
             if block >= 2:
-                self.before.step_back(block - 2, running, of_blocks[block - 2])
+                self.before.step_back(block - 2, running, of_average[block - 2])
         if not self.is_causal:
             running = torch.zeros_like(running)
             for block in range(self.count - 2):
-                running.addcmul_(of_far[block], self.shares[1][block])
-                self.after.step_back(self.count - 3 - block, running, of_blocks[block + 2])
+                running.addcmul_(of_rows[block], self.shares[1][block])
+                self.after.step_back(self.count - 3 - block, running, of_average[block + 2])
 
 
 class _Side(NamedTuple):
@@ -184,46 +183,52 @@ class _Side(NamedTuple):
 
     directions: Float[Tensor, "#heads num_features dim"]
     shift: Float[Tensor, "#heads 1 dim"] | None
-    matrix: Float[Tensor, "#heads dim dim_and_one"] | float  # the last column is `linear`
+    matrix: Float[Tensor, "#heads dim dim"] | float
+    linear: Float[Tensor, "#heads 1 dim"] | None
 
     @classmethod
     def of(
         cls,
+        unit: float,
         directions: Tensor,
         shift: Tensor | None,
         matrix: Tensor | None,
         linear: Tensor | None,
-        unit: float,
     ) -> _Side:
         """For rows that are x / unit."""
-        if matrix is None:
-            return cls(directions, None, unit)
-        return cls(directions, shift / unit, torch.cat([matrix, linear.mT], dim=-1) * unit)
+        return cls(
+            directions,
+            None if shift is None else shift / unit,
+            unit if matrix is None else matrix * unit,
+            None if linear is None else linear * unit,
+        )
 
-    def columns(self, heads: slice, x: Float[Tensor, "heads rows dim"], out: Tensor) -> Tensor:
-        """[y number], of which the product with [ω 1] is log φ; `out` has room for it."""
-        y, number = out[..., :-1], out[..., -1]
-        spare = _buffers.take("spare", x.shape, x)
+    def mapped(self, heads: slice, x: Tensor, y: Tensor, number: Tensor) -> None:
+        """Write y and number, [heads, rows, dim] and [heads, rows]."""
+        spare = buffers.take("spare", x.shape, x)
+        if self.shift is not None:
+            centered = buffers.take("centered", x.shape, x)
+            x = torch.sub(x, _of(self.shift, heads), out=centered)
         if isinstance(self.matrix, float):
             torch.mul(x, self.matrix, out=y)
-            number.zero_()
         else:
-            matrix = _of(self.matrix, heads).expand(len(x), -1, -1)
-            torch.bmm(torch.sub(x, _of(self.shift, heads), out=spare), matrix, out=out)
-        number.sub_(torch.mul(y, y, out=spare).sum(dim=-1), alpha=0.5)
-        return out
+            torch.bmm(x, _of(self.matrix, heads).expand(len(x), -1, -1), out=y)
+        torch.sum(torch.mul(y, y, out=spare), dim=-1, out=number).mul_(-0.5)
+        if self.linear is not None:
+            number.add_(torch.mul(x, _of(self.linear, heads), out=spare).sum(dim=-1))
 
-    def columns_back(
-        self, heads: slice, columns: Tensor, of_columns: Tensor
-    ) -> Float[Tensor, "heads rows dim"]:
-        """The gradient of x from that of [y number]; the latter is lost."""
-        of_y = of_columns[..., :-1]
-        of_y.addcmul_(columns[..., :-1], of_columns[..., -1:], value=-1)
+    def mapped_back(self, heads: slice, y: Tensor, of_y: Tensor, of_number: Tensor) -> Tensor:
+        """The gradient of x; that of y is lost."""
+        of_number = of_number.unsqueeze(-1)
+        of_x = of_y.addcmul_(y, of_number, value=-1)
         if isinstance(self.matrix, float):
-            return of_y.mul_(self.matrix)
-        matrix = _of(self.matrix, heads).expand(len(columns), -1, -1)
-        spare = _buffers.take("spare", of_y.shape, of_y)
-        return torch.bmm(of_columns, matrix.mT, out=spare)
+            of_x.mul_(self.matrix)
+        else:
+            matrix = _of(self.matrix, heads).expand(len(y), -1, -1)
+            of_x = torch.bmm(of_x, matrix.mT, out=buffers.take("spare", of_y.shape, of_y))
+        if self.linear is not None:
+            of_x.addcmul_(of_number, _of(self.linear, heads))
+        return of_x
 
 
 def _of(x: Float[Tensor, "#heads *_"], heads: slice) -> Tensor:
@@ -243,119 +248,125 @@ class _Sizes:
         self.before = int(self.count > 1)  # blocks that are near beside a query's own
         self.after = 0 if problem.is_causal else self.before
         self.near = (1 + self.before + self.after) * self.block
-        self.columns = self.near + self.sinks + self.features
         size = problem.average.element_size()
-        self.tile = max(1, min(self.count, TILE_BYTES // (self.rows * self.columns * size)))
-        averages = 4 * self.count * self.features * (self.value_dim + 1)
-        rows = self.count * self.block * 3 * (self.group + 2) * (self.dim + 1)
+        columns = self.near + self.sinks + self.features
+        self.tile = max(1, min(self.count, TILE_BYTES // (self.rows * columns * size)))
+        averages = 4 * self.count * self.features * self.value_dim
+        rows = self.count * self.block * 3 * (self.group + 2) * self.dim
         self.at_once = max(1, min(HEADS, HEADS_BYTES // (size * (averages + rows))))
 
     def head_groups(self) -> Iterator[slice]:
-        return _slices(self.heads, self.at_once)
+        return slices(self.heads, self.at_once)
 
     def tiles(self) -> Iterator[slice]:
-        return _slices(self.count, self.tile)
+        return slices(self.count, self.tile)
 
 
 class _Heads:
     """Some heads: their rows in blocks, 0 beyond the last, and what one tile of blocks takes.
 
     `key` and `value` begin with a block of nothing, and end with one unless causal, so that what is
-    near of each block are rows that follow each other.
+    near of each block are rows that follow each other. Numbers and logits of rows are in base 2.
     """
 
     def __init__(self, problem: Problem, sizes: _Sizes, heads: slice) -> None:
         self.problem, self.sizes, self.heads = problem, sizes, heads
         self.like = problem.average
         self.root = math.sqrt(problem.scale)
-        number = heads.stop - heads.start
+        self.number = number = heads.stop - heads.start
         blocks = sizes.count + sizes.before + sizes.after
-        self.query = self.take(
-            "query", number, sizes.count, sizes.group, sizes.block, sizes.dim + 1
-        )
-        self.key = self.take("key", number, blocks * sizes.block, sizes.dim + 1)
-        self.value = self.take("value", number, blocks * sizes.block, sizes.value_dim)
-        self.put(problem.query[heads], self.query[..., :-1], self.root)
-        self.query[..., -1] = 1.0
         start = sizes.before * sizes.block
-        self.own = own = slice(start, start + sizes.length)  # of these rows, the real ones
+        self.own = own = slice(start, start + sizes.length)  # of rows of keys, the real ones
+        self.query = self.take("query", number, sizes.count, sizes.rows, sizes.dim)
+        self.key = self.take("key", number, blocks * sizes.block, sizes.dim)
+        self.value = self.take("value", number, blocks * sizes.block, sizes.value_dim)
+        self.put(problem.query[heads], self.query, self.root)
         for whole, x, factor in (
-            (self.key[..., :-1], problem.key, self.root * LOG2_E),
+            (self.key, problem.key, self.root * LOG2_E),
             (self.value, problem.value, 1.0),
         ):
             whole[:, : own.start].zero_()
             torch.mul(x[heads], factor, out=whole[:, own])
             whole[:, own.stop :].zero_()
-        self.set_numbers(self.key[..., -1], problem.hidden_near, own)
         self.sink_key = problem.sink_key[heads].to(self.like) * (self.root * LOG2_E)
         self.sink_value = problem.sink_value[heads].to(self.like)
-        query = problem.query_directions, problem.query_shift, problem.query_matrix
-        key = problem.key_directions, problem.key_shift, problem.key_matrix
-        self.query_side = _Side.of(*query, problem.query_linear, unit=1.0)
-        self.key_side = _Side.of(*key, problem.key_linear, unit=1 / LOG2_E)
-        rows = self.query.flatten(1, 3)
-        out = self.take("query columns", *rows.shape)
-        self.query_columns = self.query_side.columns(heads, rows[..., :-1], out)
-        out = self.take("key columns", number, sizes.count * sizes.block, sizes.dim + 1)
-        rows = self.key[:, own.start : own.start + out.shape[1], :-1]
-        self.key_columns = self.key_side.columns(heads, rows, out)
-        numbers = self.take("numbers", *out.shape[:2])
-        self.set_numbers(numbers, problem.hidden_far, slice(0, sizes.length))
-        self.key_columns[..., -1] += numbers
+        self.absent = self.hidden(problem.hidden_near, blocks * sizes.block, own)
         later = torch.ones(sizes.block, sizes.block, dtype=torch.bool, device=self.like.device)
         self.later = later.triu_(1)
+        self.query_side = _Side.of(
+            1.0, problem.query_directions, problem.query_shift, problem.query_matrix,
+            problem.query_linear,
+        )  # fmt: skip
+        self.key_side = _Side.of(
+            1 / LOG2_E, problem.key_directions, problem.key_shift, problem.key_matrix,
+            problem.key_linear,
+        )  # fmt: skip
+        if sizes.features:
+            self.query_y, self.query_number = self.mapped(
+                "query", self.query_side, self.query.flatten(1, 2)
+            )
+            rows = self.key[:, start : start + sizes.count * sizes.block]
+            self.key_y, self.key_number = self.mapped("key", self.key_side, rows)
+            absent = self.hidden(problem.hidden_far, rows.shape[1], slice(0, sizes.length))
+            self.key_number.masked_fill_(absent, HIDDEN)
 
-    def put(self, x: Tensor, blocks: Tensor, factor: float = 1.0) -> None:
-        """Rows [heads, group, length, ·] times a factor into [heads, count, group, block, ·]."""
-        for part, rows in self.paired(x, blocks):
-            torch.mul(part, factor, out=rows)
+    def take(self, name: str, *shape: int) -> Tensor:
+        return buffers.take(name, shape, self.like)
+
+    def put(self, x: Tensor, rows: Tensor, factor: float = 1.0) -> None:
+        """[heads, group, length, ·] times a factor into [heads, count, rows, ·]."""
+        for part, there in self.paired(x, rows):
+            torch.mul(part, factor, out=there)
         rest = self.sizes.length % self.sizes.block
         if rest:
-            blocks[:, -1, :, rest:].zero_()
+            self.grouped(rows)[:, -1, :, rest:].zero_()
 
-    def paired(self, x: Tensor, blocks: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    def grouped(self, rows: Tensor) -> Tensor:
+        return rows.unflatten(2, (self.sizes.group, self.sizes.block))
+
+    def paired(self, x: Tensor, rows: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """The same rows of both: those of whole blocks, and those of the last that is not whole."""
+        blocks = self.grouped(rows)
         whole, rest = divmod(self.sizes.length, self.sizes.block)
         stop = whole * self.sizes.block
         yield x[:, :, :stop].unflatten(2, (whole, -1)).transpose(1, 2), blocks[:, :whole]
         if rest:
             yield x[:, :, stop:], blocks[:, whole, :, :rest]
 
-    def set_numbers(self, out: Tensor, hidden: Tensor | None, real: slice) -> None:
-        """What is added to the logits of keys: 0, or HIDDEN where there is none to be seen."""
-        out.fill_(HIDDEN)
-        out[:, real] = 0.0
-        if hidden is not None:
-            out[:, real].masked_fill_(hidden[self.heads], HIDDEN)
+    def hidden(self, mask: Tensor | None, length: int, real: slice) -> Bool[Tensor, "#heads rows"]:
+        """Rows without a key to be seen, one row for all heads where all are alike."""
+        if mask is None:
+            hidden = torch.ones(1, length, dtype=torch.bool, device=self.like.device)
+            hidden[:, real] = False
+        else:
+            mask = mask[self.heads]
+            hidden = F.pad(mask, (real.start, length - real.stop), value=True)
+        return hidden
 
-    def take(self, name: str, *shape: int) -> Tensor:
-        return _buffers.take(name, shape, self.like)
+    def mapped(self, name: str, side: _Side, x: Tensor) -> tuple[Tensor, Tensor]:
+        """y and number of rows, the number in base 2."""
+        y, number = self.take(f"{name} y", *x.shape), self.take(f"{name} number", *x.shape[:2])
+        side.mapped(self.heads, x, y, number)
+        return y, number.mul_(LOG2_E)
 
-    def near(self, rows: Float[Tensor, "rows width"], tile: slice) -> Tensor:
-        """Of rows of keys those near each block of a tile, [blocks, near, width]: a view."""
-        width, size = rows.shape[1], self.sizes.block
-        return rows[tile.start * size :].as_strided(
-            (tile.stop - tile.start, self.sizes.near, width), (size * width, width, 1)
-        )
+    def windows(self, rows: Float[Tensor, rows * width], tile: slice) -> Tensor:
+        """Of rows of keys those near each block of a tile, [blocks, near, *width]: a view."""
+        size, row = self.sizes.block, rows.stride(0)
+        shape = tile.stop - tile.start, self.sizes.near, *rows.shape[1:]
+        strides = size * row, row, *rows.stride()[1:]
+        return rows[tile.start * size :].as_strided(shape, strides)
 
-    def parts(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The columns of near keys, of sinks and of features."""
-        sizes = self.sizes
-        near, sinks, features = x.split([sizes.near, sizes.sinks, sizes.features], dim=-1)
-        return near, sinks, features
+    def directions(self, side: _Side, index: int) -> Float[Tensor, "features dim"]:
+        """ω of one head."""
+        return side.directions[self.heads.start + index if len(side.directions) > 1 else 0]
 
-    def columns_of(self, directions: Tensor, index: int) -> Float[Tensor, "features dim_and_one"]:
-        """[ω 1] of one head, for logits in base e."""
-        one = directions[self.heads.start + index if len(directions) > 1 else 0]
-        return F.pad(one, (0, 1), value=1.0)
-
-    def key_logits(self, index: int, columns_2: Tensor, tile: slice) -> tuple[Tensor, Tensor]:
+    def key_logits(self, index: int, directions_2: Tensor, tile: slice) -> tuple[Tensor, Tensor]:
         """log₂ φ of the keys of a tile, [blocks, block, features], and their values."""
         size = self.sizes.block
         rows = slice(tile.start * size, tile.stop * size)
-        columns = self.key_columns[index, rows]
-        logits = self.take("key logits", len(columns), len(columns_2))
-        torch.mm(columns, columns_2.mT, out=logits)
+        logits = self.take("key logits", rows.stop - rows.start, self.sizes.features)
+        torch.mm(self.key_y[index, rows], directions_2.mT, out=logits)
+        logits.add_(self.key_number[index, rows].unsqueeze(-1))
         shift = self.sizes.before * size
         value = self.value[index, rows.start + shift : rows.stop + shift]
         return logits.unflatten(0, (-1, size)), value.unflatten(0, (-1, size))
@@ -363,83 +374,114 @@ class _Heads:
     def block_averages(self) -> _Averages:
         """s and A of every block."""
         sizes = self.sizes
-        shape = sizes.count, len(self.query), sizes.features
+        shape = self.number, sizes.count, sizes.features
         log_mass = self.take("block mass", *shape)
         average = self.take("block average", *shape, sizes.value_dim)
-        for index in range(len(self.query)):
-            columns_2 = self.columns_of(self.key_side.directions, index) * LOG2_E
+        for index in range(self.number if sizes.features else 0):
+            directions_2 = self.directions(self.key_side, index) * LOG2_E
             for tile in sizes.tiles():
-                weights, value = self.key_logits(index, columns_2, tile)
+                weights, value = self.key_logits(index, directions_2, tile)
                 largest = weights.amax(dim=1, keepdim=True)
                 total = weights.sub_(largest).exp2_().sum(dim=1, keepdim=True)
-                torch.bmm(weights.mT, value, out=average[tile, index]).div_(total.mT)
-                torch.add(largest, total.log2_(), out=log_mass[tile, index].unsqueeze(1))
-        log_mass.div_(LOG2_E)
-        return _Averages(log_mass, average)
+                torch.bmm(weights.mT, value, out=average[index, tile]).div_(total.mT)
+                torch.add(largest, total.log2_(), out=log_mass[index, tile].unsqueeze(1))
+        return _Averages(log_mass.div_(LOG2_E), average)
 
     def far_averages(self, blocks: _Averages) -> tuple[_Merge, _Averages, Tensor]:
         """s̃ and F of every block, and F after the last."""
         problem = self.problem
-        merge = _Merge(blocks, problem.log_mass[self.heads], problem.is_causal)
+        merge = _Merge(blocks.log_mass, problem.log_mass[self.heads], problem.is_causal)
         running = problem.average[self.heads].clone()
         average = self.take("far average", *blocks.average.shape)
-        merge.far(running, average)
+        merge.far(running, blocks.average, average)
         return merge, _Averages(merge.log_mass, average), running
 
-    def row_logits(self, index: int, columns_2: Tensor, tile: slice, far: _Averages) -> Tensor:
-        """What the queries of a tile score, in base 2, [blocks, rows, columns].
+    def numbered(self, far: _Averages) -> Float[Tensor, "heads blocks 1 features"]:
+        """What the logits of features have that is not of a row: s̃ and the features' numbers."""
+        tilt = _of(self.problem.tilt, self.heads)
+        return (far.log_mass + tilt).unsqueeze(2) * LOG2_E
 
-        `far.log_mass` has the numbers of the features in it, in base 2."""
+    def row_logits(
+        self, index: int, directions_2: Tensor, tile: slice, numbers: Tensor
+    ) -> list[Tensor]:
+        """What the queries of a tile score with near keys, with sinks and with features, each
+        [blocks, rows, ·] where there are any; the last without the numbers of rows."""
         sizes, problem = self.sizes, self.problem
-        blocks = tile.stop - tile.start
-        query = self.query[index, tile].flatten(1, 2)
-        logits = self.take("row logits", blocks, sizes.rows, sizes.columns)
-        near, sinks, features = self.parts(logits)
-        torch.bmm(query, self.near(self.key[index], tile).mT, out=near)
+        query, blocks = self.query[index, tile], tile.stop - tile.start
+        near = self.take("near logits", blocks, sizes.rows, sizes.near)
+        torch.bmm(query, self.windows(self.key[index], tile).mT, out=near)
         if problem.is_causal:
-            own = near[..., sizes.before * sizes.block :].unflatten(1, (sizes.group, sizes.block))
-            own.masked_fill_(self.later, HIDDEN)
+            own = near[..., sizes.before * sizes.block :]
+            own.unflatten(1, (sizes.group, sizes.block)).masked_fill_(self.later, HIDDEN)
+        absent = self.absent[index if len(self.absent) > 1 else 0]
+        if problem.hidden_near is not None:
+            near.masked_fill_(self.windows(absent, tile).unsqueeze(1), HIDDEN)
+        else:  # only beyond the first and last blocks
+            for block in {0, sizes.count - 2, sizes.count - 1} & {*range(tile.start, tile.stop)}:
+                window = self.windows(absent, slice(block, block + 1))
+                near[block - tile.start].masked_fill_(window, HIDDEN)
+        logits = [near]
         if sizes.sinks:
-            rows = query.flatten(0, 1)[:, :-1]
+            sinks = self.take("sink logits", blocks, sizes.rows, sizes.sinks)
+            rows = query.flatten(0, 1)
             torch.mm(rows, self.sink_key[index].mT, out=sinks.flatten(0, 1))
-            place = torch.arange(
-                tile.start * sizes.block, tile.stop * sizes.block, device=rows.device
-            )
+            place = torch.arange(blocks * sizes.block, device=rows.device)
+            place += tile.start * sizes.block
             unseen = place[:, None] < problem.sink_start[self.heads.start + index]
             unseen = unseen.unflatten(0, (blocks, 1, sizes.block))
             sinks.unflatten(1, (sizes.group, sizes.block)).masked_fill_(unseen, HIDDEN)
+            logits.append(sinks)
         if sizes.features:
-            rows = slice(tile.start * sizes.rows, tile.stop * sizes.rows)
-            torch.mm(self.query_columns[index, rows], columns_2.mT, out=features.flatten(0, 1))
-            features.add_(far.log_mass[tile, index].unsqueeze(1))
+            features = self.take("feature logits", blocks, sizes.rows, sizes.features)
+            y = self.query_y[index, tile.start * sizes.rows : tile.stop * sizes.rows]
+            torch.mm(y, directions_2.mT, out=features.flatten(0, 1))
+            features.add_(numbers[index, tile])
+            logits.append(features)
         return logits
 
-    def with_numbers(self, far: _Averages) -> _Averages:
-        """F, and s̃ with the numbers of the features, in base 2."""
-        tilt = _of(self.problem.tilt, self.heads).squeeze(1)
-        return _Averages((far.log_mass + tilt) * LOG2_E, far.average)
+    def row_numbers(self, index: int, tile: slice) -> Float[Tensor, "blocks rows 1"]:
+        """What the logits of features have that is of a row."""
+        rows = self.query_number[index].unflatten(0, (self.sizes.count, self.sizes.rows))
+        return rows[tile].unsqueeze(-1)
+
+    def values(self, index: int, tile: slice, far: Tensor) -> list[Tensor]:
+        """Of near keys, of sinks and of features, in the order of `row_logits`."""
+        values = [self.windows(self.value[index], tile)]
+        if self.sizes.sinks:
+            sinks = self.sink_value[index]
+            values.append(sinks.expand(len(values[0]), -1, -1))
+        if self.sizes.features:
+            values.append(far[index, tile])
+        return values
 
     def attend(self, far: _Averages) -> tuple[Tensor, Tensor]:
-        """Outputs and the logs of their normalizers, [heads, count, group, block, ·]."""
+        """Outputs and the logs of their normalizers, [heads, count, rows, ·]."""
         sizes = self.sizes
-        shape = self.query.shape[:-1]
+        shape = self.number, sizes.count, sizes.rows
         out, log_sum = self.take("out", *shape, sizes.value_dim), self.take("log sum", *shape, 1)
-        far = self.with_numbers(far)
-        for index in range(len(self.query)):
-            columns_2 = self.columns_of(self.query_side.directions, index) * LOG2_E
+        numbers = self.numbered(far)
+        for index in range(self.number):
+            directions_2 = self.directions(self.query_side, index) * LOG2_E
             for tile in sizes.tiles():
-                weights = self.row_logits(index, columns_2, tile, far)
-                largest = weights.amax(dim=-1, keepdim=True)
-                total = weights.sub_(largest).exp2_().sum(dim=-1, keepdim=True)
-                near, sinks, features = self.parts(weights)
-                found = out[index, tile].flatten(1, 2)
-                torch.bmm(near, self.near(self.value[index], tile), out=found)
+                weights = self.row_logits(index, directions_2, tile, numbers)
+                largest = [x.amax(dim=-1, keepdim=True) for x in weights]
                 if sizes.features:
-                    found.baddbmm_(features, far.average[tile, index])
-                if sizes.sinks:
-                    found.flatten(0, 1).addmm_(sinks.flatten(0, 1), self.sink_value[index])
+                    of_row = self.row_numbers(index, tile)
+                    largest[-1] += of_row
+                shift = torch.stack(largest).amax(dim=0) if len(largest) > 1 else largest[0]
+                shifts = [shift] * len(weights)
+                if sizes.features:
+                    shifts[-1] = shift - of_row
+                total = 0.0
+                for x, of_x in zip(weights, shifts, strict=True):
+                    total = x.sub_(of_x).exp2_().sum(dim=-1, keepdim=True) + total
+                found = out[index, tile]
+                values = self.values(index, tile, far.average)
+                torch.bmm(weights[0], values[0], out=found)
+                for x, value in zip(weights[1:], values[1:], strict=True):
+                    found.baddbmm_(x, value)
                 found.div_(total)
-                torch.add(largest, total.log2_(), out=log_sum[index, tile].flatten(1, 2))
+                torch.add(shift, total.log2_(), out=log_sum[index, tile])
         return out, log_sum.div_(LOG2_E)
 
 
@@ -459,79 +501,85 @@ class _Backward(_Heads):
         with_directions: bool,
     ) -> None:
         super().__init__(problem, sizes, heads)
+        self.with_directions = with_directions
         shape = self.query.shape[:-1]
         self.of_out = self.take("of out", *shape, sizes.value_dim)
         self.put(gradients.out[heads], self.of_out)
         self.log_sum, self.excess = self.take("log sum", *shape, 1), self.take("excess", *shape, 1)
         self.put(found.log_sum[heads], self.log_sum, LOG2_E)
-        excess = (gradients.out[heads] * found.out[heads]).sum(dim=-1, keepdim=True)
-        self.put(excess - gradients.log_sum[heads], self.excess)
+        spare = self.take("spare", *self.of_out.shape)
+        self.put(found.out[heads], spare)
+        self.put(gradients.log_sum[heads], self.excess, -1.0)
+        self.excess += spare.mul_(self.of_out).sum(dim=-1, keepdim=True)
         self.of_query = self.take("of query", *self.query.shape)
         self.of_key = self.take("of key", *self.key.shape).zero_()
         self.of_value = self.take("of value", *self.value.shape).zero_()
-        self.of_query_columns = self.take("of query columns", *self.query_columns.shape)
-        self.of_key_columns = self.take("of key columns", *self.key_columns.shape)
         self.of_sink_key = torch.zeros_like(self.sink_key)
         self.of_sink_value = torch.zeros_like(self.sink_value)
-        directions = len(self.query), sizes.features if with_directions else 0, sizes.dim
+        if sizes.features:
+            self.of_query_y = self.take("of query y", *self.query_y.shape)
+            self.of_query_number = self.take("of query number", *self.query_number.shape)
+            self.of_key_y = self.take("of key y", *self.key_y.shape)
+            self.of_key_number = self.take("of key number", *self.key_number.shape)
+        directions = self.number, sizes.features if with_directions else 0, sizes.dim
         self.of_query_directions = self.like.new_zeros(directions)
         self.of_key_directions = self.like.new_zeros(directions)
+        self.of_tilt = self.like.new_zeros(self.number, 1, sizes.features)
 
-    def rows_back(self, far: _Averages) -> Float[Tensor, "blocks heads num_features wide"]:
-        """Back through the rows' softmaxes, to [dF, e]: e is what s̃ loses by each of its blocks."""
+    def rows_back(self, far: _Averages) -> tuple[Tensor, Tensor]:
+        """Back through the softmaxes of rows: dF, and e of each feature's sum over far blocks."""
         sizes = self.sizes
-        of_far = self.take("of far", *far.average.shape[:-1], sizes.value_dim + 1)
-        of_average, excess = of_far[..., :-1], of_far[..., -1]
-        columns_of_far = self.with_numbers(far)
-        for index in range(len(self.query)):
-            columns = self.columns_of(self.query_side.directions, index)
-            near_of_key, near_of_value = self.of_key[index], self.of_value[index]
+        of_average = self.take("of far average", *far.average.shape)
+        excess = self.take("excess of far", *far.log_mass.shape)
+        numbers = self.numbered(far)
+        for index in range(self.number):
+            directions = self.directions(self.query_side, index)
+            directions_2 = directions * LOG2_E
             for tile in sizes.tiles():
                 query, of_query, of_out, log_sum, lost = (
-                    x[index, tile].flatten(1, 2)
+                    x[index, tile]
                     for x in (self.query, self.of_query, self.of_out, self.log_sum, self.excess)
                 )
-                weights = self.row_logits(index, columns * LOG2_E, tile, columns_of_far)
-                # ≤ 0, but for the rounding of very large numbers
-                weights.sub_(log_sum).clamp_(max=0).exp2_()
-                of_logits = self.take("of row logits", *weights.shape)
-                for_near, for_sinks, for_features = self.parts(of_logits)
-                torch.bmm(of_out, self.near(self.value[index], tile).mT, out=for_near)
-                if sizes.sinks:
-                    rows = of_out.flatten(0, 1)
-                    torch.mm(rows, self.sink_value[index].mT, out=for_sinks.flatten(0, 1))
+                weights = self.row_logits(index, directions_2, tile, numbers)
+                shifts = [log_sum] * len(weights)
                 if sizes.features:
-                    torch.bmm(of_out, far.average[tile, index].mT, out=for_features)
-                of_logits.sub_(lost).mul_(weights)
+                    shifts[-1] = log_sum - self.row_numbers(index, tile)
+                of_logits = []
+                values = self.values(index, tile, far.average)
+                for name, x, shift, value in zip(PARTS, weights, shifts, values, strict=False):
+                    # ≤ 0, but for the rounding of very large numbers
+                    x.sub_(shift).clamp_(max=0).exp2_()
+                    of_x = self.take(f"of {name} logits", *x.shape)
+                    of_logits.append(torch.bmm(of_out, value.mT, out=of_x).sub_(lost).mul_(x))
 
-                near, sinks, features = self.parts(weights)
-                self.add_near(near_of_value, tile, near, of_out)
-                self.add_near(near_of_key, tile, for_near, query, 1 / LOG2_E)
-                near_key = self.near(self.key[index], tile)
-                torch.baddbmm(of_query, for_near, near_key, beta=0, alpha=1 / LOG2_E, out=of_query)
+                near, of_near = weights[0], of_logits[0]
+                self.add_near(self.of_value[index], tile, near, of_out)
+                self.add_near(self.of_key[index], tile, of_near, query, 1 / LOG2_E)
+                key = self.windows(self.key[index], tile)
+                torch.baddbmm(of_query, of_near, key, beta=0, alpha=1 / LOG2_E, out=of_query)
                 if sizes.sinks:
-                    sinks, for_sinks = sinks.flatten(0, 1), for_sinks.flatten(0, 1)
+                    sinks, of_sinks = weights[1].flatten(0, 1), of_logits[1].flatten(0, 1)
                     self.of_sink_value[index].addmm_(sinks.mT, of_out.flatten(0, 1))
-                    rows = query.flatten(0, 1)[:, :-1]
-                    self.of_sink_key[index].addmm_(for_sinks.mT, rows, alpha=1 / LOG2_E)
-                    rows = of_query.flatten(0, 1)[:, :-1]
-                    rows.addmm_(for_sinks, self.sink_key[index], alpha=1 / LOG2_E)
+                    rows, of_rows = query.flatten(0, 1), of_query.flatten(0, 1)
+                    self.of_sink_key[index].addmm_(of_sinks.mT, rows, alpha=1 / LOG2_E)
+                    of_rows.addmm_(of_sinks, self.sink_key[index], alpha=1 / LOG2_E)
                 if sizes.features:
-                    torch.bmm(features.mT, of_out, out=of_average[tile, index])
-                    torch.sum(for_features, dim=1, out=excess[tile, index])
+                    features, of_features = weights[-1], of_logits[-1]
+                    torch.bmm(features.mT, of_out, out=of_average[index, tile])
+                    torch.bmm(features.mT, lost, out=excess[index, tile].unsqueeze(-1))
                     rows = slice(tile.start * sizes.rows, tile.stop * sizes.rows)
-                    for_features = for_features.flatten(0, 1)
-                    torch.mm(for_features, columns, out=self.of_query_columns[index, rows])
-                    if self.of_query_directions.numel():
-                        y = self.query_columns[index, rows, :-1]
-                        self.of_query_directions[index].addmm_(for_features.mT, y)
-        self.of_numbers = excess.sum(dim=0)
-        torch.sub((of_average * far.average).sum(dim=-1), excess, out=excess)
+                    of_features = of_features.flatten(0, 1)
+                    torch.mm(of_features, directions, out=self.of_query_y[index, rows])
+                    torch.sum(of_features, dim=-1, out=self.of_query_number[index, rows])
+                    if self.with_directions:
+                        y = self.query_y[index, rows]
+                        self.of_query_directions[index].addmm_(of_features.mT, y)
+                        self.of_tilt[index] += of_features.sum(dim=0)
         if sizes.features:
-            columns, of_columns = self.query_columns, self.of_query_columns
-            of_x = self.query_side.columns_back(self.heads, columns, of_columns)
-            self.of_query[..., :-1] += of_x.view_as(self.query[..., :-1])
-        return of_far
+            y, of_y, of_number = self.query_y, self.of_query_y, self.of_query_number
+            of_x = self.query_side.mapped_back(self.heads, y, of_y, of_number)
+            self.of_query += of_x.view_as(self.of_query)
+        return of_average, excess
 
     def add_near(
         self, of_rows: Tensor, tile: slice, weights: Tensor, x: Tensor, factor: float = 1.0
@@ -545,30 +593,34 @@ class _Backward(_Heads):
             there = rows[start : start + len(x) * size].view(len(x), size, -1)
             there.add_(part[:, start : start + size], alpha=factor)
 
-    def keys_back(self, blocks: _Averages, of_blocks: Tensor) -> None:
+    def keys_back(self, blocks: _Averages, of_average: Tensor, excess: Tensor) -> None:
         """Back through the averages of blocks."""
         sizes = self.sizes
         log_mass = (blocks.log_mass * LOG2_E).unsqueeze(2)
-        for index in range(len(self.query)):
-            columns = self.columns_of(self.key_side.directions, index)
-            for tile in sizes.tiles():
-                of_average, lost = of_blocks[tile, index, :, :-1], of_blocks[tile, index, :, -1]
-                weights, value = self.key_logits(index, columns * LOG2_E, tile)
-                weights.sub_(log_mass[tile, index]).clamp_(max=0).exp2_()
-                rows = slice(tile.start * sizes.block, tile.stop * sizes.block)
-                shift = sizes.before * sizes.block
-                own = self.of_value[index, rows.start + shift : rows.stop + shift]
-                own.view_as(value).baddbmm_(weights, of_average)
-                of_logits = self.take("of key logits", *weights.shape)
-                torch.bmm(value, of_average.mT, out=of_logits)
-                of_logits = of_logits.sub_(lost.unsqueeze(1)).mul_(weights).flatten(0, 1)
-                torch.mm(of_logits, columns, out=self.of_key_columns[index, rows])
-                if self.of_key_directions.numel():
-                    y = self.key_columns[index, rows, :-1]
-                    self.of_key_directions[index].addmm_(of_logits.mT, y)
-        of_x = self.key_side.columns_back(self.heads, self.key_columns, self.of_key_columns)
         shift = sizes.before * sizes.block
-        self.of_key[:, shift : shift + of_x.shape[1], :-1] += of_x
+        for index in range(self.number):
+            directions = self.directions(self.key_side, index)
+            directions_2 = directions * LOG2_E
+            for tile in sizes.tiles():
+                weights, value = self.key_logits(index, directions_2, tile)
+                weights.sub_(log_mass[index, tile]).clamp_(max=0).exp2_()
+                rows = slice(tile.start * sizes.block, tile.stop * sizes.block)
+                own = self.of_value[index, rows.start + shift : rows.stop + shift]
+                own.view_as(value).baddbmm_(weights, of_average[index, tile])
+                of_logits = self.take("of key logits", *weights.shape)
+                torch.bmm(value, of_average[index, tile].mT, out=of_logits)
+                of_logits.sub_(excess[index, tile].unsqueeze(1)).mul_(weights)
+                of_logits = of_logits.flatten(0, 1)
+                torch.mm(of_logits, directions, out=self.of_key_y[index, rows])
+                torch.sum(of_logits, dim=-1, out=self.of_key_number[index, rows])
+                if self.with_directions:
+                    y = self.key_y[index, rows]
+                    self.of_key_directions[index].addmm_(of_logits.mT, y)
+        of_x = self.key_side.mapped_back(self.heads, self.key_y, self.of_key_y, self.of_key_number)
+        self.of_key[:, shift : shift + of_x.shape[1]] += of_x
+
+
+PARTS = ("near", "sink", "feature")
 
 
 def forward(problem: Problem) -> BlockAttention:
@@ -580,10 +632,10 @@ def forward(problem: Problem) -> BlockAttention:
     for heads in sizes.head_groups():
         work = _Heads(problem, sizes, heads)
         merge, far, average[heads] = work.far_averages(work.block_averages())
-        log_mass[heads] = merge.before.log_mass[-1]
-        for x, blocks in zip((out, log_sum), work.attend(far), strict=True):
-            for part, rows in work.paired(x[heads], blocks):
-                part.copy_(rows)
+        log_mass[heads] = merge.before.log_mass[:, -1]
+        for x, rows in zip((out, log_sum), work.attend(far), strict=True):
+            for part, there in work.paired(x[heads], rows):
+                part.copy_(there)
     return BlockAttention(out, log_sum, log_mass, average)
 
 
@@ -592,50 +644,48 @@ DIFFERENTIABLE = (
     "query", "key", "value", "sink_key", "sink_value",
     "query_directions", "key_directions", "tilt", "log_mass", "average",
 )  # fmt: skip
+SHARED = ("query_directions", "key_directions", "tilt")  # which heads may have in common
 
 
 def backward(
     problem: Problem, found: BlockAttention, gradients: BlockAttention, with_directions: bool
 ) -> list[Tensor]:
-    """The gradients of what is `DIFFERENTIABLE`; those of directions are empty unless asked for."""
+    """The gradients of what is `DIFFERENTIABLE`. Those of directions and tilt are 0 unless asked
+    for."""
     sizes = _Sizes(problem)
-    of = {name: torch.zeros_like(getattr(problem, name)) for name in DIFFERENTIABLE}
-    if not with_directions:
-        of |= {f"{side}_directions": problem.query.new_empty(0) for side in ("query", "key")}
+    of = {name: torch.empty_like(getattr(problem, name)) for name in DIFFERENTIABLE}
+    for name in SHARED:
+        of[name].zero_()
     for heads in sizes.head_groups():
         work = _Backward(problem, sizes, heads, found, gradients, with_directions)
         blocks = work.block_averages()
         merge, far, last = work.far_averages(blocks)
-        of_far = work.rows_back(far)
-
-        of_last = gradients.average[heads]
-        lost = (of_last * last).sum(dim=-1) - gradients.log_mass[heads]
-        running = torch.cat([of_last, lost.unsqueeze(-1)], dim=-1)
-        of_blocks = work.take("of blocks", *of_far.shape).zero_()
-        merge.far_back(running, of_far, of_blocks)
-        of["average"][heads] = running[..., :-1]
-        along = (running[..., :-1] * problem.average[heads]).sum(dim=-1)
-        of["log_mass"][heads] = along - running[..., -1]
+        of_far, excess = work.rows_back(far)
         if sizes.features:
-            work.keys_back(blocks, of_blocks)
-
-        root, own = work.root, work.own
-        for part, rows in work.paired(of["query"][heads], work.of_query[..., :-1]):
-            torch.mul(rows, root, out=part)
-        torch.mul(work.of_key[:, own, :-1], root * LOG2_E, out=of["key"][heads])
-        of["value"][heads] = work.of_value[:, own]
-        of["sink_key"][heads] = work.of_sink_key * (root * LOG2_E)
+            of_last = gradients.average[heads].clone()
+            lost = (of_last * last).sum(dim=-1) - gradients.log_mass[heads]
+            of_blocks = work.take("of block average", *of_far.shape).zero_()
+            excess_of_blocks = work.take("excess of blocks", *excess.shape, 1).zero_()
+            merge.far_back(of_last, of_far, of_blocks)
+            lost = lost.unsqueeze(-1)
+            merge.far_back(lost, excess.unsqueeze(-1), excess_of_blocks)
+            work.keys_back(blocks, of_blocks, excess_of_blocks.squeeze(-1))
+            of["average"][heads] = of_last
+            along = (of_last * problem.average[heads]).sum(dim=-1)
+            of["log_mass"][heads] = along - lost.squeeze(-1)
+        for part, rows in work.paired(of["query"][heads], work.of_query):
+            torch.mul(rows, work.root, out=part)
+        torch.mul(work.of_key[:, work.own], work.root * LOG2_E, out=of["key"][heads])
+        of["value"][heads] = work.of_value[:, work.own]
+        of["sink_key"][heads] = work.of_sink_key * (work.root * LOG2_E)
         of["sink_value"][heads] = work.of_sink_value
-        for name, part in (
-            ("query_directions", work.of_query_directions),
-            ("key_directions", work.of_key_directions),
-            ("tilt", work.of_numbers.unsqueeze(1)),
-        ):
-            if of[name].numel():
-                whole = of[name]
-                whole[heads if len(whole) > 1 else slice(None)] += (
-                    part if len(whole) > 1 else part.sum(dim=0, keepdim=True)
-                )
+        if with_directions:
+            for name in SHARED:
+                part, whole = getattr(work, f"of_{name}"), of[name]
+                if len(whole) > 1:
+                    whole[heads] = part
+                else:
+                    whole += part.sum(dim=0, keepdim=True)
     return list(of.values())
 
 
@@ -682,14 +732,8 @@ def _block_attention_backward(*arguments: Any) -> list[Tensor]:
 
 @_block_attention_backward.register_fake
 def _(*arguments: Any) -> list[Tensor]:
-    *arguments, _, _, with_directions = arguments
-    problem = Problem(*arguments)
-    return [
-        problem.query.new_empty(0)
-        if name.endswith("directions") and not with_directions
-        else torch.empty_like(getattr(problem, name))
-        for name in DIFFERENTIABLE
-    ]
+    problem = Problem(*arguments[:-3])
+    return [torch.empty_like(getattr(problem, name)) for name in DIFFERENTIABLE]
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -707,11 +751,11 @@ def _differentiate(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, 
     ]
     problem = Problem(*inputs, *ctx.numbers)
     places = {name: index for index, name in enumerate(Problem._fields)}
-    with_directions = any(ctx.needs_input_grad[places[f"{x}_directions"]] for x in ("query", "key"))
+    with_directions = any(ctx.needs_input_grad[places[name]] for name in SHARED)
     found_gradients = _block_attention_backward(*problem, list(found), full, with_directions)
     result: list[Tensor | None] = [None] * len(problem)
     for name, gradient in zip(DIFFERENTIABLE, found_gradients, strict=True):
-        if with_directions or not name.endswith("directions"):
+        if with_directions or name not in SHARED:
             result[places[name]] = gradient
     return tuple(result)
 
