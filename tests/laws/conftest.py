@@ -2,7 +2,7 @@
 
 import pytest
 
-from performers.backends import chunked, scan, tiles
+from performers.backends import chunked, kernel_tiles, scan, tiles
 
 
 @pytest.fixture(autouse=True)
@@ -16,3 +16,6 @@ def small_tiles(without_shape_checks: None, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(chunked, "CAUSAL_CHUNK", 7)
     monkeypatch.setattr(tiles, "PIECE_BYTES", 700)
     monkeypatch.setattr(scan, "CHUNK", 7)
+    monkeypatch.setattr(kernel_tiles, "CHUNK", 7)
+    monkeypatch.setattr(kernel_tiles, "HEADS", 5)
+    monkeypatch.setattr(kernel_tiles, "TILE_BYTES", 1)

@@ -28,6 +28,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from performers.backends import kernel_tiles
 from performers.backends.reference import (
     Partial,
     absorb,
@@ -46,7 +47,7 @@ from performers.backends.tiles import (
     recomputed,
     rows_of_a_piece,
 )
-from performers.typing import FeatureMap, LinearState, RecentKeys, is_log_linear
+from performers.typing import FeatureMap, LinearState, RecentKeys, elementwise, is_log_linear
 
 __all__ = ["attend"]
 
@@ -72,6 +73,12 @@ def attend(
     call = Call(phi, root, normalize, state.values.dtype)
     if query.shape[3] == 0 and (is_causal or window_size is not None):
         return _no_rows(call, query, value), state
+    form = elementwise(phi)
+    if form is not None and not (is_causal and query.shape[3] == 1):
+        return kernel_tiles.attend(
+            query, key, value, form, root=root, key_mask=key_mask, is_causal=is_causal,
+            normalize=normalize, state=state,
+        )  # fmt: skip
     if window_size is not None:
         return _windowed(call, query, key, value, key_mask, is_causal, window_size, state)
     if is_causal:
