@@ -25,15 +25,21 @@ class Buffers(threading.local):
 
     def __init__(self) -> None:
         self._flat: dict[tuple[str, torch.dtype], Tensor] = {}
+        self._last: dict[tuple[str, torch.dtype], Tensor] = {}
 
     def take(self, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
         if like.device.type != "cpu":
             return like.new_empty(shape)
-        size, key = math.prod(shape), (name, like.dtype)
-        if key not in self._flat or self._flat[key].numel() < size:
-            with torch.inference_mode(False):  # or training could not write to it later
+        key = (name, like.dtype)
+        last = self._last.get(key)
+        if last is not None and last.shape == shape:
+            return last  # as for most tiles; a view costs as much as a small product
+        size = math.prod(shape)
+        with torch.inference_mode(False):  # or training could not write to it later
+            if key not in self._flat or self._flat[key].numel() < size:
                 self._flat[key] = torch.empty(size, dtype=like.dtype, device=like.device)
-        return self._flat[key][:size].view(shape)
+            self._last[key] = self._flat[key][:size].view(shape)
+        return self._last[key]
 
     def copied(self, name: str, x: Tensor, like: Tensor) -> Tensor:
         """x in the precision of another."""
@@ -41,7 +47,7 @@ class Buffers(threading.local):
 
     def product(self, name: str, left: Tensor, right: Tensor, factor: float = 1.0) -> Tensor:
         """factor · left @ right."""
-        out = self.take(name, (len(left), left.shape[1], right.shape[2]), left)
+        out = self.take(name, (left.shape[0], left.shape[1], right.shape[2]), left)
         if factor == 1.0:
             return torch.bmm(left, right, out=out)
         return torch.baddbmm(out, left, right, beta=0, alpha=factor, out=out)

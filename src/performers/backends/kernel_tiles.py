@@ -140,7 +140,7 @@ class _Map:
         x = self.wide(f"{name} inputs", x)
         if self.directions is None:
             return buffers.copied(name, x, self.like).mul_(self.root)
-        return buffers.product(name, x, self.directions.expand(len(x), -1, -1).mT, self.root)
+        return buffers.product(name, x, self.directions.expand(x.shape[0], -1, -1).mT, self.root)
 
     def features(
         self, projected: Float[Tensor, "heads rows num_features"], presence: Tensor | None = None
@@ -166,7 +166,7 @@ class _Map:
         if self.of_directions is not None:
             gradients = buffers.product("of directions", gradient.mT, self.wide("wide", x))
             self.of_directions.add_(gradients.sum(dim=0), alpha=self.root)
-        directions = self.directions.expand(len(gradient), -1, -1)
+        directions = self.directions.expand(gradient.shape[0], -1, -1)
         of_x.copy_(buffers.product("of inputs", gradient, directions, self.root))
 
 
@@ -380,7 +380,9 @@ def _(
         torch.empty_like(query),
         torch.empty_like(key),
         torch.empty_like(value),
-        torch.empty_like(directions) if with_directions else query.new_empty(0),
+        query.new_empty(0)
+        if directions is None or not with_directions
+        else torch.empty_like(directions),
         torch.empty_like(normalizer_gradient),
         torch.empty_like(values_gradient),
     )
