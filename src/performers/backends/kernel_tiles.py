@@ -57,10 +57,11 @@ def attend(
     batch, heads = key.shape[:2]
     dtype = state.values.dtype
     presence = None
-    seen: bool | Tensor = key.shape[2] > 0
     if key_mask is not None:
         presence = key_mask[:, None, :, None].expand(batch, heads, -1, 1).flatten(0, 1).to(dtype)
-        seen = key_mask.any(dim=1)[:, None, None]
+    else:
+        key_mask = torch.ones(batch, key.shape[2], dtype=torch.bool, device=key.device)
+    seen = key_mask.any(dim=1)[:, None, None]
     # Without exponents every frame but that of an empty state is 0.
     frame = torch.zeros_like(state.log_scale)
     before = state.rescaled(frame)
@@ -78,7 +79,7 @@ def attend(
         is_causal,
         normalize,
     )
-    is_empty = (state.log_scale == -torch.inf).logical_and(torch.as_tensor(seen).logical_not())
+    is_empty = (state.log_scale == -torch.inf) & ~seen
     after = replace(
         state,
         log_scale=frame.masked_fill(is_empty, -torch.inf),
