@@ -29,11 +29,11 @@ LAYERS = (
     {"functional"},
     {"backends"},
     {"theory", "data"},
-    {"typing", "checks"},
+    {"typing", "checks", "kernels"},
 )
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 
-CORE = {"nn", "functional", "backends", "theory", "typing", "checks"}
+CORE = {"nn", "functional", "backends", "theory", "typing", "checks", "kernels"}
 CORE_MAY_IMPORT = {*sys.stdlib_module_names, "torch", "jaxtyping"}
 
 # Packages that only these parts of ours may import.

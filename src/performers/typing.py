@@ -23,6 +23,7 @@ from torch import Tensor
 
 __all__ = [
     "Attention",
+    "Elementwise",
     "FeatureMap",
     "Features",
     "LinearState",
@@ -31,6 +32,7 @@ __all__ = [
     "LogLinearSide",
     "NearField",
     "NearKeys",
+    "elementwise",
     "exp_difference",
     "is_log_linear",
 ]
@@ -132,6 +134,18 @@ class LogLinearSide(NamedTuple):
         return LogLinear(inputs, self.directions, offset, self.tilt)
 
 
+class Elementwise(NamedTuple):
+    """φ(x) = (f(directions·x) + epsilon) / √columns: features without exponents, not yet computed.
+
+    `kernel` names f, a row of `performers.kernels.KERNELS` that has a derivative. Without
+    `directions` φ(x) = f(x) + epsilon.
+    """
+
+    kernel: str
+    epsilon: float
+    directions: Float[Tensor, "num_features dim"] | None
+
+
 @runtime_checkable
 class FeatureMap(Protocol):
     """φ: what attention needs to know of a feature map. `performers.nn` has the modules."""
@@ -179,6 +193,12 @@ class LogLinearMap(FeatureMap, Protocol):
 def is_log_linear(phi: FeatureMap) -> TypeGuard[LogLinearMap]:
     """Whether φ is a `LogLinearMap`, in a form that torch.compile can trace."""
     return hasattr(phi, "query_side")
+
+
+def elementwise(phi: FeatureMap) -> Elementwise | None:
+    """What φ is as `Elementwise`: its property of that name; None if it has none or is not."""
+    form: Elementwise | None = getattr(phi, "elementwise", None)
+    return form
 
 
 @runtime_checkable

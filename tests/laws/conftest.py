@@ -2,7 +2,7 @@
 
 import pytest
 
-from performers.backends import blocks, chunked, scan, tiles
+from performers.backends import blocks, chunked, kernel_tiles, scan, tiles
 
 
 @pytest.fixture(autouse=True)
@@ -18,3 +18,6 @@ def small_tiles(without_shape_checks: None, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(scan, "CHUNK", 7)
     monkeypatch.setattr(blocks, "HEADS", 5)
     monkeypatch.setattr(blocks, "TILE_BYTES", 1500)
+    monkeypatch.setattr(kernel_tiles, "CHUNK", 7)
+    monkeypatch.setattr(kernel_tiles, "HEADS", 5)
+    monkeypatch.setattr(kernel_tiles, "TILE_BYTES", 1)

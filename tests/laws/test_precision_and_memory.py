@@ -6,15 +6,16 @@ import pytest
 import torch
 from cases import inputs
 
-from performers import SoftmaxFeatures, favor_attention
+from performers import KernelFeatures, SoftmaxFeatures, favor_attention
 
 CAUSAL = (False, True)
 
 
 @pytest.mark.parametrize("is_causal", CAUSAL)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_autocast_does_not_touch_the_sums(dtype, is_causal):
-    phi = SoftmaxFeatures(5, 11)
+@pytest.mark.parametrize("features", [SoftmaxFeatures, KernelFeatures])
+def test_autocast_does_not_touch_the_sums(features, dtype, is_causal):
+    phi = features(5, 11)
     tensors = [x.requires_grad_() for x in inputs(dtype=dtype)]
     plain = favor_attention(*tensors, phi, is_causal, enable_gqa=True)
     plain_gradients = torch.autograd.grad(plain.sum(), tensors)
@@ -63,11 +64,18 @@ def test_training_at_length_16384_keeps_nothing_of_the_size_of_features(
     assert many - few < 4 * length * (128 - 16) / 3
 
 
+@pytest.mark.parametrize(
+    ("features", "near"),
+    [
+        (SoftmaxFeatures, {}),
+        (KernelFeatures, {}),
+        (SoftmaxFeatures, {"window_size": 64, "num_sinks": 4}),
+    ],
+)
 @pytest.mark.parametrize("num_features", [64, 256, 1024])
-@pytest.mark.parametrize("near", [{}, {"window_size": 64, "num_sinks": 4}])
 @pytest.mark.parametrize("is_causal", CAUSAL)
 def test_what_training_keeps_is_at_most_half_again_as_large_as_inputs_and_output(
-    is_causal, near, num_features, monkeypatch
+    is_causal, near, num_features, features, monkeypatch
 ):
     monkeypatch.undo()  # the tiles that users get
     tensors = inputs(16384, batch=1, heads=1, key_heads=1, dim=64, value_dim=64)
@@ -80,7 +88,7 @@ def test_what_training_keeps_is_at_most_half_again_as_large_as_inputs_and_output
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        out = favor_attention(*tensors, SoftmaxFeatures(64, num_features), is_causal, **near)
+        out = favor_attention(*tensors, features(64, num_features), is_causal, **near)
     # Some of what was saved is of branches that lead nowhere, and is gone.
     kept = sum(size for pointer, size in living_storages().items() if pointer in saved)
     assert 0 < kept <= 1.5 * sum(x.nbytes for x in (*tensors, out))

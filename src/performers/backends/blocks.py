@@ -29,17 +29,15 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from performers.backends.fused_softmax import (
-    HIDDEN,
-    TILE_BYTES,
-    _refuse_second_derivative,
-)
-from performers.backends.fused_softmax import _buffers as buffers
-from performers.backends.fused_softmax import _slices as slices
+from performers.backends.buffers import CAPABILITIES, buffers, slices
+from performers.backends.derivatives import refuse_second_derivative
+from performers.backends.fused_softmax import HIDDEN
 
 __all__ = ["BlockAttention", "Problem", "block_attention"]
 
 LOG2_E = math.log2(math.e)
+# Of the logits of a tile. Twice the second-level cache, but assign what suits your processor.
+TILE_BYTES = 2 * (CAPABILITIES.get("l2_cache_size") or 2**20)
 HEADS = 8  # that are worked on in one go, at most
 # Of their rows and of the averages of all their blocks, which live during a pass only.
 HEADS_BYTES = 64 * 2**20
@@ -761,7 +759,7 @@ def _differentiate(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, 
 
 
 _block_attention.register_autograd(_differentiate, setup_context=_keep)
-_block_attention_backward.register_autograd(_refuse_second_derivative)
+_block_attention_backward.register_autograd(refuse_second_derivative("a near field"))
 
 
 def block_attention(problem: Problem) -> BlockAttention:

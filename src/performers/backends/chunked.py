@@ -19,11 +19,12 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from performers.backends import kernel_tiles
 from performers.backends.near import attend as attend_near
 from performers.backends.reference import Partial, absorb, key_exponent, key_weights, read
 from performers.backends.scan import scan
 from performers.backends.tiles import Call, causal_chunk, key_tiles, recomputed, rows_of_a_piece
-from performers.typing import FeatureMap, LinearState, NearField, is_log_linear
+from performers.typing import FeatureMap, LinearState, NearField, elementwise, is_log_linear
 
 __all__ = ["attend"]
 
@@ -55,6 +56,12 @@ def attend(
     call = Call(phi, root, normalize, state.values.dtype)
     if query.shape[3] == 0 and is_causal:
         return _no_rows(call, query, value), state
+    form = elementwise(phi)
+    if form is not None and not (is_causal and query.shape[3] == 1):
+        return kernel_tiles.attend(
+            query, key, value, form, root=root, key_mask=key_mask, is_causal=is_causal,
+            normalize=normalize, state=state,
+        )  # fmt: skip
     if is_causal:
         rows = max(CAUSAL_CHUNK, rows_of_a_piece(key, call.dtype))
         if query.shape[3] <= rows:

@@ -19,13 +19,15 @@ that the guess was far too low.
 from __future__ import annotations
 
 import math
-import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from performers.backends.buffers import CAPABILITIES, buffers, slices
+from performers.backends.derivatives import refuse_second_derivative
 
 __all__ = ["HAS_BFLOAT16", "HIDDEN", "fused_softmax"]
 
@@ -35,12 +37,10 @@ HIDDEN = -(2.0**100)
 HEADS = 8  # in one matrix product
 SHORT_SIDE = 1024  # as many queries, or keys, are not split
 
-# Of the processor. An older torch cannot say.
-_capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-HAS_BFLOAT16 = any(_capabilities.get(name) for name in ("avx512_bf16", "amx_bf16"))
+HAS_BFLOAT16 = any(CAPABILITIES.get(name) for name in ("avx512_bf16", "amx_bf16"))
 
 # Of a tile of weights. Twice the second-level cache, but assign what suits your processor.
-TILE_BYTES = 2 * (_capabilities.get("l2_cache_size") or 2**20)
+TILE_BYTES = 2 * (CAPABILITIES.get("l2_cache_size") or 2**20)
 SAMPLE = 32  # keys that a shift is guessed from
 MARGIN = 4.0  # by which the largest of all logits is taken to exceed that of the sample
 
@@ -66,41 +66,6 @@ def fused_softmax(
 
 
 # In what follows: heads = batch · heads.
-
-
-class _Buffers(threading.local):
-    """Memory for tiles, by name: fresh memory costs a CPU more than what is computed in it.
-
-    Every thread keeps its own, some 10 MB, from call to call.
-    """
-
-    def __init__(self) -> None:
-        self._flat: dict[tuple[str, torch.dtype], Tensor] = {}
-
-    def take(self, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
-        size, key = math.prod(shape), (name, like.dtype)
-        if key not in self._flat or self._flat[key].numel() < size:
-            with torch.inference_mode(False):  # or training could not write to it later
-                self._flat[key] = torch.empty(size, dtype=like.dtype, device=like.device)
-        return self._flat[key][:size].view(shape)
-
-    def copied(self, name: str, x: Tensor, like: Tensor) -> Tensor:
-        """x in the precision of another."""
-        return self.take(name, x.shape, like).copy_(x)
-
-    def product(self, name: str, left: Tensor, right: Tensor) -> Tensor:
-        """left @ right."""
-        out = self.take(name, (len(left), left.shape[1], right.shape[2]), left)
-        return torch.bmm(left, right, out=out)
-
-    def joined(self, name: str, columns: list[Tensor]) -> Tensor:
-        """The columns side by side."""
-        width = sum(part.shape[-1] for part in columns)
-        out = self.take(name, (*columns[0].shape[:-1], width), columns[0])
-        return torch.cat(columns, dim=-1, out=out)
-
-
-_buffers = _Buffers()
 
 
 def _number_parts(x: Tensor, dtype: torch.dtype) -> list[Tensor]:
@@ -140,33 +105,32 @@ class _Product:
         self.dtype = query.dtype if query.dtype == torch.bfloat16 else key.dtype
         self.query, self.key, self.bias, self.value = query, key, bias, value
         self.curvature = curvature
-        self.buffers = _buffers
         sizes = _tile_sizes(len(query), query.shape[1], key.shape[1], self.dtype)
         self.row_tile, self.key_tile = sizes
 
     def heads(self) -> Iterator[tuple[slice, list[_Keys] | None]]:
         """Groups of heads, with their keys where those are one tile."""
-        for heads in _slices(len(self.query), HEADS):
+        for heads in slices(len(self.query), HEADS):
             yield heads, list(self.keys(heads)) if self.key.shape[1] <= self.key_tile else None
 
     def keys(self, heads: slice) -> Iterator[_Keys]:
-        for tile in _slices(self.key.shape[1], self.key_tile):
+        for tile in slices(self.key.shape[1], self.key_tile):
             key, number = self.key[heads, tile], self.bias[heads, tile]
             if self.curvature:
-                square = self.buffers.copied("wide", key, number).square_()
+                square = buffers.copied("wide", key, number).square_()
                 square = square.sum(dim=-1, keepdim=True)
                 number = (number - self.curvature * square).clamp(min=HIDDEN)
             numbers = [*_number_parts(number, self.dtype), _ones(key, self.dtype)]
-            columns = self.buffers.joined("keys", [key.to(self.dtype), *numbers])
+            columns = buffers.joined("keys", [key.to(self.dtype), *numbers])
             yield _Keys(tile, columns, key, number, self.value[heads, tile].to(self.dtype))
 
     def query_columns(self, query: Tensor, shift: Tensor) -> Tensor:
         numbers = [_ones(query, self.dtype), *_number_parts(-shift, self.dtype)]
-        return self.buffers.joined("queries", [query.to(self.dtype), *numbers])
+        return buffers.joined("queries", [query.to(self.dtype), *numbers])
 
     def logits(self, query_columns: Tensor, keys: _Keys) -> Tensor:
         """t − shift."""
-        return self.buffers.product("logits", query_columns, keys.columns.mT)
+        return buffers.product("logits", query_columns, keys.columns.mT)
 
     def guess(self, query: Tensor, keys: _Keys) -> Tensor:
         """About the largest logit of each row: that of some keys, and MARGIN for the others."""
@@ -205,8 +169,8 @@ class _Product:
                 if index > 0:
                     decay = (old - shift).exp2()
                     sums, totals = sums.mul_(decay), totals * decay
-            found = self.buffers.product("found", weights, keys.value)
-            sums = sums.add_(found) if index > 0 else self.buffers.copied("sums", found, shift)
+            found = buffers.product("found", weights, keys.value)
+            sums = sums.add_(found) if index > 0 else buffers.copied("sums", found, shift)
             totals = totals + total
         return sums.div_(totals), shift + totals.log2()
 
@@ -236,11 +200,6 @@ def _tile_sizes(heads: int, rows: int, keys: int, dtype: torch.dtype) -> tuple[i
     return (longer, short) if rows > keys else (short, longer)
 
 
-def _slices(length: int, size: int) -> Iterator[slice]:
-    for start in range(0, length, size):
-        yield slice(start, min(start + size, length))
-
-
 def _add(whole: Tensor, part: Tensor, is_first: bool) -> None:
     if is_first:
         whole.copy_(part)
@@ -261,7 +220,7 @@ def _fused_softmax(
     out = query.new_empty(*query.shape[:2], value.shape[-1])
     log_sum = bias.new_empty(*query.shape[:2], 1)
     for heads, tiles in product.heads():
-        for rows in _slices(query.shape[1], product.row_tile):
+        for rows in slices(query.shape[1], product.row_tile):
             found = product.attend(query[heads, rows], tiles or product.keys(heads))
             out[heads, rows], log_sum[heads, rows] = found
     return out, log_sum
@@ -300,12 +259,12 @@ def _fused_softmax_backward(
     That of t_ij is w_ij (ln 2 (dO_i·v_j − dO_i·O_i) + dlse_i).
     """
     product = _Product(query, key, bias, value, curvature)
-    dtype, buffers = product.dtype, product.buffers
+    dtype = product.dtype
     query_gradient = torch.empty_like(query) if with_query else query.new_empty(0)
     key_gradient = torch.empty_like(key) if with_key else key.new_empty(0)
     bias_gradient, value_gradient = torch.empty_like(bias), torch.empty_like(value)
     for heads, tiles in product.heads():
-        for rows in _slices(query.shape[1], product.row_tile):
+        for rows in slices(query.shape[1], product.row_tile):
             queries, gradient = query[heads, rows], out_gradient[heads, rows]
             query_columns = product.query_columns(queries, log_sum[heads, rows])
             wide = buffers.copied("wide", gradient, bias).mul_(math.log(2))
@@ -384,11 +343,6 @@ def _differentiate(
 _fused_softmax.register_autograd(_differentiate, setup_context=_keep)
 
 
-def _refuse_second_derivative(ctx: Any, *_: Any) -> Any:
-    raise RuntimeError(
-        "fused softmax attention has a first derivative only. For second derivatives pass "
-        'backend="chunked" to the attention call.'
-    )
-
-
-_fused_softmax_backward.register_autograd(_refuse_second_derivative)
+_fused_softmax_backward.register_autograd(
+    refuse_second_derivative("fused softmax attention", "chunked")
+)

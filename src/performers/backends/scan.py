@@ -25,6 +25,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from performers.backends.derivatives import refuse_second_derivative
 from performers.backends.reference import Partial
 from performers.backends.tiles import MAX_RISE, exponent_at, rows_below
 from performers.typing import LinearState, LogLinear, exp_difference
@@ -415,11 +416,4 @@ def _differentiate(
 _exponential_scan.register_autograd(_differentiate, setup_context=_keep)
 
 
-def _refuse_second_derivative(ctx: Any, *_: Any) -> Any:
-    raise RuntimeError(
-        "the causal scan has a first derivative only. For second derivatives pass "
-        'backend="reference" to the attention call.'
-    )
-
-
-_exponential_scan_backward.register_autograd(_refuse_second_derivative)
+_exponential_scan_backward.register_autograd(refuse_second_derivative("the causal scan"))

@@ -12,14 +12,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn import functional as F
 
 from performers.checks import check_choice, check_omega
+from performers.kernels import KERNELS, Kernel
 from performers.typing import Features, LogLinearSide
 
 __all__ = [
@@ -98,41 +97,6 @@ def trigonometric_features(
         values=torch.cat([projected.sin(), projected.cos()], dim=-1) / math.sqrt(len(omega)),
         log_rows=_half_square_norm(x),
     )
-
-
-class Kernel(NamedTuple):
-    """f of a generalized kernel K(x, y) = E[f(ω·x) f(ω·y)].
-
-    `fn` maps projections to values. With `is_exponential` it maps them to the logarithm of values
-    instead, so that attention can work in log space. `is_nonnegative` tells whether values are
-    never below 0.
-    """
-
-    fn: Callable[[Tensor], Tensor]
-    is_nonnegative: bool = False
-    is_exponential: bool = False
-
-
-def _elu_plus_one(projected: Tensor) -> Tensor:
-    return F.elu(projected) + 1
-
-
-def _itself(projected: Tensor) -> Tensor:
-    return projected
-
-
-# Figure 16 of the paper, and the feature map of Katharopoulos et al. 2020 ("elu+1").
-KERNELS: dict[str, Kernel] = {
-    "relu": Kernel(torch.relu, is_nonnegative=True),
-    "exp": Kernel(_itself, is_nonnegative=True, is_exponential=True),
-    "sigmoid": Kernel(torch.sigmoid, is_nonnegative=True),
-    "abs": Kernel(torch.abs, is_nonnegative=True),
-    "elu+1": Kernel(_elu_plus_one, is_nonnegative=True),
-    "gelu": Kernel(F.gelu),
-    "cos": Kernel(torch.cos),
-    "tanh": Kernel(torch.tanh),
-    "identity": Kernel(_itself),
-}
 
 
 def kernel_features(

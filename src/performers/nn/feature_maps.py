@@ -22,7 +22,7 @@ from performers.functional.features import (
     trigonometric_features,
 )
 from performers.functional.projections import DISTRIBUTIONS, PROJECTIONS, draw_projection
-from performers.typing import FeatureMap, Features, LogLinearSide
+from performers.typing import Elementwise, FeatureMap, Features, LogLinearSide
 
 __all__ = ["KernelFeatures", "RandomFeatures", "SoftmaxFeatures"]
 
@@ -241,6 +241,16 @@ class KernelFeatures(RandomFeatures):
     @property
     def is_nonnegative(self) -> bool:
         return self.kernel.is_nonnegative
+
+    @property
+    def elementwise(self) -> Elementwise | None:
+        """The map, not multiplied out, where `fn` names a kernel with a derivative.
+
+        A callable may hold parameters that learn, which only autograd knows.
+        """
+        if isinstance(self.fn, str) and self.kernel.backward is not None:
+            return Elementwise(self.fn, self.epsilon, self.omega)
+        return None
 
     def query_features(self, x: Float[Tensor, "*batch length dim"]) -> Features:
         return kernel_features(x, self.omega, self.fn, self.epsilon)

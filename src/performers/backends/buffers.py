@@ -1,0 +1,68 @@
+"""Memory for tiles that is used again, and the cuts that make them."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["CAPABILITIES", "Buffers", "buffers", "slices"]
+
+# Of the processor. An older torch cannot say.
+CAPABILITIES: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+
+
+class Buffers(threading.local):
+    """Memory for tiles, by name: fresh memory costs a CPU more than what is computed in it.
+
+    Every thread keeps its own, some 10 MB, from call to call. Other devices have allocators that
+    do the same, and know in which stream memory is free again.
+    """
+
+    def __init__(self) -> None:
+        self._flat: dict[tuple[str, torch.dtype], Tensor] = {}
+        self._last: dict[tuple[str, torch.dtype], Tensor] = {}
+
+    def take(self, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        if like.device.type != "cpu":
+            return like.new_empty(shape)
+        key = (name, like.dtype)
+        last = self._last.get(key)
+        if last is not None and last.shape == shape:
+            return last  # as for most tiles; a view costs as much as a small product
+        size = math.prod(shape)
+        with torch.inference_mode(False):  # or training could not write to it later
+            if key not in self._flat or self._flat[key].numel() < size:
+                self._flat[key] = torch.empty(size, dtype=like.dtype, device=like.device)
+            self._last[key] = self._flat[key][:size].view(shape)
+        return self._last[key]
+
+    def copied(self, name: str, x: Tensor, like: Tensor) -> Tensor:
+        """x in the precision of another."""
+        return self.take(name, x.shape, like).copy_(x)
+
+    def product(self, name: str, left: Tensor, right: Tensor, factor: float = 1.0) -> Tensor:
+        """factor · left @ right."""
+        out = self.take(name, (left.shape[0], left.shape[1], right.shape[2]), left)
+        if factor == 1.0:
+            return torch.bmm(left, right, out=out)
+        return torch.baddbmm(out, left, right, beta=0, alpha=factor, out=out)
+
+    def joined(self, name: str, columns: list[Tensor]) -> Tensor:
+        """The columns side by side."""
+        width = sum(part.shape[-1] for part in columns)
+        out = self.take(name, (*columns[0].shape[:-1], width), columns[0])
+        return torch.cat(columns, dim=-1, out=out)
+
+
+buffers = Buffers()
+
+
+def slices(length: int, size: int) -> Iterator[slice]:
+    """Cuts of that size, the last as long as what is left."""
+    for start in range(0, length, size):
+        yield slice(start, min(start + size, length))

@@ -1,0 +1,424 @@
+"""Attention with features f(ω·x) + ε, a tile at a time, forward and backward by hand.
+
+Such features have no exponents, so sums need no frame. With c = 1/√columns, φ = c F and tiles
+
+    F_k = f(K Ωᵀ) + ε        F_q = f(Q Ωᵀ) + ε        G = gradient of [numerator, normalizer] / c
+
+forward and backward are three sweeps over tiles, the last from the end:
+
+    S ← S + c F_kᵀ [V 1]          out = c D⁻¹ (F_q S + P V)         P = c tril(F_q F_kᵀ)
+    S ← S + c F_kᵀ [V 1]         dF_q = G Sᵀ + R F_k                R = c tril(G [V 1]ᵀ)
+    T ← T + F_qᵀ G               dF_k = c [V 1] Tᵀ + Rᵀ F_q         d[V 1] = c F_k T + Pᵀ G
+
+P and R stand for the tile itself and are there in causal attention only. Bidirectional attention
+has all of S before it reads, and all of T before dF_k. Every sweep computes the features that it
+needs, so what is kept for the backward pass is inputs, output, and a number per row.
+
+Registered with torch.library: `torch.compile(fullgraph=True)` sees one operator.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from performers.backends.buffers import CAPABILITIES, buffers, slices
+from performers.backends.derivatives import refuse_second_derivative
+from performers.backends.reference import SIGNED_STABILIZER
+from performers.kernels import KERNELS
+from performers.typing import Elementwise, LinearState
+
+__all__ = ["attend"]
+
+HEADS = 8  # in one matrix product
+CHUNK = 64  # positions of a causal tile
+
+# Of a tile of features. Twice the second-level cache, but assign what suits your processor.
+TILE_BYTES = 2 * (CAPABILITIES.get("l2_cache_size") or 2**20)
+
+
+def attend(
+    query: Float[Tensor, "batch key_heads group query_length dim"],
+    key: Float[Tensor, "batch key_heads key_length dim"],
+    value: Float[Tensor, "batch key_heads key_length value_dim"],
+    form: Elementwise,
+    *,
+    root: float,
+    key_mask: Bool[Tensor, "batch key_length"] | None,
+    is_causal: bool,
+    normalize: bool,
+    state: LinearState,
+) -> tuple[Float[Tensor, "batch key_heads group query_length value_dim"], LinearState]:
+    """Attention and the state after it, equal to the reference up to rounding."""
+    batch, heads = key.shape[:2]
+    dtype = state.values.dtype
+    presence = None
+    if key_mask is not None:
+        presence = key_mask[:, None, :, None].expand(batch, heads, -1, 1).flatten(0, 1).to(dtype)
+    else:
+        key_mask = torch.ones(batch, key.shape[2], dtype=torch.bool, device=key.device)
+    seen = key_mask.any(dim=1)[:, None, None]
+    # Without exponents every frame but that of an empty state is 0.
+    frame = torch.zeros_like(state.log_scale)
+    before = state.rescaled(frame)
+    out, _, normalizer, values = _kernel_attention(
+        query.flatten(0, 1),
+        key.flatten(0, 1),
+        value.flatten(0, 1),
+        None if form.directions is None else form.directions.to(dtype),
+        presence,
+        before.normalizer.flatten(0, 1),
+        before.values.flatten(0, 1),
+        form.kernel,
+        form.epsilon,
+        root,
+        is_causal,
+        normalize,
+    )
+    is_empty = (state.log_scale == -torch.inf) & ~seen
+    after = replace(
+        state,
+        log_scale=frame.masked_fill(is_empty, -torch.inf),
+        normalizer=normalizer.unflatten(0, (batch, heads)),
+        values=values.unflatten(0, (batch, heads)),
+    )
+    return out.unflatten(0, (batch, heads)), after
+
+
+# In what follows: heads = batch · key_heads.
+
+
+class _Sums(NamedTuple):
+    """S in two parts, that of 1 and that of V, or T: a product with 65 columns costs a fifth more
+    than one with 64, and one with a single column more than both.
+    """
+
+    normalizer: Float[Tensor, "heads num_features"]
+    values: Float[Tensor, "heads num_features value_dim"]
+
+    def of(self, heads: slice) -> _Sums:
+        return _Sums(self.normalizer[heads], self.values[heads])
+
+    def add(self, features: Tensor, values: Tensor, weight: Tensor | None, factor: float) -> None:
+        """Add factor · Fᵀ [weight values], weight 1 if None."""
+        self.values.baddbmm_(features.mT, values, alpha=factor)
+        if weight is None:
+            total = features.sum(dim=1)
+        else:
+            total = buffers.product("total", weight.mT, features).squeeze(1)
+        self.normalizer.add_(total, alpha=factor)
+
+
+class _Map:
+    """F of some heads, a tile at a time, and what flows back through it."""
+
+    def __init__(
+        self,
+        kernel: str,
+        epsilon: float,
+        root: float,
+        directions: Float[Tensor, "num_features dim"] | None,
+        like: Tensor,
+    ) -> None:
+        self.kernel = KERNELS[kernel]
+        self.epsilon = epsilon
+        self.root = root
+        self.directions = directions
+        self.factor = 1.0 if directions is None else 1 / math.sqrt(len(directions))
+        self.like = like
+        self.of_directions: Tensor | None = None  # where their gradient is added up
+
+    def wide(self, name: str, x: Tensor) -> Tensor:
+        """x in the precision of the sums."""
+        return x if x.dtype == self.like.dtype else buffers.copied(name, x, self.like)
+
+    def projected(self, name: str, x: Tensor) -> Float[Tensor, "heads rows num_features"]:
+        """u = root · x·directions."""
+        x = self.wide(f"{name} inputs", x)
+        if self.directions is None:
+            return buffers.copied(name, x, self.like).mul_(self.root)
+        return buffers.product(name, x, self.directions.expand(x.shape[0], -1, -1).mT, self.root)
+
+    def features(
+        self, projected: Float[Tensor, "heads rows num_features"], presence: Tensor | None = None
+    ) -> Float[Tensor, "heads rows num_features"]:
+        """F = f(u) + ε, and 0 for masked keys."""
+        features = self.kernel.fn(projected)
+        if features is projected:  # which the backward pass needs as it is
+            features = projected.clone()
+        features.add_(self.epsilon)
+        return features if presence is None else features.mul_(presence)
+
+    def scores(self, queries: Tensor, keys: Tensor) -> Float[Tensor, "heads rows rows"]:
+        """P, of features."""
+        return buffers.product("scores", queries, keys.mT, self.factor).tril_()
+
+    def backward(self, gradient: Tensor, projected: Tensor, x: Tensor, of_x: Tensor) -> None:
+        """Given the gradient of F, write that of x, and add that of the directions if asked for."""
+        assert self.kernel.backward is not None, "Elementwise names a kernel with a derivative"
+        gradient = self.kernel.backward(gradient, projected)
+        if self.directions is None:
+            torch.mul(gradient, self.root, out=of_x)
+            return
+        if self.of_directions is not None:
+            gradients = buffers.product("of directions", gradient.mT, self.wide("wide", x))
+            self.of_directions.add_(gradients.sum(dim=0), alpha=self.root)
+        directions = self.directions.expand(gradient.shape[0], -1, -1)
+        of_x.copy_(buffers.product("of inputs", gradient, directions, self.root))
+
+
+def _sizes(values: Float[Tensor, "heads num_features value_dim"], is_causal: bool) -> list[int]:
+    """Heads and rows of a tile."""
+    count, num_features = max(1, len(values)), values.shape[1]
+    if values.device.type != "cpu":
+        return [count, CHUNK if is_causal else 8 * CHUNK]
+    rows = TILE_BYTES // (min(HEADS, count) * num_features * values.dtype.itemsize)
+    return [HEADS, CHUNK if is_causal else max(CHUNK, rows // CHUNK * CHUNK)]
+
+
+@torch.library.custom_op(
+    "performers::kernel_attention",
+    mutates_args=(),
+    schema="(Tensor query, Tensor key, Tensor value, Tensor? directions, Tensor? presence, "
+    "Tensor normalizer, Tensor values, str kernel, float epsilon, float root, bool is_causal, "
+    "bool normalize) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+def _kernel_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    directions: Tensor | None,
+    presence: Tensor | None,
+    normalizer: Tensor,
+    values: Tensor,
+    kernel: str,
+    epsilon: float,
+    root: float,
+    is_causal: bool,
+    normalize: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The output; for each row c / D, which it was multiplied by; S after all keys, in two parts.
+
+    query: [heads, group, query_length, dim]; presence: [heads, key_length, 1], 0 for masked keys.
+    """
+    phi = _Map(kernel, epsilon, root, directions, values)
+    out = query.new_empty(*query.shape[:3], value.shape[-1])
+    rates = values.new_full((*query.shape[:3], 1), phi.factor)
+    sums = _Sums(normalizer.clone(), values.clone())
+    head_count, row_count = _sizes(values, is_causal)
+    for heads in slices(len(query), head_count):
+        state = sums.of(heads)
+
+        def keys_at(tile: slice, heads: slice = heads) -> tuple[Tensor, Tensor]:
+            """F of keys, and V."""
+            present = None if presence is None else presence[heads, tile]
+            keys = phi.features(phi.projected("key", key[heads, tile]), present)
+            return keys, phi.wide("value", value[heads, tile])
+
+        if not is_causal:
+            for tile in slices(key.shape[1], row_count):
+                keys, own_values = keys_at(tile)
+                state.add(keys, own_values, None, phi.factor)
+        for tile in slices(query.shape[2], row_count):
+            if is_causal:
+                keys, own_values = keys_at(tile)
+            for member in range(query.shape[1]):
+                queries = phi.features(phi.projected("query", query[heads, member, tile]))
+                found = buffers.product("found", queries, state.values)
+                # The vector on the left, where BLAS is fast.
+                left = state.normalizer.unsqueeze(1)
+                total = buffers.product("total", left, queries.mT).mT
+                if is_causal:
+                    scores = phi.scores(queries, keys)
+                    found.baddbmm_(scores, own_values)
+                    total = total + scores.sum(dim=-1, keepdim=True)
+                rate = rates[heads, member, tile]
+                if normalize:
+                    rate.mul_(_inverse(total * phi.factor, phi.kernel.is_nonnegative))
+                torch.mul(found, rate, out=out[heads, member, tile])
+            if is_causal:
+                state.add(keys, own_values, None, phi.factor)
+    return out, rates, *sums
+
+
+def _inverse(normalizer: Tensor, is_nonnegative: bool) -> Tensor:
+    """D⁻¹ as `reference.Partial.output` has it."""
+    if is_nonnegative:
+        return (normalizer + (normalizer == 0)).reciprocal()
+    nearly_zero = normalizer.abs() <= SIGNED_STABILIZER
+    return (normalizer + 2 * SIGNED_STABILIZER * nearly_zero).reciprocal()
+
+
+@_kernel_attention.register_fake
+def _(
+    query: Tensor, key: Tensor, value: Tensor, directions: Tensor | None, presence: Tensor | None,
+    normalizer: Tensor, values: Tensor, *_: Any,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    return (
+        query.new_empty(*query.shape[:3], value.shape[-1]),
+        values.new_empty(*query.shape[:3], 1),
+        torch.empty_like(normalizer),
+        torch.empty_like(values),
+    )
+
+
+@torch.library.custom_op(
+    "performers::kernel_attention_backward",
+    mutates_args=(),
+    schema="(Tensor out_gradient, Tensor normalizer_gradient, Tensor values_gradient, "
+    "Tensor query, Tensor key, Tensor value, Tensor? directions, Tensor? presence, "
+    "Tensor normalizer, Tensor values, Tensor out, Tensor rates, str kernel, float epsilon, "
+    "float root, bool is_causal, bool normalize, bool with_directions) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def _kernel_attention_backward(
+    out_gradient: Tensor,
+    normalizer_gradient: Tensor,
+    values_gradient: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    directions: Tensor | None,
+    presence: Tensor | None,
+    normalizer: Tensor,
+    values: Tensor,
+    out: Tensor,
+    rates: Tensor,
+    kernel: str,
+    epsilon: float,
+    root: float,
+    is_causal: bool,
+    normalize: bool,
+    with_directions: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of query, key, value, directions (empty unless asked for) and of S before the keys.
+
+    `normalizer` and `values` are S before the keys in causal attention, and S after them in
+    bidirectional attention.
+    """
+    phi = _Map(kernel, epsilon, root, directions, values)
+    factor = phi.factor
+    query_gradient, key_gradient = torch.empty_like(query), torch.empty_like(key)
+    value_gradient = torch.empty_like(value)
+    sums = _Sums(normalizer.clone(), values.clone()) if is_causal else _Sums(normalizer, values)
+    sums_gradient = _Sums(normalizer_gradient.clone(), values_gradient.clone())
+    along = torch.zeros_like(rates)  # the column of G that belongs to the normalizer
+    if with_directions and directions is not None:
+        phi.of_directions = torch.zeros_like(directions)
+    head_count, row_count = _sizes(values, is_causal)
+    for heads in slices(len(query), head_count):
+        state, later = sums.of(heads), sums_gradient.of(heads)
+
+        def keys_at(tile: slice, heads: slice = heads) -> tuple[Tensor, Tensor, Tensor]:
+            """Projections and F of keys, and V."""
+            present = None if presence is None else presence[heads, tile]
+            projected = phi.projected("key", key[heads, tile])
+            own_values = phi.wide("value", value[heads, tile])
+            return projected, phi.features(projected, present), own_values
+
+        def gradient_at(rows: tuple[slice, int, slice]) -> Tensor:
+            """The columns of G that belong to V."""
+            gradient = buffers.take("gradient", out_gradient[rows].shape, values)
+            return torch.mul(out_gradient[rows], rates[rows], out=gradient)
+
+        def scores_gradient(gradient: Tensor, along: Tensor, own_values: Tensor) -> Tensor:
+            """R."""
+            of_scores = buffers.product("of scores", gradient, own_values.mT, factor)
+            return of_scores.add_(along, alpha=factor).tril_()
+
+        for tile in slices(query.shape[2], row_count):
+            if is_causal:
+                _, keys, own_values = keys_at(tile)
+            for member in range(query.shape[1]):
+                rows = (heads, member, tile)
+                projected = phi.projected("query", query[rows])
+                gradient = gradient_at(rows)
+                if normalize:
+                    along[rows] = -(gradient * out[rows]).sum(dim=-1, keepdim=True)
+                of_queries = buffers.product("of features", gradient, state.values.mT)
+                of_queries.addcmul_(along[rows], state.normalizer.unsqueeze(1))
+                if is_causal:
+                    of_scores = scores_gradient(gradient, along[rows], own_values)
+                    of_queries.baddbmm_(of_scores, keys)
+                else:
+                    later.add(phi.features(projected), gradient, along[rows], 1.0)
+                phi.backward(of_queries, projected, query[rows], query_gradient[rows])
+            if is_causal:
+                state.add(keys, own_values, None, factor)
+        for tile in reversed(list(slices(key.shape[1], row_count))):
+            projected, keys, own_values = keys_at(tile)
+            of_keys = buffers.product("of features", own_values, later.values.mT, factor)
+            of_keys.add_(later.normalizer.unsqueeze(1), alpha=factor)
+            of_values = buffers.product("of values", keys, later.values, factor)
+            if is_causal:
+                for member in range(query.shape[1]):
+                    rows = (heads, member, tile)
+                    queries = phi.features(phi.projected("query", query[rows]))
+                    gradient = gradient_at(rows)
+                    of_scores = scores_gradient(gradient, along[rows], own_values)
+                    of_keys.baddbmm_(of_scores.mT, queries)
+                    of_values.baddbmm_(phi.scores(queries, keys).mT, gradient)
+                    later.add(queries, gradient, along[rows], 1.0)
+            if presence is not None:
+                of_keys.mul_(presence[heads, tile])
+            phi.backward(of_keys, projected, key[heads, tile], key_gradient[heads, tile])
+            value_gradient[heads, tile] = of_values
+    of_directions = query.new_empty(0) if phi.of_directions is None else phi.of_directions
+    return query_gradient, key_gradient, value_gradient, of_directions, *sums_gradient
+
+
+@_kernel_attention_backward.register_fake
+def _(
+    out_gradient: Tensor, normalizer_gradient: Tensor, values_gradient: Tensor, query: Tensor,
+    key: Tensor, value: Tensor, directions: Tensor | None, *rest: Any,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    *_, with_directions = rest
+    return (
+        torch.empty_like(query),
+        torch.empty_like(key),
+        torch.empty_like(value),
+        query.new_empty(0)
+        if directions is None or not with_directions
+        else torch.empty_like(directions),
+        torch.empty_like(normalizer_gradient),
+        torch.empty_like(values_gradient),
+    )
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)
+    *parts, normalizer, values = inputs[:7]
+    out, rates, *after = output
+    *ctx.settings, ctx.normalize = inputs[7:]
+    ctx.mark_non_differentiable(rates)
+    sums = (normalizer, values) if ctx.settings[-1] else after
+    ctx.save_for_backward(*parts, *sums, out, rates)
+
+
+def _differentiate(
+    ctx: Any, out: Tensor | None, _: Any, normalizer: Tensor | None, values: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    saved = ctx.saved_tensors  # once: activation checkpointing unpacks them a single time
+    gradients = [
+        torch.zeros_like(saved[index]) if gradient is None else gradient
+        for index, gradient in ((-2, out), (-4, normalizer), (-3, values))
+    ]
+    with_directions = ctx.needs_input_grad[3]
+    query, key, value, directions, normalizer, values = _kernel_attention_backward(
+        *gradients, *saved, *ctx.settings, ctx.normalize, with_directions
+    )
+    of_directions = directions if with_directions else None
+    return query, key, value, of_directions, None, normalizer, values, *[None] * 5
+
+
+_kernel_attention.register_autograd(_differentiate, setup_context=_keep)
+
+
+_kernel_attention_backward.register_autograd(
+    refuse_second_derivative("attention with a named kernel")
+)

@@ -1,0 +1,85 @@
+"""f of generalized kernels, K(x, y) = E[f(ω·x) f(ω·y)]: a table of functions and derivatives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+__all__ = ["KERNELS", "Kernel"]
+
+_aten = torch.ops.aten
+
+
+class Kernel(NamedTuple):
+    """f of a generalized kernel, K(x, y) = E[f(ω·x) f(ω·y)].
+
+    `fn` maps projections to values. With `is_exponential` it maps them to the logarithm of values
+    instead, so that attention can work in log space. `is_nonnegative` tells whether values are
+    never below 0. `backward` is f′: (gradient, projections) ↦ gradient · f′(projections). A row of
+    `KERNELS` that has one is computed by hand (`performers.backends.kernel_tiles`), any other
+    kernel by autograd.
+    """
+
+    fn: Callable[[Tensor], Tensor]
+    is_nonnegative: bool = False
+    is_exponential: bool = False
+    backward: Callable[[Tensor, Tensor], Tensor] | None = None
+
+
+def _itself(projected: Tensor) -> Tensor:
+    return projected
+
+
+def _elu_plus_one(projected: Tensor) -> Tensor:
+    return F.elu(projected) + 1
+
+
+def _of_relu(gradient: Tensor, projected: Tensor) -> Tensor:
+    # A product with booleans takes seven times as long.
+    return _aten.threshold_backward(gradient, projected, 0)
+
+
+def _of_sigmoid(gradient: Tensor, projected: Tensor) -> Tensor:
+    return _aten.sigmoid_backward(gradient, projected.sigmoid())
+
+
+def _of_abs(gradient: Tensor, projected: Tensor) -> Tensor:
+    return gradient * projected.sign()
+
+
+def _of_elu(gradient: Tensor, projected: Tensor) -> Tensor:
+    return _aten.elu_backward(gradient, 1, 1, 1, False, projected)
+
+
+def _of_gelu(gradient: Tensor, projected: Tensor) -> Tensor:
+    return _aten.gelu_backward(gradient, projected)
+
+
+def _of_cos(gradient: Tensor, projected: Tensor) -> Tensor:
+    return -gradient * projected.sin()
+
+
+def _of_tanh(gradient: Tensor, projected: Tensor) -> Tensor:
+    return _aten.tanh_backward(gradient, projected.tanh())
+
+
+def _of_itself(gradient: Tensor, projected: Tensor) -> Tensor:
+    return gradient
+
+
+# Figure 16 of the paper, and the feature map of Katharopoulos et al. 2020 ("elu+1").
+KERNELS: dict[str, Kernel] = {
+    "relu": Kernel(torch.relu, is_nonnegative=True, backward=_of_relu),
+    "exp": Kernel(_itself, is_nonnegative=True, is_exponential=True),
+    "sigmoid": Kernel(torch.sigmoid, is_nonnegative=True, backward=_of_sigmoid),
+    "abs": Kernel(torch.abs, is_nonnegative=True, backward=_of_abs),
+    "elu+1": Kernel(_elu_plus_one, is_nonnegative=True, backward=_of_elu),
+    "gelu": Kernel(F.gelu, backward=_of_gelu),
+    "cos": Kernel(torch.cos, backward=_of_cos),
+    "tanh": Kernel(torch.tanh, backward=_of_tanh),
+    "identity": Kernel(_itself, backward=_of_itself),
+}

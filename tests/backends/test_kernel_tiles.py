@@ -1,0 +1,179 @@
+"""Kernels without exponents, differentiated by hand: f′, the operator, and what goes around it."""
+
+import pytest
+import torch
+
+from performers import KernelFeatures, favor_attention
+from performers.backends import kernel_tiles
+from performers.functional import KERNELS
+
+pytestmark = pytest.mark.filterwarnings("ignore:features of the kernel:UserWarning")
+
+BY_HAND = [name for name, kernel in KERNELS.items() if kernel.backward is not None]
+CAUSAL = (False, True)
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Several tiles, the last not full, and several groups of heads."""
+    monkeypatch.setattr(kernel_tiles, "_sizes", lambda *_: [2, 5])
+
+
+def inputs(length=17, dtype=torch.float64):
+    """query, key, value of 2 sequences with 3 key heads and 2 queries for each."""
+    shapes = [(2, 6, length, 5), (2, 3, length, 5), (2, 3, length, 7)]
+    return [torch.randn(shape, dtype=dtype, requires_grad=True) for shape in shapes]
+
+
+def test_every_kernel_that_has_values_has_a_derivative():
+    assert set(BY_HAND) == {name for name, kernel in KERNELS.items() if not kernel.is_exponential}
+
+
+@pytest.mark.parametrize("name", BY_HAND)
+def test_the_derivative_of_a_named_kernel_is_that_of_autograd(name):
+    kernel = KERNELS[name]
+    projected = torch.cat([torch.linspace(-6, 6, 97), torch.tensor([0.0, -1e4, 1e4])])
+    projected = projected.double().requires_grad_()
+    gradient = torch.randn_like(projected)
+    (expected,) = torch.autograd.grad(kernel.fn(projected), projected, gradient)
+    torch.testing.assert_close(kernel.backward(gradient, projected.detach()), expected)
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("is_causal", CAUSAL)
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("projection", ["orthogonal", None])
+@pytest.mark.parametrize("name", BY_HAND)
+def test_by_hand_and_by_autograd_a_kernel_is_the_same(name, projection, normalize, is_causal):
+    """A callable goes through autograd, a name through the operator."""
+    options = {"projection": projection, "epsilon": 0.01}
+    maps = [KernelFeatures(5, 11, fn, **options) for fn in (name, KERNELS[name])]
+    assert [phi.elementwise is None for phi in maps] == [False, True]
+    tensors = inputs()
+    mask = torch.arange(17) % 3 != torch.tensor([[1], [2]])
+    results = []
+    for phi in maps:
+        out, state = favor_attention(
+            *tensors, phi, is_causal, mask, 0.7, normalize, enable_gqa=True, return_state=True
+        )
+        torch.manual_seed(3)
+        ways = [torch.randn_like(part) for part in (out, state.values, state.normalizer)]
+        parts = zip((out, state.values, state.normalizer), ways, strict=True)
+        gradients = torch.autograd.grad(sum((part * way).sum() for part, way in parts), tensors)
+        results.append((out, *state.parts().values(), *gradients))
+    torch.testing.assert_close(*results, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("is_causal", CAUSAL)
+def test_omega_and_a_state_have_the_gradients_of_finite_differences(is_causal):
+    phi = KernelFeatures(5, 11, "sigmoid")
+    tensors = [x.detach() for x in inputs()]
+    _, state = favor_attention(*tensors, phi, enable_gqa=True, return_state=True)
+
+    def attend(omega, normalizer, values):
+        phi.omega = omega
+        before = type(state)(state.log_scale, normalizer, values)
+        out, after = favor_attention(
+            *tensors, phi, is_causal, enable_gqa=True, initial_state=before, return_state=True
+        )
+        return out, after.normalizer, after.values
+
+    leaves = [phi.omega.double(), state.normalizer, state.values]
+    leaves = [leaf.detach().clone().requires_grad_() for leaf in leaves]
+    assert torch.autograd.gradcheck(attend, leaves, fast_mode=True)
+
+
+@pytest.mark.parametrize("is_causal", CAUSAL)
+def test_the_frame_of_a_state_does_not_matter(is_causal):
+    phi = KernelFeatures(5, 11)
+    tensors = [x.detach() for x in inputs()]
+    options = {"is_causal": is_causal, "enable_gqa": True, "return_state": True}
+    _, state = favor_attention(*tensors, phi, **options)
+    expected, after = favor_attention(*tensors, phi, initial_state=state, **options)
+    for shift in (-3.0, 3.0):
+        moved = state.rescaled(state.log_scale + shift)
+        out, other = favor_attention(*tensors, phi, initial_state=moved, **options)
+        torch.testing.assert_close(out, expected)
+        torch.testing.assert_close(other.rescaled(after.log_scale).values, after.values)
+
+
+def test_a_callable_may_hold_parameters_that_learn():
+    slope = torch.nn.PReLU(dtype=torch.float64)
+    out = favor_attention(*inputs(), KernelFeatures(5, 11, slope), enable_gqa=True)
+    out.square().sum().backward()
+    assert slope.weight.grad.abs() > 0
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_inputs_of_half_precision_have_the_gradients_of_float32():
+    halves = inputs(dtype=torch.bfloat16)
+    wide = [x.detach().float().requires_grad_() for x in halves]
+    for is_causal in CAUSAL:
+        for name in ("relu", "gelu"):
+            results = []
+            for tensors in (halves, wide):
+                out = favor_attention(
+                    *tensors, KernelFeatures(5, 11, name), is_causal, normalize=False,
+                    enable_gqa=True,
+                )  # fmt: skip
+                gradients = torch.autograd.grad(out.sum(), tensors)
+                results.append([x.float() for x in (out, *gradients)])
+            torch.testing.assert_close(*results, rtol=0.02, atol=0.01)
+
+
+@pytest.mark.usefixtures("without_shape_checks", "small_tiles")
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("is_causal", CAUSAL)
+@pytest.mark.parametrize("has_directions", [True, False])
+def test_it_is_a_lawful_operator(has_directions, is_causal):
+    num_features = 11 if has_directions else 5
+    shapes = [(3, 2, 17, 5), (3, 17, 5), (3, 17, 7), (3, num_features), (3, num_features, 7)]
+    query, key, value, normalizer, values = (
+        torch.randn(shape, dtype=torch.float64).requires_grad_() for shape in shapes
+    )
+    directions = torch.randn(11, 5, dtype=torch.float64, requires_grad=True)
+    presence = (torch.rand(3, 17, 1) > 0.3).double()
+    arguments = [query, key, value, directions if has_directions else None, presence]
+    arguments += [normalizer.detach().abs().requires_grad_(), values]
+    torch.library.opcheck(
+        kernel_tiles._kernel_attention, [*arguments, "sigmoid", 0.1, 0.7, is_causal, True]
+    )
+
+
+def test_a_second_derivative_is_refused_and_told_where_to_find_it():
+    query, key, value = inputs()
+    out = favor_attention(query, key, value, KernelFeatures(5, 11), enable_gqa=True)
+    (gradient,) = torch.autograd.grad(out.square().sum(), query, create_graph=True)
+    with pytest.raises(RuntimeError, match='backend="reference"'):
+        torch.autograd.grad(gradient.sum(), key)
+
+
+ONE_GRAPH = """
+import torch
+from performers import KernelFeatures, favor_attention
+
+phi = KernelFeatures(5, 11, {name!r}, projection={projection!r})
+compiled = torch.compile(favor_attention, backend="aot_eager", fullgraph=True)
+for length in (7, 131):
+    query, key, value = torch.randn(3, 2, 3, length, 5).unbind()
+    query.requires_grad_()
+    results = []
+    for attend in (favor_attention, compiled):
+        out = attend(query, key, value, phi, is_causal={is_causal})
+        results.append((out, torch.autograd.grad(out.square().sum(), query)[0]))
+    torch.testing.assert_close(*results)
+print("equal")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "projection", "is_causal"),
+    [("relu", "orthogonal", False), ("relu", "orthogonal", True), ("elu+1", None, True)],
+)
+def test_a_compiled_call_is_one_graph_also_at_a_second_length(
+    fresh_python, name, projection, is_causal
+):
+    script = ONE_GRAPH.format(name=name, projection=projection, is_causal=is_causal)
+    assert fresh_python(script).endswith("equal")
