@@ -362,7 +362,7 @@ class _Side(NamedTuple):
     def log_linear(self, x: Float[Tensor, "*batch length dim"]) -> LogLinear:
         centered = x - self.shift
         mapped = centered @ self.matrix
-        offset = (centered * self.other_shift).sum(dim=-1, keepdim=True) + self.constant
+        offset = centered @ self.other_shift.mT + self.constant
         return LogLinear(mapped, self.directions, offset, self.tilt)
 
 
