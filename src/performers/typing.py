@@ -129,7 +129,7 @@ class LogLinearSide(NamedTuple):
         centered = x if self.shift is None else x - self.shift
         offset = self.constant
         if self.linear is not None:
-            offset = (centered * self.linear).sum(dim=-1, keepdim=True) + offset
+            offset = centered @ self.linear.mT + offset
         inputs = centered if self.matrix is None else centered @ self.matrix
         return LogLinear(inputs, self.directions, offset, self.tilt)
 

@@ -17,6 +17,7 @@ from performers.functional.sharp import (
     ReparametrizedFeatures,
     optimal_exponent,
     received_attention,
+    sampled,
     sharpen,
 )
 from performers.theory import optimal_positive_parameter
@@ -154,9 +155,42 @@ def test_balance_minimizes_the_spread():
         assert (best <= spread(nearby) * 1.001).all()  # the floor on covariances moves it a little
 
 
+def test_a_sample_is_evenly_spaced_among_the_positions_shown():
+    position = torch.arange(3 * 2003.0)[None, None, :, None]
+    shown = torch.arange(3 * 2003).remainder(3).eq(1)[None]
+    alone, nothing = sampled(position[:, :, :2003], None)
+    among, mask = sampled(position.masked_fill(~shown[:, None, :, None], math.nan), shown)
+    assert nothing is None
+    assert mask.all()
+    assert torch.equal(among, 3 * alone + 1)
+    gaps = alone.diff(dim=2)
+    assert gaps.min() == 2003 // 997
+    assert gaps.max() == 2003 // 997 + 1
+    assert alone.min() + alone.max() == 2002  # centered
+
+
+@pytest.mark.parametrize("length", [331, 2003])
+def test_neither_padding_nor_its_batch_changes_the_statistics_of_a_sequence(length):
+    shape = {"heads": 3, "batch": 1, "dtype": torch.float64}
+    query, key, _ = anisotropic_inputs(length=length, **shape)
+    others = anisotropic_inputs(length=3001, **shape)
+    phi = SharpFeatures(5, 11, 3, "call")
+    alone = phi.fitted(query, key, None, scale=1.0, is_streaming=False)
+    for first in (0, 3001 - length):
+        mask = torch.ones(2, 3001, dtype=torch.bool)
+        mask[0] = False
+        mask[0, first : first + length] = True
+        batch = [torch.cat([torch.full_like(x, math.nan), x]) for x in others[:2]]
+        for wide, x in zip(batch, (query, key), strict=True):
+            wide[0, :, first : first + length] = x[0]
+        padded = phi.fitted(*batch, mask, scale=1.0, is_streaming=False)
+        for part, expected in zip(padded.reparametrization, alone.reparametrization, strict=True):
+            torch.testing.assert_close(part[:1].abs(), expected.abs())  # axes have no sign
+
+
 @pytest.mark.parametrize("repeats", [1, 17])
 def test_keys_receive_the_attention_of_queries_all_along_the_sequence(repeats):
-    query, key = torch.randn(2, 3, 64, 5), torch.randn(2, 3, 131, 5)
+    query, key = torch.randn(2, 3, 32, 5), torch.randn(2, 3, 131, 5)
     received = received_attention(query.repeat_interleave(repeats, dim=2), key)
     torch.testing.assert_close(received, (query @ key.mT).softmax(-1).sum(-2))
 
@@ -169,10 +203,10 @@ def test_what_a_mask_hides_neither_gives_nor_receives_attention(length):
     padded = [torch.full((2, 6, 3 * length, 5), math.nan) for _ in range(2)]
     for wide, x in zip(padded, (query, key), strict=True):
         wide[:, :, 1::3] = x
-    received = received_attention(*padded, shown, shown)
-    torch.testing.assert_close(received[:, :, 1::3], alone)
-    assert received[:, :, 0::3].eq(0).all()
-    assert received[:, :, 2::3].eq(0).all()
+    (query, mask), (key, _) = (sampled(wide, shown) for wide in padded)
+    received = received_attention(query, key, mask, mask)
+    torch.testing.assert_close(received[:, :, :length], alone)
+    assert received[:, :, length:].eq(0).all()
 
 
 def test_a_weight_of_n_is_n_equal_vectors():
@@ -186,7 +220,7 @@ def test_a_weight_of_n_is_n_equal_vectors():
 
 
 def test_keys_count_by_the_attention_they_receive():
-    query, key, _ = anisotropic_inputs(length=64, key_heads=6, batch=1)
+    query, key, _ = anisotropic_inputs(length=32, key_heads=6, batch=1)
     key[:, :, 5] = 3 * query.mean(dim=2)  # one key that draws attention to it
     phi = SharpFeatures(5, 11, 6)
     phi.calibrate(query, key, scale=1.0)
@@ -464,6 +498,16 @@ def test_whatever_calibration_sees_the_identities_hold(poor):
     size = max(1.0, *(float(part.abs().max()) for part in (r.query_shift, r.key_shift))) ** 2
     torch.testing.assert_close(scores, query @ key.mT, rtol=0, atol=1e-10 * size)
     assert favor_attention(query.float(), key.float(), value.float(), phi).isfinite().all()
+
+
+def test_a_covariance_that_rounding_left_indefinite_changes_nothing_but_the_origin():
+    variances = torch.tensor([1.0, 1, 1, -1e-3], dtype=torch.float64)
+    count, mean = torch.tensor([1e6], dtype=torch.float64), torch.ones(1, 4, dtype=torch.float64)
+    moments = Moments(count, mean, variances.diag()[None])
+    r = sharpen(moments, moments)
+    assert torch.equal(r.query_map, torch.eye(4, dtype=torch.float64)[None])
+    assert torch.equal(r.key_map, r.query_map)
+    assert r.exponent.isfinite().all()
 
 
 @pytest.mark.parametrize("poor", ["length 0", "batch 0"])

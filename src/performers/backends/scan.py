@@ -68,7 +68,9 @@ def scan(
     )
     frame = frame + queries.log_rows.unflatten(2, (-1, length))
     after = replace(state, log_scale=log_scale, values=sums[..., :-1], normalizer=sums[..., -1])
-    return Partial(both[..., :-1], both[..., -1:], frame), after
+    # one gradient by `split`, where slices would have two of the whole width
+    numerator, normalizer = both.split([value.shape[-1], 1], dim=-1)
+    return Partial(numerator, normalizer, frame), after
 
 
 def _flattened(part: LogLinear, batch: int, heads: int) -> tuple[Tensor, Tensor]:

@@ -43,6 +43,7 @@ __all__ = [
     "ReparametrizedFeatures",
     "optimal_exponent",
     "received_attention",
+    "sampled",
     "sharpen",
 ]
 
@@ -55,9 +56,39 @@ VARIANCE_FLOOR = 1e-4
 # norms and at 1024 projections; with fewer projections a little more would be a little better.
 QUERY_RATIO = 2.0
 
-# With this many queries of a sequence the attention that keys receive is measured. All of them, or
-# half as many, make features of a pretrained model no sharper and no less sharp.
-SAMPLED_QUERIES = 64
+# Statistics of a sequence are those of this many of its positions. A prime, so that evenly spaced
+# ones meet every phase of whatever is periodic in the sequence, such as the rows of an image.
+SAMPLED_POSITIONS = 997
+
+# With this many queries of a sequence the attention that keys receive is measured. All of them make
+# features of a pretrained model no sharper.
+SAMPLED_QUERIES = 32
+
+
+def sampled(
+    x: Float[Tensor, "batch heads length dim"],
+    mask: Bool[Tensor, "batch length"] | None = None,
+    count: int = SAMPLED_POSITIONS,
+) -> tuple[Float[Tensor, "batch heads sample dim"], Bool[Tensor, "batch sample"] | None]:
+    """`count` positions of each sequence, evenly spaced among those that the mask shows, or all of
+    these where they are no more; and which of the sample are such positions, the others being 0.
+
+    Neither what the mask hides nor the other sequences of the batch change which they are.
+    """
+    length = x.shape[2]
+    rank = torch.arange(min(count, length), device=x.device)
+    if mask is None:
+        if length <= count:
+            return x, None
+        return x.index_select(2, (2 * rank + 1) * length // (2 * count)), None
+    shown = mask.sum(dim=1, keepdim=True)
+    chosen = shown.clamp(max=count)
+    # the middle of each of `chosen` equal parts of the positions shown
+    place = (2 * rank + 1) * shown // (2 * chosen).clamp(min=1)
+    index = (~mask).byte().argsort(dim=1, stable=True).gather(1, place)
+    mask = rank < chosen
+    x = x.take_along_dim(index[:, None, :, None], dim=2)
+    return x.masked_fill_(~mask[:, None, :, None], 0.0), mask
 
 
 @dataclass(frozen=True)
@@ -75,23 +106,27 @@ class Moments:
         mask: Bool[Tensor, "batch length"] | None = None,
         weight: Float[Tensor, "batch heads length"] | None = None,
     ) -> Moments:
-        """Moments of each head of each sequence, over the positions that the mask shows.
+        """Moments of each head of each sequence, over the positions that the mask shows; the others
+        must be finite.
 
-        `weight`: how much each of these counts, on any scale. None: all the same.
+        `weight`: how much each of these counts, on any scale. None: all the same. Sums are taken of
+        deviations from the mean, in float32 at least.
         """
-        x = x.detach().double()
+        x = x.detach().to(torch.promote_types(x.dtype, torch.float32))
         shown = x.new_ones(len(x), 1, x.shape[2], 1)
         if mask is not None:
             shown = mask[:, None, :, None].to(x.dtype)
-            x = x.masked_fill(shown == 0, 0.0)
-        count = shown.sum(dim=2).squeeze(-1)
-        share = shown if weight is None else shown * weight.detach().double().unsqueeze(-1)
+        share = shown if weight is None else shown * weight.detach().to(x.dtype).unsqueeze(-1)
         total = share.sum(dim=2, keepdim=True)
         share = share / total.where(total > 0, 1.0)
-        mean = (share * x).sum(dim=2)
-        centered = x - mean.unsqueeze(2)
-        covariance = (share * centered).mT @ centered
-        return cls(count.expand(mean.shape[:-1]), mean, covariance)
+        mean = share.mT @ x
+        half = (x - mean).mul_(share.sqrt())
+        count = shown.sum(dim=2).squeeze(-1).expand(x.shape[:2])
+        return cls(count, mean.squeeze(2), half.mT @ half)
+
+    def scaled(self, factor: float) -> Moments:
+        """The moments of the vectors times a factor."""
+        return Moments(self.count, self.mean * factor, self.covariance * factor**2)
 
     def merge(self, other: Moments) -> Moments:
         """The moments of both sets of vectors together (Chan et al. 1979)."""
@@ -121,38 +156,33 @@ def received_attention(
     key: Float[Tensor, "batch heads length dim"],
     query_mask: Bool[Tensor, "batch rows"] | None = None,
     key_mask: Bool[Tensor, "batch length"] | None = None,
+    scale: float = 1.0,
 ) -> Float[Tensor, "batch heads length"]:
-    """Σ_i softmax_j(q_i·k_j) of each key j, over 64 queries: its weight in all outputs together.
+    """Σ_i softmax_j(scale q_i·k_j) of each key j, over 32 queries: its weight in all outputs
+    together.
 
-    The queries are evenly spaced among those that the mask shows, and the same whatever it hides;
-    where there are fewer, they come again. Hidden keys receive nothing. Attention is bidirectional:
-    a causal mask makes no difference to how sharp the features of causal attention become.
+    The queries are a sample of those that the mask shows. Hidden keys, which must be finite,
+    receive nothing. Attention is bidirectional: a causal mask makes no difference to how sharp the
+    features of causal attention become.
 
-    Cost: O(length · dim) per head, a quarter of what 256 features of the keys cost.
+    Cost: O(length · dim) per head, an eighth of what 256 features of the keys cost.
     """
-    query, key = query.detach(), key.detach()
-    count = SAMPLED_QUERIES if query.shape[2] > 0 else 0
-    places = (torch.arange(count, device=query.device) + 0.5) / SAMPLED_QUERIES
-    if query_mask is None:
-        query = query[:, :, (places * query.shape[2]).long()]
-    else:
-        shown_first = (~query_mask).byte().argsort(dim=1, stable=True)
-        ranks = (places * query_mask.sum(dim=1, keepdim=True)).long()
-        index = shown_first.gather(1, ranks)[:, None, :, None]
-        query = query.take_along_dim(index, dim=2)
+    query, shown = sampled(query.detach(), query_mask, SAMPLED_QUERIES)
+    scores = (query * scale) @ key.detach().mT
     if key_mask is not None:
-        hidden = ~key_mask[:, None, :, None]
-        key = key.masked_fill(hidden, 0.0)
-    scores = query @ key.mT
-    if key_mask is not None:
-        scores = scores.masked_fill(hidden.mT, torch.finfo(scores.dtype).min)
-    return scores.softmax(dim=-1).sum(dim=2)
+        lowest = torch.finfo(scores.dtype).min
+        scores = scores.masked_fill_(~key_mask[:, None, None, :], lowest)
+    attention = scores.softmax(dim=-1)
+    if shown is not None:
+        attention = attention * shown[:, None, :, None]
+    return attention.sum(dim=2)
 
 
 class Reparametrization(NamedTuple):
     """a, b, M, M⁻ᵀ and A of the module's docstring; leading dimensions are those of the heads.
 
-    float64, because M and M⁻ᵀ undo each other only to the precision in which they are kept.
+    M and M⁻ᵀ undo each other only to the precision in which they are kept: that of the moments,
+    which is float64 for a calibration.
     """
 
     query_shift: Float[Tensor, "*batch dim"]
@@ -187,7 +217,8 @@ def sharpen(
     paper). Where nothing can be learned, from no data or data that do not vary, it is the identity:
     any reparametrization is correct, only less sharp.
 
-    Cost: two eigendecompositions of dim × dim in float64 per head.
+    Cost: one Cholesky and one eigendecomposition of dim × dim per head, in the precision of the
+    moments.
     """
     check_choice("optimal", optimal, OPTIMAL)
     dim = queries.mean.shape[-1]
@@ -195,19 +226,20 @@ def sharpen(
     if not shift:
         query_shift, key_shift = torch.zeros_like(query_shift), torch.zeros_like(key_shift)
     query_covariance, key_covariance = _regular(queries), _regular(keys)
-    eye = torch.eye(dim, dtype=torch.float64, device=queries.mean.device)
+    eye = torch.eye(dim, dtype=query_shift.dtype, device=query_shift.device)
     query_map = key_map = eye.expand_as(query_covariance)
     if balance:
-        query_map, key_map = _balancing_maps(query_covariance, key_covariance)
+        query_map, key_map, is_found = _balancing_maps(query_covariance, key_covariance)
         query_map, key_map = query_map * query_ratio**0.5, key_map / query_ratio**0.5
-        both_vary = (_mean_variance(queries) > 0) & (_mean_variance(keys) > 0)
-        query_map = torch.where(both_vary[..., None, None], query_map, eye)
-        key_map = torch.where(both_vary[..., None, None], key_map, eye)
+        is_found = is_found & (_mean_variance(queries) > 0) & (_mean_variance(keys) > 0)
+        query_map = torch.where(is_found[..., None, None], query_map, eye)
+        key_map = torch.where(is_found[..., None, None], key_map, eye)
     # E(q_i + k_i)² of the mapped coordinates, queries and keys independent of each other
     mean = _mapped(query_map, queries.mean - query_shift) + _mapped(key_map, keys.mean - key_shift)
     spread = mean.square()
-    spread = spread + (query_map @ queries.covariance @ query_map.mT).diagonal(dim1=-2, dim2=-1)
-    spread = spread + (key_map @ keys.covariance @ key_map.mT).diagonal(dim1=-2, dim2=-1)
+    for matrix, covariance in ((query_map, queries.covariance), (key_map, keys.covariance)):
+        variance = (matrix @ covariance * matrix).sum(dim=-1)  # the diagonal of M Σ Mᵀ
+        spread = spread + variance.clamp(min=0)  # rounding may leave the least below 0
     if optimal == "coordinate":
         exponent = optimal_exponent(spread, dim=1)
     elif optimal == "isotropic":
@@ -319,12 +351,12 @@ class ReparametrizedFeatures:
 
 def _regular(moments: Moments) -> Tensor:
     """The covariance, shrunk toward a ball as if by one more vector, so that it can be inverted."""
-    dim = moments.mean.shape[-1]
-    eye = torch.eye(dim, dtype=torch.float64, device=moments.mean.device)
-    ball = _mean_variance(moments)[..., None, None] * eye
-    ball = torch.where(ball.diagonal(dim1=-2, dim2=-1)[..., None] > 0, ball, eye)
-    share = (1 / (moments.count + 1)).clamp(min=VARIANCE_FLOOR)[..., None, None]
-    return (1 - share) * moments.covariance + share * ball
+    variance = _mean_variance(moments)
+    share = (1 / (moments.count + 1)).clamp(min=VARIANCE_FLOOR)
+    regular = (1 - share)[..., None, None] * moments.covariance
+    ball = share * variance.where(variance > 0, 1.0)
+    regular.diagonal(dim1=-2, dim2=-1).add_(ball.unsqueeze(-1))
+    return regular
 
 
 def _mean_variance(moments: Moments) -> Tensor:
@@ -332,28 +364,25 @@ def _mean_variance(moments: Moments) -> Tensor:
     return moments.covariance.diagonal(dim1=-2, dim2=-1).sum(dim=-1) / dim
 
 
-def _balancing_maps(query_covariance: Tensor, key_covariance: Tensor) -> tuple[Tensor, Tensor]:
-    """M and M⁻ᵀ with M Σ_q Mᵀ = M⁻ᵀ Σ_k M⁻¹, diagonal.
+def _balancing_maps(
+    query_covariance: Tensor, key_covariance: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """M and M⁻ᵀ with M Σ_q Mᵀ = M⁻ᵀ Σ_k M⁻¹, diagonal: MᵀM is the matrix geometric mean of Σ_q⁻¹
+    and Σ_k. And whether they were found: not where rounding has left Σ_q indefinite.
 
-    MᵀM is the matrix geometric mean of Σ_q⁻¹ and Σ_k.
+        Σ_q = C Cᵀ,    Cᵀ Σ_k C = U Λ Uᵀ,    M = Λ^¼ Uᵀ C⁻¹,    M⁻ᵀ = Λ^(−¼) Uᵀ Cᵀ
+
+    Both covariances become Λ^½.
+
+    Source: Laub et al. 1987, which balances the two Gramians of a control system so.
     """
-    root = _power(query_covariance, 0.5)
-    inverse_root = _power(query_covariance, -0.5)
-    metric = inverse_root @ _power(root @ key_covariance @ root, 0.5) @ inverse_root
-    metric_root = _power(metric, 0.5)
-    _, axes = torch.linalg.eigh(_symmetric(metric_root @ query_covariance @ metric_root))
-    return axes.mT @ metric_root, axes.mT @ _power(metric, -0.5)
-
-
-def _power(matrix: Tensor, exponent: float) -> Tensor:
-    values, vectors = torch.linalg.eigh(_symmetric(matrix))
+    factor, failure = torch.linalg.cholesky_ex(query_covariance)
+    values, axes = torch.linalg.eigh(factor.mT @ key_covariance @ factor)
     # rounding may leave the least eigenvalues at or below 0
-    least = values.amax(dim=-1, keepdim=True) * 1e-14
-    return (vectors * values.clamp(min=least).pow(exponent).unsqueeze(-2)) @ vectors.mT
-
-
-def _symmetric(matrix: Tensor) -> Tensor:
-    return (matrix + matrix.mT) / 2
+    least = values.amax(dim=-1, keepdim=True) * torch.finfo(values.dtype).eps
+    stretch = values.clamp(min=least).pow(0.25).unsqueeze(-1)
+    query_map = stretch * torch.linalg.solve_triangular(factor, axes.mT, upper=False, left=False)
+    return query_map, (factor @ axes).mT / stretch, failure == 0
 
 
 def _mapped(matrix: Tensor, vector: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from performers.functional.sharp import (
     Reparametrization,
     ReparametrizedFeatures,
     received_attention,
+    sampled,
     sharpen,
 )
 from performers.nn.feature_maps import RandomFeatures
@@ -33,6 +34,7 @@ class SharpFeatures(RandomFeatures):
     plain positive features. "call" takes the statistics of every call from its own queries and
     keys, each sequence by itself: sharper still, but for bidirectional attention only, because the
     statistics of a whole sequence tell its past about its future.
+    Either way they are taken from at most 997 positions of a sequence, evenly spaced.
     `num_heads`: key heads; each has statistics of its own.
     `shift`, `balance`, `optimal`: the three steps of `performers.functional.sharp`, all on.
     `query_ratio`: how many times as long as keys balance makes queries. 1 is best beside a window
@@ -115,7 +117,7 @@ class SharpFeatures(RandomFeatures):
         Raises ValueError where a visible query or key is not finite, naming the head.
         """
         scale = self.default_scale if scale is None else scale
-        queries, keys = self._moments_of(query, key, key_padding_mask, scale)
+        queries, keys = self._moments_of(query.double(), key.double(), key_padding_mask, scale)
         if key.shape[1] != self.num_heads:
             raise ValueError(
                 f"calibration needs keys with {self.num_heads} heads, which these features were "
@@ -209,8 +211,8 @@ class SharpFeatures(RandomFeatures):
     def _moments_of(
         self, query: Tensor, key: Tensor, key_padding_mask: Tensor | None, scale: float
     ) -> tuple[Moments, Moments]:
-        """Moments of scaled queries and keys per sequence and key head; a group of queries is one
-        set, and a key counts by the attention that it receives."""
+        """Moments of scaled queries and keys per sequence and key head, from a sample of positions;
+        a group of queries is one set, and a key counts by the attention that it receives."""
         check_attention_inputs(
             query,
             key,
@@ -222,14 +224,17 @@ class SharpFeatures(RandomFeatures):
         )
         check_feature_map(query, self.dim, self.num_redraws.device)
         group = query.shape[1] // key.shape[1]
-        rows = query.unflatten(1, (key.shape[1], group)).flatten(2, 3)
-        query_mask = None
-        if key_padding_mask is not None and query.shape[2] == key.shape[2]:
-            query_mask = key_padding_mask.repeat(1, group)
-        root = math.sqrt(scale)
-        rows, key = rows.double() * root, key.double() * root
-        received = received_attention(rows, key, query_mask, key_padding_mask)
-        return Moments.of(rows, query_mask), Moments.of(key, key_padding_mask, received)
+        query_mask = key_padding_mask if query.shape[2] == key.shape[2] else None
+        rows, query_mask = sampled(query.detach(), query_mask)
+        keys, key_mask = sampled(key.detach(), key_padding_mask)
+        rows = rows.unflatten(1, (key.shape[1], group)).flatten(2, 3)
+        if query_mask is not None:
+            query_mask = query_mask.repeat(1, group)
+        wide, root = torch.promote_types(query.dtype, torch.float32), math.sqrt(scale)
+        rows, keys = rows.to(wide), keys.to(wide)
+        received = received_attention(rows, keys, query_mask, key_mask, scale)
+        queries = Moments.of(rows, query_mask)
+        return queries.scaled(root), Moments.of(keys, key_mask, received).scaled(root)
 
     def _sharpened(self, queries: Moments, keys: Moments) -> Reparametrization:
         return sharpen(
@@ -244,7 +249,8 @@ class SharpFeatures(RandomFeatures):
 
 def _finite(moments: Moments) -> Moments:
     """Moments in which what is not finite counts as nothing learned; attention shows it anyway."""
-    ok = moments.covariance.isfinite().all(dim=-1).all(dim=-1)
+    # |Σ_ij| is at most the larger of Σ_ii and Σ_jj
+    ok = moments.covariance.diagonal(dim1=-2, dim2=-1).isfinite().all(dim=-1)
     return Moments(
         moments.count * ok,
         moments.mean.where(ok[..., None], 0.0),

@@ -23,6 +23,7 @@ import triton.language as tl
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from performers.backends.derivatives import refuse_second_derivative
 from performers.backends.triton import decoding, gradients, reading, states
 from performers.backends.triton.config import OPERANDS, Config, config_for
 from performers.backends.triton.maps import KernelMap
@@ -251,15 +252,8 @@ def _differentiate(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
     return d_query, d_key, d_value, None, None, d_normalizers, d_values, *(None,) * 5
 
 
-def _refuse_second_derivative(ctx: Any, *_: Any) -> Any:
-    raise RuntimeError(
-        "the Triton kernels have a first derivative only. For second derivatives pass "
-        'backend="reference" to the attention call.'
-    )
-
-
 _contraction.register_autograd(_differentiate, setup_context=_save)
-_contraction_backward.register_autograd(_refuse_second_derivative)
+_contraction_backward.register_autograd(refuse_second_derivative("the Triton backend"))
 
 
 @dataclass(frozen=True)
