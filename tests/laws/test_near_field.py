@@ -255,3 +255,47 @@ def test_a_batch_of_any_size_and_none_is_served(field, is_causal):
     for rows in (slice(0, 1), slice(1, 2), slice(0, 0)):
         part = favor_attention(*(x[rows] for x in tensors), feature_map(), is_causal, **options)
         torch.testing.assert_close(part, whole[rows])
+
+
+COMPILED = """
+import torch
+from performers import SharpFeatures, favor_attention
+
+torch.manual_seed(0)
+phi = SharpFeatures(8, 12, num_heads=2)
+tensors = [x.requires_grad_() for x in torch.randn(3, 2, 2, 23, 8).unbind()]
+phi.calibrate(*tensors[:2])
+
+
+def attend(query, key, value, mask, is_causal, state=None, return_state=False):
+    return favor_attention(
+        query, key, value, phi, is_causal, mask, window_size=4, num_sinks=2,
+        initial_state=state, return_state=return_state,
+    )
+
+
+compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+for is_causal in (False, True):
+    for length in (19, 23):
+        inputs = [x[:, :, :length] for x in tensors]
+        mask = torch.arange(length) >= torch.tensor([[3], [0]])
+        outputs = [f(*inputs, mask, is_causal) for f in (attend, compiled)]
+        torch.testing.assert_close(*outputs)
+        gradients = [torch.autograd.grad(out.square().sum(), tensors) for out in outputs]
+        for one, other in zip(*gradients):
+            torch.testing.assert_close(one, other)
+
+with torch.no_grad():
+    _, state = attend(*(x[:, :, :9] for x in tensors), None, True, return_state=True)
+    other = state
+    for position in range(9, 14):  # over the end of a block
+        token = [x[:, :, position : position + 1] for x in tensors]
+        one, state = attend(*token, None, True, state, True)
+        two, other = compiled(*token, None, True, other, True)
+        torch.testing.assert_close(one, two)
+"""
+
+
+@pytest.mark.slow
+def test_near_fields_of_any_length_and_steps_compile_as_one_graph(fresh_python):
+    fresh_python(COMPILED)

@@ -202,18 +202,22 @@ class _Side(NamedTuple):
         )
 
     def mapped(self, heads: slice, x: Tensor, y: Tensor, number: Tensor) -> None:
-        """Write y and number, [heads, rows, dim] and [heads, rows]."""
-        spare = buffers.take("spare", x.shape, x)
-        if self.shift is not None:
-            centered = buffers.take("centered", x.shape, x)
-            x = torch.sub(x, _of(self.shift, heads), out=centered)
-        if isinstance(self.matrix, float):
-            torch.mul(x, self.matrix, out=y)
-        else:
-            torch.bmm(x, _of(self.matrix, heads).expand(len(x), -1, -1), out=y)
-        torch.sum(torch.mul(y, y, out=spare), dim=-1, out=number).mul_(-0.5)
-        if self.linear is not None:
-            number.add_(torch.mul(x, _of(self.linear, heads), out=spare).sum(dim=-1))
+        """Write y and number, [heads, rows, dim] and [heads, rows], so many rows at a time that
+        they stay in the cache."""
+        size = TILE_BYTES // (4 * len(x) * x.shape[2] * x.element_size())
+        for rows in slices(x.shape[1], max(64, size)):
+            part, of_part, of_number = x[:, rows], y[:, rows], number[:, rows]
+            spare = buffers.take("spare", part.shape, x)
+            if self.shift is not None:
+                centered = buffers.take("centered", part.shape, x)
+                part = torch.sub(part, _of(self.shift, heads), out=centered)
+            if isinstance(self.matrix, float):
+                torch.mul(part, self.matrix, out=of_part)
+            else:
+                torch.bmm(part, _of(self.matrix, heads).expand(len(x), -1, -1), out=of_part)
+            torch.sum(torch.mul(of_part, of_part, out=spare), dim=-1, out=of_number).mul_(-0.5)
+            if self.linear is not None:
+                of_number.add_((part @ _of(self.linear, heads).mT).squeeze(-1))
 
     def mapped_back(self, heads: slice, y: Tensor, of_y: Tensor, of_number: Tensor) -> Tensor:
         """The gradient of x; that of y is lost."""
