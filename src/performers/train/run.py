@@ -107,7 +107,7 @@ class Run:
 
         Under torchrun only the first process has them; the others return None. Interrupted at any
         moment, a run prepared with `resume=True` goes on from the last whole checkpoint and ends
-        with the same numbers.
+        with the same numbers; one of `max_seconds` ends after the same time instead.
         """
         models = [
             self._train_model(one, _place(self.folder, self.config, name))
@@ -127,7 +127,7 @@ class Run:
         return metrics
 
     def _train_model(self, config: RunConfig, folder: Path) -> dict[str, Any]:
-        """Train one model to its last step and score it, or read what was found before."""
+        """Train one model to its end and score it, or read what was found before."""
         result = folder / "result.json"
         if not result.exists():
             trainer = train_to_the_end(
