@@ -167,8 +167,8 @@ def load_config(config: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
     Raises FileNotFoundError for a config that is not there, ValueError for everything in it that
     cannot be meant.
 
-    >>> load_config("demo", ["trainer.max_steps=7"]).trainer["max_steps"]
-    7
+    >>> load_config("demo", ["max_seconds=7"]).max_seconds
+    7.0
     """
     path = _find(config)
     try:
