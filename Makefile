@@ -15,7 +15,7 @@ help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
 
 demo: export OMP_NUM_THREADS = $(shell nproc)
-demo: $(VENV)/installed-for-use ## train a small Performer on real proteins and write runs/demo/report.html
+demo: $(VENV)/installed-for-use ## train a small Performer on long sequences of proteins and write runs/demo/report.html
 	$(DEMO)
 
 test: $(VENV)/installed-for-development ## run the tests, the examples in docstrings included

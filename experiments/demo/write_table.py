@@ -16,39 +16,33 @@ BLOCK = re.compile(r"(<!-- results:demo -->\n).*?(<!-- /results:demo -->)", re.D
 
 
 def table(metrics: dict[str, Any]) -> str:
-    """The models of the run beside the empirical baseline, and how the numbers were made."""
-    header = ["", "accuracy", "perplexity", "bits per character"]
-    header += ["accuracy, families held out", "peak memory"]
-    baseline = metrics["baseline"]
-    rows = [["empirical baseline", *_scores(baseline), ""]]
+    """What each model saw, reached and took, beside the empirical baseline, and how."""
+    header = ["", "tokens seen", "accuracy", "bits per character", "peak memory"]
+    rows = []
     for model in metrics["models"]:
         memory = f"{model['peak_memory'] / 2**20:.0f} MiB"
-        rows.append([f"`{model['attention']}`", *_scores(model["metrics"]), memory])
+        name, scores = f"`{model['attention']}`", _scores(model["metrics"]["valid"])
+        rows.append([name, f"{model['tokens']:,}", *scores, memory])
+    rows.append(["empirical baseline", "", *_scores(metrics["baseline"]["valid"]), ""])
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
     return "\n".join([*("| " + " | ".join(line) + " |" for line in lines), "", _made(metrics)])
 
 
-def _scores(metrics: dict[str, dict[str, float]]) -> list[str]:
-    valid = metrics["valid"]
-    return [
-        f"{valid['accuracy']:.2%}",
-        f"{valid['perplexity']:.2f}",
-        f"{valid['bits_per_character']:.3f}",
-        f"{metrics['ood']['accuracy']:.2%}",
-    ]
+def _scores(scores: dict[str, float]) -> list[str]:
+    return [f"{scores['accuracy']:.2%}", f"{scores['bits_per_character']:.3f}"]
 
 
 def _made(metrics: dict[str, Any]) -> str:
-    environment, data = metrics["environment"], metrics["data"]
-    model, versions = metrics["models"][0], environment["packages"]
+    environment, data, config = metrics["environment"], metrics["data"], metrics["config"]
+    versions = environment["packages"]
+    steps = [f"{model['steps']:,}" for model in metrics["models"]]
     facts = [
         f"Made by `performers train demo` on {metrics['created'][:10]}",
-        f"{model['steps']} optimizer steps",
-        f"{model['parameters']:,} parameters",
-        f"seed {metrics['config']['seed']}",
-        f"{data['train_sequences']:,} proteins to train on and "
-        f"{data['splits']['valid']['sequences']:,} to validate",
-        f"at most {metrics['config']['data']['length']} tokens each",
+        f"{config['max_seconds']:.0f} s of training each ({', '.join(steps)} optimizer steps)",
+        f"{metrics['models'][0]['parameters']:,} parameters",
+        f"seed {config['seed']}",
+        f"windows of {config['data']['length']:,} tokens, {data['train_sequences']:,} to train on "
+        f"and {data['splits']['valid']['sequences']:,} to validate",
         f"{environment['processor']}, {environment['threads']} of {environment['cores']} cores",
         f"torch {versions['torch']}, transformers {versions['transformers']}",
     ]

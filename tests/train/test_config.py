@@ -71,6 +71,9 @@ def test_a_config_survives_being_written_and_read(config_file, tmp_path):
         ("redraw_every=-1", "redraw_every must be at least 0"),
         ("data.length=1", "data.length must be at least 2"),
         ("data.valid_fraction=0", "data.valid_fraction must be above 0"),
+        ("max_seconds=0", "max_seconds must be above 0 and finite, got 0"),
+        ("max_seconds=.inf", "max_seconds must be above 0 and finite, got inf"),
+        ("max_seconds=9", "max_seconds says how long the run is and trainer.max_steps counts"),
         ("trainer.save_total_limit=1", "save_total_limit must be at least 2"),
         ("model=3", "model must be a mapping of keys, got 3"),
         ("seed.deep=3", "sets a key inside 'seed', which holds one value"),
@@ -81,6 +84,36 @@ def test_a_config_survives_being_written_and_read(config_file, tmp_path):
 def test_a_wrong_key_or_value_is_named(config_file, override, words):
     with pytest.raises(ValueError, match=words):
         load_config(config_file, [override])
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("trainer.num_train_epochs=2", "trainer.num_train_epochs counts in steps: leave one"),
+        ("trainer.lr_scheduler_kwargs={}", "trainer.lr_scheduler_kwargs counts in steps"),
+        ("trainer.warmup_steps=20", "warmup_steps must be below 1 beside max_seconds.*got 20"),
+        ("trainer.lr_scheduler_type=inverse_sqrt", "unknown trainer.lr_scheduler_type"),
+    ],
+)
+def test_what_counts_in_steps_is_refused_beside_a_time(override, words):
+    with pytest.raises(ValueError, match=words):
+        load_config("demo", [override])
+
+
+def test_the_demo_compares_a_performer_with_exact_attention_and_none_for_equal_time():
+    config = load_config("demo")
+    assert config.compare == ["exact", "identity"]
+    assert config.max_seconds is not None
+    assert (config.data.length, config.data.concatenate) == (8192, True)
+    for attention in (config.attention, *config.compare):
+        assert model_config(config.with_attention(attention)).attention == attention
+
+
+def test_only_what_a_mechanism_takes_reaches_it(config_file):
+    config = load_config(config_file, ["model.attention=performer-softmax", "model.window_size=5"])
+    assert model_config(config).window_size == 5
+    for attention in ("exact", "identity", "performer-relu"):
+        assert model_config(config.with_attention(attention)).window_size is None
 
 
 def test_a_missing_config_names_the_shipped_ones():

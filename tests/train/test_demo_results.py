@@ -24,12 +24,35 @@ def test_the_table_in_the_readme_is_the_committed_results(script):
     assert script.with_table(readme, metrics) == readme
 
 
-def test_the_committed_demo_beats_the_empirical_baseline(script):
+def test_the_cells_of_the_table_are_the_numbers_of_the_run(script):
     metrics = json.loads(script.RESULTS.read_text(encoding="utf-8"))
-    for split, baseline in metrics["baseline"].items():
-        for model in metrics["models"]:
-            assert model["metrics"][split]["accuracy"] > baseline["accuracy"]
-            assert model["metrics"][split]["perplexity"] < baseline["perplexity"]
+    _, _, *rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in script.table(metrics).splitlines()
+        if line.startswith("|")
+    ]
+    for model, row in zip(metrics["models"], rows, strict=False):
+        valid = model["metrics"]["valid"]
+        assert row[0] == f"`{model['attention']}`"
+        assert int(row[1].replace(",", "")) == model["tokens"]
+        assert float(row[2].rstrip("%")) / 100 == pytest.approx(valid["accuracy"], abs=5.1e-5)
+        assert float(row[3]) == pytest.approx(valid["bits_per_character"], abs=5.1e-4)
+        assert float(row[4].removesuffix(" MiB")) * 2**20 == pytest.approx(
+            model["peak_memory"], abs=0.51 * 2**20
+        )
+    assert len(rows) == len(metrics["models"]) + 1  # and the empirical baseline
+
+
+def test_the_models_of_the_committed_demo_trained_for_the_same_time(script):
+    """Each until the end of the step in which the time ran out, from the same first batch on."""
+    metrics = json.loads(script.RESULTS.read_text(encoding="utf-8"))
+    assert [m["attention"] for m in metrics["models"][1:]] == ["exact", "identity"]
+    limit = metrics["config"]["max_seconds"]
+    for model in metrics["models"]:
+        assert next(entry["step"] for entry in model["history"] if "loss" in entry) == 1
+        before_the_last_step = model["history"][-3]["seconds"]
+        assert before_the_last_step < limit <= model["seconds"]
+        assert model["tokens"] == model["steps"] * metrics["config"]["data"]["length"]
 
 
 def test_a_document_without_the_block_is_refused(script):

@@ -1,12 +1,13 @@
 """The report is one page that needs nothing else, and says what the numbers say."""
 
 import json
+import math
 import re
 
 import numpy as np
 import pytest
 
-from performers.viz import attention_figure, write_report
+from performers.viz import attention_figure, curves_figure, write_report
 
 ENVIRONMENT = {
     "python": "3.11",
@@ -18,29 +19,30 @@ ENVIRONMENT = {
 }
 
 
-def scores(accuracy):
+def scores(accuracy, loss=2.0):
     return {
         "accuracy": accuracy,
-        "loss": 2.0,
-        "perplexity": 7.389,
-        "bits_per_character": 2.885,
+        "loss": loss,
+        "perplexity": math.exp(loss),
+        "bits_per_character": loss / math.log(2),
         "num_scored": 1013,
     }
 
 
-def model(attention, accuracy):
+def model(attention, accuracy, loss=2.0, tokens=62037, memory=3):
     return {
         "attention": attention,
         "parameters": 1234,
         "device": "cpu",
         "steps": 2,
+        "tokens": tokens,
         "seconds": 61.0,
-        "tokens_per_second": 1017.0,
-        "peak_memory": 3 * 2**20,
-        "metrics": {"valid": scores(accuracy)},
+        "tokens_per_second": tokens / 61.0,
+        "peak_memory": memory * 2**20,
+        "metrics": {"valid": scores(accuracy, loss)},
         "history": [
-            {"step": 1, "loss": 3.0},
-            {"step": 2, "eval_loss": 2.0, "eval_accuracy": accuracy},
+            {"step": 1, "seconds": 30.0, "num_input_tokens_seen": tokens // 2, "loss": 3.0},
+            {"step": 2, "seconds": 61.0, "num_input_tokens_seen": tokens, "eval_loss": loss},
         ],
     }
 
@@ -54,14 +56,23 @@ def run(tmp_path):
     np.savez_compressed(tmp_path / "attention.npz", attention=matrices, layers=np.array([0, 5]))
     metrics = {
         "created": "2026-01-01",
-        "config": {"task": "causal-lm", "seed": 3, "data": {"split_by": "cluster"}},
+        "config": {
+            "task": "causal-lm",
+            "seed": 3,
+            "max_seconds": None,
+            "data": {"split_by": "cluster", "length": 8192, "concatenate": True},
+        },
         "environment": ENVIRONMENT,
         "data": {
             "description": "some proteins",
             "splits": {"valid": {"title": "Validation", "sequences": 17}},
         },
         "baseline": {"valid": scores(0.0907)},
-        "models": [performer, model("exact", 0.131)],
+        "models": [
+            performer,
+            model("exact", 0.131, 2.125, tokens=15511, memory=5),
+            model("identity", 0.117, 2.25, tokens=131009, memory=2),
+        ],
     }
     (tmp_path / "metrics.json").write_text(json.dumps(metrics))
     return tmp_path
@@ -84,6 +95,51 @@ def test_the_report_shows_every_number_beside_the_baseline(run):
     assert "more than the 9.1%" in page
     assert "BPT1_BOVIN" in page
     assert "performers train config.yaml" in page
+
+
+def test_the_report_opens_with_what_each_model_saw_reached_and_took(run):
+    """Cell by cell, from metrics.json."""
+    page = write_report(run).read_text()
+    first = re.search("<table>.*?</table>", page)[0]
+    header, *rows = [
+        re.findall("<t[hd]>(.*?)</t[hd]>", row) for row in re.findall("<tr.*?</tr>", first)
+    ]
+    assert header[1:] == ["tokens seen", "validation accuracy", "bits per character", "peak memory"]
+    metrics = json.loads((run / "metrics.json").read_text())
+    for model, row in zip(metrics["models"], rows, strict=False):
+        reached = model["metrics"]["valid"]
+        assert row == [
+            model["attention"],
+            f"{model['tokens']:,}",
+            f"{reached['accuracy']:.2%}",
+            f"{reached['bits_per_character']:.3f}",
+            f"{model['peak_memory'] // 2**20} MiB",
+        ]
+    assert [row[0] for row in rows] == ["performer-relu", "exact", "identity", "empirical baseline"]
+    assert page.index(first) < page.index("<h2>")
+
+
+def test_the_headline_of_equal_time_gives_the_figures_of_all_models(run):
+    metrics = json.loads((run / "metrics.json").read_text())
+    metrics["config"]["max_seconds"] = 60.0
+    (run / "metrics.json").write_text(json.dumps(metrics))
+    headline = re.search("<h1>(.*?)</h1>", write_report(run).read_text())[1]
+    assert headline == (
+        "In 60 s of training each, performer-relu saw 4 times the tokens of exact and 0.47 times "
+        "the tokens of identity, and reached 2.885 bits per character against 3.066 and 3.246."
+    )
+
+
+def test_the_curves_are_in_bits_against_seconds_and_against_tokens():
+    histories = {one["attention"]: one["history"] for one in (model("exact", 0.1, loss=1.5),)}
+    for axes, (half, end) in zip(
+        curves_figure(histories, scores(0.1)).axes,
+        ((30.0, 61.0), (0.031018, 0.062037)),
+        strict=True,
+    ):
+        training, validation, _ = axes.lines
+        np.testing.assert_allclose(training.get_xydata(), [[half, 3.0 / math.log(2)]])
+        np.testing.assert_allclose(validation.get_xydata(), [[end, 1.5 / math.log(2)]])
 
 
 def test_the_headline_does_not_claim_what_was_not_reached(run):

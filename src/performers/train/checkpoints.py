@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import time
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from performers.models import PerformerConfig
+from performers.train.clock import TrainingClock
 from performers.train.tasks import TASKS, Model
 
 __all__ = [
@@ -37,32 +37,10 @@ SEAL = "whole.json"
 
 
 class SealCheckpoints(TrainerCallback):
-    """Seals every checkpoint when all ranks have written theirs, and counts the time of the steps.
+    """Seals every checkpoint when all ranks have written theirs, with the seconds of the clock."""
 
-    `seconds`: spent in optimizer steps so far. The seal keeps it, so that a resumed run counts on.
-    """
-
-    def __init__(self, seconds: float = 0.0) -> None:
-        self.seconds = seconds
-        self._started = 0.0
-
-    def on_step_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
-    ) -> None:
-        self._started = time.perf_counter()
-
-    def on_step_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
-    ) -> None:
-        self.seconds += time.perf_counter() - self._started
+    def __init__(self, clock: TrainingClock) -> None:
+        self.clock = clock
 
     def on_save(
         self,
@@ -77,7 +55,7 @@ class SealCheckpoints(TrainerCallback):
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
             sizes.pop(SEAL, None)
-            seal = {"seconds": self.seconds, "files": sizes}
+            seal = {"seconds": self.clock.seconds, "files": sizes}
             write_atomically(folder / SEAL, json.dumps(seal, indent=1))
 
 

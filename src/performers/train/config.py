@@ -6,6 +6,8 @@
     trainer: {max_steps: 500, learning_rate: 1e-3}
     compare: [exact]                 # the same run again with exact attention
 
+`max_seconds: 100` instead of `max_steps` trains every model for the same time.
+
 Keys under `model` are those of `PerformerConfig`, keys under `trainer` those of transformers'
 `TrainingArguments`. Every key is checked against those classes before anything else happens.
 """
@@ -15,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import inspect
+import math
 import sys
 import types
 import typing
@@ -28,6 +31,8 @@ from transformers import TrainingArguments
 
 from performers.checks import check_choice
 from performers.models import MECHANISMS, PerformerConfig
+from performers.models.config import ESTIMATES_OF_SOFTMAX
+from performers.train.clock import SCHEDULES
 
 __all__ = ["TASKS", "DataConfig", "RunConfig", "load_config", "shipped_configs"]
 
@@ -109,13 +114,20 @@ class RunConfig:
 
     `seed` sets weights, ω, the order of the data, masks and splits.
     `redraw_every`: draw new random features after so many optimizer steps; 0 never.
-    `compare`: mechanisms trained once more on the same data, steps and seed.
+    `compare`: mechanisms trained once more on the same batches in the same order, from the same
+    seed, for as many steps or for the same time.
+    `max_seconds`: train for this time, of the optimizer steps alone (see `TrainingClock`), in the
+    place of trainer.max_steps. The learning rate then rises and falls with the time that is used:
+    trainer.warmup_steps is a share of it, and trainer.logging_steps, eval_steps and save_steps may
+    be. How many steps fit in depends on the machine, so such a run is not repeatable to the bit, a
+    resumed one neither: it uses the time that its last checkpoint has left.
     """
 
     task: str = "masked-lm"
     seed: int = 0
     redraw_every: int = 1000
     compare: list[str] = field(default_factory=list)
+    max_seconds: float | None = None
     data: DataConfig = field(default_factory=DataConfig)
     model: dict[str, Any] = field(default_factory=dict)
     trainer: dict[str, Any] = field(default_factory=dict)
@@ -126,8 +138,11 @@ class RunConfig:
         return str(self.model["attention"])
 
     def with_attention(self, attention: str) -> RunConfig:
-        """The same run with another mechanism."""
-        return dataclasses.replace(self, model={**self.model, "attention": attention})
+        """The same run with another mechanism, without what only this one takes."""
+        model = {**self.model, "attention": attention}
+        if attention not in ESTIMATES_OF_SOFTMAX:
+            model.pop("window_size", None)
+        return dataclasses.replace(self, model=model)
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -152,8 +167,8 @@ def load_config(config: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
     Raises FileNotFoundError for a config that is not there, ValueError for everything in it that
     cannot be meant.
 
-    >>> load_config("demo", ["trainer.max_steps=7"]).trainer["max_steps"]
-    7
+    >>> load_config("demo", ["max_seconds=7"]).max_seconds
+    7.0
     """
     path = _find(config)
     try:
@@ -221,6 +236,8 @@ def _checked(tree: Mapping[str, Any], source: str) -> RunConfig:
         raise ValueError(f"data.length must be at least 2, got {config.data.length}.")
     if not config.data.valid_fraction > 0:
         raise ValueError("data.valid_fraction must be above 0: the curves of a run need a set.")
+    if config.max_seconds is not None:
+        _check_time(config.max_seconds, trainer)
     limit = trainer["save_total_limit"]
     if limit is not None and limit < 2:
         raise ValueError(
@@ -228,6 +245,24 @@ def _checked(tree: Mapping[str, Any], source: str) -> RunConfig:
             "being written, the one before it is the only whole one."
         )
     return config
+
+
+def _check_time(max_seconds: float, trainer: Mapping[str, Any]) -> None:
+    """Refuse what has no meaning in a run that is as long as its time."""
+    if not 0 < max_seconds < math.inf:
+        raise ValueError(f"max_seconds must be above 0 and finite, got {max_seconds}.")
+    for key in ("max_steps", "num_train_epochs", "lr_scheduler_kwargs"):
+        if trainer.get(key) is not None:
+            raise ValueError(
+                f"max_seconds says how long the run is and trainer.{key} counts in steps: leave "
+                "one of the two out."
+            )
+    if not 0 <= trainer["warmup_steps"] < 1:
+        raise ValueError(
+            "trainer.warmup_steps must be below 1 beside max_seconds, the share of the time in "
+            f"which the learning rate rises, got {trainer['warmup_steps']:g}."
+        )
+    check_choice("trainer.lr_scheduler_type", trainer["lr_scheduler_type"], SCHEDULES)
 
 
 def _section(owner: type, given: object, name: str, source: str) -> dict[str, Any]:

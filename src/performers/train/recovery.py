@@ -42,6 +42,7 @@ from performers.train.checkpoints import (
     last_whole_checkpoint,
     remove_fragments,
 )
+from performers.train.clock import TrainingClock
 from performers.train.trainer import ProgressLine, StopWhenDiverged
 
 __all__ = ["RecoveryTask", "recover", "recovery_task"]
@@ -166,6 +167,7 @@ def recover(
         trained = model
     remove_fragments(folder)
     checkpoint = last_whole_checkpoint(folder)
+    clock = TrainingClock()
     trainer = RecoveryTrainer(
         model=trained,
         args=TrainingArguments(
@@ -186,7 +188,7 @@ def recover(
             report_to="none",
         ),
         train_dataset=_Items(task, rows, tokenizer, steps * batch_size, seed),
-        callbacks=[SealCheckpoints(), StopWhenDiverged()],
+        callbacks=[clock, SealCheckpoints(clock), StopWhenDiverged()],
     )
     trainer.task, trainer.teacher = task, teacher
     trainer.remove_callback(PrinterCallback)

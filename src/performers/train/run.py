@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,8 @@ from typing import Any
 import torch
 import yaml
 from accelerate import PartialState
+from torch.optim import AdamW
+from transformers.integrations import TensorBoardCallback
 
 from performers.data.baseline import EmpiricalBaseline
 from performers.data.proteins import SPLITS, ProteinSplits, load_proteins
@@ -107,8 +109,9 @@ class Run:
 
         Under torchrun only the first process has them; the others return None. Interrupted at any
         moment, a run prepared with `resume=True` goes on from the last whole checkpoint and ends
-        with the same numbers.
+        with the same numbers; one of `max_seconds` ends after the same time instead.
         """
+        self._warm_up()
         models = [
             self._train_model(one, _place(self.folder, self.config, name))
             for name, one in _configs(self.config).items()
@@ -126,8 +129,21 @@ class Run:
         write_atomically(self.folder / "metrics.json", _json(metrics))
         return metrics
 
+    def _warm_up(self) -> None:
+        """Take one step with a small model that is thrown away.
+
+        What torch and the Trainer load and keep when a process first trains would else be counted
+        as time and memory of the first model.
+        """
+        model_options = {**self.config.with_attention("identity").model, "num_hidden_layers": 1}
+        model = build_model(replace(self.config, model=model_options)).to(self.device)
+        batch = TASKS[self.config.task].collator(self.config.seed)([self.data.train[0]])
+        model(**{name: tensor.to(self.device) for name, tensor in batch.items()}).loss.backward()
+        AdamW(model.parameters()).step()
+        TensorBoardCallback()
+
     def _train_model(self, config: RunConfig, folder: Path) -> dict[str, Any]:
-        """Train one model to its last step and score it, or read what was found before."""
+        """Train one model to its end and score it, or read what was found before."""
         result = folder / "result.json"
         if not result.exists():
             trainer = train_to_the_end(

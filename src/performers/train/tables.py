@@ -9,14 +9,25 @@ __all__ = ["aligned", "results_table", "scores_table"]
 
 
 def results_table(metrics: Mapping[str, Any]) -> str:
-    """All models of a run beside the empirical baseline, one block per split."""
+    """All models of a run beside the empirical baseline, a block per split, and their cost."""
     lines = []
     for split, baseline in metrics["baseline"].items():
         rows = [["empirical baseline", *_cells(baseline)]]
         for model in metrics["models"]:
             rows.append([model["attention"], *_cells(model["metrics"][split])])
-        lines += ["", metrics["data"]["splits"][split]["title"], *aligned([HEADER, *rows])]
-    return "\n".join(lines[1:])
+        lines += [metrics["data"]["splits"][split]["title"], *aligned([HEADER, *rows]), ""]
+    rows = [["", "tokens seen", "training time", "peak memory"]]
+    for model in metrics["models"]:
+        memory = model["peak_memory"]
+        rows.append(
+            [
+                model["attention"],
+                f"{model['tokens']:,}",
+                f"{model['seconds']:.0f} s",
+                "not known" if memory is None else f"{memory / 2**20:,.0f} MiB",
+            ]
+        )
+    return "\n".join([*lines, "Cost of training", *aligned(rows)])
 
 
 def scores_table(scores: Mapping[str, Any]) -> str:

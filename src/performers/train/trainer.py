@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
 from safetensors.torch import load_model
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import DataLoader, Dataset
 from transformers import (
     PrinterCallback,
@@ -32,6 +34,7 @@ from performers.train.checkpoints import (
     remove_fragments,
     seconds_until,
 )
+from performers.train.clock import NEVER, TrainingClock, learning_rate_factor
 from performers.train.config import RunConfig
 from performers.train.environment import PeakMemory
 from performers.train.metrics import TokenMetrics, score_tokens
@@ -46,8 +49,11 @@ def training_arguments(config: RunConfig, folder: Path) -> TrainingArguments:
 
     Raises ValueError for values that transformers refuses.
     """
+    trainer = {"dataloader_pin_memory": False, "logging_nan_inf_filter": False, **config.trainer}
+    if config.max_seconds is not None:
+        trainer |= {"max_steps": NEVER} | dict.fromkeys(_shares(config.trainer), NEVER)
     return TrainingArguments(
-        **{"dataloader_pin_memory": False, "logging_nan_inf_filter": False, **config.trainer},
+        **trainer,
         output_dir=str(folder / "checkpoints"),
         seed=config.seed,
         data_seed=config.seed,
@@ -56,6 +62,19 @@ def training_arguments(config: RunConfig, folder: Path) -> TrainingArguments:
         include_num_input_tokens_seen="non_padding",
         report_to="none",
     )
+
+
+# What a share of the time makes the Trainer do.
+ACTIONS = {
+    "logging_steps": "should_log",
+    "eval_steps": "should_evaluate",
+    "save_steps": "should_save",
+}
+
+
+def _shares(trainer: Mapping[str, Any]) -> dict[str, float]:
+    """Those of the three intervals that are shares of the run, as in transformers: below 1."""
+    return {key: trainer[key] for key in ACTIONS if 0 < (trainer.get(key) or 0) < 1}
 
 
 class TokenTrainer(Trainer):
@@ -78,10 +97,12 @@ class TokenTrainer(Trainer):
         task: Task | None = None,
     ) -> None:
         task = task or TASKS[config.task]
-        self.clock = SealCheckpoints(seconds)
+        shares = {ACTIONS[key]: share for key, share in _shares(config.trainer).items()}
+        self.clock = TrainingClock(seconds, config.max_seconds, shares)
         collator = task.collator(config.seed)
         callbacks: list[TrainerCallback] = [
             self.clock,
+            SealCheckpoints(self.clock),
             SetMaskingEpoch(collator),
             StopWhenDiverged(),
         ]
@@ -105,7 +126,7 @@ class TokenTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         if not self.args.disable_tqdm:
             self.remove_callback(ProgressCallback)
-            self.add_callback(ProgressLine(config.attention))
+            self.add_callback(ProgressLine(config.attention, self.clock))
         if self.is_world_process_zero():
             events = TensorBoardCallback()
             events.logging_dir = str(folder / "tensorboard")
@@ -117,6 +138,31 @@ class TokenTrainer(Trainer):
             return super().get_eval_dataloader(eval_dataset)
         finally:
             self.data_collator = collator
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: Optimizer | None = None
+    ) -> LRScheduler:
+        """With a limit of time the learning rate follows the clock, not the steps."""
+        if self.clock.limit is None:
+            return super().create_scheduler(num_training_steps, optimizer)
+        schedule, warmup = str(self.args.lr_scheduler_type.value), self.args.warmup_steps
+        self.lr_scheduler = LambdaLR(
+            optimizer or self.optimizer,
+            lambda step: learning_rate_factor(schedule, warmup, self.clock.share),
+        )
+        self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Without a mask where nothing is padded: exact attention has a faster form then."""
+        mask = inputs.get("attention_mask")
+        if mask is not None and bool(mask.all()):
+            inputs = {name: value for name, value in inputs.items() if name != "attention_mask"}
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Every entry says after how many seconds of training it was made."""
+        super().log({**logs, "seconds": self.clock.seconds}, *args, **kwargs)
 
 
 def train_to_the_end(
@@ -146,7 +192,7 @@ def train_to_the_end(
     set_seed(config.seed)
     trainer = TokenTrainer(config, folder, build(), train, valid, seconds, task)
     # The Trainer would take one more step from the last.
-    if checkpoint is None or not _is_last_step(checkpoint):
+    if checkpoint is None or not _has_ended(checkpoint, config.max_seconds):
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         trainer.peak_memory = memory.measure()
         state.wait_for_everyone()  # the main process seals the checkpoint
@@ -157,7 +203,9 @@ def train_to_the_end(
     return trainer
 
 
-def _is_last_step(checkpoint: Path) -> bool:
+def _has_ended(checkpoint: Path, max_seconds: float | None) -> bool:
+    if max_seconds is not None:
+        return seconds_until(checkpoint) >= max_seconds
     state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
     return bool(state["global_step"] >= state["max_steps"])
 
@@ -204,17 +252,32 @@ SHOWN = {"loss": "loss", "eval_loss": "valid loss", "eval_accuracy": "valid accu
 
 
 class ProgressLine(ProgressCallback):
-    """A progress bar that carries the latest numbers, instead of printing every log entry."""
+    """A progress bar that carries the latest numbers, instead of printing every log entry.
 
-    def __init__(self, description: str) -> None:
+    It counts steps, or seconds if `clock` has a limit.
+    """
+
+    def __init__(self, description: str, clock: TrainingClock | None = None) -> None:
         super().__init__()
         self.description = description
+        self.clock = clock
         self.latest: dict[str, str] = {}
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         super().on_train_begin(*args, **kwargs)
         if self.training_bar is not None:
             self.training_bar.set_description(f"training {self.description}")
+            if self.clock is not None and self.clock.limit is not None:
+                self.training_bar.total = self.clock.limit
+                self.training_bar.bar_format = "{l_bar}{bar}| {n:.0f}/{total:.0f} s{postfix}"
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        if self.clock is None or self.clock.limit is None:
+            super().on_step_end(*args, **kwargs)
+        elif self.training_bar is not None:
+            self.training_bar.update(
+                min(self.clock.seconds, self.clock.limit) - self.training_bar.n
+            )
 
     def on_prediction_step(self, *args: Any, **kwargs: Any) -> None:
         super().on_prediction_step(*args, **kwargs)

@@ -8,10 +8,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 from matplotlib import style
-from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
 
 __all__ = ["attention_figure", "curves_figure"]
 
@@ -22,6 +20,9 @@ BASELINE_COLOR = "#6b7280"
 HIDDEN_COLOR = "#e5e7eb"
 
 LARGEST_RATIO = 16
+
+# How many entries of the log a training loss is averaged over.
+SMOOTHED = 10
 
 STYLE = {
     "font.size": 10,
@@ -43,43 +44,54 @@ STYLE = {
 def curves_figure(
     histories: Mapping[str, Sequence[Mapping[str, Any]]], baseline: Mapping[str, float]
 ) -> Figure:
-    """Loss and accuracy against optimizer steps, the empirical baseline as a dashed line.
+    """Bits per character against seconds of training, and against tokens seen.
 
-    `histories`: of each model the Trainer's log, entries with "step" and "loss" (training) or
-    "eval_loss" and "eval_accuracy" (validation). `baseline`: "loss" and "accuracy".
+    The first panel says what a model is worth for its time, the second for its data. Validation in
+    dots, training faint and smoothed, the empirical baseline as a dashed line.
+    `histories`: of each model the Trainer's log, entries with "seconds", "num_input_tokens_seen"
+    and "loss" (training) or "eval_loss" (validation), in nats. `baseline`: "bits_per_character".
     """
     with style.context(STYLE):
-        figure = Figure(figsize=(9.6, 3.6), layout="constrained")
-        loss, accuracy = figure.subplots(1, 2)
-        for color, (name, history) in zip(COLORS, histories.items(), strict=False):
-            _line(loss, history, "loss", color=color, alpha=0.35, linewidth=1)
-            _line(loss, history, "eval_loss", color=color, marker="o", markersize=3, label=name)
-            _line(
-                accuracy,
-                history,
-                "eval_accuracy",
-                color=color,
-                marker="o",
-                markersize=3,
-                label=name,
-            )
-        for axes, key in ((loss, "loss"), (accuracy, "accuracy")):
-            axes.axhline(
-                baseline[key], color=BASELINE_COLOR, linestyle="--", label="empirical baseline"
-            )
-            axes.set_xlabel("optimizer steps")
+        figure = Figure(figsize=(9.6, 4.0), layout="constrained")
+        panels = figure.subplots(1, 2, sharey=True)
+        shown = [baseline["bits_per_character"]]
+        for axes, key, scale in zip(
+            panels, ("seconds", "num_input_tokens_seen"), (1.0, 1e-6), strict=True
+        ):
+            for color, (name, history) in zip(COLORS, histories.items(), strict=False):
+                where, bits = _curve(history, key, "loss")
+                axes.plot(where * scale, _smoothed(bits), color=color, alpha=0.35, linewidth=1)
+                where, bits = _curve(history, key, "eval_loss")
+                axes.plot(where * scale, bits, color=color, marker="o", markersize=4, label=name)
+                shown += [*bits, *_smoothed(_curve(history, key, "loss")[1])[-1:]]
+            axes.axhline(shown[0], color=BASELINE_COLOR, linestyle="--", label="empirical baseline")
             axes.margins(x=0.02)
-        loss.set_title("Loss in nats (faint: training, dots: validation)")
-        accuracy.set_title("Validation accuracy")
-        accuracy.yaxis.set_major_formatter(PercentFormatter(xmax=1))
-        loss.legend()
+        panels[0].set_xlabel("seconds of training")
+        panels[1].set_xlabel("million tokens seen")
+        panels[0].set_title("Bits per character (dots: validation, faint: training)")
+        panels[1].set_title("The same against tokens")
+        # The first steps of a training lie far above everything that is to be told apart.
+        low, high = min(shown), max(shown)
+        panels[0].set_ylim(low - 0.1 * (high - low), high + 0.25 * (high - low))
+        panels[0].legend()
         return figure
 
 
-def _line(axes: Axes, history: Sequence[Mapping[str, Any]], key: str, **style: Any) -> None:
-    points = [(entry["step"], entry[key]) for entry in history if key in entry]
-    if points:
-        axes.plot(*zip(*points, strict=True), **style)
+def _curve(
+    history: Sequence[Mapping[str, Any]], where: str, loss: str
+) -> tuple[Float[np.ndarray, " points"], Float[np.ndarray, " points"]]:
+    """Where a loss was logged, and the loss in bits."""
+    points = [(entry[where], entry[loss] / np.log(2)) for entry in history if loss in entry]
+    columns = np.array(points, dtype=np.float64).reshape(-1, 2).T
+    return columns[0], columns[1]
+
+
+def _smoothed(values: Float[np.ndarray, " points"]) -> Float[np.ndarray, " points"]:
+    """Of every entry the mean with the `SMOOTHED` - 1 before it, as far as there are any."""
+    sums = np.concatenate([[0.0], values.cumsum()])
+    ends = np.arange(1, len(values) + 1)
+    starts = np.maximum(ends - SMOOTHED, 0)
+    return (sums[ends] - sums[starts]) / (ends - starts)
 
 
 def attention_figure(

@@ -52,10 +52,10 @@ def write_report(run: Path) -> Path:
         title=html.escape(f"{models[0]['attention']} on proteins"),
         headline=html.escape(_headline(metrics)),
         subtitle=html.escape(_subtitle(metrics)),
-        figures=_key_figures(metrics),
+        overview=_overview(metrics),
         explanation=html.escape(_explanation(metrics)),
         tables="".join(_metrics_table(metrics, split) for split in metrics["baseline"]),
-        cost_explanation=html.escape(_cost_explanation(models)),
+        cost_explanation=html.escape(_cost_explanation(metrics)),
         cost=_cost_table(models),
         curves=_save_and_embed(curves, run / "curves.png"),
         attention="".join(_attention(run, metrics)),
@@ -68,7 +68,9 @@ def write_report(run: Path) -> Path:
 
 
 def _headline(metrics: Mapping[str, Any]) -> str:
-    model = metrics["models"][0]
+    model, *others = metrics["models"]
+    if metrics["config"]["max_seconds"] is not None and others:
+        return _headline_for_equal_time(metrics["config"]["max_seconds"], model, others)
     accuracy = model["metrics"]["valid"]["accuracy"]
     baseline = metrics["baseline"]["valid"]["accuracy"]
     what = TASKS[metrics["config"]["task"]][1]
@@ -79,11 +81,27 @@ def _headline(metrics: Mapping[str, Any]) -> str:
     )
 
 
-def _subtitle(metrics: Mapping[str, Any]) -> str:
-    model = metrics["models"][0]
+def _headline_for_equal_time(
+    seconds: float, model: Mapping[str, Any], others: Sequence[Mapping[str, Any]]
+) -> str:
+    tokens = [
+        f"{model['tokens'] / other['tokens']:.2g} times the tokens of {other['attention']}"
+        for other in others
+    ]
+    bits = [f"{one['metrics']['valid']['bits_per_character']:.3f}" for one in (model, *others)]
     return (
-        f"{model['parameters']:,} parameters, {model['steps']:,} optimizer steps in "
-        f"{_duration(model['seconds'])}, {metrics['created']}."
+        f"In {_duration(seconds)} of training each, {model['attention']} saw "
+        f"{' and '.join(tokens)}, and reached {bits[0]} bits per character against "
+        f"{' and '.join(bits[1:])}."
+    )
+
+
+def _subtitle(metrics: Mapping[str, Any]) -> str:
+    data = metrics["config"]["data"]
+    kind = "proteins joined to windows of" if data["concatenate"] else "proteins of at most"
+    return (
+        f"{kind.capitalize()} {data['length']:,} tokens, models of "
+        f"{metrics['models'][0]['parameters']:,} parameters, {metrics['created']}."
     )
 
 
@@ -91,32 +109,43 @@ def _explanation(metrics: Mapping[str, Any]) -> str:
     return (
         f"{TASKS[metrics['config']['task']][0]} {SPLITS[metrics['config']['data']['split_by']]} "
         "The empirical baseline knows only how frequent each amino acid is in the training set. "
-        "All models saw the same batches in the same order, from the same seed."
+        "All models saw the same batches in the same order, from the same seed"
+        + ("." if metrics["config"]["max_seconds"] is None else ", as many as fit into the time.")
     )
 
 
-def _cost_explanation(models: Sequence[Mapping[str, Any]]) -> str:
-    where = "device memory" if models[0]["device"] != "cpu" else "resident memory of the process"
+def _cost_explanation(metrics: Mapping[str, Any]) -> str:
+    on_cpu = metrics["models"][0]["device"] == "cpu"
+    where = "resident memory of the process" if on_cpu else "device memory"
+    limit = metrics["config"]["max_seconds"]
+    budget = (
+        ""
+        if limit is None
+        else (f" Each model had {_duration(limit)} and finished the step that it was in.")
+    )
     return (
-        "Time is that of the optimizer steps alone. Memory is the most that training added: "
-        f"weights, gradients, optimizer state and activations ({where})."
+        f"Time is that of the optimizer steps alone.{budget} Memory is the most that training "
+        f"added: weights, gradients, optimizer state and activations ({where})."
     )
 
 
-def _key_figures(metrics: Mapping[str, Any]) -> str:
-    models = metrics["models"]
-    figures = [
-        (f"{model['metrics']['valid']['accuracy']:.1%}", f"accuracy, {model['attention']}")
-        for model in models
-    ]
-    figures.append((f"{metrics['baseline']['valid']['accuracy']:.1%}", "empirical baseline"))
-    figures.append((f"{models[0]['metrics']['valid']['perplexity']:.2f}", "perplexity"))
-    figures.append((_duration(models[0]["seconds"]), "of training"))
-    return "".join(
-        f"<li{' class=first' if index == 0 else ''}><b>{html.escape(value)}</b>"
-        f"<span>{html.escape(label)}</span></li>"
-        for index, (value, label) in enumerate(figures)
-    )
+def _overview(metrics: Mapping[str, Any]) -> str:
+    rows = []
+    for index, model in enumerate(metrics["models"]):
+        scores = model["metrics"]["valid"]
+        cells = [
+            model["attention"],
+            f"{model['tokens']:,}",
+            f"{scores['accuracy']:.2%}",
+            f"{scores['bits_per_character']:.3f}",
+            _bytes(model["peak_memory"]),
+        ]
+        rows.append(("" if index else "main", cells))
+    scores = metrics["baseline"]["valid"]
+    cells = [f"{scores['accuracy']:.2%}", f"{scores['bits_per_character']:.3f}"]
+    rows.append(("baseline", ["empirical baseline", "", *cells, ""]))
+    header = ["", "tokens seen", "validation accuracy", "bits per character", "peak memory"]
+    return _table("", header, rows)
 
 
 def _metrics_table(metrics: Mapping[str, Any], split: str) -> str:
@@ -147,15 +176,15 @@ def _metrics_table(metrics: Mapping[str, Any], split: str) -> str:
 def _cost_table(models: Sequence[Mapping[str, Any]]) -> str:
     return _table(
         "",
-        ["", "training time", "tokens per second", "peak memory", "parameters"],
+        ["", "optimizer steps", "training time", "tokens per second", "parameters"],
         [
             (
                 "" if index else "main",
                 [
                     model["attention"],
+                    f"{model['steps']:,}",
                     _duration(model["seconds"]),
                     f"{model['tokens_per_second']:,.0f}",
-                    _bytes(model["peak_memory"]),
                     f"{model['parameters']:,}",
                 ],
             )

@@ -1,0 +1,151 @@
+"""A run of so many seconds ends when its clock says so, interrupted or not."""
+
+import itertools
+import json
+import shutil
+
+import pytest
+from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
+
+from performers.train import Run, load_config
+from performers.train import clock as clock_module
+from performers.train.checkpoints import last_whole_checkpoint, seconds_until
+from performers.train.clock import SCHEDULES, TrainingClock, learning_rate_factor
+
+
+@pytest.fixture
+def fake_time(monkeypatch):
+    """A clock that shows two seconds more each time it is read: every step takes two seconds."""
+    readings = itertools.count(start=1000, step=2)
+    monkeypatch.setattr(clock_module, "perf_counter", lambda: float(next(readings)))
+
+
+@pytest.fixture
+def timed(config_file):
+    """The tiny run for 13 seconds, which is seven steps of two seconds."""
+    tree = [
+        "max_seconds=13",
+        "trainer.lr_scheduler_type=linear",
+        "trainer.warmup_steps=0.25",
+        "trainer.eval_steps=0.5",
+        "trainer.save_steps=0.25",
+    ]
+    path = config_file.with_name("timed.yaml")
+    config = load_config(config_file, ["trainer.max_steps=1"])
+    trainer = {key: value for key, value in config.trainer.items() if key != "max_steps"}
+    path.write_text(json.dumps({**config.to_dict(), "trainer": trainer}))
+    return load_config(path, tree)
+
+
+def steps_of(history, key):
+    return [entry["step"] for entry in history if key in entry]
+
+
+def test_every_model_trains_until_its_own_seconds_are_used(timed, fake_time, tmp_path):
+    metrics = Run.prepare(timed, tmp_path / "run").train()
+    assert [model["attention"] for model in metrics["models"]] == ["performer-relu", "exact"]
+    for model in metrics["models"]:
+        assert (model["steps"], model["seconds"]) == (7, 14.0)
+        assert model["tokens_per_second"] == model["tokens"] / 14.0
+        assert steps_of(model["history"], "eval_loss") == [4, 7]  # half of the time, and its end
+        seconds = [entry["seconds"] for entry in model["history"] if "loss" in entry]
+        assert seconds == [2.0 * step for step in range(1, 8)]
+    checkpoints = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert checkpoints == ["checkpoint-5", "checkpoint-7"]  # three quarters, and the end
+
+
+def test_the_learning_rate_follows_the_clock(timed, fake_time, tmp_path):
+    metrics = Run.prepare(timed, tmp_path / "run").train()
+    history = metrics["models"][0]["history"]
+    rates = [entry["learning_rate"] for entry in history if "loss" in entry]
+    expected = [1e-3 * learning_rate_factor("linear", 0.25, 2 * step / 13) for step in range(7)]
+    assert rates == pytest.approx(expected)
+
+
+def test_a_resumed_run_uses_the_seconds_that_are_left(timed, fake_time, tmp_path):
+    whole = Run.prepare(timed, tmp_path / "whole").train()
+    Run.prepare(timed, tmp_path / "killed").train()
+    folder = tmp_path / "killed"
+    shutil.rmtree(folder / "compare")
+    shutil.rmtree(folder / "checkpoints" / "checkpoint-7")
+    for name in ("result.json", "metrics.json"):
+        (folder / name).unlink()
+    assert seconds_until(last_whole_checkpoint(folder / "checkpoints")) == 10.0
+
+    resumed = Run.prepare(timed, folder, resume=True).train()
+    # The fake clock makes steps repeatable, and with them the numbers.
+    for model, again in zip(whole["models"], resumed["models"], strict=True):
+        assert again["metrics"] == model["metrics"]
+        assert (again["steps"], again["seconds"]) == (7, 14.0)
+        losses = [
+            [(entry["seconds"], entry["learning_rate"], entry["loss"]) for entry in history]
+            for history in (
+                [entry for entry in one["history"] if "loss" in entry] for one in (model, again)
+            )
+        ]
+        assert losses[0] == losses[1]
+
+
+def test_a_run_killed_after_its_time_takes_no_further_step(timed, fake_time, tmp_path):
+    folder = tmp_path / "run"
+    whole = Run.prepare(timed, folder).train()
+    for name in ("result.json", "metrics.json"):
+        (folder / name).unlink()
+    resumed = Run.prepare(timed, folder, resume=True).train()
+    assert resumed["models"][0]["steps"] == 7
+    assert resumed["models"][0]["metrics"] == whole["models"][0]["metrics"]
+
+
+def test_evaluation_and_saving_are_not_training(fake_time, tmp_path):
+    arguments, state, control = TrainingArguments(str(tmp_path)), TrainerState(), TrainerControl()
+    clock = TrainingClock(seconds=5.0, limit=100.0)
+    clock.on_step_begin(arguments, state, control)
+    clock.on_optimizer_step(arguments, state, control)
+    for _ in range(3):
+        clock_module.perf_counter()  # what happens between two steps
+    clock.on_step_begin(arguments, state, control)
+    clock.on_optimizer_step(arguments, state, control)
+    assert clock.seconds == 9.0
+    assert clock.share == 0.09
+
+
+def test_without_a_limit_a_clock_only_counts(fake_time, tmp_path):
+    arguments, state, control = TrainingArguments(str(tmp_path)), TrainerState(), TrainerControl()
+    clock = TrainingClock()
+    for _ in range(1000):
+        clock.on_step_begin(arguments, state, control)
+        clock.on_optimizer_step(arguments, state, control)
+        clock.on_step_end(arguments, state, control)
+    assert clock.seconds == 2000.0
+    assert not control.should_training_stop
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_the_learning_rate_rises_to_its_peak_and_never_above(schedule):
+    shares = [number / 64 for number in range(65)]
+    factors = [learning_rate_factor(schedule, 0.25, share) for share in shares]
+    rising, falling = factors[:17], factors[16:]
+    assert rising == sorted(rising)
+    assert falling == sorted(falling, reverse=True)
+    assert factors[16] == max(factors) == 1.0
+    assert factors[-1] == pytest.approx(1.0 if schedule.startswith("constant") else 0.0)
+    assert learning_rate_factor(schedule, 0.0, 0.0) == 1.0
+
+
+def test_a_mask_that_hides_nothing_is_not_handed_to_the_model(config_file, tmp_path, monkeypatch):
+    config = load_config(config_file, ["data.concatenate=true", "compare=[]"])
+    run = Run.prepare(config, tmp_path / "run")
+    names = []
+    monkeypatch.setattr(Trainer, "compute_loss", recording(Trainer.compute_loss, names))
+    metrics = run.train()
+    assert names
+    assert all("attention_mask" not in inputs for inputs in names)
+    assert metrics["models"][0]["tokens"] % 31 == 0 < metrics["models"][0]["tokens"]
+
+
+def recording(compute_loss, names):
+    def recorded(self, model, inputs, *args, **kwargs):
+        names.append(set(inputs))
+        return compute_loss(self, model, inputs, *args, **kwargs)
+
+    return recorded
