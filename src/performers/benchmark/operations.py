@@ -22,8 +22,8 @@ EXPONENTIALS_OF_TRAINING = 2.0
 class Operations:
     """Floating-point operations in matrix products, and exponentials."""
 
-    products: float
-    exponentials: float = 0.0
+    products: int | float
+    exponentials: int | float = 0
 
     def __add__(self, other: Operations) -> Operations:
         return Operations(self.products + other.products, self.exponentials + other.exponentials)
