@@ -61,7 +61,7 @@ __all__ = ["Plan", "run"]
 MODULES = {PEER: "performer_pytorch", KERNELS: "fla"}
 DECODED = ("plain", "near-field")
 BURST = 20  # tokens decoded in succession
-Mechanism = Callable[[Tensor, Tensor, Tensor], Tensor]
+Mechanism = Callable[..., Tensor]
 
 # A whole model, and what is put into it.
 MODEL = {
@@ -210,7 +210,9 @@ def _mechanisms(plan: Plan, causal: bool) -> dict[str, Callable[[], Mechanism]]:
         if peer in peers and _is_installed(PEER):
             table[peer] = partial(_performer_pytorch, plan, causal, peer == PEER_RELU)
     if KERNELS in peers and _is_installed(KERNELS) and causal and device.type == "cuda":
-        table[KERNELS] = lambda: partial(_flash_linear_attention, _features(plan, "plain", causal))
+        table[KERNELS] = lambda: partial(
+            _flash_linear_attention, SoftmaxFeatures(plan.dim, plan.num_projections).to(device)
+        )
     return table
 
 

@@ -84,7 +84,8 @@ def _calibrated(layer: Layer, query_ratio: float = 1.0) -> RandomFeatures:
     """On inputs like those of the benchmark; what is learned has no part in what a call costs."""
     phi = SharpFeatures(layer.dim, layer.num_projections, layer.heads, query_ratio=query_ratio)
     phi = phi.to(layer.device)
-    phi.calibrate(*torch.randn(2, 1, layer.heads, 256, layer.dim, device=layer.device).unbind())
+    query, key = torch.randn(2, 1, layer.heads, 256, layer.dim, device=layer.device).unbind()
+    phi.calibrate(query, key)
     return phi
 
 
