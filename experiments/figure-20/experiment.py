@@ -18,7 +18,7 @@ from performers.viz.figures import BASELINE_COLOR, COLORS, STYLE
 PARTS = ("forward", "forward_backward")
 ALONE = {
     "exact": ("exact", COLORS[1]),
-    "performer": ("FAVOR+", COLORS[0]),
+    "plain": ("FAVOR+", COLORS[0]),
     "identity": ("X (OPT)", BASELINE_COLOR),
 }
 
@@ -66,6 +66,8 @@ def run(config: Config, report: Callable[[str], None]) -> dict[str, Any]:
         lengths=config.attention_lengths,
         memory_lengths=(),
         contexts=(),
+        model_lengths=(),
+        settings=("plain",),
         dtypes=("float32",),
         num_projections=config.num_projections,
         repeats=config.repeats,
@@ -83,6 +85,7 @@ def run(config: Config, report: Callable[[str], None]) -> dict[str, Any]:
             if not slow:
                 model = {
                     **SIZES[config.size],
+                    "attention": "performer-softmax",
                     "num_hidden_layers": count,
                     "vocab_size": 256,
                     "num_projections": config.num_projections,
@@ -91,10 +94,9 @@ def run(config: Config, report: Callable[[str], None]) -> dict[str, Any]:
                     "seed": config.seed,
                 }
                 measured = benchmark.seconds_of_step(
-                    model, ("performer-softmax",), length, 1, config.repeats,
-                    torch.device(config.device),
-                )  # fmt: skip
-                seconds = measured["performer-softmax"]
+                    {"FAVOR+": model}, length, 1, config.repeats, torch.device(config.device)
+                )
+                seconds = measured["FAVOR+"]
             both = seconds["forward_backward"]
             slow = isinstance(both, str) or both["median"] > config.patience
             layers.append({"layers": count, "length": length, "seconds": seconds})
@@ -149,7 +151,7 @@ def summary(config: dict[str, Any], results: dict[str, Any]) -> str:
         "|---|---|---|---|",
     ]
     for row in results["attention"]:
-        exact, ours = (row["seconds"][name] for name in ("exact", "performer"))
+        exact, ours = (row["seconds"][name] for name in ("exact", "plain"))
         ratio = ""
         if not isinstance(exact["forward_backward"], str):
             ours_median = ours["forward_backward"]["median"]

@@ -60,10 +60,8 @@ def run(config: Config, report: Callable[[str], None]) -> dict[str, Any]:
             names = tuple(name for name in MECHANISMS if name not in slow)
             seconds: dict[str, Any] = {name: {} for name in MECHANISMS}
             if names:
-                seconds |= seconds_of_step(
-                    _model(config, size, length), names, length, config.batch, config.repeats,
-                    device,
-                )  # fmt: skip
+                models = {name: _model(config, size, length, name) for name in names}
+                seconds |= seconds_of_step(models, length, config.batch, config.repeats, device)
             for name, parts in seconds.items():
                 both = parts.setdefault("forward_backward", TOO_SLOW)
                 parts.setdefault("forward", TOO_SLOW)
@@ -72,9 +70,8 @@ def run(config: Config, report: Callable[[str], None]) -> dict[str, Any]:
             times.append({"size": size, "length": length, "seconds": seconds})
         for length in config.memory_lengths:
             report(f"{size}, memory at L = {length}")
-            model = _model(config, size, length)
             peaks = {
-                name: peak_of_step(model, name, length, config.batch, device)
+                name: peak_of_step(_model(config, size, length, name), length, config.batch, device)
                 for name in MECHANISMS
                 # Exact attention needs little memory here, but minutes at these lengths.
                 if name != "exact" or length <= 4096
@@ -83,9 +80,10 @@ def run(config: Config, report: Callable[[str], None]) -> dict[str, Any]:
     return {"times": times, "memory": memory}
 
 
-def _model(config: Config, size: str, length: int) -> dict[str, Any]:
+def _model(config: Config, size: str, length: int, mechanism: str) -> dict[str, Any]:
     return {
         **SIZES[size],
+        "attention": mechanism,
         "vocab_size": config.vocab_size,
         "num_projections": config.num_projections,
         "max_position_embeddings": length,

@@ -1,19 +1,31 @@
 """`performers benchmark`: what it writes, what it refuses, and that a failing row ends alone."""
 
 import json
+import re
 import sys
 import types
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from performers import SoftmaxFeatures, favor_attention
-from performers.benchmark import Plan, crossover, peak_of_step, seconds_of_step
+from performers.benchmark import (
+    Plan,
+    crossover,
+    operations,
+    peak_of_step,
+    seconds_of_step,
+    wins_from,
+)
 from performers.benchmark import attention as benchmark
+from performers.benchmark.settings import SETTINGS, Layer
 from performers.benchmark.timing import OUT_OF_MEMORY, interleaved
 from performers.cli import app
 
+MODES = ("bidirectional", "causal")
 SMALL = ["--heads", 2, "--dim", 5, "--num-projections", 7, "--repeats", 1, "--context", 11]
 
 
@@ -38,35 +50,67 @@ def test_the_command_measures_every_mechanism_and_draws(tmp_path):
         (False, 13), (False, 29), (True, 13), (True, 29),
     ]  # fmt: skip
     for row in found["time"]:
-        assert row["relative_error"] < 1e-4
-        for name in ("exact", "identity", "performer"):
+        for name in ("exact", "identity", *SETTINGS):
             both = row["seconds"][name]["forward_backward"]
             assert 0 < both["lower_quartile"] <= both["median"] <= both["upper_quartile"]
+        assert row["floor_seconds"].keys() == {"exact", *SETTINGS}
+    assert [(row["setting"], row["causal"]) for row in found["correctness"]] == [
+        (name, causal) for causal in (False, True) for name in SETTINGS
+    ]
+    assert all(row["relative_error"] < 1e-4 for row in found["correctness"])
+    assert [(row["causal"], row["length"]) for row in found["models"]] == [(False, 29), (True, 29)]
     assert found["decoding"][0]["context"] == 11
-    assert found["decoding"][0]["bytes"]["performer"] == 4 * 2 * 7 * (5 + 2)
+    assert found["decoding"][0]["bytes"]["plain"] == 4 * 2 * 7 * (5 + 2)
+    assert found["decoding"][0]["bytes"]["near-field"] > 4 * 2 * 2 * 64 * (5 + 5)
     assert found["environment"]["threads"] == 1
     assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".png", ".svg"}
-    assert "L = " in result.output
+    verdict = result.output.partition("faster than exact attention")[2]
+    assert all(f"{mode}, float32, {name}" in verdict for mode in MODES for name in SETTINGS)
 
     again = run(*SMALL, "--length", 13, "--output", output)
     assert again.exit_code == 2
     assert "--force" in again.stderr
 
 
-def test_a_wrong_answer_is_not_timed(monkeypatch):
+def test_only_the_settings_asked_for_are_timed(tmp_path):
+    output = tmp_path / "speed.json"
+    asked = ["--setting", "near-field", "--setting", "relu", "--setting", "relu"]
+    what = ["--length", 13, "--dtype", "float32", "--no-memory", "--no-models"]
+    result = run(*SMALL, *asked, *what, "--output", output)
+    assert result.exit_code == 0, result.output
+    found = json.loads(output.read_text())
+    ours = [name for name in found["time"][0]["seconds"] if name in SETTINGS]
+    assert ours == list(found["settings"]) == ["near-field", "relu"]
+    assert found["models"] == []
+    assert found["decoding"][0]["seconds"].keys() == {"near-field", "exact"}
+
+
+def test_the_help_names_every_setting():
+    (option,) = [x for x in get_command(app).commands["benchmark"].params if x.name == "setting"]
+    assert set(SETTINGS) <= set(re.findall(r"[\w-]+", option.help))
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_wrong_answer_is_not_timed(setting, causal, monkeypatch):
     real = benchmark.favor_attention
 
-    def wrong(*arguments, backend=None, **options):
-        out = real(*arguments, backend=backend, **options)
-        return out if backend else 1.01 * out
+    def wrong(*arguments, backend=None, is_causal, **options):
+        out = real(*arguments, backend=backend, is_causal=is_causal, **options)
+        return out if backend or is_causal != causal else 1.01 * out
 
     monkeypatch.setattr(benchmark, "favor_attention", wrong)
-    plan = Plan(lengths=(13,), heads=2, dim=5, num_projections=7, dtypes=("float32",))
-    with pytest.raises(RuntimeError, match="off by"):
+    plan = Plan(
+        lengths=(13,), heads=2, dim=5, num_projections=7, dtypes=("float32",), settings=(setting,),
+        repeats=1,
+    )  # fmt: skip
+    with pytest.raises(RuntimeError, match=f"{setting} must be .* causal={causal}"):
         benchmark.run(plan, lambda line: None)
 
 
-@pytest.mark.parametrize(("option", "word"), [("--dtype", "float31"), ("--device", "cuda")])
+@pytest.mark.parametrize(
+    ("option", "word"), [("--dtype", "float31"), ("--device", "cuda"), ("--setting", "planar")]
+)
 def test_what_is_not_there_is_refused_in_one_line(option, word, tmp_path):
     if word == "cuda" and torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
@@ -93,20 +137,86 @@ def test_an_error_that_is_not_of_memory_is_not_swallowed():
         interleaved({"broken": broken}, 1, torch.device("cpu"))
 
 
+def _rows(*medians):
+    """(length, ours, exact attention's); a word stands for what could not be measured."""
+
+    def part(measured):
+        return {"forward": measured if isinstance(measured, str) else {"median": measured}}
+
+    return [
+        {
+            "dtype": "float32",
+            "causal": False,
+            "length": length,
+            "seconds": {"plain": part(ours), "exact": part(exact)},
+        }
+        for length, ours, exact in medians
+    ]
+
+
 def test_the_crossover_lies_between_the_last_loss_and_the_win():
-    def row(length, ours, exact):
-        seconds = {"performer": {"forward": {"median": ours}}, "exact": exact}
-        return {"dtype": "float32", "causal": False, "length": length, "seconds": seconds}
+    def of(*rows):
+        return crossover(_rows(*rows), "plain", "float32", False, "forward")
 
-    def of(median):
-        return {"forward": {"median": median}}
+    loses, wins, lost_to_memory = (100, 4.0, 1.0), (400, 1.0, 4.0), (800, 1.0, OUT_OF_MEMORY)
+    assert of(loses, wins) == pytest.approx(200)
+    assert of(loses) is None
+    assert of(wins) == 400
+    assert of(loses, lost_to_memory) > 100
 
-    loses, wins = row(100, 4.0, of(1.0)), row(400, 1.0, of(4.0))
-    lost_to_memory = row(800, 1.0, {"forward": OUT_OF_MEMORY})
-    assert crossover([loses, wins], "float32", False, "forward") == pytest.approx(200)
-    assert crossover([loses], "float32", False, "forward") is None
-    assert crossover([wins], "float32", False, "forward") == pytest.approx(400)
-    assert crossover([loses, lost_to_memory], "float32", False, "forward") > 100
+
+def test_a_crossover_is_only_claimed_between_the_lengths_that_were_measured():
+    def of(*rows):
+        return wins_from(_rows(*rows), "plain", "float32", False, "forward")
+
+    loses, wins = (1000, 4.0, 1.0), (4000, 1.0, 4.0)
+    assert of(loses, wins) == "2,000"
+    assert of(loses) == "> 1,000"
+    assert of(wins) == "≤ 4,000"
+
+
+def _marked(length, window_size, is_causal):
+    """Whether a query scores a key, from the definition of a near field."""
+    block = torch.arange(length) // window_size
+    near = (block[:, None] - block).abs() <= 1
+    return near.tril() if is_causal else near
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("length", "window_size"), [(1, 1), (29, 7), (28, 7), (13, 29), (31, 3)])
+def test_near_pairs_are_those_of_the_definition(length, window_size, causal):
+    counted = operations.near_pairs(length, window_size, is_causal=causal)
+    assert counted == _marked(length, window_size, causal).sum()
+    if window_size >= length:
+        assert counted == operations.pairs(length, is_causal=causal)
+
+
+def test_products_of_plain_features_are_those_that_torch_counts():
+    """φ of queries and keys, K′ᵀV and Q′ times that, without the column of the normalizer."""
+    length, m, d = 13, 7, 5
+    query, key, value, omega = (torch.randn(n, d) for n in (length, length, length, m))
+    with FlopCounterMode(display=False) as counter:
+        (query @ omega.mT) @ ((key @ omega.mT).mT @ value)
+    setting = SETTINGS["plain"]
+    layer = Layer(d, m, 1, False, torch.device("cpu"))
+    needed = setting.operations(layer, length)
+    assert needed.products == counter.get_total_flops()
+    assert needed.exponentials == 2 * length * m
+    assert needed.with_backward().products == 3.5 * needed.products
+
+
+def test_a_setting_costs_what_it_adds_to_plain_features():
+    length, m, d, w = 29, 7, 5, 64
+    layer = Layer(d, m, 1, False, torch.device("cpu"))
+    plain, relu, sharp, near = (
+        SETTINGS[name].operations(layer, length)
+        for name in ("plain", "relu", "sharp", "near-field")
+    )
+    assert (relu.products, relu.exponentials) == (plain.products, 0)
+    assert sharp.products == plain.products + 4 * length * d**2
+    assert length <= w, "every key is near"
+    assert near.products == sharp.products + 4 * d * length**2
+    assert near.exponentials == sharp.exponentials + length**2
 
 
 def test_a_model_step_is_timed_and_weighed_for_each_mechanism():
@@ -115,12 +225,16 @@ def test_a_model_step_is_timed_and_weighed_for_each_mechanism():
         "intermediate_size": 13, "num_projections": 7,
     }  # fmt: skip
     device = torch.device("cpu")
-    names = ("exact", "identity", "performer-softmax")
-    seconds = seconds_of_step(config, names, 17, batch=2, repeats=1, device=device)
-    for name in names:
+    models = {
+        "exact": {**config, "attention": "exact"},
+        "identity": {**config, "attention": "identity", "is_decoder": True},
+        "softmax": {**config, "attention": "performer-softmax", "window_size": 3},
+    }
+    seconds = seconds_of_step(models, 17, batch=2, repeats=1, device=device)
+    for name in models:
         assert seconds[name]["forward"].keys() == seconds[name]["forward_backward"].keys()
     # At this size memory is that of the program; the claim is that a number comes back.
-    assert peak_of_step(config, "identity", 17, 2, device) > 0
+    assert peak_of_step(models["identity"], 17, 2, device) > 0
 
 
 def test_the_kernels_of_a_peer_are_given_the_features_of_favor(monkeypatch):

@@ -1,15 +1,14 @@
-"""One attention layer against what a person would pick instead.
+"""One attention layer, in every setting of `SETTINGS`, against what one would pick instead.
 
     exact               torch's scaled_dot_product_attention (flash attention on a GPU)
     identity            returns V: the floor that the paper calls X
-    performer           favor_attention with positive features
 
 and, where they are installed, against
 
-    performer-pytorch
-    flash-linear-attention   its causal kernels, given the features of FAVOR+; on a GPU only
+    performer-pytorch, performer-pytorch-relu
+    flash-linear-attention   its causal kernels, given plain features; on a GPU only
 
-Nothing is timed before FAVOR+ has matched its own definition in float64.
+Nothing is timed before every setting has matched its definition in float64.
 """
 
 from __future__ import annotations
@@ -29,39 +28,78 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from performers.baselines import Identity
+from performers.benchmark import operations
+from performers.benchmark.model import seconds_of_step
+from performers.benchmark.operations import Operations
+from performers.benchmark.settings import (
+    KERNELS,
+    PEER,
+    PEER_RELU,
+    SETTINGS,
+    Layer,
+    Setting,
+)
+from performers.benchmark.summary import decoding_line, memory_line, model_line, time_lines
 from performers.benchmark.timing import (
     OUT_OF_MEMORY,
+    PARTS,
     TOO_SLOW,
+    exponential_rate,
     interleaved,
     limited_memory,
     matmul_rate,
     peak_bytes,
 )
+from performers.checks import check_choice
 from performers.functional import favor_attention, softmax_attention
-from performers.nn import SoftmaxFeatures
+from performers.nn import RandomFeatures, SoftmaxFeatures
 from performers.train.environment import describe_environment
 from performers.typing import LinearState
 
-__all__ = ["PEER", "Plan", "crossover", "run"]
+__all__ = ["Plan", "run"]
 
-PEER = "performer-pytorch"
-KERNELS = "flash-linear-attention"
 MODULES = {PEER: "performer_pytorch", KERNELS: "fla"}
+DECODED = ("plain", "near-field")
 BURST = 20  # tokens decoded in succession
-Mechanism = Callable[[Tensor, Tensor, Tensor], Tensor]
+Mechanism = Callable[..., Tensor]
+
+# A whole model, and what is put into it.
+MODEL = {
+    "vocab_size": 32,
+    "hidden_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 1024,
+    "hidden_dropout_prob": 0.0,
+    "num_projections": 128,
+}
+MODELS: dict[str, dict[str, Any]] = {
+    "identity": {"attention": "identity"},
+    "exact": {"attention": "exact"},
+    "relu": {"attention": "performer-relu"},
+    "plain": {"attention": "performer-softmax"},
+    "near-field": {
+        "attention": "performer-softmax", "window_size": 64, "num_projections": 64
+    },
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What to measure. `memory_lengths` and `contexts` may be empty, and their part is left out."""
+    """What to measure. Where `memory_lengths`, `contexts` or `model_lengths` are empty, their part
+    is left out.
+    """
 
     lengths: tuple[int, ...] = (256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
     memory_lengths: tuple[int, ...] = (1024, 4096, 32768)
-    contexts: tuple[int, ...] = (1024, 16384, 131072, 1048576)
+    contexts: tuple[int, ...] = (1024, 32768, 1048576)
+    model_lengths: tuple[int, ...] = (4096,)
+    settings: tuple[str, ...] = tuple(SETTINGS)
     dtypes: tuple[str, ...] = ("float32", "bfloat16")
     batch: int = 1
     heads: int = 8
     dim: int = 64
+    # Of the settings that do not say how many.
     num_projections: int = 256
     repeats: int = 5
     # Seconds of a step after which a mechanism is not tried at a greater length.
@@ -73,54 +111,75 @@ class Plan:
         """A minute or so, to see where this machine stands."""
         return replace(
             self,
-            lengths=(256, 512, 1024, 2048, 4096),
-            memory_lengths=(4096,),
+            lengths=(256, 1024, 4096),
+            memory_lengths=(),
             contexts=(1024, 16384),
+            model_lengths=(),
             dtypes=("float32",),
-            repeats=3,
+            repeats=2,
+            patience=0.5,
         )
+
+    def layer(self, setting: Setting, is_causal: bool) -> Layer:
+        count = setting.num_projections or self.num_projections
+        return Layer(self.dim, count, self.heads, is_causal, torch.device(self.device))
 
 
 def run(plan: Plan, report: Callable[[str], None]) -> dict[str, Any]:
     """All measurements of a plan, as JSON can hold them. `report` takes lines on how far it is.
 
-    Raises ValueError for dtypes and devices that are not there, before anything runs.
+    Raises ValueError for settings, dtypes and devices that are not there, before anything runs.
     """
     device = torch.device(plan.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError('device="cuda" needs a GPU that torch can use; this torch sees none.')
+    for name in plan.settings:
+        check_choice("setting", name, SETTINGS)
     for name in plan.dtypes:
         if not isinstance(getattr(torch, name, None), torch.dtype):
             raise ValueError(f"dtype must be a float type of torch, got {name!r}.")
     torch.manual_seed(plan.seed)
     result: dict[str, Any] = {
         "plan": asdict(plan),
+        "settings": {name: _description(plan, name) for name in plan.settings},
+        "model": {"shared": MODEL, "attention": MODELS},
         "environment": describe_environment(),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "peers": {
             name: metadata.version(name) if _is_installed(name) else None for name in MODULES
         },
+        "rates": {},
+        "correctness": [],
         "time": [],
         "memory": [],
+        "models": [],
         "decoding": [],
     }
+    peers = {name: list(SETTINGS[name].peers) for name in plan.settings}
     slow: dict[bool, dict[str, int]] = {}
     with limited_memory(device):
-        for name in plan.dtypes:
-            rate = matmul_rate(getattr(torch, name), device)
+        for dtype in plan.dtypes:
+            kind = getattr(torch, dtype)
+            rates = matmul_rate(kind, device), exponential_rate(kind, device)
+            result["rates"][dtype] = dict(zip(("product", "exponential"), rates, strict=True))
             for causal in (False, True):
-                mechanisms = _mechanisms(plan, causal)
+                for name in plan.settings:
+                    result["correctness"].append(_correctness_row(plan, name, dtype, causal))
+                mechanisms = {name: make() for name, make in _mechanisms(plan, causal).items()}
                 slow[causal] = {}
                 for length in plan.lengths:
-                    row = _time_row(plan, mechanisms, name, causal, length, slow[causal])
-                    flops = 8 * length * plan.num_projections * plan.dim * plan.heads * plan.batch
-                    row["floor_seconds"] = flops / rate
+                    row = _time_row(plan, mechanisms, dtype, causal, length, slow[causal])
+                    row["floor_seconds"] = _floors(plan, causal, length, *rates)
                     result["time"].append(row)
-                    report(time_line(row))
+                    report(time_lines(row, peers))
     for causal in (False, True):
         for length in plan.memory_lengths:
             result["memory"].append(_memory_row(plan, causal, length, slow[causal]))
             report(memory_line(result["memory"][-1]))
+    for causal in (False, True):
+        for length in plan.model_lengths:
+            result["models"].append(_model_row(plan, causal, length))
+            report(model_line(result["models"][-1]))
     with limited_memory(device):
         for context in plan.contexts:
             result["decoding"].append(_decoding_row(plan, context))
@@ -128,23 +187,58 @@ def run(plan: Plan, report: Callable[[str], None]) -> dict[str, Any]:
     return result
 
 
-def _mechanisms(plan: Plan, causal: bool) -> dict[str, Mechanism]:
-    """What is compared, by name."""
-    device = torch.device(plan.device)
-    table: dict[str, Mechanism] = {
-        "exact": partial(scaled_dot_product_attention, is_causal=causal),
-        "identity": partial(Identity(), is_causal=causal),
-        "performer": partial(favor_attention, phi=_features(plan), is_causal=causal),
+def _description(plan: Plan, name: str) -> dict[str, Any]:
+    setting = SETTINGS[name]
+    return {
+        "num_projections": plan.layer(setting, False).num_projections,
+        "window_size": setting.window_size,
+        "peers": setting.peers,
     }
-    if _is_installed(PEER):
-        from performer_pytorch import FastAttention
 
-        with redirect_stdout(StringIO()):  # it says each time that it found no CUDA code
-            peer = FastAttention(plan.dim, plan.num_projections, causal=causal)
-        table[PEER] = peer.to(device)
-    if _is_installed(KERNELS) and causal and device.type == "cuda":
-        table[KERNELS] = partial(_flash_linear_attention, _features(plan))
+
+def _mechanisms(plan: Plan, causal: bool) -> dict[str, Callable[[], Mechanism]]:
+    """What is compared, by name: each is made by a call."""
+    device = torch.device(plan.device)
+    table: dict[str, Callable[[], Mechanism]] = {
+        "exact": lambda: partial(scaled_dot_product_attention, is_causal=causal),
+        "identity": lambda: partial(Identity(), is_causal=causal),
+    }
+    for name in plan.settings:
+        table[name] = partial(_favor, plan, name, causal)
+    peers = {peer for name in plan.settings for peer in SETTINGS[name].peers}
+    for peer in (PEER, PEER_RELU):
+        if peer in peers and _is_installed(PEER):
+            table[peer] = partial(_performer_pytorch, plan, causal, peer == PEER_RELU)
+    if KERNELS in peers and _is_installed(KERNELS) and causal and device.type == "cuda":
+        table[KERNELS] = lambda: partial(
+            _flash_linear_attention, SoftmaxFeatures(plan.dim, plan.num_projections).to(device)
+        )
     return table
+
+
+def _favor(plan: Plan, name: str, causal: bool) -> Mechanism:
+    return partial(
+        favor_attention,
+        phi=_features(plan, name, causal),
+        is_causal=causal,
+        window_size=SETTINGS[name].window_size,
+    )
+
+
+def _features(plan: Plan, name: str, causal: bool) -> RandomFeatures:
+    setting = SETTINGS[name]
+    return setting.features(plan.layer(setting, causal))
+
+
+def _performer_pytorch(plan: Plan, causal: bool, is_relu: bool) -> Mechanism:
+    from performer_pytorch import FastAttention
+
+    with redirect_stdout(StringIO()):  # it says each time that it found no CUDA code
+        peer = FastAttention(
+            plan.dim, plan.num_projections, causal=causal, generalized_attention=is_relu
+        )
+    mechanism: Mechanism = peer.to(torch.device(plan.device))
+    return mechanism
 
 
 def _flash_linear_attention(
@@ -158,10 +252,6 @@ def _flash_linear_attention(
     query, key = (part.dense().to(value.dtype).transpose(1, 2) for part in features)
     out, _ = chunk_linear_attn(query, key, value.transpose(1, 2), scale=1.0, normalize=True)
     return out.transpose(1, 2)
-
-
-def _features(plan: Plan) -> SoftmaxFeatures:
-    return SoftmaxFeatures(plan.dim, plan.num_projections).to(torch.device(plan.device))
 
 
 def _is_installed(name: str) -> bool:
@@ -179,10 +269,41 @@ def _step(attend: Mechanism, inputs: Sequence[Tensor]) -> None:
     torch.autograd.grad(out, inputs, torch.ones_like(out), allow_unused=True)
 
 
+def _correctness_row(plan: Plan, name: str, dtype_name: str, causal: bool) -> dict[str, Any]:
+    """How far a setting is from its definition. Raises RuntimeError if that is far.
+
+    The definition takes a step of Python per query, so the length is small. A near field has three
+    blocks and a half: there are keys far of a query, and a block that is not full.
+    """
+    dtype, small = getattr(torch, dtype_name), replace(plan, batch=1, heads=1)
+    window_size = SETTINGS[name].window_size
+    longest = 300 if window_size is None else 7 * window_size // 2
+    length = min(max(plan.lengths), longest)
+    query, key, value = (x.detach() for x in _inputs(small, length, dtype))
+    attend = _favor(small, name, causal)
+    got = attend(query, key, value).double()
+    want = attend(query.double(), key.double(), value.double(), backend="reference")
+    error = float((got - want).norm() / want.norm())
+    limit = 1e-4 if dtype == torch.float32 else 3e-2
+    if not error < limit:
+        raise RuntimeError(
+            f"{name} must be within {limit} of its definition before it is timed, but it is off by "
+            f"{error:.1e} at length {length}, {dtype}, causal={causal}. This is a bug: please "
+            "report it with the output of `performers info`."
+        )
+    return {
+        "setting": name,
+        "dtype": dtype_name,
+        "causal": causal,
+        "length": length,
+        "relative_error": error,
+    }
+
+
 def _time_row(
     plan: Plan,
     mechanisms: dict[str, Mechanism],
-    dtype_name: str,
+    dtype: str,
     causal: bool,
     length: int,
     slow: dict[str, int],
@@ -191,9 +312,8 @@ def _time_row(
 
     `slow`: the lengths from which on mechanisms are not tried. It grows.
     """
-    dtype, device = getattr(torch, dtype_name), torch.device(plan.device)
-    error = _relative_error(plan, min(length, 1024), dtype, causal)
-    inputs = _inputs(plan, length, dtype)
+    device = torch.device(plan.device)
+    inputs = _inputs(plan, length, getattr(torch, dtype))
     calls: dict[str, Callable[[], object]] = {}
     for name, attend in mechanisms.items():
         if name not in slow:
@@ -208,40 +328,34 @@ def _time_row(
         both = parts["forward_backward"]
         if isinstance(both, str) or both["median"] > plan.patience:
             slow.setdefault(name, length)
-    return {
-        "dtype": dtype_name,
-        "causal": causal,
-        "length": length,
-        "relative_error": error,
-        "seconds": seconds,
+    return {"dtype": dtype, "causal": causal, "length": length, "seconds": seconds}
+
+
+def _floors(
+    plan: Plan, causal: bool, length: int, product_rate: float, exponential_rate: float | None
+) -> dict[str, dict[str, float]]:
+    """Seconds of the operations alone that exact attention and each setting must do."""
+    needed: dict[str, Operations] = {
+        "exact": operations.scored(operations.pairs(length, is_causal=causal), plan.dim)
     }
-
-
-PARTS = ("forward", "forward_backward")
-
-
-def _relative_error(plan: Plan, length: int, dtype: torch.dtype, causal: bool) -> float:
-    """That of `performer` against its definition. Raises RuntimeError if it is large."""
-    small = replace(plan, batch=1, heads=1)
-    query, key, value = (x.detach() for x in _inputs(small, length, dtype))
-    phi = _features(plan)
-    got = favor_attention(query, key, value, phi, is_causal=causal).double()
-    query, key, value = query.double(), key.double(), value.double()
-    want = favor_attention(query, key, value, phi, is_causal=causal, backend="reference")
-    error = float((got - want).norm() / want.norm())
-    limit = 1e-4 if dtype == torch.float32 else 3e-2
-    if not error < limit:
-        raise RuntimeError(
-            f"FAVOR+ must be within {limit} of its definition before it is timed, but it is off by "
-            f"{error:.1e} at length {length}, {dtype}, causal={causal}. This is a bug: please "
-            "report it with the output of `performers info`."
-        )
-    return error
+    for name in plan.settings:
+        setting = SETTINGS[name]
+        needed[name] = setting.operations(plan.layer(setting, causal), length)
+    count = plan.batch * plan.heads
+    return {
+        name: {
+            "forward": one.times(count).seconds(product_rate, exponential_rate),
+            "forward_backward": one.with_backward()
+            .times(count)
+            .seconds(product_rate, exponential_rate),
+        }
+        for name, one in needed.items()
+    }
 
 
 def training_step(plan: Plan, name: str, causal: bool, length: int) -> None:
     """What the memory of one row is measured on."""
-    _step(_mechanisms(plan, causal)[name], _inputs(plan, length, torch.float32))
+    _step(_mechanisms(plan, causal)[name](), _inputs(plan, length, torch.float32))
 
 
 def _memory_row(plan: Plan, causal: bool, length: int, slow: dict[str, int]) -> dict[str, Any]:
@@ -254,108 +368,65 @@ def _memory_row(plan: Plan, causal: bool, length: int, slow: dict[str, int]) -> 
     return {"causal": causal, "length": length, "peak_bytes": peaks}
 
 
+def _model_row(plan: Plan, causal: bool, length: int) -> dict[str, Any]:
+    """Seconds of a step of masked, or causal, language models that differ in attention alone."""
+    shared = {**MODEL, "max_position_embeddings": length, "is_decoder": causal, "seed": plan.seed}
+    configs = {name: {**shared, **attention} for name, attention in MODELS.items()}
+    seconds = seconds_of_step(configs, length, plan.batch, plan.repeats, torch.device(plan.device))
+    return {"causal": causal, "length": length, "seconds": seconds}
+
+
 def _decoding_row(plan: Plan, context: int) -> dict[str, Any]:
     """Seconds and bytes of one more token after `context` of them, every one of which was read.
 
     A turn of the clock is a burst of tokens, as in generation.
     """
-    device, phi = torch.device(plan.device), _features(plan)
-    shape = (3, plan.batch, plan.heads, 1, plan.dim)
-    query, key, value = torch.randn(shape, device=device).unbind()
-    state = LinearState.empty(plan.batch, plan.heads, phi.num_features, plan.dim, device=device)
-    for length in _pieces(context, 16384):
-        shape = (2, plan.batch, plan.heads, length, plan.dim)
-        keys, values = torch.randn(shape, device=device).unbind()
-        _, state = favor_attention(query, keys, values, phi, initial_state=state, return_state=True)
-
-    def performer() -> None:
-        after = state
-        for _ in range(BURST):
-            _, after = favor_attention(
-                query, key, value, phi, is_causal=True, initial_state=after, return_state=True
-            )
-
-    def exact() -> None:
-        for _ in range(BURST):
-            softmax_attention(query, keys, values)
-
-    calls: dict[str, Callable[[], object]] = {"performer": torch.no_grad()(performer)}
-    sizes: dict[str, Any] = {
-        "performer": sum(x.nbytes for x in state.parts().values()),
-        "exact": 2 * context * plan.batch * plan.heads * plan.dim * 4,
-    }
+    device = torch.device(plan.device)
+    shape = (plan.batch, plan.heads, 1, plan.dim)
+    token = torch.randn(3, *shape, device=device).unbind()
+    calls: dict[str, Callable[[], object]] = {}
+    sizes: dict[str, Any] = {}
+    for name in DECODED:
+        if name not in plan.settings:
+            continue
+        attend = partial(_favor(plan, name, causal=True), return_state=True)
+        state = _state_after(plan, attend, context)
+        calls[name] = partial(_decode, attend, token, state)
+        sizes[name] = sum(part.nbytes for part in state.parts().values())
+    sizes["exact"] = 2 * context * plan.batch * plan.heads * plan.dim * 4
     try:
         keys, values = torch.randn(2, plan.batch, plan.heads, context, plan.dim, device=device)
     except RuntimeError:
         sizes["exact"] = OUT_OF_MEMORY
     else:
+
+        def exact() -> None:
+            for _ in range(BURST):
+                softmax_attention(token[0], keys, values)
+
         calls["exact"] = torch.no_grad()(exact)
-    seconds: dict[str, Any] = {"performer": OUT_OF_MEMORY, "exact": OUT_OF_MEMORY}
+    seconds: dict[str, Any] = dict.fromkeys(sizes, OUT_OF_MEMORY)
     for name, measured in interleaved(calls, plan.repeats, device).items():
         if not isinstance(measured, str):
             seconds[name] = {share: value / BURST for share, value in measured.items()}
     return {"context": context, "seconds": seconds, "bytes": sizes}
 
 
+@torch.no_grad()
+def _state_after(plan: Plan, attend: Callable[..., Any], context: int) -> LinearState:
+    state: LinearState | None = None
+    for length in _pieces(context, 16384):
+        shape = (3, plan.batch, plan.heads, length, plan.dim)
+        _, state = attend(*torch.randn(shape, device=plan.device).unbind(), initial_state=state)
+    assert state is not None, "a context has at least one token"
+    return state
+
+
+@torch.no_grad()
+def _decode(attend: Callable[..., Any], token: Sequence[Tensor], state: LinearState) -> None:
+    for _ in range(BURST):
+        _, state = attend(*token, initial_state=state)
+
+
 def _pieces(total: int, size: int) -> list[int]:
     return [min(size, total - start) for start in range(0, total, size)]
-
-
-def crossover(rows: list[dict[str, Any]], dtype: str, causal: bool, part: str) -> float | None:
-    """The length from which the Performer is the faster one, between those that were measured.
-
-    None if exact attention still wins at the greatest length; the least length if it never does.
-    """
-    points = []
-    for row in rows:
-        exact, ours = (row["seconds"][name][part] for name in ("exact", "performer"))
-        if (row["dtype"], row["causal"]) == (dtype, causal) and isinstance(ours, dict):
-            ratio = math.log(ours["median"] / exact["median"]) if isinstance(exact, dict) else -1.0
-            points.append((math.log(row["length"]), ratio))
-    if not points or points[-1][1] >= 0:
-        return None
-    last_loss = max((i for i, (_, ratio) in enumerate(points) if ratio >= 0), default=None)
-    if last_loss is None:
-        return math.exp(points[0][0])
-    (left, worse), (right, better) = points[last_loss : last_loss + 2]
-    return math.exp(left + (right - left) * worse / (worse - better))
-
-
-def time_line(row: dict[str, Any]) -> str:
-    """One row for a person: times of the Performer as parts of the others'."""
-    cells = [f"{row['dtype']:9} {'causal' if row['causal'] else 'both':6} L = {row['length']:7,d}"]
-    for part in PARTS:
-        ours = row["seconds"]["performer"][part]
-        if isinstance(ours, str):
-            cells.append(f"{part.replace('_', ' + ')}: {ours}")
-            continue
-        cells.append(f"{part.replace('_', ' + ')} {ours['median'] * 1e3:9.2f} ms")
-        for name in ("exact", *MODULES):
-            theirs = row["seconds"].get(name, {}).get(part)
-            if isinstance(theirs, dict):
-                cells.append(f"{ours['median'] / theirs['median']:6.3f} × {name}")
-    forward = row["seconds"]["performer"]["forward"]
-    if isinstance(forward, dict):
-        cells.append(f"{row['floor_seconds'] / forward['median']:4.0%} of the floor")
-    return "  ".join(cells)
-
-
-def memory_line(row: dict[str, Any]) -> str:
-    """Peak memory of a training step, for a person."""
-    sizes = ", ".join(
-        f"{name} {size / 2**20:,.0f} MiB" if isinstance(size, int) else f"{name} {size}"
-        for name, size in row["peak_bytes"].items()
-    )
-    return f"memory    {'causal' if row['causal'] else 'both':6} L = {row['length']:7,d}  {sizes}"
-
-
-def decoding_line(row: dict[str, Any]) -> str:
-    """Tokens per second after a context, for a person."""
-    cells = []
-    for name, seconds in row["seconds"].items():
-        size = row["bytes"][name]
-        if isinstance(seconds, str):
-            cells.append(f"{name} {seconds}")
-        else:
-            cells.append(f"{name} {1 / seconds['median']:,.0f} tokens/s, {size / 2**20:,.1f} MiB")
-    return f"decoding after {row['context']:9,d} tokens: {'; '.join(cells)}"

@@ -20,7 +20,9 @@ from performers.train.environment import PeakMemory
 
 __all__ = [
     "OUT_OF_MEMORY",
+    "PARTS",
     "TOO_SLOW",
+    "exponential_rate",
     "interleaved",
     "limited_memory",
     "matmul_rate",
@@ -30,6 +32,9 @@ __all__ = [
 # What stands in a result where a number cannot.
 OUT_OF_MEMORY = "out of memory"
 TOO_SLOW = "not tried"  # for it was too slow at a smaller size
+
+# Of a step: the forward pass, and forward and backward together.
+PARTS = ("forward", "forward_backward")
 
 Measured = dict[str, float] | str
 
@@ -84,11 +89,31 @@ def _summary(times: list[float]) -> dict[str, float]:
 
 def matmul_rate(dtype: torch.dtype, device: torch.device) -> float:
     """FLOP per second of a large matrix product, which no attention can exceed."""
-    size = 2048 if device.type == "cpu" else 8192
+    size = 1024 if device.type == "cpu" else 8192
     a = torch.randn(size, size, device=device).to(dtype)
     measured = interleaved({"product": lambda: a @ a}, 5, device)["product"]
     assert isinstance(measured, dict), "a machine that benchmarks has room for one matrix"
     return 2 * size**3 / measured["median"]
+
+
+def exponential_rate(dtype: torch.dtype, device: torch.device) -> float | None:
+    """Values of exp2 per second, of a tile that stays in the cache of a CPU.
+
+    None on a GPU, where an operator by itself measures memory, not the unit that computes exp2.
+    """
+    if device.type != "cpu":
+        return None
+    size, rounds = 2**15, 64
+    x = torch.randn(size).to(dtype)
+    out = torch.empty_like(x)
+
+    def tile() -> None:
+        for _ in range(rounds):
+            torch.exp2(x, out=out)
+
+    measured = interleaved({"tile": tile}, 5, device)["tile"]
+    assert isinstance(measured, dict), "a machine that benchmarks has room for one tile"
+    return size * rounds / measured["median"]
 
 
 def peak_bytes(step: Callable[..., object], *arguments: object, device: torch.device) -> int | str:

@@ -16,7 +16,10 @@ __all__ = ["benchmark"]
 
 def benchmark(
     quick: Annotated[
-        bool, typer.Option("--quick", help="A minute or two: up to L = 4096, float32.")
+        bool,
+        typer.Option(
+            "--quick", help="A minute or two: up to L = 4096, float32; neither memory nor models."
+        ),
     ] = False,
     length: Annotated[
         list[int] | None, typer.Option(min=1, help="A length to time; give it more than once.")
@@ -24,15 +27,26 @@ def benchmark(
     context: Annotated[
         list[int] | None, typer.Option(min=1, help="Tokens to decode after; more than once.")
     ] = None,
+    setting: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="plain, relu, sharp, near-field or near-field-wide; more than once. Else all."
+        ),
+    ] = None,
     dtype: Annotated[
         list[str] | None, typer.Option(help="float32, bfloat16 or float16; more than once.")
     ] = None,
     repeats: Annotated[int | None, typer.Option(min=1, help="Rounds of each timing.")] = None,
     heads: Annotated[int, typer.Option(min=1)] = 8,
     dim: Annotated[int, typer.Option(min=1, help="Of one head.")] = 64,
-    num_projections: Annotated[int, typer.Option(min=1, help="Projections m.")] = 256,
+    num_projections: Annotated[
+        int, typer.Option(min=1, help="Projections m of plain, relu and sharp.")
+    ] = 256,
     memory: Annotated[
-        bool, typer.Option(help="Measure the peak memory of a training step at the last length.")
+        bool, typer.Option(help="Measure the peak memory of a training step, at 4096 or --length.")
+    ] = True,
+    models: Annotated[
+        bool, typer.Option(help="Time a step of whole models, at 4096 or the last --length.")
     ] = True,
     device: Annotated[
         str | None, typer.Option(help='"cpu" or "cuda"; a GPU is used where there is one.')
@@ -45,17 +59,19 @@ def benchmark(
     ] = Path("benchmark.json"),
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier result.")] = False,
 ) -> None:
-    """Time one attention layer against exact attention, identity and performer-pytorch.
+    """Time one attention layer, in each recommended setting, and what one could use instead.
 
-    Forward, forward and backward, peak memory of a training step, and decoding. Every mechanism
-    takes its turn in every round; nothing is timed before it has matched its definition. Says from
-    which length on a Performer is the faster choice here.
+    Beside exact attention, identity and performer-pytorch: forward, forward and backward, with the
+    percentage of a floor, the time that the least matrix products and exponentials would take by
+    themselves; peak memory of a training step; whole models; decoding. Every mechanism takes its
+    turn in every round; nothing is timed before it has matched its definition. Says from which
+    length on each setting is faster than exact attention here.
 
     Examples:
 
         performers benchmark --quick
 
-        performers benchmark --length 4096 --length 65536 --dtype bfloat16 --threads 2
+        performers benchmark --setting near-field --length 1024 --length 4096 --dtype bfloat16
     """
     import torch
 
@@ -78,9 +94,14 @@ def benchmark(
         )
         plan = plan.quick() if quick else plan
         if length is not None:
-            plan = replace(plan, lengths=tuple(sorted(length)), memory_lengths=(max(length),))
+            plan = replace(plan, lengths=tuple(sorted(length)))
+            plan = replace(plan, memory_lengths=plan.lengths[-1:], model_lengths=plan.lengths[-1:])
         if not memory:
             plan = replace(plan, memory_lengths=())
+        if not models:
+            plan = replace(plan, model_lengths=())
+        if setting is not None:
+            plan = replace(plan, settings=tuple(dict.fromkeys(setting)))
         if context is not None:
             plan = replace(plan, contexts=tuple(sorted(context)))
         if dtype is not None:
@@ -95,20 +116,16 @@ def benchmark(
 
 
 def _verdict(result: dict[str, Any]) -> list[str]:
-    """From which length on the Performer is faster than exact attention."""
-    from performers.benchmark import crossover
+    """A table: from which length on each setting is faster than exact attention."""
+    from performers.benchmark import wins_from
+    from performers.benchmark.timing import PARTS
 
-    lines = []
+    lines = [f"{'faster than exact attention from L =':40} {'inference':>10} {'training':>10}"]
     for dtype in result["plan"]["dtypes"]:
         for causal in (False, True):
-            for part, words in (("forward", "inference"), ("forward_backward", "training")):
-                length = crossover(result["time"], dtype, causal, part)
+            for name in result["plan"]["settings"]:
                 mode = "causal" if causal else "bidirectional"
-                what = f"{mode} {words} in {dtype}"
-                longest = max(result["plan"]["lengths"])
-                lines.append(
-                    f"exact attention is faster up to L = {longest:,}: {what}"
-                    if length is None
-                    else f"a Performer is faster from about L = {length:,.0f}: {what}"
-                )
+                cells = [wins_from(result["time"], name, dtype, causal, part) for part in PARTS]
+                words = f"{mode}, {dtype}, {name}"
+                lines.append(" ".join([f"{words:40}", *(f"{cell:>10}" for cell in cells)]))
     return lines

@@ -1,0 +1,100 @@
+"""The settings of attention that the documents recommend: what each is, and what it must compute.
+
+A new setting is a row of `SETTINGS`. The benchmark, its tables and its figure follow from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from performers.benchmark import operations
+from performers.benchmark.operations import Operations
+from performers.nn import KernelFeatures, RandomFeatures, SharpFeatures, SoftmaxFeatures
+
+__all__ = ["KERNELS", "PEER", "PEER_RELU", "SETTINGS", "Layer", "Setting"]
+
+KERNELS = "flash-linear-attention"
+PEER = "performer-pytorch"
+PEER_RELU = "performer-pytorch-relu"
+
+
+class Layer(NamedTuple):
+    """The attention layer that features are made for."""
+
+    dim: int
+    num_projections: int
+    heads: int
+    is_causal: bool
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Features, and perhaps a near field beside them.
+
+    `peers`: what estimates the same kernel in other libraries.
+    `num_projections`: of the setting; None where whoever benchmarks chooses them.
+    `is_exponential`, `is_mapped`: whether a feature is an exponential, and whether queries and keys
+    go through a matrix before they meet ω.
+    """
+
+    features: Callable[[Layer], RandomFeatures]
+    peers: tuple[str, ...]
+    num_projections: int | None = None
+    window_size: int | None = None
+    is_exponential: bool = True
+    is_mapped: bool = False
+
+    def operations(self, layer: Layer, length: int) -> Operations:
+        """Those of the forward pass of one head."""
+        total = operations.estimated(
+            length, layer.num_projections, layer.dim, is_exponential=self.is_exponential
+        )
+        if self.is_mapped:
+            total += operations.mapped(length, layer.dim)
+        if self.window_size is not None:
+            count = operations.near_pairs(length, self.window_size, is_causal=layer.is_causal)
+            total += operations.scored(count, layer.dim)
+        return total
+
+
+def _plain(layer: Layer) -> RandomFeatures:
+    return SoftmaxFeatures(layer.dim, layer.num_projections).to(layer.device)
+
+
+def _relu(layer: Layer) -> RandomFeatures:
+    return KernelFeatures(layer.dim, layer.num_projections).to(layer.device)
+
+
+def _sharp(layer: Layer) -> RandomFeatures:
+    """With the statistics of the call, which causal attention cannot use."""
+    if layer.is_causal:
+        return _calibrated(layer, query_ratio=2.0)
+    phi = SharpFeatures(
+        layer.dim, layer.num_projections, layer.heads, statistics="call", query_ratio=2.0
+    )
+    return phi.to(layer.device)
+
+
+def _calibrated(layer: Layer, query_ratio: float = 1.0) -> RandomFeatures:
+    """On inputs like those of the benchmark; what is learned has no part in what a call costs."""
+    phi = SharpFeatures(layer.dim, layer.num_projections, layer.heads, query_ratio=query_ratio)
+    phi = phi.to(layer.device)
+    query, key = torch.randn(2, 1, layer.heads, 256, layer.dim, device=layer.device).unbind()
+    phi.calibrate(query, key)
+    return phi
+
+
+SETTINGS = {
+    "plain": Setting(_plain, (PEER, KERNELS)),
+    "relu": Setting(_relu, (PEER_RELU,), is_exponential=False),
+    "sharp": Setting(_sharp, (PEER,), is_mapped=True),
+    "near-field": Setting(_calibrated, (PEER,), num_projections=64, window_size=64, is_mapped=True),
+    "near-field-wide": Setting(
+        _calibrated, (PEER,), num_projections=64, window_size=128, is_mapped=True
+    ),
+}
