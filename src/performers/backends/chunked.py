@@ -21,9 +21,16 @@ from torch import Tensor
 
 from performers.backends import kernel_tiles
 from performers.backends.near import attend as attend_near
-from performers.backends.reference import Partial, absorb, key_exponent, key_weights, read
+from performers.backends.reference import Partial, absorb, read
 from performers.backends.scan import scan
-from performers.backends.tiles import Call, causal_chunk, key_tiles, recomputed, rows_of_a_piece
+from performers.backends.tiles import (
+    Call,
+    absorb_one,
+    causal_chunk,
+    key_tiles,
+    recomputed,
+    rows_of_a_piece,
+)
 from performers.typing import FeatureMap, LinearState, NearField, elementwise, is_log_linear
 
 __all__ = ["attend"]
@@ -111,7 +118,8 @@ def _causal(
     """What queries get from the state and the keys up to their own, and the state after them."""
     phi = call.phi
     if query.shape[3] == 1:
-        state = _with_one(call, key, value, key_mask, state)
+        features = phi.key_features(call.scaled(key))
+        state = absorb_one(state, features, value.to(call.dtype), key_mask)
         partial = read(state, phi.query_features(call.scaled(query.flatten(2, 3))))
         return _unflattened(partial, query), state
     if is_log_linear(phi) and phi.is_nonnegative:
@@ -131,24 +139,6 @@ def _causal(
         partial, state = recomputed(chunk, state, rows, *tile)
         partials.append(partial)
     return _joined(partials), state
-
-
-def _with_one(
-    call: Call,
-    key: Float[Tensor, "batch key_heads 1 dim"],
-    value: Float[Tensor, "batch key_heads 1 value_dim"],
-    key_mask: Bool[Tensor, "batch 1"] | None,
-    state: LinearState,
-) -> LinearState:
-    """`absorb` for a single key, the step of decoding, which touches the state only once."""
-    features = call.phi.key_features(call.scaled(key))
-    exponent = key_exponent(features, key_mask)
-    log_scale = torch.maximum(state.log_scale, exponent.detach().squeeze(2))
-    weights = key_weights(exponent, log_scale.unsqueeze(2), features)
-    state = state.rescaled(log_scale)  # new tensors, so they can be added to
-    state.normalizer.add_(weights.squeeze(2))
-    state.values.addcmul_(weights.mT, value.to(call.dtype))
-    return state
 
 
 def _no_rows(

@@ -15,14 +15,16 @@ from torch.nn import functional as F
 
 from performers.backends.blocks import Problem, block_attention
 from performers.backends.fused_softmax import HIDDEN
-from performers.backends.reference import absorb, exact_partial, read, remembered
+from performers.backends.reference import Partial, remembered
 from performers.backends.slots import Slots
+from performers.backends.tiles import absorb_one
 from performers.typing import (
     FeatureMap,
     LinearState,
     LogLinearSide,
     NearField,
     NearKeys,
+    exp_difference,
     is_log_linear,
 )
 
@@ -160,49 +162,74 @@ def _step(
     """One token after those of the state, at a cost that does not depend on how many there are."""
     earlier, dtype, size = state.near, state.values.dtype, near.window_size
     assert earlier is not None, "`attend` steps from a state with a near field only"
-    count = earlier.count.unsqueeze(1)
-    is_token = torch.ones_like(count, dtype=torch.bool) if key_mask is None else key_mask
-    offset, start = count % size, (count // size - 1) * size
-    slot = torch.arange(2 * size, device=count.device)
-    sink = torch.arange(near.num_sinks, device=count.device)
+    count, sequence = earlier.count.unsqueeze(1), torch.arange(len(key), device=key.device)
+    offset = count % size
+    start = count - offset - size  # the position of slot 0
 
-    def written(x: Tensor, place: Tensor, new: Tensor) -> Tensor:
-        return torch.where((place & is_token)[:, None, :, None], new.to(x.dtype), x)
+    def written(x: Tensor, slot: Tensor, new: Tensor) -> Tensor:
+        x = x.clone()
+        x[sequence, :, slot] = new.squeeze(2).to(x.dtype)
+        return x
 
-    is_own, is_sink = slot == size + offset, sink == count
-    keys, values = written(earlier.key, is_own, key), written(earlier.value, is_own, value)
-    sink_key = written(earlier.sink_key, is_sink, key)
-    sink_value = written(earlier.sink_value, is_sink, value)
+    slot = (offset + size).squeeze(1)  # padding is 0, and writes what was there
+    keys, values = written(earlier.key, slot, key), written(earlier.value, slot, value)
+    near_keys, near_values = keys, values
+    position = start + torch.arange(2 * size, device=key.device)
+    visible = (position >= near.num_sinks) & (position <= count)
+    sink_key, sink_value = earlier.sink_key, earlier.sink_value
+    if near.num_sinks:
+        sink = torch.arange(near.num_sinks, device=key.device)
+        is_own = sink == count if key_mask is None else (sink == count) & key_mask
+        is_own = is_own[:, None, :, None]
+        sink_key = torch.where(is_own, key.to(sink_key.dtype), sink_key)
+        sink_value = torch.where(is_own, value.to(sink_value.dtype), sink_value)
+        near_keys = torch.cat([sink_key, keys], dim=2)
+        near_values = torch.cat([sink_value, values], dim=2)
+        visible = torch.cat([sink <= count, visible], dim=1)
 
-    position = start + slot
-    visible = (position >= near.num_sinks) & (position >= 0) & (position <= count)
-    visible = torch.cat([sink <= count, visible], dim=1)[:, None, None, :]
+    # One softmax over near keys and features; the token sees itself, so it is never over nothing.
     row = query.squeeze(3).to(dtype) * root
-    exact_keys = torch.cat([sink_key, keys], dim=2).to(dtype) * root
-    exact_values = torch.cat([sink_value, values], dim=2).to(dtype)
-    partial = exact_partial(row, exact_keys, exact_values, visible)
+    near_values = near_values.to(dtype)
+    logits = row @ (near_keys.to(dtype) * root).mT
+    logits = logits.masked_fill(~visible[:, None, None, :], -torch.inf)
+    number = logits.shape[-1]
     if near.far:
-        partial = partial.merge(read(state, phi.query_features(row)))
-    out = partial.output(normalize, True).masked_fill(~is_token[:, None, :, None], 0.0)
+        features = phi.query_features(row)
+        logits = torch.cat([logits, features.exponent() + state.log_scale.unsqueeze(2)], dim=-1)
+    frame = logits.detach().amax(dim=-1, keepdim=True)
+    weights = exp_difference(logits, frame)
+    scores = weights[..., :number]
+    partial = Partial(scores @ near_values, scores.sum(dim=-1, keepdim=True), frame)
+    if near.far:
+        weights = weights[..., number:]
+        partial = Partial(
+            partial.numerator + weights @ state.values,
+            partial.normalizer + weights @ state.normalizer.unsqueeze(-1),
+            frame,
+        )
+    out = partial.output(normalize, True).unsqueeze(3)
 
-    pending = earlier.pending
+    pending, is_full = earlier.pending, offset == size - 1
+    if key_mask is not None:
+        out = out.masked_fill(~key_mask[:, None, None, :, None], 0.0)
+        is_full = is_full & key_mask
     if near.far:  # one more key of the block before, which is as far along as the token's own
-        place = offset[:, None, :, None]
-        one_key, one_value = (x.take_along_dim(place, dim=2) for x in (earlier.key, earlier.value))
-        is_pending = is_token & (count >= size) & (count - size >= near.num_sinks)
-        features = phi.key_features(one_key.to(dtype) * root)
-        pending = absorb(pending, features, one_value.to(dtype), is_pending)
-    is_full = is_token & (offset == size - 1)
+        slot = offset.squeeze(1)
+        one_key, one_value = (
+            x[sequence, :, slot].unsqueeze(2).to(dtype) for x in (earlier.key, earlier.value)
+        )
+        is_pending = count - size >= near.num_sinks
+        is_pending = is_pending if key_mask is None else is_pending & key_mask
+        pending = absorb_one(pending, phi.key_features(one_key * root), one_value, is_pending)
     if torch.compiler.is_compiling() or bool(is_full.any()):
         # The block before is far of all that comes, and the token's own is the block before.
-        full = is_full.unsqueeze(-1)
-        nothing = pending.emptied(full)
-        ended = pending.emptied(~full)
-        sums = replace(state, near=None).merge(ended)
-        state, pending = replace(sums, near=earlier), nothing
-        shift = full.unsqueeze(-1)
+        full = is_full[..., None]
+        sums = replace(state, near=None).merge(pending.emptied(~full))
+        state, pending = replace(sums, near=earlier), pending.emptied(full)
         keys, values = (
-            torch.where(shift, F.pad(x[:, :, size:], (0, 0, 0, size)), x) for x in (keys, values)
+            torch.where(full[..., None], F.pad(x[:, :, size:], (0, 0, 0, size)), x)
+            for x in (keys, values)
         )
-    after = NearKeys(keys, values, sink_key, sink_value, (count + is_token).squeeze(1), pending)
-    return out.unsqueeze(3), replace(state, near=after)
+    count = earlier.count + (1 if key_mask is None else key_mask.squeeze(1))
+    after = NearKeys(keys, values, sink_key, sink_value, count, pending)
+    return out, replace(state, near=after)

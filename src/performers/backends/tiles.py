@@ -18,11 +18,12 @@ from performers.backends.reference import (
     key_weights,
     read_weights,
 )
-from performers.typing import FeatureMap, LinearState
+from performers.typing import FeatureMap, Features, LinearState
 
 __all__ = [
     "MAX_RISE",
     "Call",
+    "absorb_one",
     "causal_chunk",
     "exponent_at",
     "key_tiles",
@@ -119,6 +120,22 @@ def causal_chunk(
         state = absorbed.rescaled(torch.maximum(state.log_scale, largest))
         if is_last:
             return partial, state
+
+
+def absorb_one(
+    state: LinearState,
+    features: Features,
+    value: Float[Tensor, "batch key_heads 1 value_dim"],
+    key_mask: Bool[Tensor, "batch 1"] | None,
+) -> LinearState:
+    """`absorb` for a single key, the step of decoding, which touches the state only once."""
+    exponent = key_exponent(features, key_mask)
+    log_scale = torch.maximum(state.log_scale, exponent.detach().squeeze(2))
+    weights = key_weights(exponent, log_scale.unsqueeze(2), features)
+    state = state.rescaled(log_scale)  # new tensors, so they can be added to
+    state.normalizer.add_(weights.squeeze(2))
+    state.values.addcmul_(weights.mT, value)
+    return state
 
 
 def exponent_at(

@@ -79,20 +79,17 @@ def linear_attention(
     near = None if window_size is None else NearField(window_size, num_sinks, far)
     batch, key_heads, _, value_dim = value.shape
     dtype = torch.promote_types(value.dtype, torch.float32)
-    state = LinearState.empty(
-        batch,
-        key_heads,
-        phi.num_features if far else 0,
-        value_dim,
-        device=value.device,
-        dtype=dtype,
-    )
+    width = phi.num_features if far else 0
     if initial_state is not None:
         made = initial_state.near_field()
         check_same_near_field(made and made._asdict(), near and near._asdict())
-        shapes = _shapes(_remembering(state, key, value, near))
+        shapes = _state_shapes(key, value, width, near)
         check_state(initial_state.parts(), shapes, dtype, value.device)
         state = initial_state
+    else:
+        state = LinearState.empty(
+            batch, key_heads, width, value_dim, device=value.device, dtype=dtype
+        )
     if key_padding_mask is not None:
         # Masked keys weigh 0, but 0 · NaN is NaN, and padding may hold anything.
         absent = ~key_padding_mask[:, None, :, None]
@@ -109,8 +106,9 @@ def linear_attention(
     )
     if near is not None and key.shape[2] == 0:
         out = query[..., :1].expand(*query.shape[:-1], value_dim)
-        last = _remembering(state, key, value, near) if state.near is None else state
-        return out, last if return_state else None
+        if state.near is None:
+            state = replace(state, near=NearKeys.empty(key, value, near, pending=state))
+        return out, state if return_state else None
     with torch.autocast(query.device.type, enabled=False):
         out, last = BACKENDS[chosen](
             query.unflatten(1, (key_heads, -1)),
@@ -128,14 +126,24 @@ def linear_attention(
     return out.flatten(1, 2).to(query.dtype), last if return_state else None
 
 
-def _remembering(
-    empty: LinearState, key: Tensor, value: Tensor, near: NearField | None
-) -> LinearState:
-    """The state before the first key, with what a near field remembers where there is one."""
+def _state_shapes(
+    key: Tensor, value: Tensor, num_features: int, near: NearField | None
+) -> dict[str, tuple[int, ...]]:
+    """The shapes of a state's parts, by the names that `LinearState.parts` gives them."""
+    batch, key_heads, _, value_dim = value.shape
+    heads, dim = (batch, key_heads), key.shape[-1]
+    sums = {
+        "log_scale": (*heads, num_features),
+        "normalizer": (*heads, num_features),
+        "values": (*heads, num_features, value_dim),
+    }
     if near is None:
-        return empty
-    return replace(empty, near=NearKeys.empty(key, value, near, pending=empty))
-
-
-def _shapes(state: LinearState) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(part.shape) for name, part in state.parts().items()}
+        return sums
+    return sums | {
+        "near.key": (*heads, 2 * near.window_size, dim),
+        "near.value": (*heads, 2 * near.window_size, value_dim),
+        "near.sink_key": (*heads, near.num_sinks, dim),
+        "near.sink_value": (*heads, near.num_sinks, value_dim),
+        "near.count": (batch,),
+        **{f"near.{name}": shape for name, shape in sums.items()},
+    }
