@@ -11,7 +11,7 @@ LENGTH, DIM = 13, 8
 
 
 @pytest.mark.parametrize("is_padded", [False, True])
-@pytest.mark.parametrize("window_size", [None, 3])
+@pytest.mark.parametrize("window_size", [0, 3])
 @pytest.mark.parametrize("query_length", [LENGTH, 5, 1])
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_heads_that_stay_exact_are_exact_and_the_others_estimated_as_before(
