@@ -39,7 +39,9 @@ def test_each_layer_learns_the_moments_of_the_exact_models_queries_and_keys(name
 
 @pytest.mark.parametrize(("window_size", "ratio"), [(0, 2.0), (3, 1.0)])
 def test_queries_are_made_longer_where_nothing_is_scored_exactly(window_size, ratio):
-    model = linearize(bert(), FavorOptions(num_projections=17, window_size=window_size))
+    model = linearize(
+        bert(), FavorOptions(num_projections=17, window_size=window_size, num_sinks=0)
+    )
     calibrate(model, [inputs_for(model)])
     for layer in converted_layers(model).values():
         assert layer.feature_map.query_ratio == ratio

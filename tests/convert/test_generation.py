@@ -65,9 +65,9 @@ CONVERSIONS = {
     "Mistral": (mistral, OPTIONS),
     "Gemma 3": (gemma3, OPTIONS),
     "in part": (lambda: llama(num_hidden_layers=3), FavorOptions(17, window_size=0, layers=[1])),
-    "window": (llama, FavorOptions(17, window_size=3)),
+    "window": (llama, FavorOptions(17, window_size=3, num_sinks=0)),
     "heads": (llama, FavorOptions(17, window_size=0, exact_heads={1: [0, 3]})),
-    "heads, window": (llama, FavorOptions(17, window_size=3, exact_heads={0: [2]})),
+    "heads, window": (llama, FavorOptions(17, window_size=3, num_sinks=0, exact_heads={0: [2]})),
     "relu": (llama, FavorOptions(17, features="relu")),
 }
 MODES = {
@@ -173,7 +173,7 @@ def test_rows_of_a_cache_can_be_chosen_and_repeated(model, tokens):
 
 @pytest.mark.parametrize("window_size", [0, 3])
 def test_the_size_of_a_state_does_not_depend_on_the_length(window_size):
-    model = linearize(llama(), FavorOptions(17, window_size=window_size))
+    model = linearize(llama(), FavorOptions(17, window_size=window_size, num_sinks=0))
 
     def num_elements(length: int) -> int:
         cache = FavorCache(model.config)
@@ -260,7 +260,7 @@ def bart(**changes) -> BartForConditionalGeneration:
 @pytest.mark.parametrize("mode", ["greedy", "beams"])
 @pytest.mark.parametrize("features", ["positive", "sharp"])
 def test_a_decoder_keeps_states_and_the_keys_of_its_encoder(tokens, features, mode):
-    model = linearize(bart(), FavorOptions(17, features=features, window_size=3))
+    model = linearize(bart(), FavorOptions(17, features=features, window_size=3, num_sinks=0))
     cached = written(model, tokens, **MODES[mode], return_dict_in_generate=True)
     cache = cached.past_key_values
     assert isinstance(cache, EncoderDecoderCache)
@@ -385,7 +385,7 @@ torch.manual_seed(0)
 sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 97}
 sizes |= {"intermediate_size": 48, "num_key_value_heads": 2, "initializer_range": 0.3}
 model = LlamaForCausalLM(LlamaConfig(**sizes)).eval()
-linearize(model, FavorOptions(17, window_size=WINDOW))
+linearize(model, FavorOptions(17, window_size=WINDOW, num_sinks=0))
 tokens = torch.randint(5, 97, (3, 11))
 
 

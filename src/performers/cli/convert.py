@@ -44,8 +44,13 @@ def convert(
         ),
     ] = None,
     sinks: Annotated[
-        int, typer.Option(min=0, help="The first so many keys are scored exactly, too.")
-    ] = 0,
+        int | None,
+        typer.Option(
+            min=0,
+            help="Beside a window the first so many keys are scored exactly, too. That of "
+            "FavorOptions unless given.",
+        ),
+    ] = None,
     exact_layers: Annotated[
         int,
         typer.Option(min=0, help="Layers that stay exact: those whose conversion costs most."),

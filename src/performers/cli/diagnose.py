@@ -39,8 +39,8 @@ def diagnose(
         ),
     ] = 32,
     sinks: Annotated[
-        int, typer.Option(min=0, help="The first so many keys are exact in every setting.")
-    ] = 0,
+        int, typer.Option(min=0, help="The first so many keys are exact beside each near field.")
+    ] = 4,
     target_error: Annotated[
         float | None,
         typer.Option(

@@ -13,13 +13,13 @@ from performers.functional.features import KERNELS
 from performers.functional.projections import PROJECTIONS
 from performers.functional.sharp import QUERY_RATIO
 from performers.nn.feature_maps import ESTIMATORS, KernelFeatures, SoftmaxFeatures
-from performers.nn.frontier import Frontier
+from performers.nn.frontier import NUM_SINKS, Frontier
 from performers.nn.sharp import STATISTICS, SharpFeatures
 
 __all__ = ["FAVOR", "FEATURES", "SHARP", "FavorOptions"]
 
-# What frontiers of several pretrained models have in common: the largest near field that, with as
-# many projections, costs less than exact attention from 512 positions on.
+# Chosen by the frontiers of several pretrained models (DESIGN.md): the largest near field whose
+# cost, these projections included, is below that of exact attention from 512 positions on.
 WINDOW_SIZE, NUM_PROJECTIONS = 128, 64
 
 # The name of FAVOR+ among transformers' attention implementations, of the child that holds a
@@ -44,6 +44,7 @@ class FavorOptions:
     `window_size`, `num_sinks`, `far`: the exact near field, and whether anything else is estimated,
     see `favor_attention`. Not in cross-attention. A `window_size` of 0 is no near field; None is
     128, or 0 for features that exact scores cannot stand beside: kernels and trigonometric ones.
+    `num_sinks` None is 4 in a near field: trained models park attention on their first tokens.
     `layers`: numbers of the layers that are converted, the others stay exact. None: all, other than
     the sliding-window layers of models that also have layers without a window.
     `exact_heads`: query heads of converted layers that stay exact, by the number of the layer. What
@@ -57,7 +58,7 @@ class FavorOptions:
     projection: str | None = "orthogonal"
     statistics: str | None = None
     window_size: int | None = None
-    num_sinks: int = 0
+    num_sinks: int | None = None
     far: bool = True
     layers: Sequence[int] | None = None
     exact_heads: Mapping[int, Sequence[int]] = field(default_factory=dict, hash=False)
@@ -97,7 +98,9 @@ class FavorOptions:
                 f"num_sinks={self.num_sinks!r}, far={self.far!r}, features={self.features!r}. Pass "
                 "window_size= too, with features 'sharp', 'positive' or 'hyperbolic'."
             )
-        if (
+        if self.num_sinks is None:
+            object.__setattr__(self, "num_sinks", NUM_SINKS if self.window_size else 0)
+        elif (
             not isinstance(self.num_sinks, int)
             or isinstance(self.num_sinks, bool)
             or self.num_sinks < 0
@@ -141,7 +144,7 @@ class FavorOptions:
         chosen: dict[str, Any] = {
             "features": setting.features,
             "window_size": setting.window_size or 0,
-            "num_sinks": frontier.num_sinks,
+            "num_sinks": setting.num_sinks,
             "far": setting.num_projections > 0,
         }
         if setting.num_projections:

@@ -20,11 +20,14 @@ from performers.nn.sharp import STATISTICS, SharpFeatures
 from performers.theory.cost import exact_operations, favor_operations
 from performers.typing import Captured
 
-__all__ = ["PROJECTIONS", "WINDOWS", "Frontier", "Setting", "measure_frontier"]
+__all__ = ["NUM_SINKS", "PROJECTIONS", "WINDOWS", "Frontier", "Setting", "measure_frontier"]
 
 # The grid, each step twice the cost of the one before. None is no near field.
 WINDOWS = (None, 16, 32, 64, 128, 256)
 PROJECTIONS = (16, 32, 64, 128, 256)
+
+# Exact keys beside every near field: few, for they cost every query.
+NUM_SINKS = 4
 
 # Rounds of which the median is the time of a setting.
 ROUNDS = 5
@@ -36,6 +39,7 @@ class Setting:
 
     `features`: "sharp" or "positive", as in `FavorOptions`.
     `window_size`: None for no near field. `num_projections`: 0 for the near field alone.
+    `num_sinks`: exact keys for every query; none without a near field.
     `error`: ‖out − exact‖ / ‖exact‖, the mean over sequences and heads too.
     `operations`: of one head, counted by `theory.favor_operations`.
     `is_on_frontier`: whether nothing that costs no more errs less, averaging and exact attention
@@ -46,6 +50,7 @@ class Setting:
     features: str
     window_size: int | None
     num_projections: int
+    num_sinks: int
     error: float
     operations: float
     is_on_frontier: bool = False
@@ -63,14 +68,13 @@ class Frontier:
     """What `measure_frontier` found; `str` makes tables of it, `dataclasses.asdict` JSON.
 
     `settings`: the cheapest first. `length`: the keys of a sequence, of the longest layer.
-    `num_sinks`, `statistics`: as they were given.
+    `statistics`: as they were given.
     `averaging_error`: of uniform attention, what no setting should be worse than.
     `exact_operations`, `exact_seconds`: of exact attention, counted and timed alike.
     """
 
     settings: tuple[Setting, ...]
     length: int
-    num_sinks: int
     statistics: str | None
     averaging_error: float
     exact_operations: float
@@ -144,7 +148,7 @@ class Frontier:
 @torch.no_grad()
 def measure_frontier(
     layers: Sequence[Captured],
-    num_sinks: int = 0,
+    num_sinks: int = NUM_SINKS,
     statistics: str | None = None,
     windows: Sequence[int | None] = WINDOWS,
     num_projections: Sequence[int] = PROJECTIONS,
@@ -153,8 +157,7 @@ def measure_frontier(
 
     `layers`: what `performers.convert.capture_attention` returns, or of your own making. Layers
     whose queries and keys differ in number are left out.
-    `num_sinks`: exact keys for all, see `favor_attention`; then there are no settings without a
-    near field.
+    `num_sinks`: exact keys for all beside a near field, see `favor_attention`.
     `statistics`: of sharp features. None: those of each sequence, and "calibrated" where attention
     is causal. Calibrated features learn on the first half of the batch and are measured on the
     other half; a batch of one serves for both.
@@ -184,9 +187,9 @@ def measure_frontier(
     if not grid:
         raise ValueError(
             f"there must be a setting to measure: of windows {list(windows)} none leaves three "
-            f"blocks of {length} positions, and num_sinks={num_sinks} needs one."
+            f"blocks of {length} positions. Add None, for no near field, or smaller ones."
         )
-    cases = [_Layer(layer, statistics, num_sinks) for layer in layers]
+    cases = [_Layer(layer, statistics) for layer in layers]
     found = [
         Setting(
             *setting,
@@ -202,14 +205,16 @@ def measure_frontier(
     exact_seconds, *seconds = _seconds(
         [
             cases[0].exact_call(),
-            *(cases[0].call(x.features, x.window_size, x.num_projections, 1) for x in chosen),
+            *(
+                cases[0].call(x.features, x.window_size, x.num_projections, x.num_sinks, count=1)
+                for x in chosen
+            ),
         ]
     )
     timed = dict(zip(chosen, seconds, strict=True))
     return Frontier(
         tuple(replace(setting, seconds=timed.get(setting)) for setting in settings),
         length,
-        num_sinks,
         statistics,
         averaging_error,
         exact,
@@ -218,15 +223,15 @@ def measure_frontier(
 
 
 def _grid(
-    length: int, num_sinks: int, windows: Iterable[int | None], num_projections: Iterable[int]
-) -> Iterator[tuple[str, int | None, int]]:
-    """(features, window_size, num_projections) of each setting."""
-    sizes = list(num_projections)
+    length: int, num_sinks: int, windows: Iterable[int | None], num_projections: Sequence[int]
+) -> Iterator[tuple[str, int | None, int, int]]:
+    """(features, window_size, num_projections, num_sinks) of each setting."""
     for window in windows:
-        if window is not None and 2 * window < length:
-            yield from (("sharp", window, m) for m in (0, *sizes))
-        if window is None and not num_sinks:
-            yield from ((features, None, m) for features in ("positive", "sharp") for m in sizes)
+        if window is None:
+            for m in num_projections:
+                yield from (("positive", None, m, 0), ("sharp", None, m, 0))
+        elif 2 * window < length:
+            yield from (("sharp", window, m, num_sinks) for m in (0, *num_projections))
 
 
 def _marked(
@@ -244,8 +249,8 @@ def _marked(
 class _Layer:
     """One layer: the sequences to measure, their exact outputs, and φ for every setting."""
 
-    def __init__(self, layer: Captured, statistics: str | None, num_sinks: int) -> None:
-        self.is_causal, self.num_sinks = layer.is_causal, num_sinks
+    def __init__(self, layer: Captured, statistics: str | None) -> None:
+        self.is_causal = layer.is_causal
         self.statistics = statistics or ("calibrated" if layer.is_causal else "call")
         self.scale = layer.key.shape[-1] ** -0.5 if layer.scale is None else layer.scale
         self.seen = self.measured = (layer.query, layer.key, layer.value)
@@ -256,15 +261,20 @@ class _Layer:
                 for part in (slice(half), slice(half, None))
             )
         self.key_heads, self.length, self.dim = layer.key.shape[1:]
-        self.maps: dict[tuple[str, int, float], SoftmaxFeatures | SharpFeatures] = {}
+        self.maps: dict[tuple[str, int, float, int], SoftmaxFeatures | SharpFeatures] = {}
         self.exact = self.exact_call(None)()
 
     def call(
-        self, features: str, window_size: int | None, num_projections: int, count: int | None = None
+        self,
+        features: str,
+        window_size: int | None,
+        num_projections: int,
+        num_sinks: int,
+        count: int | None = None,
     ) -> Callable[[], Tensor]:
         """`favor_attention` of the first `count` sequences."""
         query_ratio = QUERY_RATIO if window_size is None else 1.0
-        phi = self._feature_map(features, max(num_projections, 1), query_ratio)
+        phi = self._feature_map(features, max(num_projections, 1), query_ratio, num_sinks)
         return lambda: favor_attention(
             *(x[:count] for x in self.measured),
             phi,
@@ -272,7 +282,7 @@ class _Layer:
             scale=self.scale,
             enable_gqa=True,
             window_size=window_size,
-            num_sinks=self.num_sinks,
+            num_sinks=num_sinks,
             far=num_projections > 0,
         )
 
@@ -294,22 +304,24 @@ class _Layer:
         )
         return float((difference / whole.clamp(min=torch.finfo(whole.dtype).tiny)).mean())
 
-    def operations(self, features: str, window_size: int | None, num_projections: int) -> float:
+    def operations(
+        self, features: str, window_size: int | None, num_projections: int, num_sinks: int
+    ) -> float:
         return favor_operations(
             self.length,
             self.dim,
             num_projections,
             window_size,
-            self.num_sinks,
+            num_sinks,
             self.is_causal,
             is_sharp=features == "sharp",
         )
 
     def _feature_map(
-        self, features: str, num_projections: int, query_ratio: float
+        self, features: str, num_projections: int, query_ratio: float, num_sinks: int
     ) -> SoftmaxFeatures | SharpFeatures:
         """As `FavorOptions.feature_map` makes it; calibrated, unless statistics are the call's."""
-        name = (features, num_projections, query_ratio)
+        name = (features, num_projections, query_ratio, num_sinks)
         if name not in self.maps:
             query, key, _ = self.seen
             self.maps[name] = (
@@ -324,7 +336,7 @@ class _Layer:
                 )
             ).to(key.device)
             if features == "sharp" and self.statistics == "calibrated":
-                mask = without_sinks(key, None, self.num_sinks)
+                mask = without_sinks(key, None, num_sinks)
                 self.maps[name].calibrate(query, key, mask, self.scale)
         return self.maps[name]
 

@@ -269,6 +269,7 @@ class Conversion:
         rows = torch.cat([self.train[:count], self.held_out[:count]])
         layers = capture_attention(model, input_ids=rows.to(_device()))
         options = self.config.options
+        assert options.num_sinks is not None, "FavorOptions has chosen a number"
         return measure_frontier(layers, options.num_sinks, options.statistics or "calibrated")
 
     def _within(
