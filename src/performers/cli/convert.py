@@ -108,8 +108,8 @@ def convert(
     from performers.train.conversion import Conversion, ConversionConfig
 
     with one_line_errors():
-        given = {"window_size": window, "num_projections": num_projections, "features": features}
-        given = {name: value for name, value in given.items() if value is not None}
+        words = {"window_size": window, "num_projections": num_projections, "features": features}
+        given: dict[str, Any] = {name: x for name, x in words.items() if x is not None}
         if error is not None and given:
             raise ValueError(
                 f"--error chooses {', '.join(given)} by measuring: give either --error or these."

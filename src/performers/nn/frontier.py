@@ -275,8 +275,11 @@ class _Layer:
         """`favor_attention` of the first `count` sequences."""
         query_ratio = QUERY_RATIO if window_size is None else 1.0
         phi = self._feature_map(features, max(num_projections, 1), query_ratio, num_sinks)
+        query, key, value = (x[:count] for x in self.measured)
         return lambda: favor_attention(
-            *(x[:count] for x in self.measured),
+            query,
+            key,
+            value,
             phi,
             is_causal=self.is_causal,
             scale=self.scale,
@@ -324,20 +327,19 @@ class _Layer:
         name = (features, num_projections, query_ratio, num_sinks)
         if name not in self.maps:
             query, key, _ = self.seen
-            self.maps[name] = (
-                SoftmaxFeatures(self.dim, num_projections)
-                if features == "positive"
-                else SharpFeatures(
+            phi: SoftmaxFeatures | SharpFeatures = SoftmaxFeatures(self.dim, num_projections)
+            if features == "sharp":
+                phi = SharpFeatures(
                     self.dim,
                     num_projections,
                     self.key_heads,
                     self.statistics,
                     query_ratio=query_ratio,
                 )
-            ).to(key.device)
-            if features == "sharp" and self.statistics == "calibrated":
-                mask = without_sinks(key, None, num_sinks)
-                self.maps[name].calibrate(query, key, mask, self.scale)
+            phi = phi.to(key.device)
+            if isinstance(phi, SharpFeatures) and self.statistics == "calibrated":
+                phi.calibrate(query, key, without_sinks(key, None, num_sinks), self.scale)
+            self.maps[name] = phi
         return self.maps[name]
 
 
