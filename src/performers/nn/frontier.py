@@ -170,7 +170,7 @@ def measure_frontier(
     >>> layer = Captured("layer", query, key, value, scale=None, is_causal=False)
     >>> frontier = measure_frontier([layer], windows=[None, 16], num_projections=[32])
     >>> [str(setting) for setting in frontier.settings]
-    ['blocks of 16 alone', 'sharp, m = 32', 'blocks of 16, sharp, m = 32', 'positive, m = 32']
+    ['blocks of 16 alone', 'positive, m = 32', 'sharp, m = 32', 'blocks of 16, sharp, m = 32']
     """
     layers = [layer for layer in layers if layer.query.shape[2] == layer.key.shape[2]]
     if not layers:
