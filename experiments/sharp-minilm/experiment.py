@@ -227,7 +227,7 @@ def _claims(config: dict[str, Any], results: dict[str, Any]) -> list[str]:
             return float(of["errors"][title][sizes.index(m)]["mean"])
 
         windows = ", ".join(
-            f"{error(f'{SHARP}, window {w}', 256):.3f} (blocks of {w})" for w in config["windows"]
+            f"{error(f'{SHARP}, window {w}', 256):.3f} (window {w})" for w in config["windows"]
         )
         small = error(f"{SHARP}, window 32", 64)
         lines += [
