@@ -47,7 +47,7 @@ def build_model(num_projections: int | None) -> LlamaForCausalLM:
     )
     model = LlamaForCausalLM(config).eval()
     if num_projections is not None:
-        linearize(model, FavorOptions(num_projections=num_projections))
+        linearize(model, FavorOptions(num_projections=num_projections, window_size=0))
     return model
 
 

@@ -33,7 +33,7 @@ class Config:
     num_hidden_layers: int = 6
     num_attention_heads: int = 8
     num_projections: int = 256
-    window: int = 3  # of |i − j| < window, scored exactly in one of the Performers
+    window: int = 3  # blocks of it and neighbors, scored exactly in one of the Performers
     batch_size: int = 256
     learning_rate: float = 1e-3
     fine_tuning_rate: float = 5e-4

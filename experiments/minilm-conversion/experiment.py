@@ -71,14 +71,15 @@ CALIBRATED = ", calibrated"
 
 def options(config: Config) -> dict[str, dict[str, Any]]:
     """How attention is estimated, by title: fields of `FavorOptions`."""
-    window = {"window_size": config.window}
+    window = {"window_size": config.window, "num_sinks": 0}
     kinds = {
         "FAVOR+": {"features": "positive"},
         "sharp": {"statistics": "call"},
         f"sharp{CALIBRATED}": {"statistics": "calibrated"},
     }
     near = {f"{title}, window {config.window}": {**kind, **window} for title, kind in kinds.items()}
-    return kinds | near
+    alone = {f"nothing far, window {config.window}": {**window, "far": False}}
+    return {title: {**kind, "window_size": 0} for title, kind in kinds.items()} | near | alone
 
 
 def run(config: Config, report: Callable[[str], None]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Words for shapes, and the three objects that travel between the layers.
+"""Words for shapes, and the objects that travel between the layers.
 
 Dimension words, used in every public signature:
 
@@ -23,6 +23,7 @@ from torch import Tensor
 
 __all__ = [
     "Attention",
+    "Captured",
     "Elementwise",
     "FeatureMap",
     "Features",
@@ -48,6 +49,21 @@ def exp_difference(
     """
     difference = exponent - frame.clamp(min=torch.finfo(frame.dtype).min)
     return (difference * math.log2(math.e)).exp2()
+
+
+@dataclass(frozen=True)
+class Captured:
+    """One call of attention in a model. Sequences are whole, so there is no padding to mask.
+
+    `scale`: None is 1/√dim.
+    """
+
+    name: str
+    query: Float[Tensor, "batch heads query_length dim"]
+    key: Float[Tensor, "batch key_heads key_length dim"]
+    value: Float[Tensor, "batch key_heads key_length value_dim"]
+    scale: float | None
+    is_causal: bool
 
 
 class Features(NamedTuple):

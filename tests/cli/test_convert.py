@@ -85,7 +85,7 @@ def saved(tmp_path):
 def test_a_converted_folder_holds_the_model_and_its_report(kind, saved, text, tmp_path):
     build, auto_class = MODELS[kind]
     output = tmp_path / "converted"
-    result = run(saved(build()), "--data", text, "--output", output, *SMALL)
+    result = run(saved(build()), "--data", text, "--output", output, *SMALL, "--window", 3)
     assert result.exit_code == 0, result.output
     record = json.loads((output / "conversion.json").read_text())
     stages = ["calibrated", "after attention transfer", "after fine-tuning"]
@@ -93,7 +93,7 @@ def test_a_converted_folder_holds_the_model_and_its_report(kind, saved, text, tm
     assert len(record["averaging"]) == 2
     for found in record["stages"].values():
         assert found["layers"].keys() == record["averaging"].keys()
-    assert list(record["error_by_window"]) == ["None", "16", "32", "64", "128"]
+    assert record["frontier"] is None
     assert (output / "conversion.png").stat().st_size > 10_000
     assert "averaging" in result.stdout
     # weights are in safetensors alone, and no checkpoint is left
@@ -156,6 +156,26 @@ def test_the_layer_that_costs_most_stays_exact_and_the_config_names_the_others(
     assert json.loads((parts / "conversion.json").read_text()) | {"seconds": 0} == record
     for name, tensor in load_file(whole / "model.safetensors").items():
         assert torch.equal(load_file(parts / "model.safetensors")[name], tensor)
+
+
+def test_a_wanted_error_is_met_by_the_cheapest_setting_that_meets_it(saved, text, tmp_path):
+    folder, output = saved(BertModel(BertConfig(**SIZES))), tmp_path / "converted"
+    options = (folder, "--data", text, "--output", output, "--length", 41, "--no-recovery")
+    line = refused(*options, "--error", 0.2, "--window", 16)
+    assert "--error chooses window_size by measuring: give either --error or these" in line
+    line = refused(*options, "--error", 1e-9)
+    assert "error must be one that a setting meets at length 41: the lowest is" in line
+    result = run(*options, "--error", 0.2, "--sinks", 1, "--force")
+    assert result.exit_code == 0, result.output
+    record = json.loads((output / "conversion.json").read_text())
+    found, chosen = record["frontier"]["settings"], record["options"]
+    enough = [setting for setting in found if setting["error"] <= 0.2]
+    best = min(enough, key=lambda setting: setting["operations"])
+    assert chosen["window_size"] == best["window_size"]
+    assert chosen["far"] is (best["num_projections"] > 0)
+    assert (chosen["num_sinks"], chosen["statistics"]) == (1, "calibrated")
+    assert "operations of exact attention" in result.stderr
+    assert load_linearized(AutoModel, output).config.favor["options"] == chosen
 
 
 @pytest.mark.parametrize("lora", [0, 2])

@@ -64,6 +64,8 @@ def test_tensors_are_diagnosed_layer_by_layer(tensors, tmp_path, causal):
     assert "Mean error: positive" in result.stdout
     assert (tmp_path / "picture.png").stat().st_size > 10_000
     assert (tmp_path / "picture.svg").exists()
+    assert "cheaper than exact attention at length 29" in result.stdout
+    assert (tmp_path / "picture-frontier.png").stat().st_size > 10_000
 
 
 def test_heads_and_targets_are_shown_when_asked_for(tensors, tmp_path):
@@ -73,6 +75,7 @@ def test_heads_and_targets_are_shown_when_asked_for(tensors, tmp_path):
     assert result.exit_code == 0, result.output
     assert "0, sharp + window" in result.stdout
     assert "m predicted" in result.stdout
+    assert "For an error of 0.5: " in result.stdout or "the lowest is" in result.stdout
 
 
 def test_numbers_are_json_when_asked_for(tensors, tmp_path):
@@ -80,9 +83,11 @@ def test_numbers_are_json_when_asked_for(tensors, tmp_path):
     save_file(tensors_of, tensors)  # expected errors beyond all numbers
     result = run(tensors, *SMALL, "--json", "--output", tmp_path / "picture.png")
     record = json.loads(result.stdout)
-    assert list(record["attention"]) == ["positive", "sharp", "sharp + window"]
-    assert len(record["attention"]["sharp"]["heads"]) == 3
-    assert record["attention"]["positive"]["heads"][0]["expected_error"] is None
+    layer = record["layers"]["attention"]
+    assert list(layer) == ["positive", "sharp", "sharp + window"]
+    assert len(layer["sharp"]["heads"]) == 3
+    assert layer["positive"]["heads"][0]["expected_error"] is None
+    assert record["frontier"]["length"] == 29
 
 
 def test_a_model_reads_a_text(model, tmp_path):
@@ -97,7 +102,7 @@ def test_what_cannot_be_diagnosed_is_one_line(model, tensors, tmp_path):
     folder, text = model
     assert "there is no model folder and no safetensors file" in refused(tmp_path / "nothing")
     assert "pass --text FILE" in refused(folder)
-    assert "length must be at most 31 for this model, got 256" in refused(folder, "--text", text)
+    assert "length must be at most 31 for this model, got 512" in refused(folder, "--text", text)
     text.write_text("to be or not")
     line = refused(folder, "--text", text, "--length", 23)
     assert "the text must have at least 23 tokens, got 4" in line

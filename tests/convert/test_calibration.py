@@ -9,7 +9,7 @@ from performers.convert import capture_attention
 from performers.convert.layer import FavorLayer
 from performers.convert.linearize import converted_layers
 
-SMALL = FavorOptions(num_projections=17)
+SMALL = FavorOptions(num_projections=17, window_size=0)
 
 
 def unpadded(model, length=13):
@@ -37,9 +37,11 @@ def test_each_layer_learns_the_moments_of_the_exact_models_queries_and_keys(name
                 torch.testing.assert_close(found, expected.get_buffer(part), rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize(("window_size", "ratio"), [(None, 2.0), (3, 1.0)])
+@pytest.mark.parametrize(("window_size", "ratio"), [(0, 2.0), (3, 1.0)])
 def test_queries_are_made_longer_where_nothing_is_scored_exactly(window_size, ratio):
-    model = linearize(bert(), FavorOptions(num_projections=17, window_size=window_size))
+    model = linearize(
+        bert(), FavorOptions(num_projections=17, window_size=window_size, num_sinks=0)
+    )
     calibrate(model, [inputs_for(model)])
     for layer in converted_layers(model).values():
         assert layer.feature_map.query_ratio == ratio
@@ -68,7 +70,7 @@ def test_calibration_sharpens_a_causal_model_on_other_inputs():
             layer.self_attn.k_proj.weight.mul_(2.0)
     inputs = inputs_for(model, 47)
     expected = outputs_of(model, inputs)
-    linearize(model, FavorOptions(num_projections=256))
+    linearize(model, FavorOptions(num_projections=256, window_size=0))
     before = (outputs_of(model, inputs) - expected).norm()
     torch.manual_seed(5)
     calibrate(model, [inputs_for(model, 47) for _ in range(4)])
@@ -153,13 +155,15 @@ def test_models_that_have_nothing_to_calibrate_are_refused(options):
 
 
 def test_the_statistics_of_calls_serve_until_calibration_does():
-    model = linearize(bert(), FavorOptions(num_projections=64))
+    model = linearize(bert(), FavorOptions(num_projections=64, window_size=0))
     inputs = inputs_for(model)
-    by_call = linearize(bert(), FavorOptions(num_projections=64, statistics="call"))
+    by_call = linearize(bert(), FavorOptions(num_projections=64, window_size=0, statistics="call"))
     by_call.load_state_dict(model.state_dict())
     assert torch.equal(outputs_of(model, inputs), outputs_of(by_call, inputs))
     calibrate(model, [inputs])
-    calibrated = linearize(bert(), FavorOptions(num_projections=64, statistics="calibrated"))
+    calibrated = linearize(
+        bert(), FavorOptions(num_projections=64, window_size=0, statistics="calibrated")
+    )
     calibrated.load_state_dict(model.state_dict())
     calibrate(calibrated, [inputs])
     assert torch.equal(outputs_of(model, inputs), outputs_of(calibrated, inputs))
@@ -167,15 +171,17 @@ def test_the_statistics_of_calls_serve_until_calibration_does():
 
 
 def test_causal_attention_uses_no_statistics_of_the_call():
-    model = linearize(llama(), FavorOptions(num_projections=64))
-    plain = linearize(llama(), FavorOptions(num_projections=64, statistics="calibrated"))
+    model = linearize(llama(), FavorOptions(num_projections=64, window_size=0))
+    plain = linearize(
+        llama(), FavorOptions(num_projections=64, window_size=0, statistics="calibrated")
+    )
     plain.load_state_dict(model.state_dict())
     inputs = inputs_for(model)
     assert torch.equal(outputs_of(model, inputs), outputs_of(plain, inputs))
 
 
 def test_a_decoder_does_not_see_its_future_through_statistics_of_cross_attention():
-    model = linearize(bart(), FavorOptions(num_projections=64))
+    model = linearize(bart(), FavorOptions(num_projections=64, window_size=0))
     ids = inputs_for(model)["input_ids"]
     other = torch.cat([ids[:, :7], ids[:, 7:].flip(1)], dim=1)
     first, second = (

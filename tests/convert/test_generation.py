@@ -31,7 +31,7 @@ from performers.convert.interface import PREPARE_CACHE
 from performers.convert.linearize import converted_layers
 
 LENGTH, NEW = 11, 13
-OPTIONS = FavorOptions(num_projections=17)
+OPTIONS = FavorOptions(num_projections=17, window_size=0)
 GROUPED = {"num_key_value_heads": 2, "head_dim": 8}
 
 
@@ -64,10 +64,10 @@ CONVERSIONS = {
     "Qwen3": (qwen3, OPTIONS),
     "Mistral": (mistral, OPTIONS),
     "Gemma 3": (gemma3, OPTIONS),
-    "in part": (lambda: llama(num_hidden_layers=3), FavorOptions(17, layers=[1])),
-    "window": (llama, FavorOptions(17, window_size=3)),
-    "heads": (llama, FavorOptions(17, exact_heads={1: [0, 3]})),
-    "heads, window": (llama, FavorOptions(17, window_size=3, exact_heads={0: [2]})),
+    "in part": (lambda: llama(num_hidden_layers=3), FavorOptions(17, window_size=0, layers=[1])),
+    "window": (llama, FavorOptions(17, window_size=3, num_sinks=0)),
+    "heads": (llama, FavorOptions(17, window_size=0, exact_heads={1: [0, 3]})),
+    "heads, window": (llama, FavorOptions(17, window_size=3, num_sinks=0, exact_heads={0: [2]})),
     "relu": (llama, FavorOptions(17, features="relu")),
 }
 MODES = {
@@ -171,9 +171,9 @@ def test_rows_of_a_cache_can_be_chosen_and_repeated(model, tokens):
     torch.testing.assert_close(logits(rows, cache), logits(rows, kept))
 
 
-@pytest.mark.parametrize("window_size", [None, 3])
+@pytest.mark.parametrize("window_size", [0, 3])
 def test_the_size_of_a_state_does_not_depend_on_the_length(window_size):
-    model = linearize(llama(), FavorOptions(17, window_size=window_size))
+    model = linearize(llama(), FavorOptions(17, window_size=window_size, num_sinks=0))
 
     def num_elements(length: int) -> int:
         cache = FavorCache(model.config)
@@ -202,7 +202,7 @@ def test_a_bare_switch_takes_a_cache_that_is_given(tokens):
 
 
 def test_layers_that_stayed_exact_take_several_tokens_without_a_mask(tokens):
-    model = linearize(llama(num_hidden_layers=3), FavorOptions(17, layers=[1]))
+    model = linearize(llama(num_hidden_layers=3), FavorOptions(17, window_size=0, layers=[1]))
     expected = model(tokens, use_cache=False).logits
     for cache in (FavorCache(model.config), DynamicCache(config=model.config)):
         parts = [model(part, past_key_values=cache).logits for part in tokens.split([5, 6], dim=1)]
@@ -260,7 +260,7 @@ def bart(**changes) -> BartForConditionalGeneration:
 @pytest.mark.parametrize("mode", ["greedy", "beams"])
 @pytest.mark.parametrize("features", ["positive", "sharp"])
 def test_a_decoder_keeps_states_and_the_keys_of_its_encoder(tokens, features, mode):
-    model = linearize(bart(), FavorOptions(17, features=features, window_size=3))
+    model = linearize(bart(), FavorOptions(17, features=features, window_size=3, num_sinks=0))
     cached = written(model, tokens, **MODES[mode], return_dict_in_generate=True)
     cache = cached.past_key_values
     assert isinstance(cache, EncoderDecoderCache)
@@ -370,7 +370,7 @@ def test_layers_that_share_their_keys_do_not_share_a_state(model, tokens):
 
 
 def test_keys_of_an_encoder_do_not_enter_a_state(tokens):
-    model = linearize(bart(), FavorOptions(17, features="positive"))
+    model = linearize(bart(), FavorOptions(17, features="positive", window_size=0))
     given = EncoderDecoderCache(FavorCache(model.config), FavorCache(model.config))
     with pytest.raises(ValueError, match="or this is cross-attention"):
         written(model, tokens, past_key_values=given)
@@ -385,7 +385,7 @@ torch.manual_seed(0)
 sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 97}
 sizes |= {"intermediate_size": 48, "num_key_value_heads": 2, "initializer_range": 0.3}
 model = LlamaForCausalLM(LlamaConfig(**sizes)).eval()
-linearize(model, FavorOptions(17, window_size=WINDOW))
+linearize(model, FavorOptions(17, window_size=WINDOW, num_sinks=0))
 tokens = torch.randint(5, 97, (3, 11))
 
 
@@ -408,6 +408,6 @@ with torch.no_grad():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("window_size", [None, 3])
+@pytest.mark.parametrize("window_size", [0, 3])
 def test_a_compiled_step_writes_the_same_and_is_compiled_once(window_size, fresh_python):
     assert fresh_python(COMPILED.replace("WINDOW", repr(window_size))) == "True"

@@ -25,10 +25,14 @@ from transformers import (
 )
 
 from performers import FavorOptions, SharpFeatures, calibrate, linearize, load_linearized, restore
+from performers.convert.layer import FavorLayer
 from performers.convert.linearize import converted_layers
-from performers.functional import attention_matrix
+from performers.convert.options import FEATURES
+from performers.functional import attention_matrix, softmax_attention
+from performers.nn.frontier import measure_frontier
+from performers.typing import Captured
 
-SMALL = FavorOptions(num_projections=17, seed=3)
+SMALL = FavorOptions(num_projections=17, window_size=0, seed=3)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -118,7 +122,7 @@ def test_converting_twice_changes_nothing_and_other_options_take_their_place():
     expected = outputs_of(model, inputs)
     layers = converted_layers(model)
     assert converted_layers(linearize(model, SMALL)) == layers
-    other = outputs_of(linearize(model, FavorOptions(num_projections=19)), inputs)
+    other = outputs_of(linearize(model, FavorOptions(num_projections=19, window_size=0)), inputs)
     assert not torch.equal(other, expected)
     assert model.config.favor["options"]["num_projections"] == 19
     assert torch.equal(outputs_of(linearize(model, SMALL), inputs), expected)
@@ -129,7 +133,7 @@ def test_converting_twice_changes_nothing_and_other_options_take_their_place():
 def test_layers_that_are_not_named_stay_exact():
     model, exact = llama(num_hidden_layers=3), llama(num_hidden_layers=3)
     exact.load_state_dict(model.state_dict())
-    linearize(model, FavorOptions(layers=[2]))
+    linearize(model, FavorOptions(window_size=0, layers=[2]))
     assert list(converted_layers(model)) == ["model.layers.2.self_attn"]
     inputs = inputs_for(model)
     states = [m(**inputs, output_hidden_states=True).hidden_states[:3] for m in (model, exact)]
@@ -149,7 +153,7 @@ def test_options_that_mean_the_same_are_equal():
 
 @pytest.mark.parametrize("name", ["BERT", "GPT-2", "Llama"])
 def test_a_model_with_exact_heads_comes_back(name, tmp_path):
-    model = linearize(MODELS[name](), FavorOptions(17, exact_heads={1: [3, 0]}))
+    model = linearize(MODELS[name](), FavorOptions(17, window_size=0, exact_heads={1: [3, 0]}))
     inputs = inputs_for(model)
     expected = outputs_of(model, inputs)
     model.save_pretrained(tmp_path)
@@ -158,7 +162,9 @@ def test_a_model_with_exact_heads_comes_back(name, tmp_path):
         type(model).from_pretrained(tmp_path, attn_implementation="favor"),
     ):
         assert torch.equal(outputs_of(loaded.eval(), inputs), expected)
-    assert not torch.equal(outputs_of(linearize(model, FavorOptions(17)), inputs), expected)
+    assert not torch.equal(
+        outputs_of(linearize(model, FavorOptions(17, window_size=0)), inputs), expected
+    )
 
 
 def test_a_model_converted_in_part_comes_back(tmp_path):
@@ -279,6 +285,31 @@ def test_loading_a_model_that_was_not_converted_is_refused(tmp_path):
         load_linearized(AutoModel, tmp_path)
 
 
+@pytest.mark.parametrize("features", FEATURES)
+def test_a_near_field_is_the_default_of_features_that_it_can_stand_beside(features):
+    options = FavorOptions(features=features)
+    expected = 128 if features in ("sharp", "positive", "hyperbolic") else 0
+    assert options.window_size == expected
+    assert bool(options.near_field()) is bool(expected)
+    assert FavorOptions.from_dict(options.to_dict()) == options
+    assert FavorOptions(features=features, window_size=0).near_field() == {}
+
+
+def test_options_are_those_of_the_cheapest_setting_within_an_error():
+    query, key, value = torch.randn(3, 2, 3, 131, 8).mul(2).unbind()
+    layer = Captured("layer", query, key, value, scale=None, is_causal=False)
+    frontier = measure_frontier([layer], statistics="call", num_projections=[16])
+    for setting in frontier.settings:
+        options = FavorOptions.within(frontier, setting.error)
+        chosen = frontier.within(setting.error)
+        converted = FavorLayer(options, number=0)
+        converted.prepare(8, query.device, num_heads=3)
+        out = converted(query, key, value, is_causal=False, key_padding_mask=None, scale=None)
+        exact = softmax_attention(query, key, value)
+        error = (out - exact).flatten(2).norm(dim=-1) / exact.flatten(2).norm(dim=-1)
+        torch.testing.assert_close(float(error.mean()), chosen.error, rtol=1e-4, atol=0)
+
+
 @pytest.mark.usefixtures("without_shape_checks")
 @pytest.mark.parametrize(
     ("options", "words"),
@@ -289,6 +320,9 @@ def test_loading_a_model_that_was_not_converted_is_refused(tmp_path):
         ({"statistics": "calls"}, "unknown statistics 'calls'"),
         ({"features": "relu", "statistics": "call"}, "statistics are learned by features='sharp'"),
         ({"features": "relu", "window_size": 5}, "needs features 'sharp', 'positive' or 'hyp"),
+        ({"features": "relu", "num_sinks": 2}, "belong to an exact near field, and there is none"),
+        ({"window_size": 0, "far": False}, "belong to an exact near field, and there is none"),
+        ({"window_size": -1}, "window_size must be a whole number of at least 1"),
         ({"layers": [-1]}, "numbers of layers, counted from 0"),
         ({"exact_heads": {0: [1.5]}}, r"such as \{3: \[0, 5\]\}: got \{0: \[1\.5\]\}"),
         ({"features": "relu", "exact_heads": {0: [1]}}, "put softmax attention beside its estima"),
@@ -329,7 +363,7 @@ def test_projections_stay_float32_when_the_model_does_not(tmp_path):
 
 
 def test_redrawn_projections_are_saved(tmp_path):
-    model = linearize(gpt2(), FavorOptions(features="positive", num_projections=17))
+    model = linearize(gpt2(), FavorOptions(17, "positive", window_size=0))
     for layer in converted_layers(model).values():
         layer.feature_map.redraw(torch.Generator().manual_seed(5))
     inputs = inputs_for(model)
@@ -351,9 +385,11 @@ def test_activation_checkpointing_changes_no_gradient():
 
 
 @pytest.mark.parametrize("statistics", [None, "calibrated"])
-@pytest.mark.parametrize("window_size", [None, 3])
+@pytest.mark.parametrize("window_size", [0, 3])
 def test_attention_matrix_reads_a_converted_layer(statistics, window_size):
-    model = linearize(bert(), FavorOptions(statistics=statistics, window_size=window_size))
+    model = linearize(
+        bert(), FavorOptions(statistics=statistics, window_size=window_size, num_sinks=0)
+    )
     given = {}
     layer = converted_layers(model)["encoder.layer.1.attention.self"]
     layer.register_forward_pre_hook(
@@ -363,7 +399,7 @@ def test_attention_matrix_reads_a_converted_layer(statistics, window_size):
     query, key, _ = given["qkv"]
     matrix = attention_matrix(
         query, key, layer.feature_map, key_padding_mask=given["key_padding_mask"],
-        scale=given["scale"], window_size=window_size,
+        scale=given["scale"], window_size=window_size or None,
     )  # fmt: skip
     torch.testing.assert_close(matrix, weights)
 
@@ -378,7 +414,7 @@ config = BertConfig(
     vocab_size=97, hidden_size=32, num_hidden_layers=1, num_attention_heads=4,
     intermediate_size=48, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
 )
-model = linearize(BertModel(config), FavorOptions(num_projections=17, statistics={statistics!r}))
+model = linearize(BertModel(config), FavorOptions(17, statistics={statistics!r}, window_size=0))
 inputs = {{"input_ids": torch.randint(97, (2, 13)), "attention_mask": torch.ones(2, 13)}}
 inputs["attention_mask"][0, :3] = 0
 compiled = torch.compile(model, fullgraph=True)(**inputs).last_hidden_state

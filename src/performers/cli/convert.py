@@ -21,10 +21,16 @@ def convert(
         Path, typer.Option(help="A text like those the model reads: some 100,000 words are good.")
     ],
     output: Annotated[Path, typer.Option(help="The model folder to write.")],
-    num_projections: Annotated[int, typer.Option(min=1, help="Projections m.")] = 256,
+    error: Annotated[
+        float | None,
+        typer.Option(help="Measure settings, and take the cheapest with at most this mean error."),
+    ] = None,
+    num_projections: Annotated[
+        int | None, typer.Option(min=1, help="Projections m. That of FavorOptions unless given.")
+    ] = None,
     features: Annotated[
-        str, typer.Option(help="sharp, or positive and others of FavorOptions.")
-    ] = "sharp",
+        str | None, typer.Option(help="sharp unless given, or positive and others of FavorOptions.")
+    ] = None,
     statistics: Annotated[
         str | None,
         typer.Option(help="calibrated, or call (bidirectional only); for sharp features."),
@@ -32,17 +38,24 @@ def convert(
     window: Annotated[
         int | None,
         typer.Option(
-            min=0, help="Keys nearer than this are scored exactly; 0: none. Chosen unless given."
+            min=0,
+            help="Keys of a block of this size and of its neighbors are scored exactly; 0: none. "
+            "That of FavorOptions unless given.",
         ),
     ] = None,
-    target_error: Annotated[
-        float, typer.Option(help="The mean error of the layers that a chosen window must meet.")
-    ] = 0.35,
+    sinks: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Beside a window the first so many keys are scored exactly, too. That of "
+            "FavorOptions unless given.",
+        ),
+    ] = None,
     exact_layers: Annotated[
         int,
         typer.Option(min=0, help="Layers that stay exact: those whose conversion costs most."),
     ] = 0,
-    length: Annotated[int, typer.Option(min=2, help="Tokens per sequence.")] = 256,
+    length: Annotated[int, typer.Option(min=2, help="Tokens per sequence.")] = 512,
     batch_size: Annotated[int, typer.Option(min=1, help="Sequences per step.")] = 8,
     transfer_steps: Annotated[int, typer.Option(min=0, help="Steps of attention transfer.")] = 60,
     transfer_learning_rate: Annotated[float, typer.Option(help="Its learning rate.")] = 1e-3,
@@ -83,6 +96,8 @@ def convert(
 
         performers convert path/to/model --data book.txt --output calibrated --no-recovery
 
+        performers convert path/to/model --data book.txt --output converted --error 0.2 --length 512
+
         performers convert path/to/model --data book.txt --output converted --window 64 --steps 500
 
         performers convert path/to/model --data book.txt --output mixed --exact-layers 2
@@ -93,18 +108,17 @@ def convert(
     from performers.train.conversion import Conversion, ConversionConfig
 
     with one_line_errors():
-        has_window = features in ("sharp", "positive", "hyperbolic")
+        words = {"window_size": window, "num_projections": num_projections, "features": features}
+        given: dict[str, Any] = {name: x for name, x in words.items() if x is not None}
+        if error is not None and given:
+            raise ValueError(
+                f"--error chooses {', '.join(given)} by measuring: give either --error or these."
+            )
         config = ConversionConfig(
             model=model,
             text=str(data),
-            options=FavorOptions(
-                num_projections=num_projections,
-                features=features,
-                statistics=statistics,
-                window_size=window or None,
-                seed=seed,
-            ),
-            target_error=target_error if window is None and has_window else None,
+            options=FavorOptions(**given, statistics=statistics, num_sinks=sinks, seed=seed),
+            error=error,
             exact_layers=exact_layers,
             length=length,
             batch_size=batch_size,

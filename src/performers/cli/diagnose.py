@@ -28,14 +28,24 @@ def diagnose(
     text: Annotated[
         Path | None, typer.Option(help="A text file for the model to read; needed for models.")
     ] = None,
-    length: Annotated[int, typer.Option(min=2, help="Tokens per sequence.")] = 256,
+    length: Annotated[int, typer.Option(min=2, help="Tokens per sequence.")] = 512,
     sequences: Annotated[int, typer.Option(min=1, help="Sequences of the text to use.")] = 2,
     num_projections: Annotated[int, typer.Option(min=1, help="Projections m.")] = 256,
     window: Annotated[
-        int, typer.Option(min=1, help="Keys with |i − j| below this are exact in 'sharp + window'.")
+        int,
+        typer.Option(
+            min=1,
+            help="Keys of a block of this size and of its neighbors are exact in 'sharp + window'.",
+        ),
     ] = 32,
+    sinks: Annotated[
+        int, typer.Option(min=0, help="The first so many keys are exact beside each near field.")
+    ] = 4,
     target_error: Annotated[
-        float | None, typer.Option(help="Find the smallest m for this error too (slow).")
+        float | None,
+        typer.Option(
+            help="Name the cheapest setting for this error, and the smallest m of each head (slow)."
+        ),
     ] = None,
     causal: Annotated[
         bool, typer.Option("--causal", help="Tensors of a file are those of causal attention.")
@@ -48,7 +58,11 @@ def diagnose(
     ] = Path("diagnosis.png"),
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Compare plain, sharp and windowed features with exact attention in every layer and head.
+    """Compare plain, sharp and windowed features with exact attention in every layer and head, and
+    measure which near field and m are the cheapest for an error.
+
+    Costs are counted operations, and for the settings worth having the time on this machine beside
+    that of exact attention. The pictures are OUTPUT and, of the settings, OUTPUT-frontier.
 
     Causal layers: sharp features are calibrated on the first half of the sequences, and the errors
     are those of the other half.
@@ -62,7 +76,8 @@ def diagnose(
         performers diagnose attention.safetensors --causal --json
     """
     from performers.nn.diagnosis import compare, recommendation
-    from performers.viz.diagnosis import diagnosis_figure
+    from performers.nn.frontier import measure_frontier
+    from performers.viz.diagnosis import diagnosis_figure, frontier_figure
     from performers.viz.files import save_figure
 
     with one_line_errors():
@@ -80,21 +95,39 @@ def diagnose(
                 scale=layer.scale,
                 target_error=target_error,
             )
+        typer.echo("measuring settings", err=True)
+        frontier = measure_frontier(captured, sinks)
     record = {
         layer: {kind: dataclasses.asdict(diagnosis) for kind, diagnosis in kinds.items()}
         for layer, kinds in found.items()
     }
+    settings = dataclasses.asdict(frontier)
     with one_line_errors((OSError,)):
         written = save_figure(diagnosis_figure(record), output)
+        beside = output.with_stem(f"{output.stem}-frontier")
+        written += save_figure(frontier_figure(settings), beside)
     if json_output:
-        typer.echo(json.dumps(_without_infinity(record), indent=1, allow_nan=False))
+        whole = _without_infinity({"layers": record, "frontier": settings})
+        typer.echo(json.dumps(whole, indent=1, allow_nan=False))
         return
     if heads:
         for layer, kinds in found.items():
             for kind, diagnosis in kinds.items():
                 typer.echo(f"{layer}, {kind}\n{diagnosis}\n")
     typer.echo(_layers_table(found))
-    typer.echo(f"\n{recommendation(found)}\n\nPicture: {', '.join(map(str, written))}")
+    typer.echo(f"\n{recommendation(found)}\n\n{frontier}")
+    if target_error is not None:
+        typer.echo(f"\n{_advice(frontier, target_error)}")
+    typer.echo(f"\nPictures: {', '.join(map(str, written))}")
+
+
+def _advice(frontier: Any, error: float) -> str:
+    """The cheapest setting for an error, and whether it is worth having."""
+    try:
+        setting = frontier.within(error)
+    except ValueError as refusal:
+        return str(refusal)
+    return f"For an error of {error:g}: {setting}, {frontier.cost(setting)}."
 
 
 def _captured(source: str, text: Path | None, length: int, sequences: int, causal: bool) -> Any:

@@ -2,10 +2,11 @@
 
 from performers.convert.cache import FavorCache
 from performers.convert.calibration import calibrate
-from performers.convert.capture import Captured, capture_attention, capture_text, read_captured
+from performers.convert.capture import capture_attention, capture_text, read_captured
 from performers.convert.interface import register
 from performers.convert.linearize import linearize, load_linearized, restore
 from performers.convert.options import FavorOptions
+from performers.typing import Captured
 
 __all__ = [
     "Captured",

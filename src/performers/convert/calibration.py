@@ -89,13 +89,12 @@ class _Learners:
         self, name: str, query: Tensor, key: Tensor, mask: Tensor | None, scale: float
     ) -> None:
         if name not in self.feature_maps:
-            layer = self.layers[name]
-            phi = layer.options.feature_map(query.shape[-1], key.shape[1], layer.number)
+            phi = self.layers[name].new_feature_map(query.shape[-1], key.shape[1])
             assert isinstance(phi, SharpFeatures), "others have nothing to calibrate"
             self.feature_maps[name] = phi.to(query.device)
-        num_sinks = self.layers[name].options.num_sinks
-        if num_sinks:
-            mask = without_sinks(key, mask, num_sinks)
+        layer = self.layers[name]
+        if layer.options.num_sinks and not layer.is_cross:
+            mask = without_sinks(key, mask, layer.options.num_sinks)
         try:
             self.feature_maps[name].calibrate(query, key, mask, scale)
         except ValueError as error:

@@ -8,37 +8,26 @@ transformers' AttentionInterface can be read, and none is changed.
 from __future__ import annotations
 
 from contextvars import ContextVar
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AttentionInterface, AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-__all__ = ["Captured", "capture_attention", "capture_text", "read_captured", "text_windows"]
+from performers.typing import Captured
+
+__all__ = ["capture_attention", "capture_text", "read_captured", "text_windows"]
 
 # The name of the function below among transformers' attention functions.
 CAPTURE = "performers_capture"
 
 # Arguments that make attention another function than softmax(scale · QKᵀ) V.
 NOT_PLAIN = ("position_bias", "s_aux", "softcap")
-
-
-@dataclass(frozen=True)
-class Captured:
-    """One call of attention in a model. Sequences are whole, so there is no padding to mask."""
-
-    name: str
-    query: Float[Tensor, "batch heads query_length dim"]
-    key: Float[Tensor, "batch key_heads key_length dim"]
-    value: Float[Tensor, "batch key_heads key_length value_dim"]
-    scale: float | None
-    is_causal: bool
 
 
 def capture_attention(model: PreTrainedModel, **inputs: Tensor) -> list[Captured]:

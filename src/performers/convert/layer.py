@@ -48,7 +48,13 @@ class FavorLayer(nn.Module):
         # A first call may come under autocast or in inference mode. The draw must not notice, and
         # tensors made in inference mode could never be trained with.
         with torch.inference_mode(False), torch.autocast(device.type, enabled=False):
-            self.attach(self.options.feature_map(dim, num_heads, self.number).to(device))
+            self.attach(self.new_feature_map(dim, num_heads).to(device))
+
+    def new_feature_map(
+        self, dim: int, num_heads: int
+    ) -> SharpFeatures | SoftmaxFeatures | KernelFeatures:
+        """φ that has learned nothing, for heads of this dim."""
+        return self.options.feature_map(dim, num_heads, self.number, self.is_cross)
 
     def attach(self, feature_map: SharpFeatures | SoftmaxFeatures | KernelFeatures) -> None:
         """Make this the feature map, without a part in the model's state dict."""
@@ -62,7 +68,7 @@ class FavorLayer(nn.Module):
         heads = len(buffers["query_count"]) if "query_count" in buffers else 1
         # without ω, a kernel acts on the input itself, whatever its dim
         dim = buffers["omega"].shape[1] if "omega" in buffers else 1
-        feature_map = self.options.feature_map(dim, heads, self.number)
+        feature_map = self.new_feature_map(dim, heads)
         feature_map.load_state_dict(dict(buffers))
         self.is_calibrated = "query_count" in buffers and bool(buffers["query_count"].any())
         self.attach(feature_map.to(device))
@@ -88,8 +94,7 @@ class FavorLayer(nn.Module):
         near_field = self.options.near_field()
         if self.is_cross or (not is_causal and query_length != key_length):
             near_field = {}  # between two sequences there is no distance
-        has_window = near_field.get("window_size") is not None
-        is_last = is_causal and query_length == 1 and not has_window  # it sees every key
+        is_last = is_causal and query_length == 1 and not near_field  # it sees every key
         if is_causal and not is_last and query_length < key_length:
             query = F.pad(query, (0, 0, key_length - query_length, 0))
         out = favor_attention(

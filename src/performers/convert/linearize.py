@@ -1,6 +1,6 @@
 """`linearize`: a pretrained model with FAVOR+ in the place of its attention, and the way back.
 
-    model = linearize(AutoModel.from_pretrained(path), FavorOptions(window_size=64))
+    model = linearize(AutoModel.from_pretrained(path))
     model.save_pretrained(folder)
     model = load_linearized(AutoModel, folder)     # the same numbers
     model = AutoModel.from_pretrained(folder)      # the exact model, from the same weights

@@ -13,9 +13,14 @@ from performers.functional.features import KERNELS
 from performers.functional.projections import PROJECTIONS
 from performers.functional.sharp import QUERY_RATIO
 from performers.nn.feature_maps import ESTIMATORS, KernelFeatures, SoftmaxFeatures
+from performers.nn.frontier import NUM_SINKS, Frontier
 from performers.nn.sharp import STATISTICS, SharpFeatures
 
 __all__ = ["FAVOR", "FEATURES", "SHARP", "FavorOptions"]
+
+# Chosen by the frontiers of several pretrained models (DESIGN.md): the largest near field whose
+# cost, these projections included, is below that of exact attention from 512 positions on.
+WINDOW_SIZE, NUM_PROJECTIONS = 128, 64
 
 # The name of FAVOR+ among transformers' attention implementations, of the child that holds a
 # converted layer's feature map, and of the options in a configuration.
@@ -37,7 +42,9 @@ class FavorOptions:
     was called; before that from each call in bidirectional attention, and nothing in causal
     attention, where they are plain positive features.
     `window_size`, `num_sinks`, `far`: the exact near field, and whether anything else is estimated,
-    see `favor_attention`. Not in cross-attention.
+    see `favor_attention`. Not in cross-attention. A `window_size` of 0 is no near field; None is
+    128, or 0 for features that exact scores cannot stand beside: kernels and trigonometric ones.
+    `num_sinks` None is 4 in a near field: trained models park attention on their first tokens.
     `layers`: numbers of the layers that are converted, the others stay exact. None: all, other than
     the sliding-window layers of models that also have layers without a window.
     `exact_heads`: query heads of converted layers that stay exact, by the number of the layer. What
@@ -46,12 +53,12 @@ class FavorOptions:
     Raises ValueError for unknown words, counts below 1, and words that do not go together.
     """
 
-    num_projections: int = 256
+    num_projections: int = NUM_PROJECTIONS
     features: str = SHARP
     projection: str | None = "orthogonal"
     statistics: str | None = None
     window_size: int | None = None
-    num_sinks: int = 0
+    num_sinks: int | None = None
     far: bool = True
     layers: Sequence[int] | None = None
     exact_heads: Mapping[int, Sequence[int]] = field(default_factory=dict, hash=False)
@@ -74,19 +81,26 @@ class FavorOptions:
                     f"statistics are learned by features={SHARP!r} alone, got "
                     f"features={self.features!r} with statistics={self.statistics!r}."
                 )
-        if self.window_size is not None:
+        can_be_near = self.features not in KERNELS and self.features != "trigonometric"
+        if self.window_size is None:
+            object.__setattr__(self, "window_size", WINDOW_SIZE if can_be_near else 0)
+        elif self.window_size != 0:
             check_count("window_size", self.window_size)
-            if self.features in KERNELS or self.features == "trigonometric":
+            if not can_be_near:
                 raise ValueError(
                     "window_size puts exact softmax scores beside estimated ones: it needs "
-                    f"features 'sharp', 'positive' or 'hyperbolic', got {self.features!r}."
+                    "features 'sharp', 'positive' or 'hyperbolic', got "
+                    f"{self.features!r} with window_size={self.window_size}. Pass window_size=0."
                 )
-        if self.window_size is None and (self.num_sinks or not self.far):
+        if not self.window_size and (self.num_sinks or not self.far):
             raise ValueError(
-                "num_sinks and far=False belong to an exact near field, and window_size is None: "
-                f"got num_sinks={self.num_sinks!r}, far={self.far!r}. Pass window_size= too."
+                "num_sinks and far=False belong to an exact near field, and there is none: got "
+                f"num_sinks={self.num_sinks!r}, far={self.far!r}, features={self.features!r}. Pass "
+                "window_size= too, with features 'sharp', 'positive' or 'hyperbolic'."
             )
-        if (
+        if self.num_sinks is None:
+            object.__setattr__(self, "num_sinks", NUM_SINKS if self.window_size else 0)
+        elif (
             not isinstance(self.num_sinks, int)
             or isinstance(self.num_sinks, bool)
             or self.num_sinks < 0
@@ -116,10 +130,36 @@ class FavorOptions:
         heads = {n: tuple(sorted(set(heads))) for n, heads in self.exact_heads.items() if heads}
         object.__setattr__(self, "exact_heads", heads)
 
+    @classmethod
+    def within(cls, frontier: Frontier, error: float, **others: Any) -> FavorOptions:
+        """The cheapest of the measured settings with at most this error; `others` are options.
+
+            layers = capture_attention(model, **inputs)
+            linearize(model, FavorOptions.within(measure_frontier(layers), error=0.2))
+
+        Raises ValueError where no setting has so small an error. Whether it is cheaper than exact
+        attention is what the frontier says when printed.
+        """
+        setting = frontier.within(error)
+        chosen: dict[str, Any] = {
+            "features": setting.features,
+            "window_size": setting.window_size or 0,
+            "num_sinks": setting.num_sinks,
+            "far": setting.num_projections > 0,
+        }
+        if setting.num_projections:
+            chosen["num_projections"] = setting.num_projections
+        if setting.features == SHARP:
+            chosen["statistics"] = frontier.statistics
+        return cls(**chosen, **others)
+
     def feature_map(
-        self, dim: int, num_heads: int = 1, layer: int = 0
+        self, dim: int, num_heads: int = 1, layer: int = 0, is_cross: bool = False
     ) -> SharpFeatures | SoftmaxFeatures | KernelFeatures:
-        """φ for one attention layer: a function of these options and of the layer's number."""
+        """φ for one attention layer: a function of these options and of the layer's number.
+
+        `is_cross`: cross-attention, which has no near field.
+        """
         if self.features == SHARP:
             assert self.projection is not None, "checked above"
             return SharpFeatures(
@@ -127,7 +167,7 @@ class FavorOptions:
                 self.num_projections,
                 num_heads,
                 statistics=self.statistics or "calibrated",
-                query_ratio=QUERY_RATIO if self.window_size is None else 1.0,
+                query_ratio=1.0 if self.window_size and not is_cross else QUERY_RATIO,
                 projection=self.projection,
                 seed=self.seed,
                 layer=layer,
@@ -152,7 +192,9 @@ class FavorOptions:
         )
 
     def near_field(self) -> dict[str, Any]:
-        """The words of `favor_attention` for the near field."""
+        """The words of `favor_attention` for the near field; none where there is none."""
+        if not self.window_size:
+            return {}
         return {"window_size": self.window_size, "num_sinks": self.num_sinks, "far": self.far}
 
     def converts(self, number: int, layer_types: Sequence[str]) -> bool:

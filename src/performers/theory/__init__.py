@@ -1,9 +1,11 @@
-"""Closed forms for the estimators: errors, kernels and bounds, one function per lemma or theorem.
+"""Closed forms for the estimators: errors, kernels and bounds, one function per lemma or theorem,
+and what attention costs in counted operations (`cost`, of plain numbers).
 
-All take the vectors that φ takes, temperature included, and any batch of them. Give float64 where
-numbers are compared: the errors grow like exp(‖x + y‖²).
+The others take the vectors that φ takes, temperature included, and any batch of them. Give float64
+where numbers are compared: the errors grow like exp(‖x + y‖²).
 """
 
+from performers.theory.cost import exact_operations, favor_operations, near_pairs
 from performers.theory.mean_squared_error import (
     mse_hyperbolic,
     mse_optimal_positive,
@@ -40,6 +42,8 @@ from performers.theory.tails import (
 from performers.theory.uniform_convergence import sufficient_projections
 
 __all__ = [
+    "exact_operations",
+    "favor_operations",
     "log_joint_moment_hyperbolic",
     "log_joint_moment_optimal",
     "log_joint_moment_positive",
@@ -50,6 +54,7 @@ __all__ = [
     "mse_positive",
     "mse_regularized",
     "mse_trigonometric",
+    "near_pairs",
     "optimal_positive_parameter",
     "orthogonality_gap",
     "orthogonality_gap_bound",

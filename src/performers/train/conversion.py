@@ -1,6 +1,6 @@
 """A conversion: a pretrained model becomes one that attends by FAVOR+, and recovers what that cost.
 
-    read text ─► choose a window, then layers ─► calibrate ─► attention transfer ─► fine-tuning
+    read text ─► choose a setting, then layers ─► calibrate ─► attention transfer ─► fine-tuning
       ─► save
 
 out/
@@ -30,7 +30,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from performers.checks import check_count
 from performers.convert.calibration import calibrate
-from performers.convert.capture import text_windows
+from performers.convert.capture import capture_attention, text_windows
 from performers.convert.linearize import linearize, load_linearized
 from performers.convert.mixed import choose_layers, layer_costs
 from performers.convert.options import SHARP, FavorOptions
@@ -40,6 +40,7 @@ from performers.convert.recovery import (
     layer_errors,
     transfer_attention,
 )
+from performers.nn.frontier import Frontier, measure_frontier
 from performers.train.checkpoints import write_atomically
 from performers.train.environment import describe_environment
 from performers.train.recovery import RecoveryTask, recover, recovery_task
@@ -49,8 +50,9 @@ __all__ = ["REPORT", "Conversion", "ConversionConfig"]
 REPORT = "conversion.json"
 CHECKPOINTS = "checkpoints"
 
-# Of which the smallest that suffices is chosen; None is no window.
-WINDOWS = (None, 16, 32, 64, 128)
+# What settings are measured on, more of the text says little more: so many sequences to learn
+# from, and as many others.
+MEASURED_SEQUENCES = 2
 
 # What calibration measures of the text: more teaches little more.
 CALIBRATION_TOKENS = 8192
@@ -68,10 +70,11 @@ class ConversionConfig:
 
     `options`: how attention is estimated. Sharp features are calibrated, unless `statistics` is
     "call".
-    `target_error`: instead of `window_size` among the options, take the smallest of no window, 16,
-    32, 64 and 128 with which the mean error of the layers is at most this, or else the best.
-    `exact_layers`: this many layers stay exact, those that cost most (`layer_costs`). The window is
-    chosen before, for all layers, because it costs less than exact attention.
+    `error`: take the cheapest setting with which the mean error of the heads is at most this
+    (`FavorOptions.within`), instead of the features, near field and number of projections among the
+    options.
+    `exact_layers`: this many layers stay exact, those that cost most (`layer_costs`). The setting
+    is chosen before, for all layers, because it costs less than exact attention.
     `transfer_steps`, `steps`: of attention transfer and of fine-tuning; 0 leaves it out.
     `lora_rank`: fine-tune matrices of this rank beside the weights instead of the weights; 0 does
     not. Needs the package peft.
@@ -82,9 +85,9 @@ class ConversionConfig:
     model: str
     text: str
     options: FavorOptions = field(default_factory=FavorOptions)
-    target_error: float | None = None
+    error: float | None = None
     exact_layers: int = 0
-    length: int = 256
+    length: int = 512
     batch_size: int = 8
     transfer_steps: int = 60
     transfer_learning_rate: float = 1e-3
@@ -99,7 +102,7 @@ class ConversionConfig:
         for name in ("exact_layers", "transfer_steps", "steps", "lora_rank"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}.")
-        for name in ("target_error", "transfer_learning_rate", "learning_rate"):
+        for name in ("error", "transfer_learning_rate", "learning_rate"):
             number = getattr(self, name)
             if number is not None and not number > 0:
                 raise ValueError(f"{name} must be above 0, got {number}.")
@@ -177,7 +180,8 @@ class Conversion:
         """Convert, recover and save; writes and returns what conversion.json holds.
 
         Interrupted at any moment, a conversion prepared with `resume=True` goes on from its last
-        checkpoint. Raises FloatingPointError where training diverged.
+        checkpoint. Raises FloatingPointError where training diverged, and ValueError where no
+        setting is within the wanted error.
         """
         place = self.output / CHECKPOINTS
         place.mkdir(parents=True, exist_ok=True)
@@ -221,13 +225,14 @@ class Conversion:
     def _convert(
         self, model: PreTrainedModel, report: Callable[[str], None]
     ) -> tuple[PreTrainedModel, PreTrainedModel, dict[str, Any]]:
-        """The model with its window, its layers, its calibration and its attention transferred; the
+        """The model with its setting and its layers, calibrated, its attention transferred; the
         teacher; and what was measured.
         """
         options = self.config.options
-        windows: dict[str, float] = {}
-        if self.config.target_error is not None:
-            options, windows = self._choose_window(model, self.config.target_error, report)
+        frontier = None
+        if self.config.error is not None:
+            frontier = self._frontier(model)
+            options = self._within(frontier, self.config.error, report)
         costs: dict[str, float] = {}
         if self.config.exact_layers:
             options, costs = self._choose_layers(model, options, report)
@@ -238,7 +243,7 @@ class Conversion:
             "config": self.config.to_dict(),
             "options": options.to_dict(),
             "sequences": {"train": len(self.train), "held_out": len(self.held_out)},
-            "error_by_window": windows,
+            "frontier": None if frontier is None else dataclasses.asdict(frontier),
             "cost_by_layer": costs,
             "averaging": averaging_errors(model, teacher, self._batches(self.held_out)),
             "measure": self.task.measure,
@@ -258,23 +263,24 @@ class Conversion:
             self._measure("after attention transfer", model, teacher, record, report)
         return model, teacher, record
 
-    def _choose_window(
-        self, model: PreTrainedModel, target_error: float, report: Callable[[str], None]
-    ) -> tuple[FavorOptions, dict[str, float]]:
-        """The options with the window that `target_error` asks for, and the mean error of each."""
-        tried = [dataclasses.replace(self.config.options, window_size=w) for w in WINDOWS]
-        errors = {}
-        for options in tried:
-            self._linearize(model, options)
-            sequences = self.held_out[: self.config.batch_size]
-            errors[options] = _mean(
-                layer_errors(model, exact_copy(model), self._batches(sequences))
-            )
-            window = options.window_size or "none"
-            report(f"window {window}: mean error of the layers {errors[options]:.3f}")
-        enough = [options for options in tried if errors[options] <= target_error]
-        chosen = enough[0] if enough else min(tried, key=lambda options: errors[options])
-        return chosen, {str(options.window_size): errors[options] for options in tried}
+    def _frontier(self, model: PreTrainedModel) -> Frontier:
+        """The settings on text to train on, of which causal layers learn, and on held-out text."""
+        count = min(MEASURED_SEQUENCES, len(self.held_out), len(self.train))
+        rows = torch.cat([self.train[:count], self.held_out[:count]])
+        layers = capture_attention(model, input_ids=rows.to(_device()))
+        options = self.config.options
+        assert options.num_sinks is not None, "FavorOptions has chosen a number"
+        return measure_frontier(layers, options.num_sinks, options.statistics or "calibrated")
+
+    def _within(
+        self, frontier: Frontier, error: float, report: Callable[[str], None]
+    ) -> FavorOptions:
+        """The options with the cheapest setting of at most this error."""
+        setting = frontier.within(error)
+        report(f"{setting}: an error of {setting.error:.3f} for {frontier.cost(setting)}")
+        kept = ("projection", "layers", "exact_heads", "seed")
+        others = {name: getattr(self.config.options, name) for name in kept}
+        return FavorOptions.within(frontier, error, **others)
 
     def _choose_layers(
         self, model: PreTrainedModel, options: FavorOptions, report: Callable[[str], None]

@@ -1,17 +1,17 @@
-"""Figure of a diagnosis: what linear attention gets wrong in each layer of a model, and why."""
+"""Figures of a diagnosis: what linear attention gets wrong in a model, why, and what less costs."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from matplotlib import style
+from matplotlib import colormaps, style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from performers.viz.figures import BASELINE_COLOR, COLORS, STYLE
 
-__all__ = ["diagnosis_figure"]
+__all__ = ["diagnosis_figure", "frontier_figure"]
 
 
 def diagnosis_figure(layers: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Figure:
@@ -45,6 +45,63 @@ def diagnosis_figure(layers: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> F
         spread.set_yscale("log")
         spread.set_xticks(range(len(layers)), list(layers), rotation=30, ha="right")
         figure.legend(*error.get_legend_handles_labels(), loc="outside upper right", ncols=4)
+        return figure
+
+
+def frontier_figure(frontier: Mapping[str, Any]) -> Figure:
+    """The error of every setting against its counted operations, as multiples of exact attention's.
+
+    `frontier`: a `Frontier` as a dict. Settings of one near field share a line; those on the
+    frontier are circled, with their m beside.
+    """
+    with style.context(STYLE):
+        figure = Figure(figsize=(8.4, 5.4), layout="constrained")
+        axes = figure.subplots()
+        exact = frontier["exact_operations"]
+        groups: dict[str, list[Mapping[str, Any]]] = {}
+        for setting in sorted(frontier["settings"], key=lambda x: x["window_size"] or 0):
+            near = f", blocks of {setting['window_size']}" if setting["window_size"] else ""
+            groups.setdefault(f"{setting['features']}{near}", []).append(setting)
+        shades = colormaps["viridis"].resampled(len(groups))
+        for index, (name, settings) in enumerate(groups.items()):
+            far = sorted(settings, key=lambda x: x["num_projections"])
+            axes.plot(
+                [x["operations"] / exact for x in far],
+                [x["error"] for x in far],
+                color=shades(index),
+                linewidth=1,
+                marker="o",
+                markersize=4,
+                linestyle="--" if name.startswith("positive") else "-",
+                label=name,
+            )
+        best = [x for x in frontier["settings"] if x["is_on_frontier"]]
+        axes.plot(
+            [x["operations"] / exact for x in best],
+            [x["error"] for x in best],
+            color="black",
+            linewidth=0,
+            marker="o",
+            markersize=9,
+            markerfacecolor="none",
+            label="cheapest for its error",
+        )
+        for x in best:
+            label = str(x["num_projections"] or "near")
+            axes.annotate(
+                label, (x["operations"] / exact, x["error"]), (5, 5), textcoords="offset points",
+                fontsize=8,
+            )  # fmt: skip
+        axes.axvline(1, color=BASELINE_COLOR, linestyle=":", label="exact attention")
+        axes.axhline(
+            frontier["averaging_error"], color=BASELINE_COLOR, linestyle="--", linewidth=1,
+            label="averaging the values",
+        )  # fmt: skip
+        axes.set_xscale("log")
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("counted operations ÷ those of exact attention")
+        axes.set_title(f"Relative error of the output at length {frontier['length']}, by m")
+        figure.legend(loc="outside right upper")
         return figure
 
 

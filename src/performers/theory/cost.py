@@ -1,0 +1,57 @@
+"""Counted costs: floating-point operations of one head's forward pass, with no constant left out.
+
+A product of matrices (n, k) and (k, p) counts 2·n·k·p; exponentials, maxima and divisions, of which
+there is one for many products, count nothing. So these are floors, the same for every backend.
+"""
+
+from __future__ import annotations
+
+__all__ = ["exact_operations", "favor_operations", "near_pairs"]
+
+
+def exact_operations(length: int, dim: int, is_causal: bool = False) -> int:
+    """Exact attention: QKᵀ and the product with V, 4·d·L²; half of that where it is causal."""
+    return 4 * dim * length**2 // (2 if is_causal else 1)
+
+
+def favor_operations(
+    length: int,
+    dim: int,
+    num_projections: int,
+    window_size: int | None = None,
+    num_sinks: int = 0,
+    is_causal: bool = False,
+    is_sharp: bool = False,
+) -> float:
+    """`favor_attention`: d operations per token and head, in order
+
+        8·m·d               features of queries and keys, their sums with the values, the readout
+        4·d²                sharp features: the maps of queries and of keys
+        2·m·(d + 1) / w     of each direction: a block's sums join those of the blocks before
+        4·d·n               exact scores and their values, of n = near_pairs / L keys
+        4·d·s               the same for s sinks
+
+    `num_projections`: 0 for a near field alone (`far=False`), which has none of the first three.
+    `window_size`: None for no near field.
+    """
+    operations = 4.0 * dim * num_sinks * length
+    if window_size is not None:
+        operations += 4 * dim * near_pairs(length, window_size, is_causal)
+    if num_projections:
+        operations += 8 * num_projections * dim * length
+        operations += 4 * dim**2 * length if is_sharp else 0
+        if window_size is not None:
+            directions = 1 if is_causal else 2
+            operations += directions * 2 * num_projections * (dim + 1) * length / window_size
+    return operations
+
+
+def near_pairs(length: int, window_size: int, is_causal: bool = False) -> int:
+    """Pairs of a query and a key of its own or a neighboring block of `window_size` positions.
+
+    Causal: of its own or the one before; its own counts whole, as it is multiplied.
+    """
+    full, rest = divmod(length, window_size)
+    own = full * window_size**2 + rest**2
+    beside = max(full - 1, 0) * window_size**2 + (window_size * rest if full else 0)
+    return own + (1 if is_causal else 2) * beside

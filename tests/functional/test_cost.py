@@ -1,0 +1,52 @@
+"""Counted operations are those of the products that make an output, one by one."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from performers.theory.cost import exact_operations, favor_operations, near_pairs
+
+
+def test_exact_and_linear_attention_cost_their_products():
+    length, dim, m = 37, 11, 23
+    query, key, value = torch.randn(3, length, dim).unbind()
+    omega = torch.randn(m, dim)
+    with FlopCounterMode(display=False) as exact:
+        (query @ key.T).softmax(dim=-1) @ value
+    with FlopCounterMode(display=False) as linear:
+        (query @ omega.T) @ ((key @ omega.T).T @ value)
+    with FlopCounterMode(display=False) as maps:
+        query @ torch.randn(dim, dim), key @ torch.randn(dim, dim)
+    assert exact_operations(length, dim) == exact.get_total_flops()
+    assert exact_operations(length, dim, is_causal=True) == exact.get_total_flops() / 2
+    plain = favor_operations(length, dim, m)
+    assert plain == linear.get_total_flops()
+    sharp = favor_operations(length, dim, m, is_sharp=True)
+    assert sharp - plain == maps.get_total_flops()
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize(("length", "window"), [(37, 5), (35, 5), (7, 11), (13, 13), (19, 11)])
+def test_near_pairs_are_those_of_a_block_and_its_neighbors(length, window, is_causal):
+    block = torch.arange(length) // window
+    behind = block[:, None] - block
+    is_near = (behind >= 0) & (behind <= 1) if is_causal else behind.abs() <= 1
+    assert near_pairs(length, window, is_causal) == int(is_near.sum())
+
+
+def test_a_near_field_costs_its_pairs_its_sinks_and_the_merging_of_its_blocks():
+    length, dim, m, window, sinks = 37, 11, 23, 5, 3
+    alone = favor_operations(length, dim, 0, window, sinks, is_sharp=True)
+    assert alone == 4 * dim * (near_pairs(length, window) + sinks * length)
+    merged = (
+        favor_operations(length, dim, m, window, sinks) - alone - favor_operations(length, dim, m)
+    )
+    assert merged == pytest.approx(2 * 2 * m * (dim + 1) * length / window)
+    one_way = [favor_operations(length, dim, m, window, is_causal=True)]
+    one_way.append(favor_operations(length, dim, 0, window, is_causal=True))
+    rest = one_way[0] - one_way[1] - favor_operations(length, dim, m)
+    assert rest == pytest.approx(merged / 2)
+
+
+def test_a_window_of_the_whole_length_costs_what_exact_attention_does():
+    assert favor_operations(37, 11, 0, 37) == exact_operations(37, 11)
