@@ -15,7 +15,6 @@ from performers import SoftmaxFeatures, favor_attention
 from performers.benchmark import (
     Plan,
     crossover,
-    operations,
     peak_of_step,
     seconds_of_step,
     wins_from,
@@ -175,22 +174,6 @@ def test_a_crossover_is_only_claimed_between_the_lengths_that_were_measured():
     assert of(wins) == "≤ 4,000"
 
 
-def _marked(length, window_size, is_causal):
-    """Whether a query scores a key, from the definition of a near field."""
-    block = torch.arange(length) // window_size
-    near = (block[:, None] - block).abs() <= 1
-    return near.tril() if is_causal else near
-
-
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize(("length", "window_size"), [(1, 1), (29, 7), (28, 7), (13, 29), (31, 3)])
-def test_near_pairs_are_those_of_the_definition(length, window_size, causal):
-    counted = operations.near_pairs(length, window_size, is_causal=causal)
-    assert counted == _marked(length, window_size, causal).sum()
-    if window_size >= length:
-        assert counted == operations.pairs(length, is_causal=causal)
-
-
 def test_products_of_plain_features_are_those_that_torch_counts():
     """φ of queries and keys, K′ᵀV and Q′ times that, without the column of the normalizer."""
     length, m, d = 13, 7, 5
@@ -215,7 +198,8 @@ def test_a_setting_costs_what_it_adds_to_plain_features():
     assert (relu.products, relu.exponentials) == (plain.products, 0)
     assert sharp.products == plain.products + 4 * length * d**2
     assert length <= w, "every key is near"
-    assert near.products == sharp.products + 4 * d * length**2
+    merging = 2 * 2 * m * (d + 1) * length / w
+    assert near.products == pytest.approx(sharp.products + 4 * d * length**2 + merging)
     assert near.exponentials == sharp.exponentials + length**2
 
 

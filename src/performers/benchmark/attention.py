@@ -28,7 +28,6 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from performers.baselines import Identity
-from performers.benchmark import operations
 from performers.benchmark.model import seconds_of_step
 from performers.benchmark.operations import Operations
 from performers.benchmark.settings import (
@@ -53,6 +52,7 @@ from performers.benchmark.timing import (
 from performers.checks import check_choice
 from performers.functional import favor_attention, softmax_attention
 from performers.nn import RandomFeatures, SoftmaxFeatures
+from performers.theory.cost import exact_operations
 from performers.train.environment import describe_environment
 from performers.typing import LinearState
 
@@ -335,9 +335,8 @@ def _floors(
     plan: Plan, causal: bool, length: int, product_rate: float, exponential_rate: float | None
 ) -> dict[str, dict[str, float]]:
     """Seconds of the operations alone that exact attention and each setting must do."""
-    needed: dict[str, Operations] = {
-        "exact": operations.scored(operations.pairs(length, is_causal=causal), plan.dim)
-    }
+    pairs = length**2 / (2 if causal else 1)
+    needed = {"exact": Operations(exact_operations(length, plan.dim, causal), pairs)}
     for name in plan.settings:
         setting = SETTINGS[name]
         needed[name] = setting.operations(plan.layer(setting, causal), length)

@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 import torch
 
-from performers.benchmark import operations
 from performers.benchmark.operations import Operations
 from performers.nn import KernelFeatures, RandomFeatures, SharpFeatures, SoftmaxFeatures
+from performers.theory.cost import favor_operations, near_pairs
 
 __all__ = ["KERNELS", "PEER", "PEER_RELU", "SETTINGS", "Layer", "Setting"]
 
@@ -51,15 +51,18 @@ class Setting:
 
     def operations(self, layer: Layer, length: int) -> Operations:
         """Those of the forward pass of one head."""
-        total = operations.estimated(
-            length, layer.num_projections, layer.dim, is_exponential=self.is_exponential
+        products = favor_operations(
+            length,
+            layer.dim,
+            layer.num_projections,
+            self.window_size,
+            is_causal=layer.is_causal,
+            is_sharp=self.is_mapped,
         )
-        if self.is_mapped:
-            total += operations.mapped(length, layer.dim)
+        exponentials = 2 * length * layer.num_projections if self.is_exponential else 0
         if self.window_size is not None:
-            count = operations.near_pairs(length, self.window_size, is_causal=layer.is_causal)
-            total += operations.scored(count, layer.dim)
-        return total
+            exponentials += near_pairs(length, self.window_size, layer.is_causal)
+        return Operations(products, exponentials)
 
 
 def _plain(layer: Layer) -> RandomFeatures:
