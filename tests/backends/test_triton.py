@@ -374,7 +374,7 @@ def test_kernels_that_no_gpu_has_run_must_be_named(is_causal):
     query, key, value = inputs(5)
     for name in MAPS:
         chosen = choose_backend(
-            None, query, key, value, feature_map(name), is_causal=is_causal, window_size=None,
+            None, query, key, value, feature_map(name), is_causal=is_causal, near=None,
             has_state=False,
         )  # fmt: skip
         assert chosen != "triton"

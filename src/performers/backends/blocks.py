@@ -474,9 +474,9 @@ class _Heads:
                 shifts = [shift] * len(weights)
                 if sizes.features:
                     shifts[-1] = shift - of_row
-                total = 0.0
+                total = torch.zeros_like(shift)
                 for x, of_x in zip(weights, shifts, strict=True):
-                    total = x.sub_(of_x).exp2_().sum(dim=-1, keepdim=True) + total
+                    total += x.sub_(of_x).exp2_().sum(dim=-1, keepdim=True)
                 found = out[index, tile]
                 values = self.values(index, tile, far.average)
                 torch.bmm(weights[0], values[0], out=found)
@@ -561,10 +561,10 @@ class _Backward(_Heads):
                 torch.baddbmm(of_query, of_near, key, beta=0, alpha=1 / LOG2_E, out=of_query)
                 if sizes.sinks:
                     sinks, of_sinks = weights[1].flatten(0, 1), of_logits[1].flatten(0, 1)
+                    flat, of_flat = query.flatten(0, 1), of_query.flatten(0, 1)
                     self.of_sink_value[index].addmm_(sinks.mT, of_out.flatten(0, 1))
-                    rows, of_rows = query.flatten(0, 1), of_query.flatten(0, 1)
-                    self.of_sink_key[index].addmm_(of_sinks.mT, rows, alpha=1 / LOG2_E)
-                    of_rows.addmm_(of_sinks, self.sink_key[index], alpha=1 / LOG2_E)
+                    self.of_sink_key[index].addmm_(of_sinks.mT, flat, alpha=1 / LOG2_E)
+                    of_flat.addmm_(of_sinks, self.sink_key[index], alpha=1 / LOG2_E)
                 if sizes.features:
                     features, of_features = weights[-1], of_logits[-1]
                     torch.bmm(features.mT, of_out, out=of_average[index, tile])
@@ -727,8 +727,8 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
     schema=f"({SCHEMA}, Tensor[] found, Tensor[] gradients, bool with_directions) -> Tensor[]",
 )
 def _block_attention_backward(*arguments: Any) -> list[Tensor]:
-    *arguments, found, gradients, with_directions = arguments
-    problem = Problem(*arguments)
+    *of_problem, found, gradients, with_directions = arguments
+    problem = Problem(*of_problem)
     return backward(problem, BlockAttention(*found), BlockAttention(*gradients), with_directions)
 
 

@@ -6,7 +6,7 @@ What is far needs positive features of the softmax kernel, whose sides the opera
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -63,18 +63,23 @@ def attend(
         later = slots.positions() >= slots.next_start()
         hidden_far = later if hidden is None else later | hidden
     sides = _Sides.of(phi, dtype) if near.far else _Sides.of_nothing(key, dtype)
+    log_mass, average = sides.averages(state)
     found = block_attention(
         Problem(
-            *(x.flatten(0, 1) for x in (slots.query, slots.key, slots.value)),
-            *(None if x is None else x.repeat_interleave(heads, 0) for x in (hidden, hidden_far)),
+            slots.query.flatten(0, 1),
+            slots.key.flatten(0, 1),
+            slots.value.flatten(0, 1),
+            None if hidden is None else hidden.repeat_interleave(heads, 0),
+            None if hidden_far is None else hidden_far.repeat_interleave(heads, 0),
             sink_key.flatten(0, 1),
             sink_value.flatten(0, 1),
             sink_start.repeat_interleave(heads, 0),
-            *sides.arguments(batch, heads),
-            *sides.averages(state),
-            near.window_size,
-            root**2,
-            is_causal,
+            **sides.arguments(batch, heads),
+            log_mass=log_mass,
+            average=average,
+            window_size=near.window_size,
+            scale=root**2,
+            is_causal=is_causal,
         )
     )
     out = found.out if normalize else found.out * found.log_sum.exp()
@@ -104,7 +109,7 @@ class _Sides(NamedTuple):
         side = LogLinearSide(like.new_zeros(0, like.shape[-1], dtype=dtype), 0.0)
         return cls(side, side, _numbers(side))
 
-    def arguments(self, batch: int, heads: int) -> list[Tensor | None]:
+    def arguments(self, batch: int, heads: int) -> dict[str, Any]:
         """The sides as `Problem` has them, one row for all heads or one for each."""
 
         def rows(x: Tensor | None) -> Tensor | None:
@@ -112,13 +117,12 @@ class _Sides(NamedTuple):
                 return None if x is None else x.unsqueeze(0)
             return x.expand(batch, heads, *x.shape[-2:]).flatten(0, 1)
 
-        found = [
-            rows(x)
-            for side in (self.query, self.key)
-            for x in (side.directions, side.shift, side.matrix, side.linear)
-        ]
-        tilt = rows((_numbers(self.query) + self.key_numbers).unsqueeze(-2))
-        return [*found, tilt]
+        numbers = _numbers(self.query) + self.key_numbers
+        return {"tilt": rows(numbers.unsqueeze(-2))} | {
+            f"{name}_{part}": rows(getattr(side, part))
+            for name, side in (("query", self.query), ("key", self.key))
+            for part in ("directions", "shift", "matrix", "linear")
+        }
 
     def averages(self, state: LinearState) -> tuple[Tensor, Tensor]:
         """The log of a state's sums of features, less `key_numbers`, and its averages of values."""
