@@ -97,19 +97,18 @@ def test_pieces_through_the_cache_give_the_logits_of_the_whole(model, tokens, pi
 @pytest.mark.parametrize("mechanism", [MECHANISMS["window"], MECHANISMS["performer-relu"]])
 def test_the_state_has_one_size_at_every_length(model, tokens):
     def size(cache: PerformerCache) -> int:
-        parts = [layer.state for layer in cache.layers]
-        tensors = [part.values for part in parts] + [part.log_scale for part in parts]
-        tensors += [part.near.key for part in parts if part.near is not None]
-        return sum(tensor.numel() for tensor in tensors)
+        return sum(x.numel() for layer in cache.layers for x in layer.state.parts().values())
 
     short, long = PerformerCache(model.config), PerformerCache(model.config)
     model(tokens[:, :1], past_key_values=short)
     model(tokens.repeat(1, 100), past_key_values=long)
     assert long.get_seq_length() == 1100
     assert size(long) == size(short)
-    # 2 layers × 3 rows × 3 heads × 17 features × (8 values + 1 scale), and a window of 3 keys
-    window = 2 * 3 * 3 * 3 * 8 if model.config.window_size else 0
-    assert size(long) == 2 * 3 * 3 * 17 * 9 + window
+    # 2 layers × 3 rows × 3 heads × 17 features × (8 values, normalizer and scale); with a window the
+    # same again for the block that is far next, two blocks of 3 keys and values, and a count per row
+    sums = 2 * 3 * 3 * 17 * 10
+    near = sums + 2 * 3 * 3 * 2 * 3 * (8 + 8) + 2 * 3
+    assert size(long) == sums + (near if model.config.window_size else 0)
 
 
 @pytest.mark.parametrize(

@@ -102,7 +102,7 @@ def test_what_counts_in_steps_is_refused_beside_a_time(override, words):
 
 def test_the_demo_compares_a_performer_with_exact_attention_and_none_for_equal_time():
     config = load_config("demo")
-    assert config.compare == ["exact", "identity"]
+    assert config.compare == ["performer-relu", "exact", "identity"]
     assert config.max_seconds is not None
     assert (config.data.length, config.data.concatenate) == (8192, True)
     for attention in (config.attention, *config.compare):

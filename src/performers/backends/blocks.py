@@ -233,6 +233,14 @@ class _Side(NamedTuple):
         return of_x
 
 
+def _scaled(x: Tensor, factor: float, out: Tensor) -> None:
+    """out = factor · x, in the precision of `out`."""
+    if x.dtype == out.dtype:
+        torch.mul(x, factor, out=out)
+    else:
+        out.copy_(x).mul_(factor)
+
+
 def _of(x: Float[Tensor, "#heads *_"], heads: slice) -> Tensor:
     """What belongs to some heads, or to all alike."""
     return x[heads] if len(x) > 1 else x
@@ -288,7 +296,7 @@ class _Heads:
             (self.value, problem.value, 1.0),
         ):
             whole[:, : own.start].zero_()
-            torch.mul(x[heads], factor, out=whole[:, own])
+            _scaled(x[heads], factor, whole[:, own])
             whole[:, own.stop :].zero_()
         self.sink_key = problem.sink_key[heads].to(self.like) * (self.root * LOG2_E)
         self.sink_value = problem.sink_value[heads].to(self.like)
@@ -318,7 +326,7 @@ class _Heads:
     def put(self, x: Tensor, rows: Tensor, factor: float = 1.0) -> None:
         """[heads, group, length, ·] times a factor into [heads, count, rows, ·]."""
         for part, there in self.paired(x, rows):
-            torch.mul(part, factor, out=there)
+            _scaled(part, factor, there)
         rest = self.sizes.length % self.sizes.block
         if rest:
             self.grouped(rows)[:, -1, :, rest:].zero_()
