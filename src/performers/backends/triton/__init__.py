@@ -36,7 +36,7 @@ def refusal(
         return "Triton is not installed (pip install 'performers[triton]')"
     if query.device.type != "cuda" and not IS_INTERPRETED:
         return "it needs a GPU (on a CPU, set TRITON_INTERPRET=1 to check the kernels, slowly)"
-    plan = kernel_map(phi)
+    plan = kernel_map(phi, query)
     if plan is None:
         return f"it computes {SUPPORTED}, and {type(phi).__name__} is none of these"
     if near is not None:
@@ -49,7 +49,7 @@ def refusal(
     heads = query.shape[0] * query.shape[1]
     if heads > MAX_HEADS:
         return f"it takes up to {MAX_HEADS} heads of all sequences together, not {heads}"
-    if torch.is_grad_enabled() and plan.directions.requires_grad:
+    if torch.is_grad_enabled() and plan.key.directions.requires_grad:
         return "it has no gradient of omega"
     if not (query.numel() and key.numel() and value.numel()):
         return "it needs at least one query, one key and one column of values"
@@ -72,7 +72,7 @@ def attend(
 ) -> tuple[Float[Tensor, "batch key_heads group query_length value_dim"], LinearState]:
     """What `reference.attend` computes, up to rounding, and the state after it."""
     assert near is None, "`refusal` lets no near field in"
-    plan = kernel_map(phi)
+    plan = kernel_map(phi, query)
     assert plan is not None, "`refusal` lets only its own feature maps in"
     from performers.backends.triton.attention import contract
 

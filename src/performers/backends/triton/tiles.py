@@ -2,7 +2,8 @@
 
 The weight of feature m in row i is the factor that i has in Σ_m φ_m(q_i) φ_m(k_j):
 
-    KIND "exp":            exp(x_i·ω_m + row_i + frame_m)    row: −‖k‖²/2, or −log of the normalizer
+    KIND "exp":            exp(x_i·ω_m + tilt_m + row_i + frame_m)
+                           row: what features of a key share, or −log of the normalizer
     KIND "relu", "elu+1":  (f(x_i·ω_m) + ε) · row_i          row: 1, or 1 / normalizer
 
 A row that is not there, a masked key, has row −∞ or 0. Features past the last have no weight.
@@ -73,25 +74,31 @@ def load_state(
 @triton.jit
 @no_type_check
 def load_omega(
-    high, low, first_feature, num_features, dim,
+    high, low, tilts, own, first_feature, num_features, dim,
     SPLIT: tl.constexpr, FEATURES: tl.constexpr, DIM: tl.constexpr,
 ):  # fmt: skip
-    """[M, D] twice: these rows of ω, and what is left of them where ω is split."""
-    omega = load_rows(high, dim, first_feature, num_features, dim, FEATURES, DIM)
+    """[M, D] twice, [M]: these rows of ω, what is left of them where ω is split, and the tilts.
+
+    `own`: which ω, where heads have their own.
+    """
+    start = own.to(tl.int64) * num_features
+    omega = load_rows(high + start * dim, dim, first_feature, num_features, dim, FEATURES, DIM)
     rest = omega
     if SPLIT:
-        rest = load_rows(low, dim, first_feature, num_features, dim, FEATURES, DIM)
-    return omega, rest
+        rest = load_rows(low + start * dim, dim, first_feature, num_features, dim, FEATURES, DIM)
+    features = first_feature + tl.arange(0, FEATURES)
+    tilt = tl.load(tilts + start + features, mask=features < num_features, other=0.0)
+    return omega, rest, tilt
 
 
 @triton.jit
 @no_type_check
-def projected(x, high, low, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
-    """[R, M]: x·ω_m, with ω = high + low where it is split."""
+def projected(x, high, low, tilt, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
+    """[R, M]: x·ω_m + tilt_m, with ω = high + low where it is split."""
     logits = tl.dot(x, tl.trans(high), input_precision=PRECISION)
     if SPLIT:
         logits = tl.dot(x, tl.trans(low), logits, input_precision=PRECISION)
-    return logits
+    return logits + tilt[None, :]
 
 
 @triton.jit
