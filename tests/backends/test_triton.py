@@ -373,7 +373,6 @@ REFUSALS = [
     (lambda: KernelFeatures(5, 7, "exp"), {}, "and KernelFeatures is none of these"),
     (lambda: KernelFeatures(5, 7, torch.relu, projection=None), {}, "is none of these"),
     (lambda: SoftmaxFeatures(5, 7, "trigonometric"), {}, "and SoftmaxFeatures is none of these"),
-    (lambda: SoftmaxFeatures(5, 7), {"window_size": 3}, "it has no exact window"),
     (with_learned_omega, {}, "it has no gradient of omega"),
 ]
 

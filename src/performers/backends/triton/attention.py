@@ -220,7 +220,7 @@ def _contraction_backward(
     first = (frames.contiguous(), normalizers.contiguous(), values.contiguous())
     call = Call.of(query, value, omega, tilt, first, kind, epsilon, is_causal)
     key_rows = key_rows.contiguous()
-    shares = _row_products(call, out, out_gradient)
+    shares = row_products(call, out, out_gradient)
     if call.is_exponential:
         shares -= total_gradient
         query_rows = (-total).masked_fill(total == -math.inf, -math.inf)
@@ -353,6 +353,19 @@ class Call:
             "VALUE_DIM": _width(self.value_dim),
         }
 
+    def scan(self, each: Sums, first: Sums, is_reverse: bool) -> tuple[Sums, Sums]:
+        """The sum before every chunk, and that of all; `is_reverse`: after it, from the end."""
+        chunks, blocks = each[0].shape[2], triton.cdiv(self.num_features, SCAN_FEATURES)
+        before = _empty_states(first, chunks)
+        last = (torch.empty_like(first[0]), torch.empty_like(first[1]), torch.empty_like(first[2]))
+        if blocks:
+            states.scan[blocks, first[0].shape[0] * first[0].shape[1]](
+                *each, *first, *before, *last, chunks, self.num_features, self.value_dim,
+                KIND=self.kind, REVERSE=is_reverse, FEATURES=SCAN_FEATURES,
+                VALUE_DIM=_width(self.value_dim),
+            )  # fmt: skip
+        return before, last
+
     def options(self) -> dict[str, Any]:
         """The compile-time arguments of kernels that multiply tiles."""
         operand, tile = OPERANDS[self.dtype], self.tile
@@ -407,24 +420,34 @@ def _states(
     is_reverse: bool = False,
 ) -> tuple[Sums, Sums]:
     """The state before every chunk of rows x with values y, and that of all."""
+    each = states_of_chunks(call, x, y, rows, shares, first, chunk)
+    return call.scan(each, first, is_reverse)
+
+
+def states_of_chunks(
+    call: Call,
+    x: Tensor,
+    y: Tensor,
+    rows: Tensor,
+    shares: Tensor | None,
+    like: Sums,
+    chunk: int,
+) -> Sums:
+    """The state of every chunk of rows x with values y, [batch, key_heads, chunks, …] each."""
     batch, heads, length = x.shape[:3]
-    key_heads = first[0].shape[1]
+    key_heads = like[0].shape[1]
     blocks = triton.cdiv(call.num_features, call.tile.absorbed)
     chunks = triton.cdiv(length, chunk)
-    each, before = (_empty_states(first, chunks) for _ in range(2))
+    each = _empty_states(like, chunks)
+    if not blocks:
+        return each
     states.absorb[chunks, blocks, batch * key_heads](
         x, y, rows, rows if shares is None else shares, call.high, call.low, call.tilt, *each,
         *x.stride()[:3], *y.stride()[:3], heads, heads // key_heads,
         length, chunk, call.num_features, call.dim, call.value_dim, call.epsilon,
         HAS_SHARES=shares is not None, **(call.options() | {"FEATURES": call.tile.absorbed}),
     )  # fmt: skip
-    last = (torch.empty_like(first[0]), torch.empty_like(first[1]), torch.empty_like(first[2]))
-    states.scan[triton.cdiv(call.num_features, SCAN_FEATURES), batch * key_heads](
-        *each, *first, *before, *last, chunks, call.num_features, call.value_dim,
-        KIND=call.kind, REVERSE=is_reverse, FEATURES=SCAN_FEATURES,
-        VALUE_DIM=_width(call.value_dim),
-    )  # fmt: skip
-    return before, last
+    return each
 
 
 def _read(
@@ -496,7 +519,7 @@ def _step(
     return out, total, frames, normalizers, values
 
 
-def _row_products(call: Call, x: Tensor, y: Tensor) -> Tensor:
+def row_products(call: Call, x: Tensor, y: Tensor) -> Tensor:
     batch, heads, length, width = x.shape
     out = x.new_empty(batch, heads, length, dtype=torch.float32)
     states.row_products[triton.cdiv(length, call.tile.rows), batch * heads](

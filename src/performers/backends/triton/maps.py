@@ -46,8 +46,8 @@ def kernel_map(phi: FeatureMap, like: Tensor) -> KernelMap | None:
 
 
 def mapped(
-    side: LogLinearSide, x: Float[Tensor, "batch heads length dim"], root: float
-) -> Float[Tensor, "batch heads length dim"]:
+    side: LogLinearSide, x: Float[Tensor, "*batch length dim"], root: float
+) -> Float[Tensor, "*batch length dim"]:
     """y / root of root · x, in the dtype of x."""
     if side.shift is None and side.matrix is None:
         return x
@@ -59,10 +59,10 @@ def mapped(
 
 def numbers(
     side: LogLinearSide,
-    x: Float[Tensor, "batch heads length dim"],
-    y: Float[Tensor, "batch heads length dim"],
+    x: Float[Tensor, "*batch length dim"],
+    y: Float[Tensor, "*batch length dim"],
     root: float,
-) -> Float[Tensor, "batch heads length"]:
+) -> Float[Tensor, "*batch length"]:
     """What all features of a row share, less the constant: −‖root · y‖²/2 + (root · x − shift)·linear.
 
     y, which is `mapped`, is what the kernels multiply, rounding included.

@@ -215,3 +215,78 @@ def column_of(tile, index, COLUMNS: tl.constexpr):
 @no_type_check
 def larger(a, b):
     return tl.maximum(a, b)
+
+
+# What is left is for near fields.
+
+
+@triton.jit
+@no_type_check
+def tile_of(window, length, ROWS: tl.constexpr):
+    """The block of this program's tile, its first row, and the end of the block."""
+    parts = tl.cdiv(window, ROWS)
+    block = tl.program_id(0) // parts
+    start = block * window + tl.program_id(0) % parts * ROWS
+    return block, start, tl.minimum((block + 1) * window, length)
+
+
+@triton.jit
+@no_type_check
+def near_logits(
+    queries, keys, shown, position, key_position, scale,
+    IS_CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """[R, K]: scale · q_i·k_j; −∞ for keys that are not shown, and causal for later ones."""
+    logits = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * scale + shown[None, :]
+    if IS_CAUSAL:
+        later = position[:, None] < key_position[None, :]
+        logits = tl.where(later, -float("inf"), logits)
+    return logits
+
+
+@triton.jit
+@no_type_check
+def sink_logits(
+    queries, sinks, starts, first, num_sinks, position, scale,
+    SINKS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """[R, S]: as `near_logits`, for sinks that a query sees from their start on."""
+    numbers = first + tl.arange(0, SINKS)
+    inside = numbers < num_sinks
+    start = tl.load(starts + numbers, mask=inside, other=0)
+    logits = tl.dot(queries, tl.trans(sinks), input_precision=PRECISION) * scale
+    seen = inside[None, :] & (position[:, None] >= start[None, :])
+    return tl.where(seen, logits, -float("inf"))
+
+
+@triton.jit
+@no_type_check
+def feature_logits(
+    y, numbers, omega, rest, tilt, frame, inside, SPLIT: tl.constexpr, PRECISION: tl.constexpr
+):
+    """[R, M]: log φ_m plus the frame of the feature's sums."""
+    logits = projected(y, omega, rest, tilt, SPLIT, PRECISION) + numbers[:, None]
+    return logits + tl.where(inside, frame, -float("inf"))[None, :]
+
+
+@triton.jit
+@no_type_check
+def joined(
+    logits, mass, values, frame, normalizer, sums, OPERAND: tl.constexpr, PRECISION: tl.constexpr
+):
+    """The softmax of rows so far, with more columns: e^logit stands for a mass, with a value."""
+    grown = tl.maximum(frame, tl.max(logits, axis=1))
+    decay = tl.exp(frame - finite(grown))
+    weights = tl.exp(logits - finite(grown)[:, None]).to(OPERAND)
+    # Rounded as the values are in their product: attention over 1 is 1.
+    mass = mass.to(OPERAND).to(tl.float32)
+    normalizer = normalizer * decay + tl.sum(weights.to(tl.float32) * mass[None, :], axis=1)
+    sums = sums * decay[:, None] + product(weights, values, OPERAND, PRECISION)
+    return grown, normalizer, sums
+
+
+@triton.jit
+@no_type_check
+def shares_of(logits, rows):
+    """e^(logit + row), a share: no exponent is above 0 but by rounding."""
+    return tl.exp(tl.minimum(logits + rows[:, None], 0.0))
