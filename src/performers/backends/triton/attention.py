@@ -75,8 +75,8 @@ def contract(
     if is_exponential:
         first = (state.log_scale - key_constant, state.normalizer, state.values)
     else:
-        factor = (state.log_scale - key_constant).exp()
-        first = (state.log_scale, state.normalizer * factor, state.values * factor.unsqueeze(-1))
+        scale = (state.log_scale - key_constant).exp()
+        first = (state.log_scale, state.normalizer * scale, state.values * scale.unsqueeze(-1))
     out, total, frames, normalizers, values = _contraction(
         rows.unflatten(2, query.shape[2:4]).flatten(1, 2),
         keys,
@@ -92,14 +92,15 @@ def contract(
     out = out.unflatten(1, query.shape[1:3])
     total = total.unflatten(1, query.shape[1:3]).unsqueeze(-1)
     if not normalize:
-        factor = _constant(plan.query) + key_constant
-        factor = factor.unsqueeze(-1).unsqueeze(-1) if isinstance(factor, Tensor) else factor
+        constant = _constant(plan.query) + key_constant
         if is_exponential:
+            if isinstance(constant, Tensor):
+                constant = constant[..., None, None]
             of_rows = numbers(plan.query, query.flatten(2, 3), rows, root)
             of_rows = of_rows.unflatten(2, query.shape[2:4]).unsqueeze(-1)
-            out = out * (total + of_rows + factor).exp()
+            out = out * (total + of_rows + constant).exp()
         else:
-            out = out * total * math.exp(factor)
+            out = out * total * math.exp(constant)
     if is_exponential:
         return out, LinearState(frames + key_constant, normalizers, values)
     # the exponent of features without one is 0, that of no feature −∞

@@ -122,7 +122,12 @@ class _Work:
         result = self.shifted(before, is_reverse)
         if self.is_causal:
             return result, last
-        nothing = (torch.full_like(first[0], -math.inf), *(x.new_zeros(x.shape) for x in first[1:]))
+        frames, normalizers, values = first
+        nothing = (
+            torch.full_like(frames, -math.inf),
+            torch.zeros_like(normalizers),
+            torch.zeros_like(values),
+        )
         after, _ = self.queries.scan(each, nothing, not is_reverse)
         return _merged(result, self.shifted(after, not is_reverse)), last
 
@@ -195,8 +200,8 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
 def _near_backward(*arguments: Any) -> list[Tensor]:
     """Gradients of query, key, value, query_y, query_numbers, key_y, key_numbers, sink_key,
     sink_value, and of the first state's normalizers and values."""
-    *arguments, found, gradients = arguments
-    work = _Work(*arguments)
+    *inputs, found, gradients = arguments
+    work = _Work(*inputs)
     out, log_sum, last_frames, *_ = found
     d_out, d_log_sum, _, d_normalizers, d_values = (x.contiguous() for x in gradients)
     shares = row_products(work.queries, out, d_out) - d_log_sum
