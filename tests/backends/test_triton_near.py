@@ -16,7 +16,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.usefixtures("small_tiles", "poisoned_memory")
 both_ways = pytest.mark.parametrize("is_causal", [False, True])
 
-# Lengths, and blocks of less than a tile of 16, of more than one, and one block of all.
+# Lengths and fields: blocks of less than a tile of 16, of more than one, and one block of all.
 FIELDS = {
     "sinks": (22, {"window_size": 4, "num_sinks": 2}),
     "blocks of two tiles": (40, {"window_size": 19}),
