@@ -199,7 +199,10 @@ class FeatureMap(Protocol):
 
 @runtime_checkable
 class LogLinearMap(FeatureMap, Protocol):
-    """A feature map whose features are exponentials of linear functions (where nonnegative)."""
+    """A feature map whose features are exponentials of linear functions (where nonnegative).
+
+    Its sides have equal directions and tilts.
+    """
 
     def query_side(self, dtype: torch.dtype) -> LogLinearSide: ...
 

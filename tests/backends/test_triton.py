@@ -20,7 +20,7 @@ config = pytest.importorskip("performers.backends.triton.config")
 pytest.importorskip("triton")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-MAPS = ("positive", "hyperbolic", "relu", "elu+1")
+MAPS = ("positive", "hyperbolic", "sharp", "relu", "elu+1")
 CAUSAL = (False, True)
 
 pytestmark = pytest.mark.usefixtures("small_tiles", "poisoned_memory")
@@ -30,7 +30,18 @@ without_gpu = pytest.mark.skipif(DEVICE == "cuda", reason="the kernels of a GPU 
 
 def feature_map(name: str, num_projections: int = 19) -> RandomFeatures:
     """A map of dim 5 with two blocks of features (hyperbolic: three)."""
+    if name == "sharp":
+        return sharp_map(1, num_projections)
     return FEATURE_MAPS[name](5, num_projections).to(DEVICE)
+
+
+def sharp_map(num_heads: int, num_projections: int = 7) -> SharpFeatures:
+    """Sharp features that have learned something, for each head something else."""
+    phi = SharpFeatures(5, num_projections, num_heads=num_heads)
+    spread = torch.tensor([1.0, 3.0, 1.0, 0.2, 1.0])
+    query, key = (torch.randn(1, num_heads, 50, 5) for _ in range(2))
+    phi.calibrate(query * 0.7 + 0.4, key * spread * 0.5)
+    return phi.to(DEVICE)
 
 
 def inputs(
@@ -100,7 +111,7 @@ def test_outputs_states_and_gradients_are_those_of_the_definition(name, is_causa
 
 
 @both_ways
-@pytest.mark.parametrize("name", ["positive", "relu"])
+@pytest.mark.parametrize("name", ["positive", "sharp", "relu"])
 def test_without_the_normalizer_too(name, is_causal):
     phi, tensors = feature_map(name, 7), inputs(11)
     wide = doubles(tensors)
@@ -295,6 +306,24 @@ def test_heads_and_batches_may_be_laid_out_in_any_order():
     assert_close(out, expected)
 
 
+@both_ways
+def test_heads_of_sharp_features_have_statistics_of_their_own(is_causal):
+    """Or sequences, where statistics are those of the call."""
+    phi = sharp_map(2) if is_causal else SharpFeatures(5, 7, num_heads=2, statistics="call")
+    tensors = [torch.randn(2, heads, 19, 5, device=DEVICE) for heads in (4, 2, 2)]
+    tensors = [x.requires_grad_() for x in tensors]
+    wide = doubles(tensors)
+    out, expected = attend(tensors, phi, is_causal), defined(wide, phi, is_causal)
+    assert_close(out, expected)
+    cotangent = weights_like(expected)
+    for mine, theirs in zip(
+        torch.autograd.grad(out, tensors, cotangent.float()),
+        torch.autograd.grad(expected, wide, cotangent.double()),
+        strict=True,
+    ):
+        assert_close(mine, theirs)
+
+
 def test_maps_without_omega_are_served():
     phi, tensors = feature_map("elu+1 without omega"), inputs(11)
     assert_close(attend(tensors, phi, True), defined(doubles(tensors), phi, True))
@@ -344,8 +373,6 @@ REFUSALS = [
     (lambda: KernelFeatures(5, 7, "exp"), {}, "and KernelFeatures is none of these"),
     (lambda: KernelFeatures(5, 7, torch.relu, projection=None), {}, "is none of these"),
     (lambda: SoftmaxFeatures(5, 7, "trigonometric"), {}, "and SoftmaxFeatures is none of these"),
-    (lambda: SharpFeatures(5, 7), {}, "and ReparametrizedFeatures is none of these"),
-    (lambda: SoftmaxFeatures(5, 7), {"window_size": 3}, "it has no exact window"),
     (with_learned_omega, {}, "it has no gradient of omega"),
 ]
 

@@ -13,11 +13,12 @@ import os
 os.environ["TRITON_INTERPRET"] = "0"
 import torch, triton
 from triton.backends.compiler import GPUTarget
-from performers.backends.triton import attend, attention
+from performers.backends.triton import attend, attention, near
 from performers.nn import {feature_map}
-from performers.typing import LinearState
+from performers.typing import LinearState, NearField
 
 TYPES = {{torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}}
+TYPES[torch.int64] = "*i64"
 launches = {{}}
 
 class Recorder:
@@ -44,7 +45,8 @@ class Recorder:
             return TYPES[argument.dtype]
         return "fp32" if isinstance(argument, float) else "i32"
 
-for module in (attention.states, attention.reading, attention.gradients, attention.decoding):
+modules = attention.states, attention.reading, attention.gradients, attention.decoding
+for module in (*modules, near.near_kernels):
     for name, kernel in list(vars(module).items()):
         own = getattr(kernel, "__module__", None) == module.__name__
         if own and isinstance(kernel, triton.runtime.JITFunction):
@@ -57,7 +59,7 @@ for is_causal, length in {calls}:
     state = LinearState.empty(1, 2, phi.num_features, {dim})
     out, _ = attend(
         query[:, :, None], key, value, phi, root=1.0, key_mask=None, is_causal=is_causal,
-        normalize=True, near=None, state=state, with_state=False,
+        normalize=True, near={near}, state=state, with_state=False,
     )
     if {with_backward}:
         out.float().sum().backward()
@@ -76,11 +78,11 @@ def test_bidirectional_bfloat16_and_decoding_compile_for_sm_90(fresh_python):
     printed = fresh_python(
         CODE.format(
             feature_map="SoftmaxFeatures", dim=64, dtype="bfloat16", capability=90,
-            calls=[(False, 300), (True, 1)], with_backward=False,
+            calls=[(False, 300), (True, 1)], with_backward=False, near=None,
         )
     )  # fmt: skip
     count, memory = map(int, printed.split())
-    assert count == 5
+    assert count == 4
     assert memory <= SHARED_MEMORY[90]
 
 
@@ -95,7 +97,35 @@ def test_every_tile_of_the_table_fits(fresh_python, dtype, dim, capability, feat
         CODE.format(
             feature_map=feature_map, dim=dim, dtype=str(dtype).removeprefix("torch."),
             capability=capability, calls=[(False, 300), (True, 300), (True, 1)],
-            with_backward=True,
+            with_backward=True, near=None,
         )
     )  # fmt: skip
     assert int(printed.split()[1]) <= SHARED_MEMORY[capability]
+
+
+def test_a_near_field_compiles_for_sm_90(fresh_python):
+    assert_near_field_fits(fresh_python, torch.bfloat16, 64, 90)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("dim", [16, 32, 64, 128, 256])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_every_tile_of_a_near_field_fits(fresh_python, dtype, dim, capability):
+    assert_near_field_fits(fresh_python, dtype, dim, capability)
+
+
+def assert_near_field_fits(fresh_python, dtype, dim, capability):
+    printed = fresh_python(
+        CODE.format(
+            feature_map="SoftmaxFeatures", dim=dim, dtype=str(dtype).removeprefix("torch."),
+            capability=capability, calls=[(False, 300), (True, 300)], with_backward=True,
+            near="NearField(64, 4)",
+        )
+    )  # fmt: skip
+    count, memory = map(int, printed.split())
+    # three kernels of their own, each causal and not; states of keys and of queries; their sums,
+    # from the left and from the right; and products of rows
+    assert count == 11
+    assert memory <= SHARED_MEMORY[capability]

@@ -23,7 +23,8 @@ if ON_GPU:
 
 @pytest.mark.parametrize(("dtype", "dim", "length"), CASES)
 @pytest.mark.parametrize("is_causal", [False, True])
-def test_the_tiles_of_the_table_compute_what_is_defined(is_causal, dtype, dim, length):
+@pytest.mark.parametrize("field", [{}, {"window_size": 16, "num_sinks": 4}])
+def test_the_tiles_of_the_table_compute_what_is_defined(field, is_causal, dtype, dim, length):
     device = "cuda" if ON_GPU else "cpu"
     phi = SoftmaxFeatures(dim, 43).to(device)
     query = torch.randn(1, 2, length, dim, device=device, dtype=dtype, requires_grad=True)
@@ -34,7 +35,9 @@ def test_the_tiles_of_the_table_compute_what_is_defined(is_causal, dtype, dim, l
     cotangent = torch.randn(1, 2, length, dim, device=device, dtype=dtype)
     results = []
     for leaves, backend in ((tensors, "triton"), (wide, "chunked")):
-        out = favor_attention(*leaves, phi, is_causal, mask, enable_gqa=True, backend=backend)
+        out = favor_attention(
+            *leaves, phi, is_causal, mask, enable_gqa=True, backend=backend, **field
+        )
         gradients = torch.autograd.grad(out, leaves, cotangent.to(out.dtype))
         results.append([out, *gradients])
     tolerance = 1e-5 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps

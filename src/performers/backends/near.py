@@ -1,10 +1,11 @@
-"""Attention with a near field: all new tokens at once by `blocks`, the next one by a step.
+"""Attention with a near field: all new tokens at once by an operator, the next one by a step.
 
 What is far needs positive features of the softmax kernel, whose sides the operator is given.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from performers.backends.blocks import Problem, block_attention
+from performers.backends.blocks import BlockAttention, Problem, block_attention
 from performers.backends.fused_softmax import HIDDEN
 from performers.backends.reference import Partial, remembered
 from performers.backends.slots import Slots
@@ -44,8 +45,12 @@ def attend(
     near: NearField,
     state: LinearState,
     with_state: bool,
+    operator: Callable[[Problem], BlockAttention] = block_attention,
 ) -> tuple[Float[Tensor, "batch key_heads group length value_dim"], LinearState]:
-    """What `reference.attend` computes with a near field, up to rounding."""
+    """What `reference.attend` computes with a near field, up to rounding.
+
+    `operator` does the work on slots.
+    """
     if state.near is not None and query.shape[3] == 1:
         return _step(
             query, key, value, phi, root=root, key_mask=key_mask, normalize=normalize, near=near,
@@ -64,7 +69,7 @@ def attend(
         hidden_far = later if hidden is None else later | hidden
     sides = _Sides.of(phi, dtype) if near.far else _Sides.of_nothing(key, dtype)
     log_mass, average = sides.averages(state)
-    found = block_attention(
+    found = operator(
         Problem(
             slots.query.flatten(0, 1),
             slots.key.flatten(0, 1),

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from performers.backends.near import attend as attend_near
 from performers.backends.triton.config import MAX_DIM, MAX_HEADS, OPERANDS
 from performers.backends.triton.maps import SUPPORTED, kernel_map
 from performers.typing import FeatureMap, LinearState, NearField
@@ -36,11 +37,9 @@ def refusal(
         return "Triton is not installed (pip install 'performers[triton]')"
     if query.device.type != "cuda" and not IS_INTERPRETED:
         return "it needs a GPU (on a CPU, set TRITON_INTERPRET=1 to check the kernels, slowly)"
-    plan = kernel_map(phi)
-    if plan is None:
+    plan = kernel_map(phi, query)
+    if plan is None and (near is None or near.far):
         return f"it computes {SUPPORTED}, and {type(phi).__name__} is none of these"
-    if near is not None:
-        return "it has no exact window"
     if query.dtype not in OPERANDS:
         return f"it takes float32, bfloat16 and float16, not {query.dtype}"
     dim = max(query.shape[-1], value.shape[-1])
@@ -49,7 +48,7 @@ def refusal(
     heads = query.shape[0] * query.shape[1]
     if heads > MAX_HEADS:
         return f"it takes up to {MAX_HEADS} heads of all sequences together, not {heads}"
-    if torch.is_grad_enabled() and plan.directions.requires_grad:
+    if plan is not None and torch.is_grad_enabled() and plan.key.directions.requires_grad:
         return "it has no gradient of omega"
     if not (query.numel() and key.numel() and value.numel()):
         return "it needs at least one query, one key and one column of values"
@@ -71,8 +70,15 @@ def attend(
     with_state: bool,
 ) -> tuple[Float[Tensor, "batch key_heads group query_length value_dim"], LinearState]:
     """What `reference.attend` computes, up to rounding, and the state after it."""
-    assert near is None, "`refusal` lets no near field in"
-    plan = kernel_map(phi)
+    if near is not None:
+        from performers.backends.triton.near import block_attention
+
+        return attend_near(
+            query, key, value, phi, root=root, key_mask=key_mask, is_causal=is_causal,
+            normalize=normalize, near=near, state=state, with_state=with_state,
+            operator=block_attention,
+        )  # fmt: skip
+    plan = kernel_map(phi, query)
     assert plan is not None, "`refusal` lets only its own feature maps in"
     from performers.backends.triton.attention import contract
 

@@ -1,14 +1,14 @@
 """Linear attention by the fused kernels, and its gradients.
 
-    forward    row_products   −‖k‖²/2 of every key
-               absorb, scan   keys → one state; causal: the state before every chunk
+    forward    absorb, scan   keys → one state; causal: the state before every chunk
                read           queries → outputs
     backward   absorb, scan   keys → states, as before (causal; else the one state was saved)
                row_products   δ_i = dO_i·O_i
                absorb, scan   queries → states that keys read
                query_gradient, key_gradient
 
-A call of one token that needs no gradient is a decoding step: one kernel.
+What features of a row share, and the affine maps of sharp features, are made outside by torch.
+A call of one token is a decoding step: one kernel.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from torch import Tensor
 from performers.backends.derivatives import refuse_second_derivative
 from performers.backends.triton import decoding, gradients, reading, states
 from performers.backends.triton.config import OPERANDS, Config, config_for
-from performers.backends.triton.maps import KernelMap
-from performers.typing import LinearState
+from performers.backends.triton.maps import KernelMap, for_heads, mapped, numbers
+from performers.typing import LinearState, LogLinearSide
 
 __all__ = ["contract"]
 
@@ -55,49 +55,71 @@ def contract(
 ) -> tuple[Float[Tensor, "batch key_heads group query_length value_dim"], LinearState]:
     """What `reference.attend` computes, up to rounding, and the state after it.
 
-    The kernels leave out the factor 1/√columns of φ, which cancels in the output; the state and the
-    normalizer get it here.
+    The kernels leave out the constants of both sides of φ, which cancel in the output; the state
+    and the normalizer get them here.
     """
     is_exponential = plan.kind == "exp"
-    root_columns = math.sqrt(plan.columns)
-    if is_exponential:
-        first = (state.log_scale + math.log(root_columns), state.normalizer, state.values)
-    else:
-        factor = root_columns * state.log_scale.exp()
-        first = (state.log_scale, state.normalizer * factor, state.values * factor.unsqueeze(-1))
+    batch, heads, dtype = *key.shape[:2], torch.float32
     visible = torch.ones_like(key[:, 0, :, 0], dtype=torch.bool) if key_mask is None else key_mask
+    visible = visible[:, None].expand(key.shape[:3])
+    rows, keys = query.flatten(2, 3), key
+    if is_exponential:
+        rows, keys = mapped(plan.query, rows, root), mapped(plan.key, key, root)
+        key_rows = numbers(plan.key, key, keys, root).masked_fill(~visible, -math.inf)
+    else:
+        key_rows = visible.to(dtype)
+    directions, tilt = plan.key.directions, plan.key.tilt
+    if tilt is None:
+        tilt = directions.new_zeros(directions.shape[:-1])
+    key_constant = _constant(plan.key)
+    if is_exponential:
+        first = (state.log_scale - key_constant, state.normalizer, state.values)
+    else:
+        scale = (state.log_scale - key_constant).exp()
+        first = (state.log_scale, state.normalizer * scale, state.values * scale.unsqueeze(-1))
     out, total, frames, normalizers, values = _contraction(
-        query.flatten(1, 2),
-        key,
+        rows.unflatten(2, query.shape[2:4]).flatten(1, 2),
+        keys,
         value,
-        plan.directions.detach().to(torch.float32) * root,
+        for_heads(directions.detach().to(dtype), batch, heads) * root,
+        for_heads(tilt.detach().to(dtype).unsqueeze(-2), batch, heads),
         *first,
-        visible,
+        key_rows,
         plan.kind,
         plan.epsilon,
-        root**2 if is_exponential else 0.0,
         is_causal,
     )
     out = out.unflatten(1, query.shape[1:3])
     total = total.unflatten(1, query.shape[1:3]).unsqueeze(-1)
-    if is_exponential:
-        if not normalize:
-            rows = query.to(torch.float32).square().sum(dim=-1, keepdim=True) * (root**2 / 2)
-            out = out * (total - rows).exp() / plan.columns
-        return out, LinearState(frames - math.log(root_columns), normalizers, values)
     if not normalize:
-        out = out * total / plan.columns
+        constant = _constant(plan.query) + key_constant
+        if is_exponential:
+            if isinstance(constant, Tensor):
+                constant = constant[..., None, None]
+            of_rows = numbers(plan.query, query.flatten(2, 3), rows, root)
+            of_rows = of_rows.unflatten(2, query.shape[2:4]).unsqueeze(-1)
+            out = out * (total + of_rows + constant).exp()
+        else:
+            out = out * total * math.exp(constant)
+    if is_exponential:
+        return out, LinearState(frames + key_constant, normalizers, values)
     # the exponent of features without one is 0, that of no feature −∞
-    is_empty = (state.log_scale == -math.inf) & ~visible.any(dim=1)[:, None, None]
+    is_empty = (state.log_scale == -math.inf) & ~visible.any(dim=2, keepdim=True)
     frames = torch.zeros_like(state.log_scale).masked_fill(is_empty, -math.inf)
-    return out, LinearState(frames, normalizers / root_columns, values / root_columns)
+    shrink = math.exp(key_constant)
+    return out, LinearState(frames, normalizers * shrink, values * shrink)
+
+
+def _constant(side: LogLinearSide) -> Float[Tensor, "*heads 1"] | float:
+    """As states have their features: in the last dimension."""
+    return side.constant if isinstance(side.constant, float) else side.constant.squeeze(-1)
 
 
 _INPUTS = (
-    "Tensor query, Tensor key, Tensor value, Tensor omega, "
-    "Tensor frames, Tensor normalizers, Tensor values, Tensor visible"
+    "Tensor query, Tensor key, Tensor value, Tensor omega, Tensor tilt, "
+    "Tensor frames, Tensor normalizers, Tensor values, Tensor key_rows"
 )
-_OPTIONS = "str kind, float epsilon, float square, bool is_causal"
+_OPTIONS = "str kind, float epsilon, bool is_causal"
 
 
 @torch.library.custom_op(
@@ -110,13 +132,13 @@ def _contraction(
     key: Tensor,
     value: Tensor,
     omega: Tensor,
+    tilt: Tensor,
     frames: Tensor,
     normalizers: Tensor,
     values: Tensor,
-    visible: Tensor,
+    key_rows: Tensor,
     kind: str,
     epsilon: float,
-    square: float,
     is_causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Output, normalizers of its rows, last state; (frames, normalizers, values) is the first one.
@@ -126,8 +148,8 @@ def _contraction(
     """
     query, key, value = (_with_dense_rows(x) for x in (query, key, value))
     first = (frames.contiguous(), normalizers.contiguous(), values.contiguous())
-    call = Call.of(query, value, omega, first, kind, epsilon, square, is_causal)
-    key_rows = _key_rows(call, key, visible)
+    call = Call.of(query, value, omega, tilt, first, kind, epsilon, is_causal)
+    key_rows = key_rows.contiguous()
     if is_causal and query.shape[2] == 1:
         return _step(call, query, key, value, key_rows, first)
     out = query.new_empty(*query.shape[:3], value.shape[-1])
@@ -150,7 +172,9 @@ def _contraction(
 
 
 @_contraction.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, _: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+def _(
+    query: Tensor, key: Tensor, value: Tensor, _: Tensor, __: Tensor, *rest: Any
+) -> tuple[Tensor, ...]:
     out = query.new_empty(*query.shape[:3], value.shape[-1])
     total = query.new_empty(query.shape[:3], dtype=torch.float32)
     return out, total, *(part.new_empty(part.shape) for part in rest[:3])
@@ -162,17 +186,18 @@ def _(query: Tensor, key: Tensor, value: Tensor, _: Tensor, *rest: Any) -> tuple
     schema=f"({_INPUTS}, Tensor out, Tensor total, "
     "Tensor last_frames, Tensor last_normalizers, Tensor last_values, "
     "Tensor out_gradient, Tensor total_gradient, Tensor normalizer_gradient, "
-    f"Tensor values_gradient, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"Tensor values_gradient, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def _contraction_backward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     omega: Tensor,
+    tilt: Tensor,
     frames: Tensor,
     normalizers: Tensor,
     values: Tensor,
-    visible: Tensor,
+    key_rows: Tensor,
     out: Tensor,
     total: Tensor,
     last_frames: Tensor,
@@ -184,17 +209,19 @@ def _contraction_backward(
     values_gradient: Tensor,
     kind: str,
     epsilon: float,
-    square: float,
     is_causal: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of query, key, value and of the first state's normalizers and values."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of query, key, value, of the first state's normalizers and values, of key_rows.
+
+    The last is right for `kind` "exp" alone; others have no use for it.
+    """
     query, key, value, out_gradient = (
         _with_dense_rows(x) for x in (query, key, value, out_gradient)
     )
     first = (frames.contiguous(), normalizers.contiguous(), values.contiguous())
-    call = Call.of(query, value, omega, first, kind, epsilon, square, is_causal)
-    key_rows = _key_rows(call, key, visible)
-    shares = _row_products(call, out, out_gradient, factor=1.0)
+    call = Call.of(query, value, omega, tilt, first, kind, epsilon, is_causal)
+    key_rows = key_rows.contiguous()
+    shares = row_products(call, out, out_gradient)
     if call.is_exponential:
         shares -= total_gradient
         query_rows = (-total).masked_fill(total == -math.inf, -math.inf)
@@ -205,7 +232,9 @@ def _contraction_backward(
     end_frames = (-last_frames).masked_fill(last_frames == -math.inf, -math.inf)
     end = (end_frames, -normalizer_gradient, values_gradient.contiguous())
     whole_rows = Rows(query, key, value, out_gradient, query_rows, key_rows, shares)
-    d_query, d_key, d_value = (torch.empty_like(x) for x in (query, key, value))
+    d_query, d_key, d_value, d_key_rows = (
+        torch.empty_like(x) for x in (query, key, value, key_rows)
+    )
     if is_causal:
         parts = _segments(call, key)
         starts, _ = _states(call, key, value, key_rows, None, first, parts[0].stop)
@@ -217,39 +246,41 @@ def _contraction_backward(
                 call, rows.key, rows.value, rows.key_rows, None, start, call.tile.rows
             )
             after, whole = _query_states(call, rows, whole, call.tile.rows)
-            _gradients(
+            d_key_rows[:, :, part] = _gradients(
                 call, rows, before, after,
                 d_query[:, :, part], d_key[:, :, part], d_value[:, :, part],
             )  # fmt: skip
     else:
         _, whole = _query_states(call, whole_rows, end, _split(call, query))
         last = (last_frames, last_normalizers, last_values)
-        _gradients(call, whole_rows, last, whole, d_query, d_key, d_value)
+        d_key_rows = _gradients(call, whole_rows, last, whole, d_query, d_key, d_value)
     decay = torch.ones_like(frames)
     if call.is_exponential:
         decay = (frames + whole[0]).exp()
     d_values = whole[2] * decay.unsqueeze(-1)
-    return d_query, d_key, d_value, -whole[1] * decay, d_values
+    return d_query, d_key, d_value, -whole[1] * decay, d_values, d_key_rows
 
 
 @_contraction_backward.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, _: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+def _(
+    query: Tensor, key: Tensor, value: Tensor, _: Tensor, __: Tensor, *rest: Any
+) -> tuple[Tensor, ...]:
     inputs = (torch.empty_like(_with_dense_rows(x)) for x in (query, key, value))
-    return *inputs, *(part.new_empty(part.shape) for part in rest[1:3])
+    return *inputs, *(part.new_empty(part.shape) for part in rest[1:4])
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    tensors, ctx.options = inputs[:8], inputs[8:]
+    tensors, ctx.options = inputs[:9], inputs[9:]
     ctx.save_for_backward(*tensors, *output)
     ctx.mark_non_differentiable(output[2])
 
 
 def _differentiate(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
     out, total, _, normalizers, values = gradients
-    d_query, d_key, d_value, d_normalizers, d_values = _contraction_backward(
+    *of_rows, d_normalizers, d_values, d_key_rows = _contraction_backward(
         *ctx.saved_tensors, out, total, normalizers, values, *ctx.options
     )
-    return d_query, d_key, d_value, None, None, d_normalizers, d_values, *(None,) * 5
+    return *of_rows, *(None,) * 3, d_normalizers, d_values, d_key_rows, *(None,) * 3
 
 
 _contraction.register_autograd(_differentiate, setup_context=_save)
@@ -260,12 +291,12 @@ _contraction_backward.register_autograd(refuse_second_derivative("the Triton bac
 class Call:
     """What all kernels of one call share: ω as the matrix units take it, and the sizes of tiles."""
 
-    omega: Tensor  # √scale · ω, float32
+    omega: Tensor  # √scale · ω, float32, [1 or all key heads, num_features, dim]
     high: Tensor
     low: Tensor
+    tilt: Tensor
     kind: str
     epsilon: float
-    square: float  # of the term −square ‖k‖²/2 in the logarithm of a key's features
     group: int
     is_causal: bool
     dtype: torch.dtype  # of the inputs
@@ -277,10 +308,10 @@ class Call:
         query: Tensor,
         value: Tensor,
         omega: Tensor,
+        tilt: Tensor,
         state: Sums,
         kind: str,
         epsilon: float,
-        square: float,
         is_causal: bool,
     ) -> Call:
         omega = omega.contiguous()
@@ -289,9 +320,9 @@ class Call:
             omega=omega,
             high=high,
             low=(omega - high).to(high.dtype),
+            tilt=tilt.contiguous(),
             kind=kind,
             epsilon=epsilon,
-            square=square,
             group=query.shape[1] // state[0].shape[1],
             is_causal=is_causal,
             dtype=query.dtype,
@@ -304,24 +335,42 @@ class Call:
 
     @property
     def num_features(self) -> int:
-        return len(self.omega)
+        return self.omega.shape[1]
 
     @property
     def dim(self) -> int:
-        return self.omega.shape[1]
+        return self.omega.shape[2]
 
     @property
     def tile(self) -> Config:
         return config_for(self.high.dtype, max(self.dim, self.value_dim))
 
-    def widths(self) -> dict[str, Any]:
-        return {"DIM": _width(self.dim), "VALUE_DIM": _width(self.value_dim)}
+    def shared(self) -> dict[str, Any]:
+        """The compile-time arguments of all kernels that compute features."""
+        return {
+            "KIND": self.kind,
+            "PER_HEAD": int(len(self.omega) > 1),
+            "DIM": _width(self.dim),
+            "VALUE_DIM": _width(self.value_dim),
+        }
+
+    def scan(self, each: Sums, first: Sums, is_reverse: bool) -> tuple[Sums, Sums]:
+        """The sum before every chunk, and that of all; `is_reverse`: after it, from the end."""
+        chunks, blocks = each[0].shape[2], triton.cdiv(self.num_features, SCAN_FEATURES)
+        before = _empty_states(first, chunks)
+        last = (torch.empty_like(first[0]), torch.empty_like(first[1]), torch.empty_like(first[2]))
+        if blocks:
+            states.scan[blocks, first[0].shape[0] * first[0].shape[1]](
+                *each, *first, *before, *last, chunks, self.num_features, self.value_dim,
+                KIND=self.kind, REVERSE=is_reverse, FEATURES=SCAN_FEATURES,
+                VALUE_DIM=_width(self.value_dim),
+            )  # fmt: skip
+        return before, last
 
     def options(self) -> dict[str, Any]:
         """The compile-time arguments of kernels that multiply tiles."""
         operand, tile = OPERANDS[self.dtype], self.tile
         return {
-            "KIND": self.kind,
             "OPERAND": {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}[operand.dtype],
             "SPLIT": operand.is_split,
             "PRECISION": operand.precision,
@@ -329,7 +378,7 @@ class Call:
             "FEATURES": tile.features,
             "num_warps": tile.num_warps,
             "num_stages": tile.num_stages,
-            **self.widths(),
+            **self.shared(),
         }
 
 
@@ -372,24 +421,34 @@ def _states(
     is_reverse: bool = False,
 ) -> tuple[Sums, Sums]:
     """The state before every chunk of rows x with values y, and that of all."""
+    each = states_of_chunks(call, x, y, rows, shares, first, chunk)
+    return call.scan(each, first, is_reverse)
+
+
+def states_of_chunks(
+    call: Call,
+    x: Tensor,
+    y: Tensor,
+    rows: Tensor,
+    shares: Tensor | None,
+    like: Sums,
+    chunk: int,
+) -> Sums:
+    """The state of every chunk of rows x with values y, [batch, key_heads, chunks, …] each."""
     batch, heads, length = x.shape[:3]
-    key_heads = first[0].shape[1]
+    key_heads = like[0].shape[1]
     blocks = triton.cdiv(call.num_features, call.tile.absorbed)
     chunks = triton.cdiv(length, chunk)
-    each, before = (_empty_states(first, chunks) for _ in range(2))
+    each = _empty_states(like, chunks)
+    if not blocks:
+        return each
     states.absorb[chunks, blocks, batch * key_heads](
-        x, y, rows, rows if shares is None else shares, call.high, call.low, *each,
+        x, y, rows, rows if shares is None else shares, call.high, call.low, call.tilt, *each,
         *x.stride()[:3], *y.stride()[:3], heads, heads // key_heads,
         length, chunk, call.num_features, call.dim, call.value_dim, call.epsilon,
         HAS_SHARES=shares is not None, **(call.options() | {"FEATURES": call.tile.absorbed}),
     )  # fmt: skip
-    last = (torch.empty_like(first[0]), torch.empty_like(first[1]), torch.empty_like(first[2]))
-    states.scan[triton.cdiv(call.num_features, SCAN_FEATURES), batch * key_heads](
-        *each, *first, *before, *last, chunks, call.num_features, call.value_dim,
-        KIND=call.kind, REVERSE=is_reverse, FEATURES=SCAN_FEATURES,
-        VALUE_DIM=_width(call.value_dim),
-    )  # fmt: skip
-    return before, last
+    return each
 
 
 def _read(
@@ -405,7 +464,7 @@ def _read(
     batch, heads, length = query.shape[:3]
     chunks = triton.cdiv(length, call.tile.rows)
     reading.read[chunks, batch * heads](
-        query, key, value, key_rows, call.high, call.low, *read_from, out, total,
+        query, key, value, key_rows, call.high, call.low, call.tilt, *read_from, out, total,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.stride()[:3],
         heads, call.group, length, chunks, call.num_features, call.dim, call.value_dim,
         call.epsilon, IS_CAUSAL=call.is_causal, **call.options(),
@@ -420,24 +479,27 @@ def _gradients(
     d_query: Tensor,
     d_key: Tensor,
     d_value: Tensor,
-) -> None:
+) -> Tensor:
+    """Write the gradients of a part of the rows; that of key_rows is returned."""
     batch, heads, query_length = rows.query.shape[:3]
     key_heads, key_length = rows.key.shape[1:3]
     strides = [s for x in rows[:4] for s in x.stride()[:3]]
     sizes = (call.num_features, call.dim, call.value_dim, call.epsilon)
     chunks = triton.cdiv(query_length, call.tile.rows)
     gradients.query_gradient[chunks, batch * heads](
-        *rows, call.high, call.low, *before, d_query, *strides, *d_query.stride()[:3],
+        *rows, call.high, call.low, call.tilt, *before, d_query, *strides, *d_query.stride()[:3],
         heads, call.group, query_length, chunks, *sizes,
         IS_CAUSAL=call.is_causal, **call.options(),
     )  # fmt: skip
     chunks = triton.cdiv(key_length, call.tile.rows)
+    d_key_rows = torch.empty_like(rows.key_rows)
     gradients.key_gradient[chunks, batch * key_heads](
-        *rows, call.high, call.low, before[0], *later, d_key, d_value,
+        *rows, call.high, call.low, call.tilt, before[0], *later, d_key, d_key_rows, d_value,
         *strides, *d_key.stride()[:3], *d_value.stride()[:3],
-        heads, call.group, key_length, chunks, *sizes, call.square,
+        heads, call.group, key_length, chunks, *sizes,
         IS_CAUSAL=call.is_causal, **call.options(),
     )  # fmt: skip
+    return d_key_rows
 
 
 def _step(
@@ -449,27 +511,20 @@ def _step(
     out = query.new_empty(batch, heads, 1, call.value_dim)
     total = query.new_empty(batch, heads, 1, dtype=torch.float32)
     decoding.step[(batch * heads,)](
-        query, key, value, key_rows, call.omega, *first, frames, normalizers, values, out, total,
+        query, key, value, key_rows, call.omega, call.tilt, *first,
+        frames, normalizers, values, out, total,
         *(s for x in (query, key, value, out) for s in x.stride()[:2]),
         heads, call.group, call.num_features, call.dim, call.value_dim, call.epsilon,
-        KIND=call.kind, FEATURES=STEP_FEATURES, **call.widths(),
+        FEATURES=STEP_FEATURES, **call.shared(),
     )  # fmt: skip
     return out, total, frames, normalizers, values
 
 
-def _key_rows(call: Call, key: Tensor, visible: Tensor) -> Tensor:
-    """The factor of every key in its features' weights, for one that is visible."""
-    shown = visible[:, None, :].expand(key.shape[:3])
-    if not call.is_exponential:
-        return shown.to(torch.float32)
-    return _row_products(call, key, key, factor=-call.square / 2).masked_fill(~shown, -math.inf)
-
-
-def _row_products(call: Call, x: Tensor, y: Tensor, factor: float) -> Tensor:
+def row_products(call: Call, x: Tensor, y: Tensor) -> Tensor:
     batch, heads, length, width = x.shape
     out = x.new_empty(batch, heads, length, dtype=torch.float32)
     states.row_products[triton.cdiv(length, call.tile.rows), batch * heads](
-        x, y, out, *x.stride()[:3], *y.stride()[:3], heads, length, width, factor,
+        x, y, out, *x.stride()[:3], *y.stride()[:3], heads, length, width,
         ROWS=call.tile.rows, WIDTH=_width(width),
     )  # fmt: skip
     return out

@@ -11,10 +11,11 @@ from performers.backends.triton.tiles import finite, load_rows, load_state, stor
 @triton.jit
 @no_type_check
 def step(
-    query, key, value, key_rows, omega, frames, normalizers, values,
+    query, key, value, key_rows, omega, tilts, frames, normalizers, values,
     next_frames, next_normalizers, next_values, out, totals,
     query_batch, query_head, key_batch, key_head, value_batch, value_head, out_batch, out_head,
-    heads, group, num_features, dim, value_dim, epsilon, KIND: tl.constexpr,
+    heads, group, num_features, dim, value_dim, epsilon,
+    KIND: tl.constexpr, PER_HEAD: tl.constexpr,
     FEATURES: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
 ):  # fmt: skip
     """The state with this token, and this token's output from it, all in float32.
@@ -26,6 +27,7 @@ def step(
     batch, head = index // heads, index % heads
     own_key_head, key_heads = head // group, heads // group
     state = batch * key_heads + own_key_head
+    own = state * PER_HEAD * num_features
     columns, value_columns = tl.arange(0, DIM), tl.arange(0, VALUE_DIM)
     query += batch * query_batch + head * query_head
     key += batch * key_batch + own_key_head * key_head
@@ -42,13 +44,16 @@ def step(
     for first_feature in range(0, num_features, FEATURES):
         features = first_feature + tl.arange(0, FEATURES)
         inside = features < num_features
-        directions = load_rows(omega, dim, first_feature, num_features, dim, FEATURES, DIM)
+        directions = load_rows(
+            omega + own * dim, dim, first_feature, num_features, dim, FEATURES, DIM
+        )
+        tilt = tl.load(tilts + own + features, mask=inside, other=0.0)
         frame, normalizer, sums = load_state(
             frames, normalizers, values, state, first_feature, num_features, value_dim,
             FEATURES, VALUE_DIM,
         )  # fmt: skip
-        key_logits = tl.sum(directions * k[None, :], axis=1)
-        logits = tl.sum(directions * q[None, :], axis=1)
+        key_logits = tl.sum(directions * k[None, :], axis=1) + tilt
+        logits = tl.sum(directions * q[None, :], axis=1) + tilt
         if KIND == "exp":
             exponent = tl.where(inside, key_logits + factor, -float("inf"))
             grown = tl.maximum(frame, exponent)

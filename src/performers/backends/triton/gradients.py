@@ -39,13 +39,13 @@ from performers.backends.triton.tiles import (
 @triton.jit
 @no_type_check
 def query_gradient(
-    query, key, value, out_gradient, query_rows, key_rows, shares, high, low,
+    query, key, value, out_gradient, query_rows, key_rows, shares, high, low, tilts,
     frames, normalizers, values, gradient,
     query_batch, query_head, query_row, key_batch, key_head, key_row,
     value_batch, value_head, value_row, out_batch, out_head, out_row,
     gradient_batch, gradient_head, gradient_row,
     heads, group, length, states, num_features, dim, value_dim, epsilon,
-    IS_CAUSAL: tl.constexpr, KIND: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, KIND: tl.constexpr, PER_HEAD: tl.constexpr,
     OPERAND: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, FEATURES: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
 ):  # fmt: skip
@@ -56,6 +56,7 @@ def query_gradient(
     batch, head = index // heads, index % heads
     own_key_head, key_heads = head // group, heads // group
     state = batch * key_heads + own_key_head
+    own = state * PER_HEAD
     position = tl.arange(0, ROWS)
     inside_length = start + position < length
     query += batch * query_batch + head * query_head
@@ -77,15 +78,17 @@ def query_gradient(
     d_query = tl.zeros([ROWS, DIM], tl.float32)
     for first_feature in range(0, num_features, FEATURES):
         inside = first_feature + tl.arange(0, FEATURES) < num_features
-        omega, rest = load_omega(high, low, first_feature, num_features, dim, SPLIT, FEATURES, DIM)
+        omega, rest, tilt = load_omega(
+            high, low, tilts, own, first_feature, num_features, dim, SPLIT, FEATURES, DIM
+        )
         state_frame, state_normalizer, state_sums = load_state(
             frames, normalizers, values, state, first_feature, num_features, value_dim,
             FEATURES, VALUE_DIM,
         )  # fmt: skip
-        logits = projected(queries, omega, rest, SPLIT, PRECISION)
+        logits = projected(queries, omega, rest, tilt, SPLIT, PRECISION)
         frame = state_frame
         if IS_CAUSAL:
-            key_logits = projected(keys, omega, rest, SPLIT, PRECISION)
+            key_logits = projected(keys, omega, rest, tilt, SPLIT, PRECISION)
             exponents = key_logits + factors[:, None]
             if KIND == "exp":
                 frame = chunk_frame(state_frame, exponents, factors, ROWS)
@@ -122,20 +125,17 @@ def query_gradient(
 @triton.jit
 @no_type_check
 def key_gradient(
-    query, key, value, out_gradient, query_rows, key_rows, shares, high, low,
-    frames, later_frames, later_shares, later_values, d_key, d_value,
+    query, key, value, out_gradient, query_rows, key_rows, shares, high, low, tilts,
+    frames, later_frames, later_shares, later_values, d_key, d_key_rows, d_value,
     query_batch, query_head, query_row, key_batch, key_head, key_row,
     value_batch, value_head, value_row, out_batch, out_head, out_row,
     d_key_batch, d_key_head, d_key_row, d_value_batch, d_value_head, d_value_row,
-    heads, group, length, states, num_features, dim, value_dim, epsilon, square,
-    IS_CAUSAL: tl.constexpr, KIND: tl.constexpr,
+    heads, group, length, states, num_features, dim, value_dim, epsilon,
+    IS_CAUSAL: tl.constexpr, KIND: tl.constexpr, PER_HEAD: tl.constexpr,
     OPERAND: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, FEATURES: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
 ):  # fmt: skip
-    """dk_j = Σ_m dw_jm (ω_m − square · k_j), dv_j. A program has one tile of keys of one key head.
-
-    `square` is s where the logarithm of a key's weight has the term −s ‖k‖²/2.
-    """
+    """dk_j = Σ_m dw_jm ω_m, Σ_m dw_jm, dv_j. A program has one tile of keys of one key head."""
     tile = tl.program_id(0)
     start = tile * ROWS
     index = tl.program_id(1).to(tl.int64)
@@ -143,12 +143,11 @@ def key_gradient(
     batch, own_key_head = index // key_heads, index % key_heads
     position = tl.arange(0, ROWS)
     key += batch * key_batch + own_key_head * key_head
-    key_tile = load_rows(key, key_row, start, length, dim, ROWS, DIM)
-    keys = key_tile.to(OPERAND)
+    keys = load_rows(key, key_row, start, length, dim, ROWS, DIM).to(OPERAND)
     value += batch * value_batch + own_key_head * value_head
     chunk = load_rows(value, value_row, start, length, value_dim, ROWS, VALUE_DIM)
     factors = load_row_factors(key_rows + index * length, start, length, ROWS, KIND)
-    state = index
+    state, own = index, index * PER_HEAD
     if IS_CAUSAL:
         state = index * states + tile
 
@@ -157,12 +156,14 @@ def key_gradient(
     value_gradient = tl.zeros([ROWS, VALUE_DIM], tl.float32)
     for first_feature in range(0, num_features, FEATURES):
         inside = first_feature + tl.arange(0, FEATURES) < num_features
-        omega, rest = load_omega(high, low, first_feature, num_features, dim, SPLIT, FEATURES, DIM)
+        omega, rest, tilt = load_omega(
+            high, low, tilts, own, first_feature, num_features, dim, SPLIT, FEATURES, DIM
+        )
         frame, share, sums = load_state(
             later_frames, later_shares, later_values, state, first_feature, num_features,
             value_dim, FEATURES, VALUE_DIM,
         )  # fmt: skip
-        logits = projected(keys, omega, rest, SPLIT, PRECISION)
+        logits = projected(keys, omega, rest, tilt, SPLIT, PRECISION)
         found = product(chunk, tl.trans(sums), OPERAND, PRECISION) - share[None, :]
         d_logits = found * slopes_of(logits, factors, frame, inside, epsilon, KIND)
         weights = weights_of(logits, factors, frame, inside, epsilon, KIND)
@@ -189,14 +190,14 @@ def key_gradient(
             for first_feature in range(0, num_features, FEATURES):
                 features = first_feature + tl.arange(0, FEATURES)
                 inside = features < num_features
-                omega, rest = load_omega(
-                    high, low, first_feature, num_features, dim, SPLIT, FEATURES, DIM
+                omega, rest, tilt = load_omega(
+                    high, low, tilts, own, first_feature, num_features, dim, SPLIT, FEATURES, DIM
                 )
                 frame = tl.load(
                     frames + state * num_features + features, mask=inside, other=-float("inf")
                 )
-                key_logits = projected(keys, omega, rest, SPLIT, PRECISION)
-                query_logits = projected(queries, omega, rest, SPLIT, PRECISION)
+                key_logits = projected(keys, omega, rest, tilt, SPLIT, PRECISION)
+                query_logits = projected(queries, omega, rest, tilt, SPLIT, PRECISION)
                 exponents = key_logits + factors[:, None]
                 if KIND == "exp":
                     frame = chunk_frame(frame, exponents, factors, ROWS)
@@ -227,7 +228,9 @@ def key_gradient(
             parts = tl.where(position[:, None] <= position[None, :], parts, 0.0)
             value_gradient += product(parts, d_out, OPERAND, PRECISION)
 
-    gradient -= square * of_rows[:, None] * key_tile.to(tl.float32)
+    tl.store(
+        d_key_rows + index * length + start + position, of_rows, mask=start + position < length
+    )
     d_key += batch * d_key_batch + own_key_head * d_key_head
     store_rows(d_key, d_key_row, gradient, start, length, dim, ROWS, DIM)
     d_value += batch * d_value_batch + own_key_head * d_value_head

@@ -2,55 +2,86 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol, runtime_checkable
+import math
+from typing import NamedTuple
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
-from performers.typing import FeatureMap
+from performers.typing import FeatureMap, LogLinearSide, elementwise, is_log_linear
 
-__all__ = ["SUPPORTED", "KernelMap", "kernel_map"]
+__all__ = ["SUPPORTED", "KernelMap", "for_heads", "kernel_map", "mapped", "numbers"]
 
-SUPPORTED = "positive and hyperbolic softmax features, relu and elu+1 kernel features"
+SUPPORTED = (
+    "positive, hyperbolic and sharp features of the softmax kernel, relu and elu+1 kernel features"
+)
 
 
 class KernelMap(NamedTuple):
-    """φ_m(x) = f(x·directions_m) / √columns.
+    """φ of queries and of keys: for `kind` "exp" their sides, which share directions and tilt.
 
-    f is exp(· − ‖x‖²/2) for `kind` "exp", else `kind` + epsilon.
+    Otherwise φ_m(x) = (f(x·directions_m) + epsilon) e^constant, `kind` the name of f.
     """
 
-    directions: Tensor
-    columns: int
-    kind: str
+    query: LogLinearSide
+    key: LogLinearSide
+    kind: str = "exp"
     epsilon: float = 0.0
 
 
-@runtime_checkable
-class _Softmax(Protocol):
-    omega: Tensor
-    estimator: str
+def kernel_map(phi: FeatureMap, like: Tensor) -> KernelMap | None:
+    """What the kernels need to know of a feature map of theirs, for queries such as `like`; None of
+    another."""
+    if is_log_linear(phi) and phi.is_nonnegative:
+        return KernelMap(phi.query_side(torch.float32), phi.key_side(torch.float32))
+    form = elementwise(phi)
+    if form is None or form.kernel not in ("relu", "elu+1"):
+        return None
+    if form.directions is None:
+        side = LogLinearSide(torch.eye(like.shape[-1], device=like.device), 0.0)
+    else:
+        side = LogLinearSide(form.directions, -math.log(len(form.directions)) / 2)
+    return KernelMap(side, side, form.kernel, form.epsilon)
 
 
-@runtime_checkable
-class _Kernel(Protocol):
-    omega: Tensor | None
-    fn: object
-    epsilon: float
-    dim: int
-    num_redraws: Tensor
+def mapped(
+    side: LogLinearSide, x: Float[Tensor, "*batch length dim"], root: float
+) -> Float[Tensor, "*batch length dim"]:
+    """y / root of root · x, in the dtype of x."""
+    if side.shift is None and side.matrix is None:
+        return x
+    y = x.to(torch.float32)
+    if side.shift is not None:
+        y = y - side.shift / root
+    return (y if side.matrix is None else y @ side.matrix).to(x.dtype)
 
 
-def kernel_map(phi: FeatureMap) -> KernelMap | None:
-    """What the kernels need to know of a feature map of theirs; None of another."""
-    if isinstance(phi, _Softmax):
-        if phi.estimator == "positive":
-            return KernelMap(phi.omega, len(phi.omega), "exp")
-        if phi.estimator == "hyperbolic":
-            return KernelMap(torch.cat([phi.omega, -phi.omega]), 2 * len(phi.omega), "exp")
-    elif isinstance(phi, _Kernel) and isinstance(phi.fn, str) and phi.fn in ("relu", "elu+1"):
-        if phi.omega is None:
-            eye = torch.eye(phi.dim, device=phi.num_redraws.device)
-            return KernelMap(eye, 1, phi.fn, phi.epsilon)
-        return KernelMap(phi.omega, len(phi.omega), phi.fn, phi.epsilon)
-    return None
+def numbers(
+    side: LogLinearSide,
+    x: Float[Tensor, "*batch length dim"],
+    y: Float[Tensor, "*batch length dim"],
+    root: float,
+) -> Float[Tensor, "*batch length"]:
+    """What all features of a row share, less the constant: −‖root · y‖²/2 + (root · x − shift)·linear.
+
+    y, which is `mapped`, is what the kernels multiply, rounding included.
+    """  # noqa: E501  # a formula
+    # The square of a norm: its backward pass keeps y itself, not one in float32.
+    norm = torch.linalg.vector_norm(y, dim=-1, dtype=torch.float32)
+    number = norm.square() * (-(root**2) / 2)
+    if side.linear is None:
+        return number
+    along = x.to(torch.float32) @ (side.linear.mT * root)
+    if side.shift is not None:
+        along = along - (side.shift * side.linear).sum(dim=-1, keepdim=True)
+    return number + along.squeeze(-1)
+
+
+def for_heads(
+    x: Float[Tensor, "*heads rows columns"], batch: int, heads: int
+) -> Float[Tensor, "#all_heads rows columns"]:
+    """What belongs to a side, once for all heads or once for each of all sequences."""
+    if x.ndim == 2:
+        return x.unsqueeze(0)
+    return x.expand(batch, heads, *x.shape[-2:]).flatten(0, 1)

@@ -26,11 +26,11 @@ from performers.backends.triton.tiles import (
 @triton.jit
 @no_type_check
 def read(
-    query, key, value, key_rows, high, low, frames, normalizers, values, out, totals,
+    query, key, value, key_rows, high, low, tilts, frames, normalizers, values, out, totals,
     query_batch, query_head, query_row, key_batch, key_head, key_row,
     value_batch, value_head, value_row, out_batch, out_head, out_row,
     heads, group, length, states, num_features, dim, value_dim, epsilon,
-    IS_CAUSAL: tl.constexpr, KIND: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, KIND: tl.constexpr, PER_HEAD: tl.constexpr,
     OPERAND: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, FEATURES: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
 ):  # fmt: skip
@@ -47,6 +47,7 @@ def read(
     batch, head = index // heads, index % heads
     own_key_head, key_heads = head // group, heads // group
     state = batch * key_heads + own_key_head
+    own = state * PER_HEAD
     position = tl.arange(0, ROWS)
     query += batch * query_batch + head * query_head
     queries = load_rows(query, query_row, start, length, dim, ROWS, DIM).to(OPERAND)
@@ -62,15 +63,17 @@ def read(
     sums = tl.zeros([ROWS, VALUE_DIM], tl.float32)
     for first_feature in range(0, num_features, FEATURES):
         inside = first_feature + tl.arange(0, FEATURES) < num_features
-        omega, rest = load_omega(high, low, first_feature, num_features, dim, SPLIT, FEATURES, DIM)
+        omega, rest, tilt = load_omega(
+            high, low, tilts, own, first_feature, num_features, dim, SPLIT, FEATURES, DIM
+        )
         state_frame, state_normalizer, state_sums = load_state(
             frames, normalizers, values, state, first_feature, num_features, value_dim,
             FEATURES, VALUE_DIM,
         )  # fmt: skip
-        logits = projected(queries, omega, rest, SPLIT, PRECISION)
+        logits = projected(queries, omega, rest, tilt, SPLIT, PRECISION)
         feature_frame = state_frame
         if IS_CAUSAL:
-            key_logits = projected(keys, omega, rest, SPLIT, PRECISION)
+            key_logits = projected(keys, omega, rest, tilt, SPLIT, PRECISION)
             exponents = key_logits + factors[:, None]  # b_jm, where KIND is "exp"
             if KIND == "exp":
                 feature_frame = chunk_frame(state_frame, exponents, factors, ROWS)

@@ -25,10 +25,10 @@ from performers.backends.triton.tiles import (
 @triton.jit
 @no_type_check
 def row_products(
-    x, y, out, x_batch, x_head, x_row, y_batch, y_head, y_row, heads, length, width, factor,
+    x, y, out, x_batch, x_head, x_row, y_batch, y_head, y_row, heads, length, width,
     ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """out_i = factor · x_i·y_i in float32: norms of keys, and dO_i·O_i."""
+    """out_i = x_i·y_i in float32: dO_i·O_i."""
     start = tl.program_id(0) * ROWS
     index = tl.program_id(1).to(tl.int64)
     batch, head = index // heads, index % heads
@@ -37,17 +37,17 @@ def row_products(
     left = load_rows(x, x_row, start, length, width, ROWS, WIDTH).to(tl.float32)
     right = load_rows(y, y_row, start, length, width, ROWS, WIDTH).to(tl.float32)
     rows = start + tl.arange(0, ROWS)
-    products = factor * tl.sum(left * right, axis=1)
+    products = tl.sum(left * right, axis=1)
     tl.store(out + index * length + rows, products, mask=rows < length)
 
 
 @triton.jit
 @no_type_check
 def absorb(
-    x, y, rows, shares, high, low, frames, normalizers, values,
+    x, y, rows, shares, high, low, tilts, frames, normalizers, values,
     x_batch, x_head, x_row, y_batch, y_head, y_row,
     heads, group, length, chunk, num_features, dim, value_dim, epsilon,
-    KIND: tl.constexpr, HAS_SHARES: tl.constexpr,
+    KIND: tl.constexpr, HAS_SHARES: tl.constexpr, PER_HEAD: tl.constexpr,
     OPERAND: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, FEATURES: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
 ):  # fmt: skip
@@ -61,7 +61,10 @@ def absorb(
     index = tl.program_id(2).to(tl.int64)
     key_heads = heads // group
     batch, key_head = index // key_heads, index % key_heads
-    omega, rest = load_omega(high, low, first_feature, num_features, dim, SPLIT, FEATURES, DIM)
+    own = index * PER_HEAD
+    omega, rest, tilt = load_omega(
+        high, low, tilts, own, first_feature, num_features, dim, SPLIT, FEATURES, DIM
+    )
 
     frame = tl.full([FEATURES], 0.0, tl.float32)
     if KIND == "exp":
@@ -81,6 +84,7 @@ def absorb(
             logits = tl.dot(omega, tl.trans(x_tile), input_precision=PRECISION)  # [M, R]
             if SPLIT:
                 logits = tl.dot(rest, tl.trans(x_tile), logits, input_precision=PRECISION)
+            logits += tilt[:, None]
             if KIND == "exp":
                 exponents = logits + factors[None, :]
                 grown = tl.maximum(frame, tl.max(exponents, axis=1))

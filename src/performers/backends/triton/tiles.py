@@ -2,7 +2,8 @@
 
 The weight of feature m in row i is the factor that i has in Σ_m φ_m(q_i) φ_m(k_j):
 
-    KIND "exp":            exp(x_i·ω_m + row_i + frame_m)    row: −‖k‖²/2, or −log of the normalizer
+    KIND "exp":            exp(x_i·ω_m + tilt_m + row_i + frame_m)
+                           row: what features of a key share, or −log of the normalizer
     KIND "relu", "elu+1":  (f(x_i·ω_m) + ε) · row_i          row: 1, or 1 / normalizer
 
 A row that is not there, a masked key, has row −∞ or 0. Features past the last have no weight.
@@ -73,25 +74,31 @@ def load_state(
 @triton.jit
 @no_type_check
 def load_omega(
-    high, low, first_feature, num_features, dim,
+    high, low, tilts, own, first_feature, num_features, dim,
     SPLIT: tl.constexpr, FEATURES: tl.constexpr, DIM: tl.constexpr,
 ):  # fmt: skip
-    """[M, D] twice: these rows of ω, and what is left of them where ω is split."""
-    omega = load_rows(high, dim, first_feature, num_features, dim, FEATURES, DIM)
+    """[M, D] twice, [M]: these rows of ω, what is left of them where ω is split, and the tilts.
+
+    `own`: which ω, where heads have their own.
+    """
+    start = own.to(tl.int64) * num_features
+    omega = load_rows(high + start * dim, dim, first_feature, num_features, dim, FEATURES, DIM)
     rest = omega
     if SPLIT:
-        rest = load_rows(low, dim, first_feature, num_features, dim, FEATURES, DIM)
-    return omega, rest
+        rest = load_rows(low + start * dim, dim, first_feature, num_features, dim, FEATURES, DIM)
+    features = first_feature + tl.arange(0, FEATURES)
+    tilt = tl.load(tilts + start + features, mask=features < num_features, other=0.0)
+    return omega, rest, tilt
 
 
 @triton.jit
 @no_type_check
-def projected(x, high, low, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
-    """[R, M]: x·ω_m, with ω = high + low where it is split."""
+def projected(x, high, low, tilt, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
+    """[R, M]: x·ω_m + tilt_m, with ω = high + low where it is split."""
     logits = tl.dot(x, tl.trans(high), input_precision=PRECISION)
     if SPLIT:
         logits = tl.dot(x, tl.trans(low), logits, input_precision=PRECISION)
-    return logits
+    return logits + tilt[None, :]
 
 
 @triton.jit
@@ -208,3 +215,78 @@ def column_of(tile, index, COLUMNS: tl.constexpr):
 @no_type_check
 def larger(a, b):
     return tl.maximum(a, b)
+
+
+# What is left is for near fields.
+
+
+@triton.jit
+@no_type_check
+def tile_of(window, length, ROWS: tl.constexpr):
+    """The block of this program's tile, its first row, and the end of the block."""
+    parts = tl.cdiv(window, ROWS)
+    block = tl.program_id(0) // parts
+    start = block * window + tl.program_id(0) % parts * ROWS
+    return block, start, tl.minimum((block + 1) * window, length)
+
+
+@triton.jit
+@no_type_check
+def near_logits(
+    queries, keys, shown, position, key_position, scale,
+    IS_CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """[R, K]: scale · q_i·k_j; −∞ for keys that are not shown, and causal for later ones."""
+    logits = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * scale + shown[None, :]
+    if IS_CAUSAL:
+        later = position[:, None] < key_position[None, :]
+        logits = tl.where(later, -float("inf"), logits)
+    return logits
+
+
+@triton.jit
+@no_type_check
+def sink_logits(
+    queries, sinks, starts, first, num_sinks, position, scale,
+    SINKS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """[R, S]: as `near_logits`, for sinks that a query sees from their start on."""
+    numbers = first + tl.arange(0, SINKS)
+    inside = numbers < num_sinks
+    start = tl.load(starts + numbers, mask=inside, other=0)
+    logits = tl.dot(queries, tl.trans(sinks), input_precision=PRECISION) * scale
+    seen = inside[None, :] & (position[:, None] >= start[None, :])
+    return tl.where(seen, logits, -float("inf"))
+
+
+@triton.jit
+@no_type_check
+def feature_logits(
+    y, numbers, omega, rest, tilt, frame, inside, SPLIT: tl.constexpr, PRECISION: tl.constexpr
+):
+    """[R, M]: log φ_m plus the frame of the feature's sums."""
+    logits = projected(y, omega, rest, tilt, SPLIT, PRECISION) + numbers[:, None]
+    return logits + tl.where(inside, frame, -float("inf"))[None, :]
+
+
+@triton.jit
+@no_type_check
+def joined(
+    logits, mass, values, frame, normalizer, sums, OPERAND: tl.constexpr, PRECISION: tl.constexpr
+):
+    """The softmax of rows so far, with more columns: e^logit stands for a mass, with a value."""
+    grown = tl.maximum(frame, tl.max(logits, axis=1))
+    decay = tl.exp(frame - finite(grown))
+    weights = tl.exp(logits - finite(grown)[:, None]).to(OPERAND)
+    # Rounded as the values are in their product: attention over 1 is 1.
+    mass = mass.to(OPERAND).to(tl.float32)
+    normalizer = normalizer * decay + tl.sum(weights.to(tl.float32) * mass[None, :], axis=1)
+    sums = sums * decay[:, None] + product(weights, values, OPERAND, PRECISION)
+    return grown, normalizer, sums
+
+
+@triton.jit
+@no_type_check
+def shares_of(logits, rows):
+    """e^(logit + row), a share: no exponent is above 0 but by rounding."""
+    return tl.exp(tl.minimum(logits + rows[:, None], 0.0))
