@@ -55,6 +55,15 @@ def test_the_models_of_the_committed_demo_trained_for_the_same_time(script):
         assert model["tokens"] == model["steps"] * metrics["config"]["data"]["length"]
 
 
+def test_in_the_same_time_a_performer_sees_more_and_gets_further_than_exact_attention(script):
+    metrics = json.loads(script.RESULTS.read_text(encoding="utf-8"))
+    models = {model["attention"]: model for model in metrics["models"]}
+    first, exact = metrics["models"][0], models["exact"]
+    assert first["tokens"] >= 3 * exact["tokens"]
+    bits = [model["metrics"]["valid"]["bits_per_character"] for model in (first, exact)]
+    assert bits[0] < bits[1] < metrics["baseline"]["valid"]["bits_per_character"]
+
+
 def test_a_document_without_the_block_is_refused(script):
     metrics = json.loads(script.RESULTS.read_text(encoding="utf-8"))
     with pytest.raises(ValueError, match="one block between"):
