@@ -21,10 +21,10 @@ __all__ = [
 ]
 
 
-def check_count(name: str, count: object) -> None:
-    """A count such as `num_projections`: a whole number of at least 1."""
-    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-        raise ValueError(f"{name} must be a whole number of at least 1, got {count!r}.")
+def check_count(name: str, count: object, least: int = 1) -> None:
+    """A count such as `num_projections`: a whole number of at least 1, or of another least."""
+    if not isinstance(count, int) or isinstance(count, bool) or count < least:
+        raise ValueError(f"{name} must be a whole number of at least {least}, got {count!r}.")
 
 
 def check_choice(what: str, word: object, choices: Collection[str]) -> None:
@@ -161,8 +161,7 @@ def check_near_field(
     has_state: bool,
 ) -> None:
     """An exact near field is possible with these arguments."""
-    if not isinstance(num_sinks, int) or isinstance(num_sinks, bool) or num_sinks < 0:
-        raise ValueError(f"num_sinks must be a whole number of at least 0, got {num_sinks!r}.")
+    check_count("num_sinks", num_sinks, least=0)
     if window_size is None:
         if num_sinks or not far:
             given = f"num_sinks={num_sinks}" if num_sinks else "far=False"

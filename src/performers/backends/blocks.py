@@ -359,8 +359,8 @@ class _Heads:
         side.mapped(self.heads, x, y, number)
         return y, number.mul_(LOG2_E)
 
-    def windows(self, rows: Float[Tensor, rows * width], tile: slice) -> Tensor:
-        """Of rows of keys those near each block of a tile, [blocks, near, *width]: a view."""
+    def windows(self, rows: Tensor, tile: slice) -> Tensor:
+        """Of rows of keys, [rows, …], those near each block: a view, [blocks, near, …]."""
         size, row = self.sizes.block, rows.stride(0)
         shape = tile.stop - tile.start, self.sizes.near, *rows.shape[1:]
         strides = size * row, row, *rows.stride()[1:]
@@ -556,10 +556,10 @@ class _Backward(_Heads):
                     shifts[-1] = log_sum - self.row_numbers(index, tile)
                 of_logits = []
                 values = self.values(index, tile, far.average)
-                for name, x, shift, value in zip(PARTS, weights, shifts, values, strict=False):
+                for part, (x, shift, value) in enumerate(zip(weights, shifts, values, strict=True)):
                     # ≤ 0, but for the rounding of very large numbers
                     x.sub_(shift).clamp_(max=0).exp2_()
-                    of_x = self.take(f"of {name} logits", *x.shape)
+                    of_x = self.take(f"of row logits {part}", *x.shape)
                     of_logits.append(torch.bmm(of_out, value.mT, out=of_x).sub_(lost).mul_(x))
 
                 near, of_near = weights[0], of_logits[0]
@@ -628,9 +628,6 @@ class _Backward(_Heads):
                     self.of_key_directions[index].addmm_(of_logits.mT, y)
         of_x = self.key_side.mapped_back(self.heads, self.key_y, self.of_key_y, self.of_key_number)
         self.of_key[:, shift : shift + of_x.shape[1]] += of_x
-
-
-PARTS = ("near", "sink", "feature")
 
 
 def forward(problem: Problem) -> BlockAttention:
@@ -775,4 +772,9 @@ _block_attention_backward.register_autograd(refuse_second_derivative("a near fie
 
 
 def block_attention(problem: Problem) -> BlockAttention:
+    """What the module's docstring describes, for tensors of any device; differentiable once.
+
+    Cost per token and head: 4·dim operations per near key and sink, 8·num_features·dim for what is
+    far, 4·dim² for sides with a matrix (`theory.cost.favor_operations`).
+    """
     return BlockAttention(*_block_attention(*problem))

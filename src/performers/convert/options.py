@@ -100,14 +100,8 @@ class FavorOptions:
             )
         if self.num_sinks is None:
             object.__setattr__(self, "num_sinks", NUM_SINKS if self.window_size else 0)
-        elif (
-            not isinstance(self.num_sinks, int)
-            or isinstance(self.num_sinks, bool)
-            or self.num_sinks < 0
-        ):
-            raise ValueError(
-                f"num_sinks must be a whole number of at least 0, got {self.num_sinks!r}."
-            )
+        else:
+            check_count("num_sinks", self.num_sinks, least=0)
         if not isinstance(self.seed, int) or isinstance(self.seed, bool):
             raise TypeError(f"seed must be a whole number, got {self.seed!r}.")
         if self.layers is not None:
