@@ -28,12 +28,12 @@ LAYERS = (
     {"nn", "baselines", "distributed", "sklearn"},
     {"functional"},
     {"backends"},
-    {"theory", "data"},
+    {"theory", "data", "records"},
     {"typing", "checks", "kernels"},
 )
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 
-CORE = {"nn", "functional", "backends", "theory", "typing", "checks", "kernels"}
+CORE = {"nn", "functional", "backends", "theory", "records", "typing", "checks", "kernels"}
 CORE_MAY_IMPORT = {*sys.stdlib_module_names, "torch", "jaxtyping"}
 
 # Packages that only these parts of ours may import.

@@ -52,8 +52,8 @@ from performers.benchmark.timing import (
 from performers.checks import check_choice
 from performers.functional import favor_attention, softmax_attention
 from performers.nn import RandomFeatures, SoftmaxFeatures
+from performers.records.environment import describe_environment
 from performers.theory.cost import exact_operations
-from performers.train.environment import describe_environment
 from performers.typing import LinearState
 
 __all__ = ["Plan", "run"]

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 from performers.checks import check_choice
 from performers.data.fetch import read_package
 from performers.data.text import AUSTEN
-from performers.train.environment import describe_environment
+from performers.records.environment import describe_environment
 from performers.viz.files import Figure, save_figure
 
 if TYPE_CHECKING:

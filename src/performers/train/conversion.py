@@ -41,8 +41,8 @@ from performers.convert.recovery import (
     transfer_attention,
 )
 from performers.nn.frontier import Frontier, measure_frontier
+from performers.records.environment import describe_environment
 from performers.train.checkpoints import write_atomically
-from performers.train.environment import describe_environment
 from performers.train.recovery import RecoveryTask, recover, recovery_task
 
 __all__ = ["REPORT", "Conversion", "ConversionConfig"]
