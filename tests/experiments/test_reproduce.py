@@ -59,7 +59,7 @@ def test_an_experiment_writes_numbers_and_from_them_figure_and_readme(name, copy
     assert record["environment"]["packages"]["torch"]
     assert record["config"]["seed"] == 0
     readme = written[-1].read_text(encoding="utf-8")
-    results_part = readme.partition(reproduce.BEGIN)[2]
+    results_part = readme.partition(f"<!-- results:{name} -->")[2]
     assert results_part.strip().startswith("**Not at the paper's scale**")
     assert f"performers reproduce {name} --scale smoke" in results_part
     before = [path.read_bytes() for path in written]
@@ -128,7 +128,7 @@ def test_without_a_checkout_the_error_says_where_experiments_are(monkeypatch, tm
 def test_a_readme_without_marks_is_left_alone(copy_of):
     folder = copy_of("theorem-1")
     (folder / "README.md").write_text("# Mine\n", encoding="utf-8")
-    with pytest.raises(ValueError, match="must hold the marks"):
+    with pytest.raises(ValueError, match="must have one block between"):
         reproduce.reproduce(folder, "smoke", lambda line: None)
     assert (folder / "README.md").read_text(encoding="utf-8") == "# Mine\n"
     assert (folder / "smoke.json").exists()

@@ -154,7 +154,7 @@ RESTART = ("--force", "--resume")
 
 def _table(record: Mapping[str, Any]) -> str:
     """The error of every layer and the quality of the whole, stage by stage."""
-    from performers.train.tables import aligned
+    from performers.records import aligned
 
     stages = record["stages"]
     rows = [["error of the layer's output", "averaging", *stages]]

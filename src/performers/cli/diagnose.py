@@ -154,7 +154,7 @@ def _without_infinity(record: Any) -> Any:
 
 def _layers_table(found: Mapping[str, Mapping[str, Any]]) -> str:
     """The mean over the heads of each layer."""
-    from performers.train.tables import aligned
+    from performers.records import aligned
 
     kinds = next(iter(found.values()))
     header = ["error of the output", "averaging", *kinds, "E‖q + k‖²", "sharp", "features", "sharp"]

@@ -8,9 +8,9 @@ from performers.backends import BACKENDS, choose_backend, refusals
 from performers.functional.projections import DISTRIBUTIONS, PROJECTIONS
 from performers.models import MECHANISMS
 from performers.nn.feature_maps import ESTIMATORS, SoftmaxFeatures
+from performers.records import aligned
 from performers.records.environment import describe_environment
 from performers.train import shipped_configs
-from performers.train.tables import aligned
 
 __all__ = ["describe"]
 

@@ -2,7 +2,7 @@
 
 An experiment is a folder experiments/NAME of a checkout with a README.md and an experiment.py,
 which holds the four things of `Experiment`. A run writes SCALE.json, and SCALE.png and SCALE.svg
-drawn from it alone, and renews the part of the README between the two marks.
+drawn from it alone, and renews the block `results:NAME` of the README.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 from performers.checks import check_choice
 from performers.data.fetch import read_package
 from performers.data.text import AUSTEN
-from performers.records.environment import describe_environment
+from performers.records import describe_environment, write_block
 from performers.viz.files import Figure, save_figure
 
 if TYPE_CHECKING:
@@ -41,9 +41,6 @@ __all__ = [
 
 # From the quickest to the paper's own sizes.
 SCALES = ("smoke", "reduced", "paper")
-
-BEGIN = "<!-- results: written by `performers reproduce`, from the JSON beside this file -->"
-END = "<!-- end of results -->"
 
 EXPERIMENTS = Path(__file__).parents[3] / "experiments"
 
@@ -145,17 +142,8 @@ def draw(folder: Path, scale: str) -> list[Path]:
     written = save_figure(experiment.figure(record["config"], record["results"]), folder / scale)
     largest = [name for name in SCALES if (folder / f"{name}.json").exists()][-1]
     readme = folder / "README.md"
-    readme.write_text(_renewed(readme.read_text(encoding="utf-8"), folder, largest), "utf-8")
+    write_block(readme, f"results:{folder.name}", _results_text(folder, largest))
     return [*written, readme]
-
-
-def _renewed(readme: str, folder: Path, scale: str) -> str:
-    """The text of a README with its results replaced."""
-    before, begin, rest = readme.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"{folder / 'README.md'} must hold the marks {BEGIN!r} and {END!r}.")
-    return f"{before}{BEGIN}\n\n{_results_text(folder, scale)}\n\n{END}{after}"
 
 
 def _results_text(folder: Path, scale: str) -> str:
