@@ -10,8 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from performers.benchmark import wins_from
 from performers.records import markdown_table, write_block
+from performers.speed import wins_from
 
 DOCUMENT = Path(__file__).parents[1] / "README.md"
 BLOCK = "results:attention"

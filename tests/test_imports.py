@@ -21,7 +21,7 @@ DOOR = "__init__"
 # each other.
 LAYERS = (
     {"cli"},
-    {"benchmark"},
+    {"speed"},
     {"train", "viz"},
     {"convert"},
     {"models"},

@@ -12,17 +12,17 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from performers import SoftmaxFeatures, favor_attention
-from performers.benchmark import (
+from performers.cli import app
+from performers.speed import (
     Plan,
     crossover,
     peak_of_step,
     seconds_of_step,
     wins_from,
 )
-from performers.benchmark import attention as benchmark
-from performers.benchmark.settings import SETTINGS, Layer
-from performers.benchmark.timing import OUT_OF_MEMORY, interleaved
-from performers.cli import app
+from performers.speed import attention as benchmark
+from performers.speed.settings import SETTINGS, Layer
+from performers.speed.timing import OUT_OF_MEMORY, interleaved
 
 MODES = ("bidirectional", "causal")
 SMALL = ["--heads", 2, "--dim", 5, "--num-projections", 7, "--repeats", 1, "--context", 11]

@@ -75,7 +75,7 @@ def benchmark(
     """
     import torch
 
-    from performers.benchmark import Plan, run
+    from performers.speed import Plan, run
     from performers.viz.files import save_figure
     from performers.viz.speed import speed_figure
 
@@ -117,8 +117,8 @@ def benchmark(
 
 def _verdict(result: dict[str, Any]) -> list[str]:
     """A table: from which length on each setting is faster than exact attention."""
-    from performers.benchmark import wins_from
-    from performers.benchmark.timing import PARTS
+    from performers.speed import wins_from
+    from performers.speed.timing import PARTS
 
     lines = [f"{'faster than exact attention from L =':40} {'inference':>10} {'training':>10}"]
     for dtype in result["plan"]["dtypes"]:

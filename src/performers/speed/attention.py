@@ -28,9 +28,13 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from performers.baselines import Identity
-from performers.benchmark.model import seconds_of_step
-from performers.benchmark.operations import Operations
-from performers.benchmark.settings import (
+from performers.checks import check_choice
+from performers.functional import favor_attention, softmax_attention
+from performers.nn import RandomFeatures, SoftmaxFeatures
+from performers.records.environment import describe_environment
+from performers.speed.model import seconds_of_step
+from performers.speed.operations import Operations
+from performers.speed.settings import (
     KERNELS,
     PEER,
     PEER_RELU,
@@ -38,8 +42,8 @@ from performers.benchmark.settings import (
     Layer,
     Setting,
 )
-from performers.benchmark.summary import decoding_line, memory_line, model_line, time_lines
-from performers.benchmark.timing import (
+from performers.speed.summary import decoding_line, memory_line, model_line, time_lines
+from performers.speed.timing import (
     OUT_OF_MEMORY,
     PARTS,
     TOO_SLOW,
@@ -49,10 +53,6 @@ from performers.benchmark.timing import (
     matmul_rate,
     peak_bytes,
 )
-from performers.checks import check_choice
-from performers.functional import favor_attention, softmax_attention
-from performers.nn import RandomFeatures, SoftmaxFeatures
-from performers.records.environment import describe_environment
 from performers.theory.cost import exact_operations
 from performers.typing import LinearState
 
