@@ -24,7 +24,7 @@ LAYERS = (
     {"speed"},
     {"train", "viz"},
     {"convert"},
-    {"models"},
+    {"models", "diagnosis"},
     {"nn", "baselines", "distributed", "sklearn"},
     {"functional"},
     {"backends"},
@@ -33,7 +33,17 @@ LAYERS = (
 )
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 
-CORE = {"nn", "functional", "backends", "theory", "records", "typing", "checks", "kernels"}
+CORE = {
+    "diagnosis",
+    "nn",
+    "functional",
+    "backends",
+    "theory",
+    "records",
+    "typing",
+    "checks",
+    "kernels",
+}
 CORE_MAY_IMPORT = {*sys.stdlib_module_names, "torch", "jaxtyping"}
 
 # Packages that only these parts of ours may import.

@@ -75,8 +75,7 @@ def diagnose(
 
         performers diagnose attention.safetensors --causal --json
     """
-    from performers.nn.diagnosis import compare, recommendation
-    from performers.nn.frontier import measure_frontier
+    from performers.diagnosis import compare, measure_frontier, recommendation
     from performers.viz.diagnosis import diagnosis_figure, frontier_figure
     from performers.viz.files import save_figure
 
