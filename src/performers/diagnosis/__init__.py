@@ -1,14 +1,9 @@
 """What linear attention gets wrong on given queries, keys and values, and what less error costs."""
 
+from performers.diagnosis.comparison import COMPARED, compare, recommendation
 from performers.diagnosis.frontier import Frontier, Setting, measure_frontier
-from performers.diagnosis.sequence import (
-    COMPARED,
-    Diagnosis,
-    HeadDiagnosis,
-    compare,
-    diagnose,
-    recommendation,
-)
+from performers.diagnosis.heads import Diagnosis, HeadDiagnosis
+from performers.diagnosis.measure import diagnose
 
 __all__ = [
     "COMPARED",

@@ -1,21 +1,16 @@
-"""Is m enough? What linear attention gets wrong on given queries, keys and values, and why."""
+"""One sequence, and what attention over it gets wrong: sums by definition, in float64."""
 
 from __future__ import annotations
 
-import copy
-import itertools
 import math
-from collections.abc import Iterator
-from dataclasses import astuple, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from performers.checks import check_attention_inputs, check_count
 from performers.functional.favor import favor_attention
-from performers.functional.sharp import QUERY_RATIO, ReparametrizedFeatures
+from performers.functional.sharp import ReparametrizedFeatures
 from performers.nn.feature_maps import SoftmaxFeatures
 from performers.nn.sharp import SharpFeatures
 from performers.theory import (
@@ -27,252 +22,14 @@ from performers.theory import (
 )
 from performers.typing import FeatureMap
 
-__all__ = ["COMPARED", "Diagnosis", "HeadDiagnosis", "compare", "diagnose", "recommendation"]
-
-COMPARED = ("positive", "sharp", "sharp + window")
+__all__ = ["Sequence"]
 
 # The closed form takes length² numbers per query: it is averaged over this many, evenly spaced.
 QUERIES = 8
 
 
 @dataclass(frozen=True)
-class HeadDiagnosis:
-    """One query head, averaged over the batch. Errors are relative: ‖out − exact‖ / ‖exact‖.
-
-    observed_error:     with the feature map as it is, its own ω.
-    expected_error:     the root of the closed form `theory.mse_attention` for independent ω. As
-                        large as 1 or larger it only says that m is far too small. None for
-                        distribution "sphere", which has no such form.
-    uniform_error:      of averaging the visible values, what no estimate should be worse than.
-    effective_features: (Σ_m u_m)² / Σ_m u_m², u_m the part of feature m in a query's normalizer:
-                        how many features of the m carry the estimate. Keys in a window do not
-                        count; 0 where no key is estimated.
-    query_norm, …:      mean and largest ‖q‖ and ‖k‖, times √scale.
-    mean_square_sum:    E‖q + k‖² over all pairs, in the coordinates of φ: sharp features lower it.
-                        The variance grows like its exponential.
-    predicted_projections: the m at which the closed form meets the target.
-    smallest_projections:  the smallest m tried that met it; None where none did.
-    """
-
-    observed_error: float
-    expected_error: float | None
-    uniform_error: float
-    effective_features: float
-    query_norm: float
-    largest_query_norm: float
-    key_norm: float
-    largest_key_norm: float
-    mean_square_sum: float
-    predicted_projections: float | None = None
-    smallest_projections: int | None = None
-
-
-@dataclass(frozen=True)
-class Diagnosis:
-    """What `diagnose` found; `str` makes a table of it."""
-
-    heads: tuple[HeadDiagnosis, ...]
-    num_projections: int
-    target_error: float | None = None
-    max_projections: int | None = None
-
-    def mean(self, name: str) -> float:
-        """The mean over heads of a number of `HeadDiagnosis`; infinite where one is missing."""
-        numbers = [getattr(head, name) for head in self.heads]
-        return sum(math.inf if x is None else x for x in numbers) / len(numbers)
-
-    def __str__(self) -> str:
-        columns = ["head", "observed", "expected", "uniform", f"of {self.num_projections}"]
-        columns += ["|q|", "max", "|k|", "max", "E|q+k|²"]
-        rows = [
-            [str(index), *map(_number, astuple(head)[: len(columns) - 1])]
-            for index, head in enumerate(self.heads)
-        ]
-        if self.target_error is not None:
-            columns += ["m predicted", "m found"]
-            for row, head in zip(rows, self.heads, strict=True):
-                found = head.smallest_projections
-                row.append(_number(head.predicted_projections))
-                row.append(f"> {self.max_projections}" if found is None else str(found))
-        widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
-        lines = [
-            "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
-            for row in (columns, *rows)
-        ]
-        legend = (
-            "Errors are relative to exact attention; uniform: averaging the values; "
-            f"of {self.num_projections}: features that carry the estimate."
-        )
-        if self.target_error is not None:
-            legend += f" m predicted, found: for an error of {self.target_error:g}."
-        return "\n".join([*lines, legend])
-
-
-@torch.no_grad()
-def diagnose(
-    query: Float[Tensor, "batch heads query_length dim"],
-    key: Float[Tensor, "batch key_heads key_length dim"],
-    value: Float[Tensor, "batch key_heads key_length value_dim"],
-    phi: SoftmaxFeatures | SharpFeatures,
-    is_causal: bool = False,
-    key_padding_mask: Bool[Tensor, "batch key_length"] | None = None,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-    window_size: int | None = None,
-    target_error: float | None = None,
-    max_projections: int = 8192,
-) -> Diagnosis:
-    """How well `favor_attention` with these arguments estimates softmax attention, head by head.
-
-    `target_error`: find the smallest m for this relative error as well: from the closed form, and
-    by trying m = 8, 11, 16, 23, … with new draws up to `max_projections`.
-
-    Raises ValueError or TypeError for what attention refuses, for inputs that are not finite, and
-    for feature maps of other kernels, which have no exact output to compare with.
-    Cost: quadratic in the length, as exact attention is: O(length²) memory per head.
-
-    >>> from performers import SoftmaxFeatures
-    >>> query, key, value = torch.randn(3, 1, 2, 64, 16).unbind()
-    >>> len(diagnose(query, key, value, SoftmaxFeatures(dim=16)).heads)
-    2
-    """
-    if not isinstance(phi, SoftmaxFeatures | SharpFeatures):
-        raise TypeError(
-            "diagnose compares with softmax attention, so phi must be SoftmaxFeatures or "
-            f"SharpFeatures, got {type(phi).__name__}."
-        )
-    scale = phi.default_scale if scale is None else scale
-    check_attention_inputs(
-        query,
-        key,
-        value,
-        is_causal=is_causal,
-        key_padding_mask=key_padding_mask,
-        enable_gqa=enable_gqa,
-        scale=scale,
-    )
-    if target_error is not None and not target_error > 0:
-        raise ValueError(f"target_error must be above 0, got {target_error!r}.")
-    check_count("max_projections", max_projections)
-    sequences = (
-        _Sequence.of(query, key, value, is_causal, key_padding_mask, scale, window_size, row)
-        for row in range(len(query))
-    )
-    cases = [sequence for sequence in sequences if sequence.visible.any()]
-    if not cases:
-        raise ValueError(
-            "there must be a query that sees a key to diagnose attention: query is "
-            f"{tuple(query.shape)}, key is {tuple(key.shape)}, and key_padding_mask must not hide "
-            "every key."
-        )
-
-    def over_batch(numbers: list[Tensor]) -> list[float]:
-        return torch.stack(numbers).mean(dim=0).tolist()
-
-    by_sequence = [case.numbers(phi) for case in cases]
-    per_head: dict[str, list[Any]] = {
-        name: over_batch([numbers[name] for numbers in by_sequence]) for name in by_sequence[0]
-    }
-    if phi.distribution != "gaussian":
-        per_head["expected_error"] = [None] * query.shape[1]
-    if target_error is not None:
-        per_head["predicted_projections"] = [
-            None if error is None else phi.num_projections * (error / target_error) ** 2
-            for error in per_head["expected_error"]
-        ]
-        found: list[int | None] = [None] * query.shape[1]
-        for m in _ladder(max_projections):
-            wider = _with_projections(phi, m)
-            errors = over_batch([case.observed_error(wider) for case in cases])
-            for head, error in enumerate(errors):
-                if found[head] is None and error <= target_error:
-                    found[head] = m
-            if None not in found:
-                break
-        per_head["smallest_projections"] = found
-    heads = (dict(zip(per_head, row, strict=True)) for row in zip(*per_head.values(), strict=True))
-    return Diagnosis(
-        tuple(HeadDiagnosis(**head) for head in heads),
-        phi.num_projections,
-        target_error,
-        None if target_error is None else max_projections,
-    )
-
-
-def compare(
-    query: Float[Tensor, "batch heads query_length dim"],
-    key: Float[Tensor, "batch key_heads key_length dim"],
-    value: Float[Tensor, "batch key_heads key_length value_dim"],
-    num_projections: int = 256,
-    window_size: int | None = 32,
-    is_causal: bool = False,
-    scale: float | None = None,
-    target_error: float | None = None,
-) -> dict[str, Diagnosis]:
-    """`diagnose` for plain positive features, sharp ones, and sharp ones with a window, at one m.
-
-    `window_size`: None for cross-attention, which has no window.
-
-    Bidirectional: sharp features take the statistics of each sequence. Causal: those of the first
-    half of the batch, and the other half is diagnosed; a batch of one serves for both.
-    """
-    dim, key_heads = key.shape[-1], key.shape[1]
-    statistics = "calibrated" if is_causal else "call"
-    positive = SoftmaxFeatures(dim, num_projections)
-    sharp, beside_window = (
-        SharpFeatures(dim, num_projections, key_heads, statistics, query_ratio=ratio)
-        for ratio in (QUERY_RATIO, 1.0)
-    )
-    if is_causal:
-        half = len(query) // 2
-        seen = slice(half) if half else slice(None)
-        for phi in (sharp, beside_window):
-            phi.to(query.device).calibrate(query[seen], key[seen], scale=scale)
-        query, key, value = query[half:], key[half:], value[half:]
-    maps: tuple[SoftmaxFeatures | SharpFeatures, ...] = (positive, sharp, beside_window)
-    windows = (None, None, window_size)
-    return {
-        name: diagnose(
-            query,
-            key,
-            value,
-            phi.to(query.device),
-            is_causal,
-            scale=scale,
-            enable_gqa=True,
-            window_size=window,
-            target_error=target_error,
-        )
-        for name, phi, window in zip(COMPARED, maps, windows, strict=True)
-    }
-
-
-def recommendation(layers: dict[str, dict[str, Diagnosis]]) -> str:
-    """What to use for these layers, from what `compare` found in each, in a few lines."""
-    errors = {
-        name: sum(layer[name].mean("observed_error") for layer in layers.values()) / len(layers)
-        for name in COMPARED
-    }
-    lines = [
-        "Mean error: " + ", ".join(f"{name} {_number(error)}" for name, error in errors.items())
-    ]
-    best = min(errors, key=lambda name: errors[name])
-    lines.append(f"Lowest with {best} features.")
-    hopeless = [
-        layer
-        for layer, found in layers.items()
-        if found[best].mean("observed_error") >= found[best].mean("uniform_error")
-    ]
-    if hopeless:
-        lines.append(
-            f"Even so no better than averaging the values in {', '.join(hopeless)}: keep exact "
-            "attention there, or train with features from the start."
-        )
-    return "\n".join(lines)
-
-
-@dataclass(frozen=True)
-class _Sequence:
+class Sequence:
     """One sequence of a batch, and what can be asked about it; every answer has one row per head.
 
     `query`, `key`, `value` and `mask` are as attention takes them, a batch of one. The rest is for
@@ -304,7 +61,7 @@ class _Sequence:
         scale: float,
         window_size: int | None,
         row: int,
-    ) -> _Sequence:
+    ) -> Sequence:
         query, key, value = (x[row : row + 1] for x in (query, key, value))
         mask = None if key_padding_mask is None else key_padding_mask[row : row + 1]
         queries, keys = (torch.arange(x.shape[2], device=x.device) for x in (query, key))
@@ -479,31 +236,6 @@ JOINT_MOMENTS = {
 }
 
 
-def _with_projections(
-    phi: SoftmaxFeatures | SharpFeatures, num_projections: int
-) -> SoftmaxFeatures | SharpFeatures:
-    """The same features, calibration included, with another number of projections, newly drawn."""
-    other = copy.deepcopy(phi)
-    other.num_projections = num_projections
-    other.omega = phi.num_redraws.new_empty(num_projections, phi.dim, dtype=torch.float32)
-    other.redraw()
-    return other
-
-
-def _ladder(largest: int) -> Iterator[int]:
-    """8, 11, 16, 23, …: each √2 times the one before."""
-    return (
-        round(2 ** (step / 2))
-        for step in itertools.takewhile(lambda step: 2 ** (step / 2) <= largest, itertools.count(6))
-    )
-
-
 def _ratio(x: Tensor, y: Tensor) -> Tensor:
     """x / y, and 0 for 0 / 0."""
     return x / torch.where((x == 0) & (y == 0), 1.0, y)
-
-
-def _number(x: float | int | None) -> str:
-    if x is None:
-        return "–"
-    return f"{x:.3f}" if abs(x) < 10 else f"{x:.0f}" if abs(x) < 1e5 else f"{x:.0e}"
