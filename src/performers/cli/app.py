@@ -205,7 +205,7 @@ def reproduce(
 
         performers reproduce theorem-1 --scale paper --draw-only
     """
-    from performers.cli import reproduce as experiments
+    from performers.reproduction import run as experiments
 
     with one_line_errors():
         folder = experiments.experiment_folder(name)

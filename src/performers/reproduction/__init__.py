@@ -1,0 +1,1 @@
+"""The experiments of a checkout: what each holds, how one runs, what they share."""
