@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from performers.models import PerformerForMaskedLM
+from performers.reproduction import read_texts, resumable_folder
 from performers.reproduction.books import Books, evaluations, model_fields
-from performers.reproduction.run import read_texts, resumable_folder
 from performers.viz.figures import BASELINE_COLOR, COLORS, STYLE
 
 

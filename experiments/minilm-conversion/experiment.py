@@ -23,7 +23,7 @@ from performers.convert.capture import text_windows
 from performers.convert.linearize import linearize, load_linearized
 from performers.convert.options import FavorOptions
 from performers.data.text import paragraphs
-from performers.reproduction.run import read_texts, resumable_folder
+from performers.reproduction import read_texts, resumable_folder
 from performers.train.conversion import Conversion, ConversionConfig
 from performers.viz.figures import BASELINE_COLOR, COLORS, STYLE
 

@@ -205,14 +205,15 @@ def reproduce(
 
         performers reproduce theorem-1 --scale paper --draw-only
     """
-    from performers.reproduction import run as experiments
+    from performers.reproduction import Reproduction, experiment_folder
 
     with one_line_errors():
-        folder = experiments.experiment_folder(name)
+        reproduction = Reproduction.prepare(experiment_folder(name), scale)
         if draw_only:
-            written = experiments.draw(folder, scale)
+            written = reproduction.draw()
     if not draw_only:
-        written = experiments.reproduce(folder, scale, typer.echo)
+        with one_line_errors((ModuleNotFoundError,)):  # weights that come in a package
+            written = reproduction.run(typer.echo)
     for path in written:
         typer.echo(f"Wrote {path}")
 
