@@ -38,6 +38,36 @@ README = """# Toy
 <!-- /results:toy -->
 """
 
+COMMAND = '''
+"""`performers toy`: a command that does nothing."""
+
+from typing import Annotated
+
+import typer
+
+__all__ = ["toy"]
+
+
+def toy(count: Annotated[int, typer.Option(help="How often.")] = 1) -> None:
+    """Do nothing, so many times.
+
+    Example:
+
+        performers toy --count 3
+    """
+    typer.echo("nothing " * count)
+'''
+
+
+def write_command(package):
+    """Add the command `toy` to a copy of the package: a file, and its row in the table."""
+    (package / "cli" / "toy.py").write_text(COMMAND, encoding="utf-8")
+    table = package / "cli" / "app.py"
+    text = table.read_text(encoding="utf-8")
+    text = text.replace('    "train": train,\n', '    "toy": toy,\n    "train": train,\n')
+    text = text.replace("import train\n", "import train\nfrom performers.cli.toy import toy\n")
+    table.write_text(text, encoding="utf-8")
+
 
 def write_experiment(experiments):
     """Add the experiment `toy` to a folder of experiments; returns its folder."""
