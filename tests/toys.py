@@ -29,7 +29,7 @@ def figure(config, results):
 
 
 def summary(config, results):
-    return f"The answer is {results['answer']}. {'It was found without a computation. ' * 9}"
+    return f"The answer is {results['answer']}."
 '''
 
 README = """# Toy
@@ -59,20 +59,24 @@ def toy(count: Annotated[int, typer.Option(help="How often.")] = 1) -> None:
 '''
 
 
-def write_command(package):
-    """Add the command `toy` to a copy of the package: a file, and its row in the table."""
-    (package / "cli" / "toy.py").write_text(COMMAND, encoding="utf-8")
+def write_command(package, name="toy", source=COMMAND):
+    """Add a command to a copy of the package: a file, and its row in the table."""
+    (package / "cli" / f"{name}.py").write_text(source.replace("toy", name), encoding="utf-8")
     table = package / "cli" / "app.py"
     text = table.read_text(encoding="utf-8")
-    text = text.replace('    "train": train,\n', '    "toy": toy,\n    "train": train,\n')
-    text = text.replace("import train\n", "import train\nfrom performers.cli.toy import toy\n")
+    for before, row in (
+        ("from performers.cli.train import", f"from performers.cli.{name} import {name}"),
+        ('    "train": train,', f'    "{name}": {name},'),
+    ):
+        assert text.count(before) == 1
+        text = text.replace(before, f"{row}\n{before}")
     table.write_text(text, encoding="utf-8")
 
 
-def write_experiment(experiments):
-    """Add the experiment `toy` to a folder of experiments; returns its folder."""
-    folder = experiments / "toy"
+def write_experiment(experiments, name="toy", source=EXPERIMENT):
+    """Add an experiment to a folder of experiments; returns its own folder."""
+    folder = experiments / name
     folder.mkdir(parents=True)
-    (folder / "experiment.py").write_text(EXPERIMENT, encoding="utf-8")
-    (folder / "README.md").write_text(README, encoding="utf-8")
+    (folder / "experiment.py").write_text(source, encoding="utf-8")
+    (folder / "README.md").write_text(README.replace("toy", name), encoding="utf-8")
     return folder
