@@ -15,6 +15,7 @@ from performers import SoftmaxFeatures, favor_attention
 from performers.cli import app
 from performers.speed import (
     Plan,
+    competitors,
     crossover,
     peak_of_step,
     seconds_of_step,
@@ -92,13 +93,13 @@ def test_the_help_names_every_setting():
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("causal", [False, True])
 def test_a_wrong_answer_is_not_timed(setting, causal, monkeypatch):
-    real = benchmark.favor_attention
+    real = competitors.favor_attention
 
     def wrong(*arguments, backend=None, is_causal, **options):
         out = real(*arguments, backend=backend, is_causal=is_causal, **options)
         return out if backend or is_causal != causal else 1.01 * out
 
-    monkeypatch.setattr(benchmark, "favor_attention", wrong)
+    monkeypatch.setattr(competitors, "favor_attention", wrong)
     plan = Plan(
         lengths=(13,), heads=2, dim=5, num_projections=7, dtypes=("float32",), settings=(setting,),
         repeats=1,
@@ -236,5 +237,5 @@ def test_the_kernels_of_a_peer_are_given_the_features_of_favor(monkeypatch):
     monkeypatch.setitem(sys.modules, "fla.ops.linear_attn", kernels)
     phi = SoftmaxFeatures(5, 7)
     tensors = torch.randn(3, 2, 3, 11, 5).unbind()
-    found = benchmark._flash_linear_attention(phi, *tensors)
+    found = competitors._flash_linear_attention(phi, *tensors)
     torch.testing.assert_close(found, favor_attention(*tensors, phi, is_causal=True))
