@@ -48,10 +48,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-groups = {name: typer.Typer(help=help, no_args_is_help=True) for name, help in GROUPS.items()}
+groups = {name: typer.Typer(help=text, no_args_is_help=True) for name, text in GROUPS.items()}
 for words, command in COMMANDS.items():
-    group, _, name = words.rpartition(" ")
-    (groups[group] if group else app).command(name)(command)
+    first, _, last = words.rpartition(" ")
+    (groups[first] if first else app).command(last)(command)
 for name, group in groups.items():
     app.add_typer(group, name=name)
 
