@@ -11,7 +11,6 @@ token with the mask that generate() gives it: CPU time, the smallest of all call
 import argparse
 import json
 import platform
-import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,10 +24,11 @@ from transformers.cache_utils import Cache
 from performers import FavorCache, FavorOptions, linearize
 from performers.convert.cache import FavorMemory
 from performers.convert.linearize import converted_layers
+from performers.records import markdown_table, write_block
 
 RESULTS = Path(__file__).with_name("generation.json")
 DOCUMENT = Path(__file__).parents[1] / "docs" / "conversion.md"
-BLOCK = re.compile(r"(<!-- results:generation -->\n).*?(<!-- /results:generation -->)", re.DOTALL)
+BLOCK = "results:generation"
 CONTEXTS = (256, 1024, 4096, 32768)
 WORDS, HEADS, DIM, LAYERS = 997, 8, 64, 4
 TOKENS = 5  # that a model writes before the next one takes its turn
@@ -113,7 +113,7 @@ def measure(contexts: list[int], projections: list[int], repeats: int) -> list[d
 def table(results: dict[str, Any]) -> str:
     """Milliseconds per token and MiB of the cache, a row per context."""
     names = list(results["rows"][0]["seconds_per_token"])
-    lines = [["context", *names], ["---:"] * (len(names) + 1)]
+    lines = [["context", *names]]
     for row in results["rows"]:
         seconds, sizes = row["seconds_per_token"], row["cache_bytes"]
         cells = [f"{1e3 * seconds[name]:.1f} ms, {sizes[name] / 2**20:.1f} MiB" for name in names]
@@ -124,14 +124,7 @@ def table(results: dict[str, Any]) -> str:
         f"{results['capability']}, torch {results['torch']}. Caches are filled with random keys "
         "and values."
     )
-    return "\n".join([*("| " + " | ".join(line) + " |" for line in lines), "", made, ""])
-
-
-def write_table() -> None:
-    results = json.loads(RESULTS.read_text(encoding="utf-8"))
-    text = DOCUMENT.read_text(encoding="utf-8")
-    text = BLOCK.sub(lambda found: f"{found[1]}{table(results)}{found[2]}", text)
-    DOCUMENT.write_text(text, encoding="utf-8")
+    return f"{markdown_table(lines)}\n\n{made}"
 
 
 @torch.no_grad()
@@ -144,7 +137,8 @@ def main() -> None:
     parser.add_argument("--write-table", action="store_true")
     arguments = parser.parse_args()
     if arguments.write_table:
-        write_table()
+        results = json.loads(RESULTS.read_text(encoding="utf-8"))
+        write_block(DOCUMENT, BLOCK, table(results))
         return
     torch.set_num_threads(1)
     results = {

@@ -6,16 +6,16 @@ python benchmarks/write_table.py
 """
 
 import json
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from performers.benchmark import wins_from
+from performers.records import markdown_table, write_block
+from performers.speed import wins_from
 
-ROOT = Path(__file__).parents[1]
+DOCUMENT = Path(__file__).parents[1] / "README.md"
+BLOCK = "results:attention"
 RESULTS = Path(__file__).with_name("attention.json")
-BLOCK = re.compile(r"(<!-- results:attention -->\n).*?(<!-- /results:attention -->)", re.DOTALL)
 
 PARTS = ("forward", "forward_backward")
 LENGTHS = (1024, 4096, 16384, 65536)
@@ -61,7 +61,7 @@ def _times(results: dict[str, Any], dtype: str) -> str:
                     " / ".join(wins),
                 ]
             )
-    return _markdown([header, *lines])
+    return markdown_table([header, *lines])
 
 
 def _words(name: str, setting: dict[str, Any]) -> str:
@@ -122,7 +122,7 @@ def _models(results: dict[str, Any]) -> str:
         cells = [x if isinstance(x, str) else f"{x['median'] / floor:.2f}" for x in both]
         kind = "causal" if row["causal"] else "masked"
         lines.append([f"{kind} language model, L = {row['length']:,}", *cells])
-    return _markdown(lines)
+    return markdown_table(lines)
 
 
 def _memory(results: dict[str, Any]) -> str:
@@ -138,7 +138,7 @@ def _memory(results: dict[str, Any]) -> str:
             for name in dict.fromkeys(name for row in rows for name in row["peak_bytes"])
         ),
     ]
-    return _markdown(lines)
+    return markdown_table(lines)
 
 
 def _decoding(results: dict[str, Any]) -> str:
@@ -155,7 +155,7 @@ def _decoding(results: dict[str, Any]) -> str:
             known = not isinstance(seconds, str)
             line.append(f"{seconds['median'] * 1e3:.2f} ms, {size}" if known else seconds)
         lines.append(line)
-    return _markdown(lines)
+    return markdown_table(lines)
 
 
 def _mebibytes(size: int | str, digits: str = ".0f") -> str:
@@ -177,27 +177,6 @@ def _made(results: dict[str, Any]) -> str:
     )
 
 
-def _markdown(rows: list[list[str]]) -> str:
-    rows = [rows[0], ["---", *["---:"] * (len(rows[0]) - 1)], *rows[1:]]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
-
-
-def with_table(document: str, results: dict[str, Any]) -> str:
-    """The document with a fresh table between its `results:attention` comments."""
-    text, count = BLOCK.subn(lambda found: f"{found[1]}{table(results)}\n{found[2]}", document)
-    if count != 1:
-        raise ValueError(
-            "the document must have one block between <!-- results:attention --> and "
-            f"<!-- /results:attention -->, found {count}."
-        )
-    return text
-
-
-def main() -> None:
-    readme = ROOT / "README.md"
-    results = json.loads(RESULTS.read_text(encoding="utf-8"))
-    readme.write_text(with_table(readme.read_text(encoding="utf-8"), results), encoding="utf-8")
-
-
 if __name__ == "__main__":
-    main()
+    results = json.loads(RESULTS.read_text(encoding="utf-8"))
+    write_block(DOCUMENT, BLOCK, table(results))

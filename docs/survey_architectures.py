@@ -34,10 +34,11 @@ from transformers.utils import logging
 import performers.convert.layer
 from performers.convert.interface import attention_modules
 from performers.functional import softmax_attention
+from performers.records import write_block
 
 DOCUMENT = Path(__file__).with_name("conversion.md")
 RESULTS = Path(__file__).with_name("architectures.json")
-BLOCK = re.compile(r"(<!-- architectures -->\n).*?(<!-- /architectures -->)", re.DOTALL)
+BLOCK = "architectures"
 
 AFTER_LOADING = "when switched after loading, not by from_pretrained"
 OWN = "attention of its own, not the AttentionInterface"
@@ -337,17 +338,6 @@ def table(record: dict[str, Any]) -> str:
     )
 
 
-def with_table(document: str, record: dict[str, Any]) -> str:
-    """The document with a fresh table between its `architectures` comments."""
-    text, count = BLOCK.subn(lambda found: f"{found[1]}{table(record)}\n{found[2]}", document)
-    if count != 1:
-        raise ValueError(
-            "the document must have one block between <!-- architectures --> and "
-            f"<!-- /architectures -->, found {count}."
-        )
-    return text
-
-
 def main(names: list[str]) -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -362,8 +352,7 @@ def main(names: list[str]) -> None:
         "architectures": {name: results[name] for name in sorted(results)},
     }
     RESULTS.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    document = DOCUMENT.read_text(encoding="utf-8")
-    DOCUMENT.write_text(with_table(document, record), encoding="utf-8")
+    write_block(DOCUMENT, BLOCK, table(record))
 
 
 if __name__ == "__main__":

@@ -4,15 +4,14 @@ python docs/write_numbers.py
 """
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
+from performers.records import markdown_table, write_block
+
 DOCUMENT = Path(__file__).with_name("explained.md")
+BLOCK = "results:sharp-minilm"
 RESULTS = DOCUMENT.parents[1] / "experiments" / "sharp-minilm" / "paper.json"
-BLOCK = re.compile(
-    r"(<!-- results:sharp-minilm -->\n).*?(<!-- /results:sharp-minilm -->)", re.DOTALL
-)
 
 LENGTH, NUM_PROJECTIONS = 256, 256
 CHOICES = {
@@ -33,7 +32,7 @@ def table(record: dict[str, Any]) -> str:
     for title, name in CHOICES.items():
         rows.append([title, *(case["errors"][name][column] for case in cases.values())])
     header = [f"relative error, length {LENGTH}, m = {NUM_PROJECTIONS}", *cases]
-    lines = [header, ["---", *["---:"] * len(cases)]]
+    lines = [header]
     lines += [[title, *(f"{point['mean']:.2f}" for point in points)] for title, *points in rows]
     environment = record["environment"]
     made = (
@@ -42,20 +41,9 @@ def table(record: dict[str, Any]) -> str:
         f"torch {environment['packages']['torch']}: queries, keys and values of all-MiniLM-L6-v2 "
         "reading prose, mean over layers and heads."
     )
-    return "\n".join([*("| " + " | ".join(line) + " |" for line in lines), "", made])
-
-
-def with_table(document: str, record: dict[str, Any]) -> str:
-    """The document with a fresh table between its `results:sharp-minilm` comments."""
-    text, count = BLOCK.subn(lambda found: f"{found[1]}{table(record)}\n{found[2]}", document)
-    if count != 1:
-        raise ValueError(
-            "the document must have one block between <!-- results:sharp-minilm --> and "
-            f"<!-- /results:sharp-minilm -->, found {count}."
-        )
-    return text
+    return f"{markdown_table(lines)}\n\n{made}"
 
 
 if __name__ == "__main__":
     record = json.loads(RESULTS.read_text(encoding="utf-8"))
-    DOCUMENT.write_text(with_table(DOCUMENT.read_text(encoding="utf-8"), record), encoding="utf-8")
+    write_block(DOCUMENT, BLOCK, table(record))

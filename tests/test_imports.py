@@ -21,19 +21,30 @@ DOOR = "__init__"
 # each other.
 LAYERS = (
     {"cli"},
-    {"benchmark"},
+    {"reproduction"},
+    {"speed"},
     {"train", "viz"},
     {"convert"},
-    {"models"},
+    {"models", "diagnosis"},
     {"nn", "baselines", "distributed", "sklearn"},
     {"functional"},
     {"backends"},
-    {"theory", "data"},
+    {"theory", "data", "records"},
     {"typing", "checks", "kernels"},
 )
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 
-CORE = {"nn", "functional", "backends", "theory", "typing", "checks", "kernels"}
+CORE = {
+    "diagnosis",
+    "nn",
+    "functional",
+    "backends",
+    "theory",
+    "records",
+    "typing",
+    "checks",
+    "kernels",
+}
 CORE_MAY_IMPORT = {*sys.stdlib_module_names, "torch", "jaxtyping"}
 
 # Packages that only these parts of ours may import.

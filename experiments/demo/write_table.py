@@ -6,13 +6,14 @@ python experiments/demo/write_table.py
 """
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[2]
+from performers.records import markdown_table, write_block
+
+DOCUMENT = Path(__file__).parents[2] / "README.md"
+BLOCK = "results:demo"
 RESULTS = Path(__file__).with_name("results.json")
-BLOCK = re.compile(r"(<!-- results:demo -->\n).*?(<!-- /results:demo -->)", re.DOTALL)
 
 
 def table(metrics: dict[str, Any]) -> str:
@@ -24,8 +25,7 @@ def table(metrics: dict[str, Any]) -> str:
         name, scores = f"`{model['attention']}`", _scores(model["metrics"]["valid"])
         rows.append([name, f"{model['tokens']:,}", *scores, memory])
     rows.append(["empirical baseline", "", *_scores(metrics["baseline"]["valid"]), ""])
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join([*("| " + " | ".join(line) + " |" for line in lines), "", _made(metrics)])
+    return f"{markdown_table([header, *rows])}\n\n{_made(metrics)}"
 
 
 def _scores(scores: dict[str, float]) -> list[str]:
@@ -49,22 +49,5 @@ def _made(metrics: dict[str, Any]) -> str:
     return "; ".join(facts) + "."
 
 
-def with_table(document: str, metrics: dict[str, Any]) -> str:
-    """The document with a fresh table between its `results:demo` comments."""
-    text, count = BLOCK.subn(lambda found: f"{found[1]}{table(metrics)}\n{found[2]}", document)
-    if count != 1:
-        raise ValueError(
-            "the document must have one block between <!-- results:demo --> and "
-            f"<!-- /results:demo -->, found {count}."
-        )
-    return text
-
-
-def main() -> None:
-    readme = ROOT / "README.md"
-    metrics = json.loads(RESULTS.read_text(encoding="utf-8"))
-    readme.write_text(with_table(readme.read_text(encoding="utf-8"), metrics), encoding="utf-8")
-
-
 if __name__ == "__main__":
-    main()
+    write_block(DOCUMENT, BLOCK, table(json.loads(RESULTS.read_text(encoding="utf-8"))))

@@ -12,9 +12,9 @@ from matplotlib import style
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from performers.cli.reproduce import read_texts, resumable_folder
 from performers.models import PerformerForMaskedLM
-from performers.train.books import Books, evaluations, model_fields, transfer_weights
+from performers.reproduction import read_texts, resumable_folder
+from performers.reproduction.books import Books, evaluations, model_fields, transfer_weights
 from performers.viz.figures import BASELINE_COLOR, COLORS, STYLE
 
 

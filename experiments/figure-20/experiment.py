@@ -10,9 +10,9 @@ import torch
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from performers import benchmark
-from performers.benchmark.timing import TOO_SLOW
+from performers import speed
 from performers.models.config import SIZES
+from performers.speed.timing import TOO_SLOW
 from performers.viz.figures import BASELINE_COLOR, COLORS, STYLE
 
 PARTS = ("forward", "forward_backward")
@@ -62,7 +62,7 @@ CONFIGS = {"smoke": SMOKE, "reduced": REDUCED, "paper": PAPER}
 
 
 def run(config: Config, report: Callable[[str], None]) -> dict[str, Any]:
-    plan = benchmark.Plan(
+    plan = speed.Plan(
         lengths=config.attention_lengths,
         memory_lengths=(),
         contexts=(),
@@ -75,7 +75,7 @@ def run(config: Config, report: Callable[[str], None]) -> dict[str, Any]:
         device=config.device,
         seed=config.seed,
     )
-    attention = benchmark.run(plan, report)["time"]
+    attention = speed.run(plan, report)["time"]
     layers = []
     for count in config.layers:
         slow = False
@@ -93,7 +93,7 @@ def run(config: Config, report: Callable[[str], None]) -> dict[str, Any]:
                     "hidden_dropout_prob": 0.0,
                     "seed": config.seed,
                 }
-                measured = benchmark.seconds_of_step(
+                measured = speed.seconds_of_step(
                     {"FAVOR+": model}, length, 1, config.repeats, torch.device(config.device)
                 )
                 seconds = measured["FAVOR+"]

@@ -10,9 +10,9 @@ import torch
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from performers.benchmark import peak_of_step, seconds_of_step
-from performers.benchmark.timing import TOO_SLOW
 from performers.models.config import SIZES
+from performers.speed import peak_of_step, seconds_of_step
+from performers.speed.timing import TOO_SLOW
 from performers.viz.figures import BASELINE_COLOR, COLORS, STYLE
 
 MECHANISMS = {

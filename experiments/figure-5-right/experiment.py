@@ -11,8 +11,8 @@ from matplotlib import style
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from performers.cli.reproduce import read_texts, resumable_folder
-from performers.train.books import Books, evaluations, model_fields
+from performers.reproduction import read_texts, resumable_folder
+from performers.reproduction.books import Books, evaluations, model_fields
 from performers.viz.figures import BASELINE_COLOR, COLORS, STYLE
 
 

@@ -18,12 +18,12 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel
 
-from performers.cli.reproduce import read_texts, resumable_folder
 from performers.convert.calibration import calibrate
 from performers.convert.capture import text_windows
 from performers.convert.linearize import linearize, load_linearized
 from performers.convert.options import FavorOptions
 from performers.data.text import paragraphs
+from performers.reproduction import read_texts, resumable_folder
 from performers.train.conversion import Conversion, ConversionConfig
 from performers.viz.figures import BASELINE_COLOR, COLORS, STYLE
 

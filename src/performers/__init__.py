@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # what the table below says at run time, said to type checker
         register,
         restore,
     )
+    from performers.diagnosis import diagnose
     from performers.functional import (
         attention_matrix,
         draw_projection,
@@ -38,7 +39,6 @@ if TYPE_CHECKING:  # what the table below says at run time, said to type checker
         KernelFeatures,
         SharpFeatures,
         SoftmaxFeatures,
-        diagnose,
     )
     from performers.typing import LinearState
 
@@ -88,7 +88,7 @@ _HOME = {
     "KernelFeatures": "nn",
     "SharpFeatures": "nn",
     "SoftmaxFeatures": "nn",
-    "diagnose": "nn",
+    "diagnose": "diagnosis",
     "LinearState": "typing",
 }
 

@@ -12,17 +12,18 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from performers import SoftmaxFeatures, favor_attention
-from performers.benchmark import (
+from performers.cli import app
+from performers.speed import (
     Plan,
+    competitors,
     crossover,
     peak_of_step,
     seconds_of_step,
     wins_from,
 )
-from performers.benchmark import attention as benchmark
-from performers.benchmark.settings import SETTINGS, Layer
-from performers.benchmark.timing import OUT_OF_MEMORY, interleaved
-from performers.cli import app
+from performers.speed import attention as benchmark
+from performers.speed.settings import SETTINGS, Layer
+from performers.speed.timing import OUT_OF_MEMORY, interleaved
 
 MODES = ("bidirectional", "causal")
 SMALL = ["--heads", 2, "--dim", 5, "--num-projections", 7, "--repeats", 1, "--context", 11]
@@ -92,13 +93,13 @@ def test_the_help_names_every_setting():
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("causal", [False, True])
 def test_a_wrong_answer_is_not_timed(setting, causal, monkeypatch):
-    real = benchmark.favor_attention
+    real = competitors.favor_attention
 
     def wrong(*arguments, backend=None, is_causal, **options):
         out = real(*arguments, backend=backend, is_causal=is_causal, **options)
         return out if backend or is_causal != causal else 1.01 * out
 
-    monkeypatch.setattr(benchmark, "favor_attention", wrong)
+    monkeypatch.setattr(competitors, "favor_attention", wrong)
     plan = Plan(
         lengths=(13,), heads=2, dim=5, num_projections=7, dtypes=("float32",), settings=(setting,),
         repeats=1,
@@ -236,5 +237,5 @@ def test_the_kernels_of_a_peer_are_given_the_features_of_favor(monkeypatch):
     monkeypatch.setitem(sys.modules, "fla.ops.linear_attn", kernels)
     phi = SoftmaxFeatures(5, 7)
     tensors = torch.randn(3, 2, 3, 11, 5).unbind()
-    found = benchmark._flash_linear_attention(phi, *tensors)
+    found = competitors._flash_linear_attention(phi, *tensors)
     torch.testing.assert_close(found, favor_attention(*tensors, phi, is_causal=True))

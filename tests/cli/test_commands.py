@@ -1,26 +1,25 @@
 """The commands: what they print, what they refuse, and in how many lines."""
 
+import inspect
 import json
+import shlex
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from typer.main import get_command
 from typer.testing import CliRunner
 
+import performers.cli
 from performers.cli import app
+from performers.cli.app import COMMANDS, GROUPS
 from performers.data.vocabulary import STANDARD_AMINO_ACIDS
 from performers.models import MECHANISMS
 from performers.train import shipped_configs
 
-COMMANDS = (
-    ["train"],
-    ["evaluate"],
-    ["generate"],
-    ["report"],
-    ["info"],
-    ["data"],
-    ["data", "proteins"],
-)
+# Modules of performers.cli that are no commands.
+SHARED = {"__init__", "__main__", "app", "errors"}
 
 
 def run(*arguments):
@@ -80,12 +79,55 @@ def trained(config, tmp_path_factory):
     return folder, result.stdout
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
-def test_every_command_explains_itself_with_an_example(command):
-    result = run(*command, "--help")
+def examples(command):
+    """The command lines in the help of a command, as argument lists."""
+    lines = (line.strip() for line in inspect.getdoc(command).splitlines())
+    return [
+        shlex.split(line.partition(" > ")[0])[1:]
+        for line in lines
+        if line.startswith("performers ")
+    ]
+
+
+@pytest.mark.parametrize("words", COMMANDS)
+def test_every_command_explains_itself_with_examples_that_parse(words):
+    result = run(*words.split(), "--help")
     assert result.exit_code == 0
-    if command != ["data"]:
-        assert f"performers {' '.join(command)}" in result.output
+    assert f"performers {words}" in result.output
+    for arguments in examples(COMMANDS[words]):
+        # --help makes it check the command and its options, and do nothing.
+        assert run(*arguments, "--help").exit_code == 0, arguments
+
+
+@pytest.mark.parametrize("words", COMMANDS)
+def test_every_argument_and_option_of_a_command_says_what_it_is_for(words):
+    command = get_command(app)
+    for word in words.split():
+        command = command.commands[word]
+    assert [parameter.name for parameter in command.params if not parameter.help] == []
+
+
+@pytest.mark.parametrize("words", COMMANDS)
+def test_every_command_is_a_file_of_its_own(words):
+    name = words.split()[-1]
+    assert COMMANDS[words].__name__ == name
+    assert COMMANDS[words].__module__ == f"performers.cli.{name}"
+
+
+def test_every_file_of_a_command_is_in_the_table():
+    files = {path.stem for path in Path(performers.cli.__file__).parent.glob("*.py")}
+    assert files - SHARED == {words.split()[-1] for words in COMMANDS}
+
+
+def test_a_group_of_commands_explains_itself():
+    for group in GROUPS:
+        result = run(group, "--help")
+        assert result.exit_code == 0
+        assert GROUPS[group] in result.output
+
+
+def test_help_answers_without_torch(fresh_python):
+    assert fresh_python("import performers.cli; print('torch' in sys.modules)") == "False"
 
 
 def test_training_prints_a_table_and_where_the_report_is(trained):
@@ -142,6 +184,7 @@ def test_an_interrupted_run_says_how_to_go_on_and_can(config, tmp_path, monkeypa
         (["generate", "absent", "--prompt", "MK1"], "got '1' at position 3"),
         (["generate", "absent", "--prompt", "MKV", "--length", "3"], "must exceed that of the"),
         (["report", "absent"], "absent"),
+        (["reproduce", "figure-22"], "Did you mean 'figure-2'?"),
         (["data", "proteins", "x.fasta.gz", "--source", "swisprot"], "Did you mean 'swissprot'?"),
     ],
 )

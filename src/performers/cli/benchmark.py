@@ -37,7 +37,7 @@ def benchmark(
         list[str] | None, typer.Option(help="float32, bfloat16 or float16; more than once.")
     ] = None,
     repeats: Annotated[int | None, typer.Option(min=1, help="Rounds of each timing.")] = None,
-    heads: Annotated[int, typer.Option(min=1)] = 8,
+    heads: Annotated[int, typer.Option(min=1, help="Of the layer.")] = 8,
     dim: Annotated[int, typer.Option(min=1, help="Of one head.")] = 64,
     num_projections: Annotated[
         int, typer.Option(min=1, help="Projections m of plain, relu and sharp.")
@@ -75,7 +75,7 @@ def benchmark(
     """
     import torch
 
-    from performers.benchmark import Plan, run
+    from performers.speed import Plan, run
     from performers.viz.files import save_figure
     from performers.viz.speed import speed_figure
 
@@ -92,40 +92,55 @@ def benchmark(
             num_projections=num_projections,
             device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
         )
-        plan = plan.quick() if quick else plan
-        if length is not None:
-            plan = replace(plan, lengths=tuple(sorted(length)))
-            plan = replace(plan, memory_lengths=plan.lengths[-1:], model_lengths=plan.lengths[-1:])
-        if not memory:
-            plan = replace(plan, memory_lengths=())
-        if not models:
-            plan = replace(plan, model_lengths=())
-        if setting is not None:
-            plan = replace(plan, settings=tuple(dict.fromkeys(setting)))
-        if context is not None:
-            plan = replace(plan, contexts=tuple(sorted(context)))
-        if dtype is not None:
-            plan = replace(plan, dtypes=tuple(dtype))
-        if repeats is not None:
-            plan = replace(plan, repeats=repeats)
-        result = run(plan, typer.echo)
+        changes = _changes(length, context, setting, dtype, repeats, memory, models)
+        result = run(replace(plan.quick() if quick else plan, **changes), typer.echo)
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     written = [output, *save_figure(speed_figure(result), output)]
     typer.echo("\n".join(["", *_verdict(result), "", *(f"Wrote {path}" for path in written)]))
 
 
+def _changes(
+    length: list[int] | None,
+    context: list[int] | None,
+    setting: list[str] | None,
+    dtype: list[str] | None,
+    repeats: int | None,
+    memory: bool,
+    models: bool,
+) -> dict[str, Any]:
+    """What the options change of a `Plan`."""
+    changes: dict[str, Any] = {}
+    if length is not None:
+        lengths = tuple(sorted(length))
+        changes["lengths"] = lengths
+        changes["memory_lengths"] = changes["model_lengths"] = lengths[-1:]
+    if not memory:
+        changes["memory_lengths"] = ()
+    if not models:
+        changes["model_lengths"] = ()
+    if setting is not None:
+        changes["settings"] = tuple(dict.fromkeys(setting))
+    if context is not None:
+        changes["contexts"] = tuple(sorted(context))
+    if dtype is not None:
+        changes["dtypes"] = tuple(dtype)
+    if repeats is not None:
+        changes["repeats"] = repeats
+    return changes
+
+
 def _verdict(result: dict[str, Any]) -> list[str]:
     """A table: from which length on each setting is faster than exact attention."""
-    from performers.benchmark import wins_from
-    from performers.benchmark.timing import PARTS
+    from performers.records import aligned
+    from performers.speed import wins_from
+    from performers.speed.timing import PARTS
 
-    lines = [f"{'faster than exact attention from L =':40} {'inference':>10} {'training':>10}"]
+    rows = [["faster than exact attention from L =", "inference", "training"]]
     for dtype in result["plan"]["dtypes"]:
         for causal in (False, True):
             for name in result["plan"]["settings"]:
                 mode = "causal" if causal else "bidirectional"
                 cells = [wins_from(result["time"], name, dtype, causal, part) for part in PARTS]
-                words = f"{mode}, {dtype}, {name}"
-                lines.append(" ".join([f"{words:40}", *(f"{cell:>10}" for cell in cells)]))
-    return lines
+                rows.append([f"{mode}, {dtype}, {name}", *cells])
+    return aligned(rows)

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from performers.cli.errors import one_line_errors
+from performers.cli.errors import one_line_errors, saying_how_to_resume
+
+if TYPE_CHECKING:
+    from performers.convert.options import FavorOptions
 
 __all__ = ["convert"]
+
+# Options that an interrupted command is not gone on with.
+RESTART = ("--force", "--resume")
 
 
 def convert(
@@ -104,20 +109,14 @@ def convert(
 
         performers convert path/to/model --data book.txt --output converted --resume
     """
-    from performers.convert.options import FavorOptions
     from performers.train.conversion import Conversion, ConversionConfig
 
     with one_line_errors():
-        words = {"window_size": window, "num_projections": num_projections, "features": features}
-        given: dict[str, Any] = {name: x for name, x in words.items() if x is not None}
-        if error is not None and given:
-            raise ValueError(
-                f"--error chooses {', '.join(given)} by measuring: give either --error or these."
-            )
+        measured = {"features": features, "window_size": window, "num_projections": num_projections}
         config = ConversionConfig(
             model=model,
             text=str(data),
-            options=FavorOptions(**given, statistics=statistics, num_sinks=sinks, seed=seed),
+            options=_options(error, measured, statistics=statistics, num_sinks=sinks, seed=seed),
             error=error,
             exact_layers=exact_layers,
             length=length,
@@ -130,13 +129,9 @@ def convert(
             seed=seed,
         )
         conversion = Conversion.prepare(config, output, resume=resume, force=force)
-    try:
-        with one_line_errors((FloatingPointError, ValueError)):
-            record = conversion.run(lambda line: typer.echo(line, err=True))
-    except KeyboardInterrupt:
-        again = ["performers", *(word for word in sys.argv[1:] if word not in RESTART), "--resume"]
-        typer.echo(f"\nInterrupted. Go on with: {shlex.join(again)}", err=True)
-        raise typer.Exit(130) from None
+    command = ["performers", *(word for word in sys.argv[1:] if word not in RESTART)]
+    with one_line_errors((FloatingPointError, ValueError)), saying_how_to_resume(command):
+        record = conversion.run(lambda line: typer.echo(line, err=True))
     from performers.viz.conversion import conversion_figure
     from performers.viz.files import save_figure
 
@@ -148,13 +143,21 @@ def convert(
     )
 
 
-# Options that an interrupted command is not gone on with.
-RESTART = ("--force", "--resume")
+def _options(error: float | None, measured: Mapping[str, Any], **others: Any) -> FavorOptions:
+    """What was asked for. With an error, what it is measured to choose may not be asked for too."""
+    from performers.convert.options import FavorOptions
+
+    given = {name: x for name, x in measured.items() if x is not None}
+    if error is not None and given:
+        raise ValueError(
+            f"--error chooses {', '.join(given)} by measuring: give either --error or these."
+        )
+    return FavorOptions(**given, **others)
 
 
 def _table(record: Mapping[str, Any]) -> str:
     """The error of every layer and the quality of the whole, stage by stage."""
-    from performers.train.tables import aligned
+    from performers.records import aligned
 
     stages = record["stages"]
     rows = [["error of the layer's output", "averaging", *stages]]

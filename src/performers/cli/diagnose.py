@@ -5,13 +5,17 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from performers.cli.errors import one_line_errors
+
+if TYPE_CHECKING:
+    from performers.diagnosis import Diagnosis, Frontier
+    from performers.typing import Captured
 
 __all__ = ["diagnose"]
 
@@ -75,26 +79,11 @@ def diagnose(
 
         performers diagnose attention.safetensors --causal --json
     """
-    from performers.nn.diagnosis import compare, recommendation
-    from performers.nn.frontier import measure_frontier
-    from performers.viz.diagnosis import diagnosis_figure, frontier_figure
-    from performers.viz.files import save_figure
+    from performers.diagnosis import measure_frontier, recommendation
 
     with one_line_errors():
         captured = _captured(source, text, length, sequences, causal)
-        found = {}
-        for layer in captured:
-            typer.echo(f"diagnosing {layer.name}", err=True)
-            found[layer.name] = compare(
-                layer.query,
-                layer.key,
-                layer.value,
-                num_projections,
-                window_size=window if layer.query.shape[2] == layer.key.shape[2] else None,
-                is_causal=layer.is_causal,
-                scale=layer.scale,
-                target_error=target_error,
-            )
+        found = _compared(captured, num_projections, window, target_error)
         typer.echo("measuring settings", err=True)
         frontier = measure_frontier(captured, sinks)
     record = {
@@ -103,9 +92,7 @@ def diagnose(
     }
     settings = dataclasses.asdict(frontier)
     with one_line_errors((OSError,)):
-        written = save_figure(diagnosis_figure(record), output)
-        beside = output.with_stem(f"{output.stem}-frontier")
-        written += save_figure(frontier_figure(settings), beside)
+        written = _drawn(record, settings, output)
     if json_output:
         whole = _without_infinity({"layers": record, "frontier": settings})
         typer.echo(json.dumps(whole, indent=1, allow_nan=False))
@@ -121,7 +108,41 @@ def diagnose(
     typer.echo(f"\nPictures: {', '.join(map(str, written))}")
 
 
-def _advice(frontier: Any, error: float) -> str:
+def _compared(
+    captured: Sequence[Captured], num_projections: int, window: int, target_error: float | None
+) -> dict[str, dict[str, Diagnosis]]:
+    """Each layer by `compare`; without a window where queries and keys differ in number."""
+    from performers.diagnosis import compare
+
+    found = {}
+    for layer in captured:
+        typer.echo(f"diagnosing {layer.name}", err=True)
+        found[layer.name] = compare(
+            layer.query,
+            layer.key,
+            layer.value,
+            num_projections,
+            window_size=window if layer.query.shape[2] == layer.key.shape[2] else None,
+            is_causal=layer.is_causal,
+            scale=layer.scale,
+            target_error=target_error,
+        )
+    return found
+
+
+def _drawn(record: Mapping[str, Any], settings: Mapping[str, Any], output: Path) -> list[Path]:
+    """The pictures of layers and settings; returns the files that were written."""
+    from performers.viz.diagnosis import diagnosis_figure, frontier_figure
+    from performers.viz.files import save_figure
+
+    beside = output.with_stem(f"{output.stem}-frontier")
+    return [
+        *save_figure(diagnosis_figure(record), output),
+        *save_figure(frontier_figure(settings), beside),
+    ]
+
+
+def _advice(frontier: Frontier, error: float) -> str:
     """The cheapest setting for an error, and whether it is worth having."""
     try:
         setting = frontier.within(error)
@@ -130,7 +151,10 @@ def _advice(frontier: Any, error: float) -> str:
     return f"For an error of {error:g}: {setting}, {frontier.cost(setting)}."
 
 
-def _captured(source: str, text: Path | None, length: int, sequences: int, causal: bool) -> Any:
+def _captured(
+    source: str, text: Path | None, length: int, sequences: int, causal: bool
+) -> Sequence[Captured]:
+    """The queries, keys and values of each layer, from a file or of a model that reads the text."""
     from performers.convert import capture_text, read_captured
 
     path = Path(source)
@@ -152,9 +176,9 @@ def _without_infinity(record: Any) -> Any:
     return None if isinstance(record, float) and not math.isfinite(record) else record
 
 
-def _layers_table(found: Mapping[str, Mapping[str, Any]]) -> str:
+def _layers_table(found: Mapping[str, Mapping[str, Diagnosis]]) -> str:
     """The mean over the heads of each layer."""
-    from performers.train.tables import aligned
+    from performers.records import aligned
 
     kinds = next(iter(found.values()))
     header = ["error of the output", "averaging", *kinds, "E‖q + k‖²", "sharp", "features", "sharp"]

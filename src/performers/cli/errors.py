@@ -1,13 +1,14 @@
-"""What a user sees when something cannot be done: one line, and exit code 2."""
+"""What a user sees when something cannot be done (one line, exit code 2), or is interrupted."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import shlex
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import typer
 
-__all__ = ["MISTAKES", "one_line_errors"]
+__all__ = ["MISTAKES", "one_line_errors", "saying_how_to_resume"]
 
 # What the checks before long work raise.
 MISTAKES = (ValueError, TypeError, OSError, ModuleNotFoundError)
@@ -28,3 +29,14 @@ def one_line_errors(kinds: tuple[type[Exception], ...] = MISTAKES) -> Iterator[N
             message = f"{error.filename}: {error.strerror}"
         typer.echo(f"error: {' '.join(message.split())}", err=True)
         raise typer.Exit(2) from None
+
+
+@contextmanager
+def saying_how_to_resume(command: Sequence[str]) -> Iterator[None]:
+    """If the user interrupts the work, say what goes on with it: this command with --resume."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        again = shlex.join([*command, "--resume"])
+        typer.echo(f"\nInterrupted. Every whole checkpoint is kept; go on with: {again}", err=True)
+        raise typer.Exit(130) from None

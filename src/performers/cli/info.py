@@ -1,22 +1,31 @@
-"""What `performers info` says about this installation."""
+"""`performers info`: what this installation is and can do."""
 
 from __future__ import annotations
 
-import torch
+import typer
 
-from performers.backends import BACKENDS, Call, choose_backend, refusals
-from performers.functional.projections import DISTRIBUTIONS, PROJECTIONS
-from performers.models import MECHANISMS
-from performers.nn.feature_maps import ESTIMATORS, SoftmaxFeatures
-from performers.train import shipped_configs
-from performers.train.environment import describe_environment
-from performers.train.tables import aligned
-
-__all__ = ["describe"]
+__all__ = ["info"]
 
 
-def describe() -> str:
+def info() -> None:
+    """Print versions, hardware, and the words that configs may use.
+
+    Example:
+
+        performers info
+    """
+    typer.echo(_description())
+
+
+def _description() -> str:
     """Versions, hardware, and every word that a config or a call may use."""
+    from performers.backends import BACKENDS
+    from performers.functional.projections import DISTRIBUTIONS, PROJECTIONS
+    from performers.models import MECHANISMS
+    from performers.nn.feature_maps import ESTIMATORS
+    from performers.records import aligned, describe_environment
+    from performers.train import shipped_configs
+
     environment = describe_environment()
     rows = [
         *environment["packages"].items(),
@@ -40,6 +49,11 @@ def describe() -> str:
 
 def _chosen(is_causal: bool) -> str:
     """The backend that softmax features get when none is named, and why none of the others."""
+    import torch
+
+    from performers.backends import Call, choose_backend, refusals
+    from performers.nn import SoftmaxFeatures
+
     device = "cuda" if torch.cuda.is_available() else "cpu"
     x = torch.empty(1, 1, 1, 64, device=device)
     phi = SoftmaxFeatures(64).to(device)

@@ -9,11 +9,11 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from performers.checks import check_choice, check_count
+from performers.diagnosis.frontier import NUM_SINKS, Frontier
 from performers.functional.features import KERNELS
 from performers.functional.projections import PROJECTIONS
 from performers.functional.sharp import QUERY_RATIO
 from performers.nn.feature_maps import ESTIMATORS, KernelFeatures, SoftmaxFeatures
-from performers.nn.frontier import NUM_SINKS, Frontier
 from performers.nn.sharp import STATISTICS, SharpFeatures
 
 __all__ = ["FAVOR", "FEATURES", "SHARP", "FavorOptions"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -15,8 +14,6 @@ from performers.checks import check_choice, check_count
 __all__ = [
     "DISTRIBUTIONS",
     "PROJECTIONS",
-    "HadamardProjection",
-    "draw_hadamard_projection",
     "draw_projection",
     "walsh_hadamard_transform",
 ]
@@ -36,8 +33,8 @@ def draw_projection(
     `kind`: "iid" rows are independent. The others take the rows of random orthogonal matrices, one
     independent matrix per block of `dim` rows, which lowers the variance of every estimator
     (Theorem 2). "orthogonal" (R-ORF) draws them from the Haar measure, at no bias. "hadamard"
-    (H-ORF, see `HadamardProjection`) and "givens" (G-ORF) multiply simple random rotations; first
-    and second moments are exact, higher ones have a small bias that vanishes as `dim` grows.
+    (H-ORF) and "givens" (G-ORF) multiply simple random rotations; first and second moments are
+    exact, higher ones have a small bias that vanishes as `dim` grows.
     `distribution`: "gaussian" gives rows the length of a Gaussian vector (chi with `dim` degrees of
     freedom); "sphere" gives every row length √dim, the regularized softmax kernel SMREG.
 
@@ -148,72 +145,27 @@ def walsh_hadamard_transform(x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*
     return x / math.sqrt(dim)
 
 
-@dataclass(frozen=True)
-class HadamardProjection:
-    """ω kept as its factors, lengths times rows of H D₁ H D₂ H D₃, so that ω x needs no ω.
+def _hadamard_directions(count: int, dim: int, generator: Generator | None) -> Tensor:
+    """Rows of H D₁ H D₂ H D₃, of length 1 and as wide as the next power of two.
 
         H: Hadamard matrix, D: diagonals of random signs, one triple per block of rows
 
-    H needs a power of two. For other dims x is padded with zeros and ω lives in the padded space:
-    there its rows are orthogonal and of the stated lengths, and `dense()` is what x meets of it.
+    H needs a power of two. For other dims the rows are orthogonal before they are cut to dim.
 
     First and second moments are those of Haar rows exactly. A fourth moment is smaller than Haar's
     by a part of 8/(3·dim²) at most (4 % at dim 8, 0.07 % at dim 64), in the direction of a
     coordinate axis; below dim 8 there are too few signs for anything like a uniform direction.
 
-    Memory: O(num_projections). `project` beats the product with `dense()` from dims of about a
-    thousand on; below, fewer operations do not pay for 3·log₂ dim passes through memory.
     Source: Choromanski et al. 2021, Appendix B.2; Choromanski et al. 2017, "The Unreasonable
     Effectiveness of Structured Random Orthogonal Embeddings".
     """
-
-    signs: Float[Tensor, "blocks 3 padded_dim"]
-    lengths: Float[Tensor, "num_projections 1"]
-    dim: int
-
-    def project(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch num_projections"]:
-        """x ωᵀ.  Cost: O(num_projections · log dim) per vector."""
-        signs, lengths = self.signs.to(x), self.lengths.to(x)
-        x = torch.nn.functional.pad(x, (0, signs.shape[-1] - self.dim)).unsqueeze(-2)
-        for diagonals in signs.flip(1).unbind(1):  # the last is next to x
-            x = walsh_hadamard_transform(x * diagonals)
-        return x.flatten(-2)[..., : len(lengths)] * lengths.squeeze(1)
-
-    def dense(self) -> Float[Tensor, "num_projections dim"]:
-        """ω itself, in float32."""
-        identity = torch.eye(self.dim, dtype=torch.float64, device=self.signs.device)
-        return self.project(identity).mT.to(torch.float32)
-
-
-def draw_hadamard_projection(
-    num_projections: int,
-    dim: int,
-    distribution: str = "gaussian",
-    generator: Generator | None = None,
-) -> HadamardProjection:
-    """The ω that `draw_projection(..., kind="hadamard")` draws from this generator, as factors."""
-    check_count("num_projections", num_projections)
-    check_count("dim", dim)
-    check_choice("distribution", distribution, DISTRIBUTIONS)
-    signs = _hadamard_signs(num_projections, dim, generator)
-    lengths = _draw_lengths(num_projections, signs.shape[-1], distribution, generator)
-    return HadamardProjection(signs, lengths, dim)
-
-
-def _hadamard_signs(
-    count: int, dim: int, generator: Generator | None
-) -> Float[Tensor, "blocks 3 padded_dim"]:
-    padded_dim = 2 ** (dim - 1).bit_length()
-    return _signs((math.ceil(count / padded_dim), 3, padded_dim), generator)
-
-
-def _hadamard_directions(count: int, dim: int, generator: Generator | None) -> Tensor:
-    """Rows of length 1, as wide as the next power of two."""
-    signs = _hadamard_signs(count, dim, generator)
-    ones = torch.ones(count, 1, dtype=torch.float64, device="cpu")
-    padded_dim = signs.shape[-1]
-    identity = torch.eye(padded_dim, dtype=torch.float64, device="cpu")
-    return HadamardProjection(signs, ones, padded_dim).project(identity).mT
+    width = 2 ** (dim - 1).bit_length()
+    blocks = math.ceil(count / width)
+    signs = _signs((blocks, 3, width), generator)
+    columns = torch.eye(width, dtype=torch.float64, device="cpu").expand(blocks, -1, -1)
+    for diagonals in signs.flip(1).unbind(1):  # the last is next to what it multiplies
+        columns = walsh_hadamard_transform(columns * diagonals[:, None])
+    return columns.mT.flatten(0, 1)[:count]
 
 
 PROJECTIONS: dict[str, Callable[[int, int, Generator | None], Tensor]] = {

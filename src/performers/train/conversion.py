@@ -40,9 +40,9 @@ from performers.convert.recovery import (
     layer_errors,
     transfer_attention,
 )
-from performers.nn.frontier import Frontier, measure_frontier
+from performers.diagnosis import Frontier, measure_frontier
+from performers.records.environment import describe_environment
 from performers.train.checkpoints import write_atomically
-from performers.train.environment import describe_environment
 from performers.train.recovery import RecoveryTask, recover, recovery_task
 
 __all__ = ["REPORT", "Conversion", "ConversionConfig"]

@@ -22,6 +22,7 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
+    DataCollatorForLanguageModeling,
     PreTrainedConfig,
     PreTrainedModel,
     PrinterCallback,
@@ -36,7 +37,6 @@ from transformers.models.auto.modeling_auto import (
     MODEL_MAPPING_NAMES,
 )
 
-from performers.data.masking import NOT_SCORED
 from performers.train.checkpoints import (
     SealCheckpoints,
     last_whole_checkpoint,
@@ -70,8 +70,12 @@ class RecoveryTask:
             return [{"input_ids": row} for row in rows]
         if self.name == "causal-lm":
             return [{"input_ids": row, "labels": row} for row in rows]
-        generator = torch.Generator().manual_seed(seed)
-        return [_masked(row, tokenizer, generator) for row in rows]
+        mask = DataCollatorForLanguageModeling(tokenizer, mlm_probability=MASK_RATE, seed=seed)
+        masked = mask(list(rows))
+        return [
+            {"input_ids": hidden, "labels": labels}
+            for hidden, labels in zip(masked["input_ids"], masked["labels"], strict=True)
+        ]
 
     def loss(
         self, model: nn.Module, teacher: PreTrainedModel, batch: Mapping[str, Tensor]
@@ -242,19 +246,6 @@ class _Items(Dataset):
         row = self.rows[number % len(self.rows)]
         (item,) = self.task.examples(row[None], self.tokenizer, self.seed + number)
         return item
-
-
-def _masked(
-    row: Int[Tensor, " length"], tokenizer: Any, generator: torch.Generator
-) -> dict[str, Tensor]:
-    """BERT's masking: of 15 % of the tokens, which are the labels, 80 % hidden, 10 % replaced."""
-    choice, action = torch.rand(2, len(row), generator=generator)
-    others = torch.randint(len(tokenizer), row.shape, generator=generator)
-    special = torch.isin(row, torch.tensor(tokenizer.all_special_ids))
-    chosen = ~special & (choice < MASK_RATE)
-    hidden = row.masked_fill(chosen & (action < 0.8), tokenizer.mask_token_id)
-    hidden = torch.where(chosen & (action >= 0.9), others, hidden)
-    return {"input_ids": hidden, "labels": row.masked_fill(~chosen, NOT_SCORED)}
 
 
 def _steps_done(checkpoint: Path) -> int:

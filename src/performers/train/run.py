@@ -31,6 +31,7 @@ from transformers.integrations import TensorBoardCallback
 from performers.data.baseline import EmpiricalBaseline
 from performers.data.proteins import SPLITS, ProteinSplits, load_proteins
 from performers.data.tokens import TokenDataset
+from performers.records.environment import describe_environment
 from performers.train.attention import save_attention_maps
 from performers.train.checkpoints import (
     check_weights,
@@ -38,7 +39,6 @@ from performers.train.checkpoints import (
     write_atomically,
 )
 from performers.train.config import RunConfig
-from performers.train.environment import describe_environment
 from performers.train.tasks import TASKS, build_model, model_config
 from performers.train.trainer import TokenTrainer, train_to_the_end, training_arguments
 

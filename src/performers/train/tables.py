@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["aligned", "results_table", "scores_table"]
+from performers.records.tables import aligned
+
+__all__ = ["results_table", "scores_table"]
 
 
 def results_table(metrics: Mapping[str, Any]) -> str:
@@ -50,15 +52,3 @@ def _cells(scores: Mapping[str, float]) -> list[str]:
 
 def _number(value: object) -> str:
     return f"{value:.4f}" if isinstance(value, float) else str(value)
-
-
-def aligned(rows: Sequence[Sequence[str]], right: bool = True) -> list[str]:
-    """One line per row, in columns; all but the first are set to the right if asked."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(
-            cell.rjust(width) if right and index else cell.ljust(width)
-            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]

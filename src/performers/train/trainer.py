@@ -28,6 +28,7 @@ from transformers.integrations import TensorBoardCallback
 from transformers.utils.logging import disable_progress_bar
 
 from performers.data.masking import Collator
+from performers.records.environment import PeakMemory
 from performers.train.checkpoints import (
     SealCheckpoints,
     last_whole_checkpoint,
@@ -36,7 +37,6 @@ from performers.train.checkpoints import (
 )
 from performers.train.clock import NEVER, TrainingClock, learning_rate_factor
 from performers.train.config import RunConfig
-from performers.train.environment import PeakMemory
 from performers.train.metrics import TokenMetrics, score_tokens
 from performers.train.redraw import RedrawFeatures
 from performers.train.tasks import TASKS, Model, Task

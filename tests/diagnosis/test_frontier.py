@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from performers import SharpFeatures, favor_attention, softmax_attention
-from performers.nn.frontier import measure_frontier
+from performers.diagnosis import measure_frontier
 from performers.theory import exact_operations
 from performers.typing import Captured
 

@@ -17,6 +17,7 @@ from performers.functional.sharp import QUERY_RATIO
 from performers.functional.softmax import softmax_attention
 from performers.nn.feature_maps import SoftmaxFeatures
 from performers.nn.sharp import STATISTICS, SharpFeatures
+from performers.records import aligned
 from performers.theory.cost import exact_operations, favor_operations
 from performers.typing import Captured
 
@@ -123,7 +124,7 @@ class Frontier:
             cells[setting.num_projections] = f"{setting.error:.3f}"
         header = ["error", *(f"m = {m}" if m else "near alone" for m in columns)]
         body = [[name, *(cells.get(m, "–") for m in columns)] for name, cells in rows.items()]
-        return "\n".join([*_aligned([header, *body]), f"averaging: {self.averaging_error:.3f}"])
+        return "\n".join([*aligned([header, *body]), f"averaging: {self.averaging_error:.3f}"])
 
     def _frontier(self) -> str:
         """The settings worth having, beside exact attention."""
@@ -142,7 +143,7 @@ class Frontier:
             f"Below an error of {chosen[-1].error:.3f} no setting is cheaper than exact attention "
             f"at length {self.length}."
         )
-        return "\n".join([*_aligned(rows), last])
+        return "\n".join([*aligned(rows), last])
 
 
 @torch.no_grad()
@@ -362,14 +363,3 @@ def _seconds(calls: Sequence[Callable[[], Tensor]]) -> list[float]:
 
 def _now() -> float:
     return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(
-            cell.rjust(width) if index else cell.ljust(width)
-            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    ]

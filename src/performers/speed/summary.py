@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from performers.benchmark.timing import PARTS
+from performers.speed.timing import PARTS
 
 __all__ = ["crossover", "decoding_line", "memory_line", "model_line", "time_lines", "wins_from"]
 

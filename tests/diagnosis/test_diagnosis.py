@@ -14,8 +14,8 @@ from performers import (
     favor_attention,
     softmax_attention,
 )
+from performers.diagnosis import compare, recommendation
 from performers.functional.sharp import QUERY_RATIO
-from performers.nn.diagnosis import compare, recommendation
 
 
 def small_inputs(**options):

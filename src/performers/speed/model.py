@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from performers.benchmark.timing import PARTS, interleaved, limited_memory, peak_bytes
 from performers.models import PerformerConfig, PerformerForCausalLM, PerformerForMaskedLM
+from performers.speed.timing import PARTS, interleaved, limited_memory, peak_bytes
 
 __all__ = ["peak_of_step", "seconds_of_step"]
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from performers.train.environment import PeakMemory
+from performers.records.environment import PeakMemory
 
 __all__ = [
     "OUT_OF_MEMORY",

@@ -1,45 +1,28 @@
-"""One attention layer, in every setting of `SETTINGS`, against what one would pick instead.
-
-    exact               torch's scaled_dot_product_attention (flash attention on a GPU)
-    identity            returns V: the floor that the paper calls X
-
-and, where they are installed, against
-
-    performer-pytorch, performer-pytorch-relu
-    flash-linear-attention   its causal kernels, given plain features; on a GPU only
+"""One attention layer in every setting of `SETTINGS`, against what one would pick instead.
 
 Nothing is timed before every setting has matched its definition in float64.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import math
 from collections.abc import Callable, Sequence
-from contextlib import redirect_stdout
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
-from importlib import metadata
-from io import StringIO
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
-from performers.baselines import Identity
-from performers.benchmark.model import seconds_of_step
-from performers.benchmark.operations import Operations
-from performers.benchmark.settings import (
-    KERNELS,
-    PEER,
-    PEER_RELU,
-    SETTINGS,
-    Layer,
-    Setting,
-)
-from performers.benchmark.summary import decoding_line, memory_line, model_line, time_lines
-from performers.benchmark.timing import (
+from performers.checks import check_choice
+from performers.functional import softmax_attention
+from performers.records.environment import describe_environment
+from performers.speed.competitors import Mechanism, favor, mechanisms, versions
+from performers.speed.model import seconds_of_step
+from performers.speed.operations import Operations
+from performers.speed.plan import Plan
+from performers.speed.settings import SETTINGS
+from performers.speed.summary import decoding_line, memory_line, model_line, time_lines
+from performers.speed.timing import (
     OUT_OF_MEMORY,
     PARTS,
     TOO_SLOW,
@@ -49,19 +32,13 @@ from performers.benchmark.timing import (
     matmul_rate,
     peak_bytes,
 )
-from performers.checks import check_choice
-from performers.functional import favor_attention, softmax_attention
-from performers.nn import RandomFeatures, SoftmaxFeatures
 from performers.theory.cost import exact_operations
-from performers.train.environment import describe_environment
 from performers.typing import LinearState
 
-__all__ = ["Plan", "run"]
+__all__ = ["run"]
 
-MODULES = {PEER: "performer_pytorch", KERNELS: "fla"}
 DECODED = ("plain", "near-field")
 BURST = 20  # tokens decoded in succession
-Mechanism = Callable[..., Tensor]
 
 # A whole model, and what is put into it.
 MODEL = {
@@ -84,47 +61,6 @@ MODELS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What to measure. Where `memory_lengths`, `contexts` or `model_lengths` are empty, their part
-    is left out.
-    """
-
-    lengths: tuple[int, ...] = (256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
-    memory_lengths: tuple[int, ...] = (1024, 4096, 32768)
-    contexts: tuple[int, ...] = (1024, 32768, 1048576)
-    model_lengths: tuple[int, ...] = (4096,)
-    settings: tuple[str, ...] = tuple(SETTINGS)
-    dtypes: tuple[str, ...] = ("float32", "bfloat16")
-    batch: int = 1
-    heads: int = 8
-    dim: int = 64
-    # Of the settings that do not say how many.
-    num_projections: int = 256
-    repeats: int = 5
-    # Seconds of a step after which a mechanism is not tried at a greater length.
-    patience: float = 10.0
-    device: str = "cpu"
-    seed: int = 0
-
-    def quick(self) -> Plan:
-        """A minute or so, to see where this machine stands."""
-        return replace(
-            self,
-            lengths=(256, 1024, 4096),
-            memory_lengths=(),
-            contexts=(1024, 16384),
-            model_lengths=(),
-            dtypes=("float32",),
-            repeats=2,
-            patience=0.5,
-        )
-
-    def layer(self, setting: Setting, is_causal: bool) -> Layer:
-        count = setting.num_projections or self.num_projections
-        return Layer(self.dim, count, self.heads, is_causal, torch.device(self.device))
-
-
 def run(plan: Plan, report: Callable[[str], None]) -> dict[str, Any]:
     """All measurements of a plan, as JSON can hold them. `report` takes lines on how far it is.
 
@@ -145,9 +81,7 @@ def run(plan: Plan, report: Callable[[str], None]) -> dict[str, Any]:
         "model": {"shared": MODEL, "attention": MODELS},
         "environment": describe_environment(),
         "capability": torch.backends.cpu.get_cpu_capability(),
-        "peers": {
-            name: metadata.version(name) if _is_installed(name) else None for name in MODULES
-        },
+        "peers": versions(),
         "rates": {},
         "correctness": [],
         "time": [],
@@ -165,10 +99,10 @@ def run(plan: Plan, report: Callable[[str], None]) -> dict[str, Any]:
             for causal in (False, True):
                 for name in plan.settings:
                     result["correctness"].append(_correctness_row(plan, name, dtype, causal))
-                mechanisms = {name: make() for name, make in _mechanisms(plan, causal).items()}
+                made = {name: make() for name, make in mechanisms(plan, causal).items()}
                 slow[causal] = {}
                 for length in plan.lengths:
-                    row = _time_row(plan, mechanisms, dtype, causal, length, slow[causal])
+                    row = _time_row(plan, made, dtype, causal, length, slow[causal])
                     row["floor_seconds"] = _floors(plan, causal, length, *rates)
                     result["time"].append(row)
                     report(time_lines(row, peers))
@@ -196,68 +130,6 @@ def _description(plan: Plan, name: str) -> dict[str, Any]:
     }
 
 
-def _mechanisms(plan: Plan, causal: bool) -> dict[str, Callable[[], Mechanism]]:
-    """What is compared, by name: each is made by a call."""
-    device = torch.device(plan.device)
-    table: dict[str, Callable[[], Mechanism]] = {
-        "exact": lambda: partial(scaled_dot_product_attention, is_causal=causal),
-        "identity": lambda: partial(Identity(), is_causal=causal),
-    }
-    for name in plan.settings:
-        table[name] = partial(_favor, plan, name, causal)
-    peers = {peer for name in plan.settings for peer in SETTINGS[name].peers}
-    for peer in (PEER, PEER_RELU):
-        if peer in peers and _is_installed(PEER):
-            table[peer] = partial(_performer_pytorch, plan, causal, peer == PEER_RELU)
-    if KERNELS in peers and _is_installed(KERNELS) and causal and device.type == "cuda":
-        table[KERNELS] = lambda: partial(
-            _flash_linear_attention, SoftmaxFeatures(plan.dim, plan.num_projections).to(device)
-        )
-    return table
-
-
-def _favor(plan: Plan, name: str, causal: bool) -> Mechanism:
-    return partial(
-        favor_attention,
-        phi=_features(plan, name, causal),
-        is_causal=causal,
-        window_size=SETTINGS[name].window_size,
-    )
-
-
-def _features(plan: Plan, name: str, causal: bool) -> RandomFeatures:
-    setting = SETTINGS[name]
-    return setting.features(plan.layer(setting, causal))
-
-
-def _performer_pytorch(plan: Plan, causal: bool, is_relu: bool) -> Mechanism:
-    from performer_pytorch import FastAttention
-
-    with redirect_stdout(StringIO()):  # it says each time that it found no CUDA code
-        peer = FastAttention(
-            plan.dim, plan.num_projections, causal=causal, generalized_attention=is_relu
-        )
-    mechanism: Mechanism = peer.to(torch.device(plan.device))
-    return mechanism
-
-
-def _flash_linear_attention(
-    phi: SoftmaxFeatures, query: Tensor, key: Tensor, value: Tensor
-) -> Tensor:
-    """Causal FAVOR+ by kernels that are given its features: [batch, length, heads, m]."""
-    from fla.ops.linear_attn import chunk_linear_attn
-
-    root = math.sqrt(phi.default_scale)
-    features = phi.query_features(query.float() * root), phi.key_features(key.float() * root)
-    query, key = (part.dense().to(value.dtype).transpose(1, 2) for part in features)
-    out, _ = chunk_linear_attn(query, key, value.transpose(1, 2), scale=1.0, normalize=True)
-    return out.transpose(1, 2)
-
-
-def _is_installed(name: str) -> bool:
-    return importlib.util.find_spec(MODULES[name]) is not None
-
-
 def _inputs(plan: Plan, length: int, dtype: torch.dtype) -> list[Tensor]:
     shape = (3, plan.batch, plan.heads, length, plan.dim)
     inputs = torch.randn(shape, device=plan.device).to(dtype)
@@ -280,7 +152,7 @@ def _correctness_row(plan: Plan, name: str, dtype_name: str, causal: bool) -> di
     longest = 300 if window_size is None else 7 * window_size // 2
     length = min(max(plan.lengths), longest)
     query, key, value = (x.detach() for x in _inputs(small, length, dtype))
-    attend = _favor(small, name, causal)
+    attend = favor(small, name, causal)
     got = attend(query, key, value).double()
     want = attend(query.double(), key.double(), value.double(), backend="reference")
     error = float((got - want).norm() / want.norm())
@@ -302,7 +174,7 @@ def _correctness_row(plan: Plan, name: str, dtype_name: str, causal: bool) -> di
 
 def _time_row(
     plan: Plan,
-    mechanisms: dict[str, Mechanism],
+    made: dict[str, Mechanism],
     dtype: str,
     causal: bool,
     length: int,
@@ -315,14 +187,13 @@ def _time_row(
     device = torch.device(plan.device)
     inputs = _inputs(plan, length, getattr(torch, dtype))
     calls: dict[str, Callable[[], object]] = {}
-    for name, attend in mechanisms.items():
+    for name, attend in made.items():
         if name not in slow:
             calls[f"{name}/forward"] = partial(torch.no_grad()(attend), *inputs)
             calls[f"{name}/forward_backward"] = partial(_step, attend, inputs)
     measured = interleaved(calls, plan.repeats, device)
     seconds: dict[str, Any] = {
-        name: {part: measured.get(f"{name}/{part}", TOO_SLOW) for part in PARTS}
-        for name in mechanisms
+        name: {part: measured.get(f"{name}/{part}", TOO_SLOW) for part in PARTS} for name in made
     }
     for name, parts in seconds.items():
         both = parts["forward_backward"]
@@ -354,13 +225,13 @@ def _floors(
 
 def training_step(plan: Plan, name: str, causal: bool, length: int) -> None:
     """What the memory of one row is measured on."""
-    _step(_mechanisms(plan, causal)[name](), _inputs(plan, length, torch.float32))
+    _step(mechanisms(plan, causal)[name](), _inputs(plan, length, torch.float32))
 
 
 def _memory_row(plan: Plan, causal: bool, length: int, slow: dict[str, int]) -> dict[str, Any]:
     device = torch.device(plan.device)
     peaks: dict[str, int | str] = {}
-    for name in _mechanisms(plan, causal):
+    for name in mechanisms(plan, causal):
         peaks[name] = TOO_SLOW
         if length <= slow.get(name, length):
             peaks[name] = peak_bytes(training_step, plan, name, causal, length, device=device)
@@ -388,7 +259,7 @@ def _decoding_row(plan: Plan, context: int) -> dict[str, Any]:
     for name in DECODED:
         if name not in plan.settings:
             continue
-        attend = partial(_favor(plan, name, causal=True), return_state=True)
+        attend = partial(favor(plan, name, causal=True), return_state=True)
         state = _state_after(plan, attend, context)
         calls[name] = partial(_decode, attend, token, state)
         sizes[name] = sum(part.nbytes for part in state.parts().values())

@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import torch
 
-from performers.benchmark.operations import Operations
 from performers.nn import KernelFeatures, RandomFeatures, SharpFeatures, SoftmaxFeatures
+from performers.speed.operations import Operations
 from performers.theory.cost import favor_operations, near_pairs
 
 __all__ = ["KERNELS", "PEER", "PEER_RELU", "SETTINGS", "Layer", "Setting"]

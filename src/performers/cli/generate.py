@@ -1,0 +1,45 @@
+"""`performers generate`: proteins that a trained model makes up."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from performers.cli.errors import one_line_errors
+
+__all__ = ["generate"]
+
+
+def generate(
+    checkpoint: Annotated[Path, typer.Argument(help="A run folder or its model/ folder.")],
+    prompt: Annotated[str, typer.Option(help="The residues that every protein begins with.")] = "",
+    count: Annotated[int, typer.Option(help="How many proteins.")] = 5,
+    length: Annotated[int, typer.Option(help="Longest protein, the prompt included.")] = 256,
+    temperature: Annotated[
+        float, typer.Option(help="Below 1 the likely gets likelier; 0 always takes the likeliest.")
+    ] = 1.0,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same proteins.")] = 0,
+) -> None:
+    """Sample proteins from a causal model and print them as FASTA.
+
+    Examples:
+
+        performers generate runs/protein-clm --count 3
+
+        performers generate runs/protein-clm --prompt MKTAYIAK --temperature 0.8 > new.fasta
+    """
+    from performers.train import Generation
+
+    with one_line_errors():
+        generation = Generation.prepare(
+            checkpoint,
+            prompt=prompt,
+            count=count,
+            length=length,
+            temperature=temperature,
+            seed=seed,
+        )
+    for record in generation.run():
+        typer.echo(record)

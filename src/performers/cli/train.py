@@ -1,0 +1,85 @@
+"""`performers train`: a model, its checkpoints and its report."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from performers.cli.errors import one_line_errors, saying_how_to_resume
+
+__all__ = ["train"]
+
+
+def train(
+    config: Annotated[
+        str, typer.Argument(help="A YAML file, or the name of a shipped config (see `info`).")
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Keys of the config to set, dotted."),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder of the run; runs/CONFIG unless given.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the last whole checkpoint in the folder.")
+    ] = False,
+    if_exists: Annotated[
+        Literal["refuse", "show"],
+        typer.Option(
+            help="If the folder holds a run: refuse, or show its results (and go on with it "
+            "if it is not finished)."
+        ),
+    ] = "refuse",
+) -> None:
+    """Train a model and write a report.
+
+    Keys under `trainer` are those of transformers' TrainingArguments, keys under `model` those of
+    PerformerConfig.
+
+    Examples:
+
+        performers train demo
+
+        performers train demo model.attention=performer-softmax max_seconds=60
+
+        performers train demo trainer.bf16=true --output runs/bf16
+
+        torchrun --nproc-per-node 2 -m performers.cli train demo --output runs/two
+    """
+    from performers.train import Run, has_finished, holds_run, load_config, results_table
+
+    folder = output or Path("runs") / Path(config).stem
+    with one_line_errors():
+        if if_exists == "show" and holds_run(folder):
+            if has_finished(folder):
+                _print_results(folder)
+                return
+            resume = True
+        run = Run.prepare(load_config(config, overrides or []), folder, resume=resume)
+    again = ["performers", "train", config, *(overrides or []), "--output", str(folder)]
+    with one_line_errors((FloatingPointError,)), saying_how_to_resume(again):
+        metrics = run.train()
+    if metrics is None:  # another rank writes the report
+        return
+    from performers.viz import write_report
+
+    write_report(folder)
+    typer.echo(results_table(metrics))
+    typer.echo(f"\nReport: {folder / 'report.html'}")
+
+
+def _print_results(folder: Path) -> None:
+    """The table of a finished run, whose report is drawn if it is missing."""
+    from performers.train import results_table
+
+    report = folder / "report.html"
+    if not report.exists():
+        from performers.viz import write_report
+
+        write_report(folder)
+    typer.echo(results_table(json.loads((folder / "metrics.json").read_text(encoding="utf-8"))))
+    typer.echo(f"\nThis run is finished. Report: {report}")

@@ -1,0 +1,14 @@
+"""What a measurement writes down: on what it was made, tables, blocks of documents."""
+
+from performers.records.documents import with_block, write_block
+from performers.records.environment import PeakMemory, describe_environment
+from performers.records.tables import aligned, markdown_table
+
+__all__ = [
+    "PeakMemory",
+    "aligned",
+    "describe_environment",
+    "markdown_table",
+    "with_block",
+    "write_block",
+]

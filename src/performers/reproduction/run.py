@@ -1,0 +1,104 @@
+"""A run of an experiment: its numbers, and what is drawn and written from them alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from performers.checks import check_choice
+from performers.records import describe_environment, write_block
+from performers.reproduction.protocol import (
+    SCALES,
+    Experiment,
+    block_name,
+    load_experiment,
+)
+from performers.viz.files import save_figure
+
+__all__ = ["Reproduction"]
+
+
+@dataclass(frozen=True)
+class Reproduction:
+    """An experiment at a scale, which has passed every check; `run` does the work."""
+
+    folder: Path
+    experiment: Experiment
+    scale: str
+
+    @classmethod
+    def prepare(cls, folder: Path, scale: str) -> Reproduction:
+        """Check all that can be checked before anything runs.
+
+        Raises ValueError for unknown scales and for a folder that lacks what an experiment has,
+        ModuleNotFoundError where its module needs a package that is not installed.
+        """
+        check_choice("scale", scale, SCALES)
+        return cls(folder, load_experiment(folder), scale)
+
+    def run(self, report: Callable[[str], None]) -> list[Path]:
+        """Save the numbers as SCALE.json and draw them; returns the files that were written."""
+        config = self.experiment.CONFIGS[self.scale]
+        began = time.perf_counter()
+        results = self.experiment.run(config, report)
+        record = {
+            "experiment": self.folder.name,
+            "scale": self.scale,
+            "config": dataclasses.asdict(config),
+            "results": results,
+            "seconds": round(time.perf_counter() - began, 1),
+            "environment": describe_environment(),
+        }
+        path = self._numbers(self.scale)
+        path.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        return [path, *self.draw()]
+
+    def draw(self) -> list[Path]:
+        """Draw the saved numbers again, and renew the README; returns the files that were written.
+
+        The README shows the largest scale of which there are numbers. Raises FileNotFoundError if
+        nothing was saved at this scale.
+        """
+        record = self._read(self.scale)
+        figure = self.experiment.figure(record["config"], record["results"])
+        written = save_figure(figure, self.folder / self.scale)
+        largest = [scale for scale in SCALES if self._numbers(scale).exists()][-1]
+        readme = self.folder / "README.md"
+        write_block(readme, block_name(self.folder), self._results_text(self._read(largest)))
+        return [*written, readme]
+
+    def _numbers(self, scale: str) -> Path:
+        return self.folder / f"{scale}.json"
+
+    def _read(self, scale: str) -> dict[str, Any]:
+        path = self._numbers(scale)
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"nothing was saved at this scale: there is no {path}. "
+                f"Run it with: performers reproduce {self.folder.name} --scale {scale}"
+            )
+        return cast("dict[str, Any]", json.loads(path.read_text(encoding="utf-8")))
+
+    def _results_text(self, record: dict[str, Any]) -> str:
+        scale, environment = record["scale"], record["environment"]
+        config = ", ".join(
+            f"{key} = {', '.join(map(str, value)) if isinstance(value, list) else value}"
+            for key, value in record["config"].items()
+        )
+        packages = environment["packages"]
+        made_with = (
+            f"Made by `performers reproduce {self.folder.name} --scale {scale}` in "
+            f"{record['seconds']:.0f} s on {environment['processor']} "
+            f"({environment['threads']} of {environment['cores']} cores), "
+            f"performers {packages['performers']}, torch {packages['torch']}, "
+            f"Python {environment['python']}. {config}."
+        )
+        at_scale = "" if scale == "paper" else f"**Not at the paper's scale**, but `{scale}`.\n\n"
+        picture = f"![The figure at scale {scale}]({scale}.png)"
+        summary = self.experiment.summary(record["config"], record["results"]).strip()
+        return f"{at_scale}{summary}\n\n{picture}\n\n{made_with}"
