@@ -2,7 +2,7 @@
 
 An architecture that asks transformers' AttentionInterface hands queries, keys and values to the
 function that its configuration names, and a mask made by the function registered beside it. Here
-these are `favor` and `favor_mask`. All that depends on transformers' version is in this file.
+these are `favor` and `favor_mask`. Which modules ask it is in `performers.convert.sites`.
 
     model = AutoModel.from_pretrained(path, attn_implementation="favor")
     model.set_attn_implementation("favor")
