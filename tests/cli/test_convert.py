@@ -24,7 +24,7 @@ from typer.testing import CliRunner
 
 from performers import load_linearized
 from performers.cli import app
-from performers.train import conversion, recovery
+from performers.train import conversion_run, fine_tuning
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "to", "be", "or", "not", "that", "is"]
 SIZES = {
@@ -149,7 +149,7 @@ def test_the_layer_that_costs_most_stays_exact_and_the_config_names_the_others(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(conversion, "recover", interrupt)
+        patch.setattr(conversion_run, "fine_tune", interrupt)
         assert run(folder, "--output", parts, *options).exit_code == 130
     assert run(folder, "--output", parts, *options, "--resume").exit_code == 0
     record["seconds"] = 0
@@ -194,16 +194,16 @@ def test_an_interrupted_conversion_goes_on_to_the_same_end(
         raise KeyboardInterrupt
 
     def interrupt_after(*arguments, **names):
-        recovery.recover(*arguments, **names)
+        fine_tuning.fine_tune(*arguments, **names)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         if stop_at == "transfer":
-            patch.setattr(conversion, "transfer_attention", interrupt)
+            patch.setattr(conversion_run, "transfer_attention", interrupt)
         elif stop_at == "fine-tuning":
-            patch.setattr(recovery, "StopWhenDiverged", StopInStepFour)
+            patch.setattr(fine_tuning, "StopWhenDiverged", StopInStepFour)
         else:
-            patch.setattr(conversion, "recover", interrupt_after)
+            patch.setattr(conversion_run, "fine_tune", interrupt_after)
         result = run(folder, "--output", parts, *options)
     assert result.exit_code == 130, result.output
     assert "--resume" in result.stderr
@@ -215,13 +215,13 @@ def test_an_interrupted_conversion_goes_on_to_the_same_end(
     checkpoints = list((parts / "checkpoints" / "fine-tuning").glob("*/whole.json"))
     assert max((int(path.parent.name[11:]) for path in checkpoints), default=0) == last
     steps = []
-    compute_loss = recovery.RecoveryTrainer.compute_loss
+    compute_loss = fine_tuning.FineTuningTrainer.compute_loss
 
     def count(*arguments, **names):
         steps.append(1)
         return compute_loss(*arguments, **names)
 
-    monkeypatch.setattr(recovery.RecoveryTrainer, "compute_loss", count)
+    monkeypatch.setattr(fine_tuning.FineTuningTrainer, "compute_loss", count)
     result = run(folder, "--output", parts, *options, "--resume")
     assert result.exit_code == 0, result.output
     assert len(steps) == 5 - last
@@ -231,10 +231,10 @@ def test_an_interrupted_conversion_goes_on_to_the_same_end(
 
 
 def test_choices_that_a_started_conversion_did_not_know_are_the_defaults():
-    config = conversion.ConversionConfig(model="path", text="book.txt", steps=7)
+    config = conversion_run.ConversionConfig(model="path", text="book.txt", steps=7)
     written = config.to_dict()
     del written["exact_layers"], written["options"]["window_size"]
-    assert conversion.ConversionConfig.from_dict(written) == config
+    assert conversion_run.ConversionConfig.from_dict(written) == config
 
 
 class StopInStepFour(TrainerCallback):
@@ -301,7 +301,7 @@ def test_force_writes_over_a_conversion(saved, text, tmp_path):
 
 def test_masks_hide_ordinary_tokens_and_are_a_function_of_the_seed(saved):
     tokenizer = AutoTokenizer.from_pretrained(saved(BertForMaskedLM(BertConfig(**SIZES))))
-    task = recovery.recovery_task(BertConfig(architectures=["BertForMaskedLM"]))
+    task = fine_tuning.fine_tuning_task(BertConfig(architectures=["BertForMaskedLM"]))
     rows = torch.tensor([[2, *[5, 6, 7] * 997, *[3] * 31]])
     first, again, other = (task.examples(rows, tokenizer, seed)[0] for seed in (0, 0, 1))
     assert torch.equal(first["input_ids"], again["input_ids"])

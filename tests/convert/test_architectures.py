@@ -3,16 +3,10 @@
 What is checked is said in the survey, which tries all the others too.
 """
 
-import importlib.util
 import json
-from pathlib import Path
 
 import pytest
-
-SCRIPT = Path(__file__).parents[2] / "docs" / "survey_architectures.py"
-specification = importlib.util.spec_from_file_location("survey_architectures", SCRIPT)
-survey = importlib.util.module_from_spec(specification)
-specification.loader.exec_module(survey)
+import survey_architectures as survey
 
 PAIRS = "attends with a mask of pairs of its own (an indexer, or a mask that depends on the input)"
 REFUSED = {

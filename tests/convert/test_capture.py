@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from performers.convert import capture_attention, read_captured
+from performers.convert.plain_attention import OTHER_ATTENTION
 from performers.functional import softmax_attention
 
 WORDS = 97
@@ -53,10 +54,12 @@ def tokens(model: transformers.PreTrainedModel) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("name", MODELS)
 def test_capturing_leaves_the_model_as_it_was(name):
     model = MODELS[name]().train()
+    next(model.children()).eval()
+    modes = [module.training for module in model.modules()]
     model.set_attn_implementation("sdpa")
     inputs = tokens(model)
     capture_attention(model, **inputs)
-    assert model.training
+    assert [module.training for module in model.modules()] == modes
     assert model.config._attn_implementation == "sdpa"
 
 
@@ -104,7 +107,7 @@ def test_grouped_queries_and_cross_attention_keep_their_shapes():
     [
         (
             lambda: T5Model(T5Config(vocab_size=WORDS, d_model=32, d_kv=8, d_ff=48, num_layers=1)),
-            "SelfAttention attends with position_bias, which is not softmax",
+            r"SelfAttention attends with a bias for each pair of positions \(position_bias=\)",
         ),
         (
             lambda: MistralModel(
@@ -124,6 +127,14 @@ def test_attention_of_another_kind_is_refused_by_name(model, words):
     with pytest.raises(ValueError, match=words):
         capture_attention(model, **tokens(model))
     assert model.config._attn_implementation == before
+
+
+@pytest.mark.parametrize("word", OTHER_ATTENTION)
+def test_no_argument_that_makes_attention_another_function_is_ignored(word):
+    model = MODELS["Llama"]()  # passes on to its attention what it does not know
+    words = rf"layers\.0\.self_attn attends with {OTHER_ATTENTION[word].what} \({word}=\), which"
+    with pytest.raises(ValueError, match=words):
+        capture_attention(model, **tokens(model), **{word: torch.ones(2)})
 
 
 def test_padding_is_refused():

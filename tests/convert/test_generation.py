@@ -26,8 +26,7 @@ from transformers import (
 )
 
 from performers import FavorCache, FavorOptions, calibrate, linearize, restore
-from performers.convert.cache import FavorMemory
-from performers.convert.interface import PREPARE_CACHE
+from performers.convert.cache import PREPARE_CACHE, FavorMemory
 from performers.convert.linearize import converted_layers
 
 LENGTH, NEW = 11, 13

@@ -47,7 +47,8 @@ from transformers import (
 
 import performers
 from performers.convert import FavorOptions, layer
-from performers.convert.interface import attention_modules, is_cross_attention
+from performers.convert.plain_attention import OTHER_ATTENTION
+from performers.convert.sites import Sites, is_cross_attention
 from performers.functional import softmax_attention
 
 
@@ -184,9 +185,9 @@ CROSS = {
 @pytest.mark.parametrize("name", CROSS)
 def test_cross_attention_is_known_by_what_its_module_says(name):
     build, pattern = CROSS[name]
-    modules = attention_modules(build())
-    cross = {name for name, module in modules.items() if is_cross_attention(module)}
-    assert cross == {name for name in modules if re.fullmatch(pattern, name)} != set()
+    sites = Sites.of(build())
+    cross = {site.name for site in sites if is_cross_attention(site.module)}
+    assert cross == {site.name for site in sites if re.fullmatch(pattern, site.name)} != set()
 
 
 def test_a_window_never_applies_between_two_sequences(exact_estimates):
@@ -412,6 +413,16 @@ def test_attention_of_another_kind_is_refused_by_name(model, words, tmp_path):
     model = AutoModel.from_pretrained(tmp_path, attn_implementation="favor")
     with pytest.raises(ValueError, match=words):
         model(**inputs_for(model))
+
+
+@pytest.mark.usefixtures("without_shape_checks")
+@pytest.mark.parametrize("word", OTHER_ATTENTION)
+def test_no_argument_that_makes_attention_another_function_is_ignored(word):
+    model = llama()  # passes on to its attention what it does not know
+    model.set_attn_implementation("favor")
+    words = f"LlamaAttention of layer 0 attends with {OTHER_ATTENTION[word].what} ({word}=)"
+    with pytest.raises(ValueError, match=re.escape(words)):
+        model(**inputs_for(model), **{word: torch.ones(2)})
 
 
 def test_a_window_longer_than_the_input_is_no_window(exact_estimates):

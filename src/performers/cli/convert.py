@@ -109,7 +109,7 @@ def convert(
 
         performers convert path/to/model --data book.txt --output converted --resume
     """
-    from performers.train.conversion import Conversion, ConversionConfig
+    from performers.train.conversion_run import Conversion, ConversionConfig
 
     with one_line_errors():
         measured = {"features": features, "window_size": window, "num_projections": num_projections}

@@ -1,10 +1,17 @@
 """Pretrained Transformers: what their attention layers compute with, and FAVOR+ in their place."""
 
+from performers.convert.attention_transfer import (
+    averaging_errors,
+    exact_copy,
+    layer_errors,
+    transfer_attention,
+)
 from performers.convert.cache import FavorCache
 from performers.convert.calibration import calibrate
 from performers.convert.capture import capture_attention, capture_text, read_captured
 from performers.convert.interface import register
 from performers.convert.linearize import linearize, load_linearized, restore
+from performers.convert.mixed import choose_layers, layer_costs
 from performers.convert.options import FavorOptions
 from performers.typing import Captured
 
@@ -12,12 +19,18 @@ __all__ = [
     "Captured",
     "FavorCache",
     "FavorOptions",
+    "averaging_errors",
     "calibrate",
     "capture_attention",
     "capture_text",
+    "choose_layers",
+    "exact_copy",
+    "layer_costs",
+    "layer_errors",
     "linearize",
     "load_linearized",
     "read_captured",
     "register",
     "restore",
+    "transfer_attention",
 ]

@@ -9,11 +9,13 @@ with its own name on them:
 
 from __future__ import annotations
 
+import inspect
+from types import MethodType
 from typing import Any
 
 from jaxtyping import Bool, Float
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedConfig
+from transformers import DynamicCache, EncoderDecoderCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from performers.convert.layer import FavorLayer
@@ -21,7 +23,16 @@ from performers.convert.options import FavorOptions
 from performers.models.memory import LinearMemory
 from performers.typing import FeatureMap
 
-__all__ = ["FavorCache", "FavorMemory", "memory_of"]
+__all__ = [
+    "PREPARE_CACHE",
+    "FavorCache",
+    "FavorMemory",
+    "generate_in_constant_memory",
+    "memory_of",
+]
+
+# Of models that generate: a method that puts a cache into the arguments of their calls.
+PREPARE_CACHE = "_prepare_cache_for_generation"
 
 # Kinds of memory that keep keys and values and nothing else.
 KEYS_AND_VALUES = (DynamicLayer, DynamicSlidingWindowLayer)
@@ -48,6 +59,7 @@ class FavorCache(Cache):
         layers = DynamicCache(config=config).layers
         for number, layer in enumerate(layers):
             has_state = options.converts(number, kinds) and number not in options.exact_heads
+            # Not isinstance: classes that derive from these keep more, or in another form.
             if type(layer) in KEYS_AND_VALUES and has_state:
                 layers[number] = FavorMemory(number)
         super().__init__(layers=layers)
@@ -119,3 +131,33 @@ def memory_of(key: Tensor) -> FavorMemory | None:
     """The memory that these keys come from, if they come from one."""
     memory: FavorMemory | None = getattr(key, "favor_memory", None)
     return memory
+
+
+def generate_in_constant_memory(model: PreTrainedModel) -> None:
+    """Let `model.generate` make a `FavorCache` where it makes a DynamicCache of its own accord.
+
+    It does so in a private method of transformers. Where there is none, or one with other
+    arguments, nothing changes: the model then keeps all keys and writes the same, only slower.
+    """
+    method = getattr(type(model), PREPARE_CACHE, None)
+    known = ["self", "generation_config", "model_kwargs"]
+    if method is not None and list(inspect.signature(method).parameters)[: len(known)] == known:
+        setattr(model, PREPARE_CACHE, MethodType(_prepare_cache, model))
+
+
+def _prepare_cache(
+    model: PreTrainedModel, generation_config: Any, model_kwargs: dict[str, Any], *args: Any
+) -> None:
+    name = "past_key_values"
+    is_given = model_kwargs.get(name) is not None
+    getattr(type(model), PREPARE_CACHE)(model, generation_config, model_kwargs, *args)
+    made = model_kwargs.get(name)
+    if is_given or made is None:
+        return
+    # Not isinstance: a class that derives from DynamicCache was asked for, or keeps more.
+    if isinstance(made, EncoderDecoderCache):
+        # The keys of cross-attention are those of the input, whose number does not grow.
+        if type(made.self_attention_cache) is DynamicCache:
+            made.self_attention_cache = FavorCache(model.config)
+    elif type(made) is DynamicCache:
+        model_kwargs[name] = FavorCache(model.config)

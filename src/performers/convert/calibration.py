@@ -12,15 +12,11 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
-from performers.convert.interface import (
-    attend_exactly,
-    attention_modules,
-    favor_mask,
-    keys_seen,
-    switch,
-)
-from performers.convert.linearize import converted_layers, options_of
+from performers.convert.interface import attend_exactly, favor_mask, keys_seen
+from performers.convert.linearize import options_of
+from performers.convert.modes import evaluating
 from performers.convert.options import FAVOR, SHARP
+from performers.convert.sites import Site, Sites
 from performers.functional.favor import without_sinks
 from performers.nn.sharp import SharpFeatures
 
@@ -57,21 +53,22 @@ def calibrate(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]]) -
                 "batches must be keyword arguments of the model, such as a tokenizer returns: got "
                 f"{type(batch).__name__}."
             )
-    learners = _Learners(model)
-    modes = [(module, module.training) for module in model.modules()]
+    sites = Sites.of(model)
+    learners = _Learners(sites)
     token = _learners.set(learners)
-    try:
-        switch(model.eval(), CALIBRATE)
-        for batch in given:
-            model(**batch)
-    finally:
-        switch(model, FAVOR)
-        for module, training in modes:
-            module.training = training
-        _learners.reset(token)
+    with evaluating(model):
+        try:
+            # Its masks are those of FAVOR+, so what the layers learn from is what they will get.
+            sites.switch(CALIBRATE)
+            for batch in given:
+                model(**batch)
+        finally:
+            sites.switch(FAVOR)
+            _learners.reset(token)
     learners.check()
-    for name, layer in converted_layers(model).items():
-        layer.attach(learners.feature_maps[name])
+    # Only now, so that an error above leaves the model as it was.
+    for site, layer in learners.layers.items():
+        layer.attach(learners.feature_maps[site])
         layer.is_calibrated = True
     return model
 
@@ -79,42 +76,41 @@ def calibrate(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]]) -
 class _Learners:
     """New feature maps for the converted layers of a model, while they learn."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.layers = converted_layers(model)
-        modules = attention_modules(model)
-        self.names = {modules[name]: name for name in self.layers}
-        self.feature_maps: dict[str, SharpFeatures] = {}
+    def __init__(self, sites: Sites) -> None:
+        self.layers = sites.layers
+        self.sites = {site.module: site for site in self.layers}
+        self.feature_maps: dict[Site, SharpFeatures] = {}
 
     def learn(
-        self, name: str, query: Tensor, key: Tensor, mask: Tensor | None, scale: float
+        self, site: Site, query: Tensor, key: Tensor, mask: Tensor | None, scale: float
     ) -> None:
-        if name not in self.feature_maps:
-            phi = self.layers[name].new_feature_map(query.shape[-1], key.shape[1])
+        layer = self.layers[site]
+        if site not in self.feature_maps:
+            phi = layer.new_feature_map(query.shape[-1], key.shape[1])
             assert isinstance(phi, SharpFeatures), "others have nothing to calibrate"
-            self.feature_maps[name] = phi.to(query.device)
-        layer = self.layers[name]
+            self.feature_maps[site] = phi.to(query.device)
         if layer.options.num_sinks and not layer.is_cross:
             mask = without_sinks(key, mask, layer.options.num_sinks)
         try:
-            self.feature_maps[name].calibrate(query, key, mask, scale)
+            self.feature_maps[site].calibrate(query, key, mask, scale)
         except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
+            raise ValueError(f"{site.name}: {error}") from error
 
     def check(self) -> None:
-        """Whether every layer has seen enough."""
-        for name, layer in self.layers.items():
-            if name not in self.feature_maps:
+        """Raises ValueError where a layer has not seen enough."""
+        for site, layer in self.layers.items():
+            if site not in self.feature_maps:
                 raise ValueError(
-                    f"calibration needs inputs that reach every converted layer: {name} was not "
-                    f"called. Give all inputs of the model, or convert other layers than "
+                    f"calibration needs inputs that reach every converted layer: {site.name} was "
+                    f"not called. Give all inputs of the model, or convert other layers than "
                     f"{layer.number}."
                 )
-            phi = self.feature_maps[name]
+            phi = self.feature_maps[site]
             seen = min(int(phi.get_buffer(f"{side}_count").min()) for side in ("query", "key"))
             if seen < phi.dim:
                 raise ValueError(
                     f"calibration needs at least {phi.dim} positions, the dim of a head, and "
-                    f"better thousands: {name} saw {seen}. Give more or longer inputs."
+                    f"better thousands: {site.name} saw {seen}. Give more or longer inputs."
                 )
 
 
@@ -134,10 +130,11 @@ def _calibrate(
 ) -> tuple[Float[Tensor, "batch query_length heads value_dim"], None]:
     options["is_causal"] = is_causal
     learners = _learners.get()
-    if module in learners.names:
+    site = learners.sites.get(module)
+    if site is not None:
         mask = keys_seen(module, key, attention_mask, **options).key_padding_mask
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        learners.learn(learners.names[module], query, key, mask, scale)
+        learners.learn(site, query, key, mask, scale)
     out = attend_exactly(module, query, key, value, attention_mask, scaling, **options)
     return out.transpose(1, 2).contiguous(), None
 

@@ -19,15 +19,14 @@ from transformers import AttentionInterface, AutoConfig, AutoModel, AutoTokenize
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from performers.convert.modes import evaluating
+from performers.convert.plain_attention import other_attention
 from performers.typing import Captured
 
 __all__ = ["capture_attention", "capture_text", "read_captured", "text_windows"]
 
 # The name of the function below among transformers' attention functions.
 CAPTURE = "performers_capture"
-
-# Arguments that make attention another function than softmax(scale · QKᵀ) V.
-NOT_PLAIN = ("position_bias", "s_aux", "softcap")
 
 
 def capture_attention(model: PreTrainedModel, **inputs: Tensor) -> list[Captured]:
@@ -38,17 +37,16 @@ def capture_attention(model: PreTrainedModel, **inputs: Tensor) -> list[Captured
     Raises ValueError for models that do not ask the AttentionInterface, and for layers whose
     attention is not softmax(scale · QKᵀ) V: position biases, soft caps, windows, packed sequences.
     """
-    before, was_training = model.config._attn_implementation, model.training
+    before = model.config._attn_implementation
     names = {module: name for name, module in model.named_modules()}
     calls: list[Captured] = []
     token = _calls.set((names, calls))
     try:
         model.set_attn_implementation(CAPTURE)
-        with torch.no_grad():
-            model.eval()(**inputs)
+        with torch.no_grad(), evaluating(model):
+            model(**inputs)
     finally:
         model.set_attn_implementation(before)
-        model.train(was_training)
         _calls.reset(token)
     if not calls:
         raise ValueError(
@@ -139,7 +137,7 @@ def _capture(
 ) -> tuple[Tensor, Tensor | None]:
     names, calls = _calls.get()
     name = names.get(module, type(module).__name__)
-    given = [word for word in NOT_PLAIN if options.get(word) is not None]
+    given = other_attention(options)
     if attention_mask is not None:
         given.append("a mask (of padding, a window shorter than the input, or packed sequences)")
     if given:

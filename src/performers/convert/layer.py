@@ -94,7 +94,10 @@ class FavorLayer(nn.Module):
         near_field = self.options.near_field()
         if self.is_cross or (not is_causal and query_length != key_length):
             near_field = {}  # between two sequences there is no distance
-        is_last = is_causal and query_length == 1 and not near_field  # it sees every key
+        # One query, the last, sees every key: the same in both directions, without a scan.
+        is_last = is_causal and query_length == 1 and not near_field
+        # Causal attention pairs query i with key i. Without a state of what came before, earlier
+        # queries are made up and their outputs cut off: it costs as much as the whole sequence.
         if is_causal and not is_last and query_length < key_length:
             query = F.pad(query, (0, 0, key_length - query_length, 0))
         out = favor_attention(
@@ -120,6 +123,7 @@ class FavorLayer(nn.Module):
                 key_padding_mask=key_padding_mask,
                 scale=scale,
             )
+            # φ has numbers for every head, so all are estimated and these replaced.
             out = out.index_copy(1, torch.tensor(heads, device=out.device), exact)
         return out[:, :, out.shape[2] - query_length :]
 
@@ -160,6 +164,7 @@ class FavorLayer(nn.Module):
         self, query: Tensor, *, is_causal: bool
     ) -> SharpFeatures | SoftmaxFeatures | KernelFeatures:
         """φ for attention of this kind, made if there is none for heads of this dim."""
+        # `head_dim` may have guessed wrong. What was calibrated has seen the true dim.
         if self.feature_map is None or (
             self.feature_map.dim != query.shape[-1] and not self.is_calibrated
         ):
@@ -182,6 +187,7 @@ class FavorLayer(nn.Module):
             and self.options.statistics is None
             and not self.is_calibrated
         ):
+            # Said anew in each call: one layer may attend in both directions, one after the other.
             phi.statistics = "calibrated" if is_causal or self.is_cross else "call"
         return phi
 

@@ -18,26 +18,16 @@ from pathlib import Path
 from types import MethodType
 from typing import Any
 
-import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
-from performers.convert.interface import (
-    PREPARE_CACHE,
-    attention_configs,
-    attention_modules,
-    check_convertible,
-    favor_layer,
-    generate_in_constant_memory,
-    head_dim,
-    is_converted,
-    layer_numbers,
-    switch,
-)
+from performers.convert.cache import PREPARE_CACHE, generate_in_constant_memory
+from performers.convert.interface import favor_layer
 from performers.convert.layer import FavorLayer
 from performers.convert.options import FAVOR, FavorOptions
+from performers.convert.sites import Sites, check_convertible, head_dim, is_converted
 
 __all__ = ["converted_layers", "linearize", "load_linearized", "options_of", "restore"]
 
@@ -66,50 +56,18 @@ def linearize(model: PreTrainedModel, options: FavorOptions | None = None) -> Pr
     Raises ValueError, before the model is touched, for architectures and options that do not fit;
     what only a call shows, such as a soft cap, is refused by name then.
     """
-    options = FavorOptions() if options is None else options
-    check_convertible(model, options)
-    if options_of(model) == options:
-        return model
-    restore(model)
-    setattr(
-        model,
-        BEFORE,
-        [(config, config._attn_implementation) for config in attention_configs(model)],
-    )
-    try:
-        switch(model, FAVOR)
-    except ValueError:
-        restore(model)
-        raise
-    # Trainers save by this method too; it also writes what was learned.
-    model.save_pretrained = MethodType(_save_pretrained, model)
-    generate_in_constant_memory(model)
-    _write(model, options, tensors=None)
-    numbers = layer_numbers(model)
-    for name, module in attention_modules(model).items():
-        layer = None
-        if is_converted(module, options, numbers[name]):
-            layer = favor_layer(module, options)
-            dim, device = head_dim(module), _device(module)
-            if dim is not None and device.type != "meta":
-                layer.prepare(dim, device)
-        setattr(module, FAVOR, layer)
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(
+            f"a model of transformers is converted, got {type(model).__name__}. Of a wrapped model "
+            "pass the one inside, such as peft_model.get_base_model()."
+        )
+    _linearize(Sites.of(model), FavorOptions() if options is None else options)
     return model
 
 
 def restore(model: PreTrainedModel) -> PreTrainedModel:
     """Undo `linearize`, in place; returns the model. An exact model stays as it is."""
-    for module in attention_modules(model).values():
-        if hasattr(module, FAVOR):
-            delattr(module, FAVOR)
-    for config in attention_configs(model):
-        vars(config).pop(FAVOR, None)
-    for method in ("save_pretrained", PREPARE_CACHE):
-        vars(model).pop(method, None)
-    for config, implementation in vars(model).pop(BEFORE, []):
-        config._attn_implementation_internal = implementation
-    if model.config._attn_implementation == FAVOR:  # switched without linearize
-        switch(model, model.get_correct_attn_implementation(None))
+    _restore(Sites.of(model))
     return model
 
 
@@ -129,10 +87,11 @@ def load_linearized(auto_class: Any, path: str | Path, **options: Any) -> PreTra
             f"the model at {path} was not converted: its config has no {FAVOR!r}. Load it with "
             f"{auto_class.__name__}.from_pretrained and convert it with performers.linearize."
         )
-    linearize(model, FavorOptions.from_dict(written["options"]))
+    sites = Sites.of(model)
+    _linearize(sites, FavorOptions.from_dict(written["options"]))
     if written["tensors"]:
         where = {word: options[word] for word in HUB_OPTIONS if word in options}
-        _place(model, load_file(cached_file(path, written["tensors"], **where)))
+        _place(sites, load_file(cached_file(path, written["tensors"], **where)))
     return model
 
 
@@ -145,20 +104,64 @@ def options_of(model: PreTrainedModel) -> FavorOptions | None:
 
 def converted_layers(model: PreTrainedModel) -> dict[str, FavorLayer]:
     """The converted layers of a model, by the names of their attention modules."""
-    layers = {
-        name: getattr(module, FAVOR, None) for name, module in attention_modules(model).items()
-    }
-    return {name: layer for name, layer in layers.items() if layer is not None}
+    return {site.name: layer for site, layer in Sites.of(model).layers.items()}
+
+
+def _linearize(sites: Sites, options: FavorOptions) -> None:
+    model = sites.model
+    check_convertible(sites, options)
+    if options_of(model) == options:
+        return
+    _restore(sites)
+    # Of the model that was restored, so that the implementation before is never FAVOR+ itself.
+    before = [(config, config._attn_implementation) for config in sites.configs]
+    setattr(model, BEFORE, before)
+    try:
+        sites.switch(FAVOR)
+    except ValueError:
+        _restore(sites)
+        raise
+    # Trainers save by this method too; it also writes what was learned.
+    model.save_pretrained = MethodType(_save_pretrained, model)
+    generate_in_constant_memory(model)
+    _write(sites, options, tensors=None)
+    for site in sites:
+        layer = None
+        if is_converted(site.module, options, site.number):
+            layer = favor_layer(site.module, options)
+            dim = head_dim(site.module)
+            # Drawn now where it can be, so that the model can be compiled at once; weights on the
+            # meta device lie nowhere yet, and their first call draws.
+            if dim is not None and site.device.type != "meta":
+                layer.prepare(dim, site.device)
+        setattr(site.module, FAVOR, layer)
+
+
+def _restore(sites: Sites) -> None:
+    model = sites.model
+    for site in sites:
+        if hasattr(site.module, FAVOR):
+            delattr(site.module, FAVOR)
+    for config in sites.configs:
+        vars(config).pop(FAVOR, None)
+    for method in ("save_pretrained", PREPARE_CACHE):
+        vars(model).pop(method, None)
+    for config, implementation in vars(model).pop(BEFORE, []):
+        # The public setter would set the parts of this configuration too, which may differ.
+        config._attn_implementation_internal = implementation
+    if model.config._attn_implementation == FAVOR:  # switched without linearize
+        sites.switch(model.get_correct_attn_implementation(None))
 
 
 def _save_pretrained(
     model: PreTrainedModel, save_directory: str | Path, *args: Any, **options: Any
 ) -> None:
     """`save_pretrained`, and beside the weights what the feature maps have learned, if anything."""
-    tensors = _learned(model)
+    sites = Sites.of(model)
+    tensors = _learned(sites)
     chosen = options_of(model)
     assert chosen is not None, "only converted models have this method"
-    _write(model, chosen, tensors=TENSORS if tensors else None)
+    _write(sites, chosen, tensors=TENSORS if tensors else None)
     if tensors and options.get("is_main_process", True):
         # Before the rest, which may end with an upload of the folder.
         Path(save_directory).mkdir(parents=True, exist_ok=True)
@@ -166,46 +169,41 @@ def _save_pretrained(
     type(model).save_pretrained(model, save_directory, *args, **options)
 
 
-def _write(model: PreTrainedModel, options: FavorOptions, tensors: str | None) -> None:
+def _write(sites: Sites, options: FavorOptions, tensors: str | None) -> None:
     """Say in the configuration how the model was converted, for every part that attends."""
-    for config in attention_configs(model):
+    for config in sites.configs:
         written = {"options": options.to_dict(), "tensors": tensors, "note": NOTE}
         setattr(config, FAVOR, written)
 
 
-def _learned(model: PreTrainedModel) -> dict[str, Tensor]:
+def _learned(sites: Sites) -> dict[str, Tensor]:
     """Buffers of the feature maps that are no longer what their options make them."""
     tensors = {}
-    for name, layer in converted_layers(model).items():
+    for site, layer in sites.layers.items():
         phi = layer.feature_map
         if phi is not None and (layer.is_calibrated or phi.num_redraws > 0):
             for part, buffer in phi.named_buffers():
-                tensors[f"{_base_name(model, name)}.{part}"] = buffer.contiguous()
+                tensors[f"{_base_name(sites.model, site.name)}.{part}"] = buffer.contiguous()
     return tensors
 
 
-def _place(model: PreTrainedModel, tensors: dict[str, Tensor]) -> None:
+def _place(sites: Sites, tensors: dict[str, Tensor]) -> None:
     """Give the layers of a model what `_learned` took from it."""
     parts: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for name, tensor in tensors.items():
         layer_name, _, part = name.rpartition(".")
         parts[layer_name][part] = tensor
-    modules = attention_modules(model)
-    for name, layer in converted_layers(model).items():
-        buffers = parts.pop(_base_name(model, name), None)
+    for site, layer in sites.layers.items():
+        buffers = parts.pop(_base_name(sites.model, site.name), None)
         if buffers is not None:
-            layer.load(buffers, _device(modules[name]))
+            layer.load(buffers, site.device)
     if parts:
         raise ValueError(
-            f"{TENSORS} has layers that {type(model).__name__} has not: {', '.join(sorted(parts))}."
-            " Load it with the class that it was saved from."
+            f"{TENSORS} has layers that {type(sites.model).__name__} has not: "
+            f"{', '.join(sorted(parts))}. Load it with the class that it was saved from."
         )
 
 
 def _base_name(model: PreTrainedModel, name: str) -> str:
     """The name of a module in the model without its head, which AutoModel loads."""
     return name.removeprefix(f"{model.base_model_prefix}.")
-
-
-def _device(module: nn.Module) -> torch.device:
-    return next(module.parameters()).device

@@ -18,10 +18,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from performers.checks import check_count
-from performers.convert.interface import attention_modules, layer_numbers
-from performers.convert.linearize import converted_layers
+from performers.convert.modes import evaluating
 from performers.convert.options import FAVOR
-from performers.convert.recovery import evaluating
+from performers.convert.sites import Sites
 
 __all__ = ["choose_layers", "layer_costs"]
 
@@ -41,7 +40,7 @@ def layer_costs(
 
     Raises ValueError for a model without converted layers and for no batches.
     """
-    layers = converted_layers(model)
+    layers = Sites.of(model).layers
     if not layers:
         raise ValueError(
             "costs are those of converted layers, and this model is exact. Convert it with "
@@ -49,11 +48,11 @@ def layer_costs(
         )
     if not batches:
         raise ValueError("costs are measured on at least one batch of inputs, got none.")
-    modules, numbers = attention_modules(model), layer_numbers(model)
 
     def outputs(converted: int | None) -> Iterator[Float[Tensor, "positions width"]]:
-        for name, layer in layers.items():
-            setattr(modules[name], FAVOR, layer if numbers[name] == converted else None)
+        for site, layer in layers.items():
+            # None attends exactly, with the masks of converted layers: no switch, no other masks.
+            setattr(site.module, FAVOR, layer if site.number == converted else None)
         for batch in batches:
             yield _output(model, batch)
 
@@ -62,15 +61,15 @@ def layer_costs(
         try:
             exact = list(outputs(converted=None))
             whole = sum(float(x.square().sum()) for x in exact)
-            for number in sorted({numbers[name] for name in layers}):
+            for number in sorted({site.number for site in layers}):
                 wrong = sum(
                     float((x - y).square().sum())
                     for x, y in zip(outputs(converted=number), exact, strict=True)
                 )
                 costs[number] = math.sqrt(wrong / whole)
         finally:
-            for name, layer in layers.items():
-                setattr(modules[name], FAVOR, layer)
+            for site, layer in layers.items():
+                setattr(site.module, FAVOR, layer)
     return costs
 
 

@@ -1,12 +1,17 @@
-"""Training on proteins with transformers' Trainer: what `performers train` does, from Python."""
+"""Training with transformers' Trainer: what `performers train` does on proteins, and `performers
+convert` with a pretrained model, from Python.
+"""
 
 from performers.train.config import DataConfig, RunConfig, load_config, shipped_configs
+from performers.train.conversion_run import Conversion, ConversionConfig
 from performers.train.evaluate import Evaluation
 from performers.train.generate import Generation
 from performers.train.run import Run, has_finished, holds_run
 from performers.train.tables import results_table, scores_table
 
 __all__ = [
+    "Conversion",
+    "ConversionConfig",
     "DataConfig",
     "Evaluation",
     "Generation",

@@ -19,7 +19,6 @@ import copy
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -27,13 +26,14 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from performers.convert.interface import attention_configs, attention_modules
 from performers.convert.layer import FavorLayer
 from performers.convert.linearize import converted_layers, options_of
+from performers.convert.modes import evaluating
 from performers.convert.options import FAVOR
+from performers.convert.sites import Sites
 from performers.functional.softmax import softmax_attention
 
-__all__ = ["averaging_errors", "evaluating", "exact_copy", "layer_errors", "transfer_attention"]
+__all__ = ["averaging_errors", "exact_copy", "layer_errors", "transfer_attention"]
 
 Batch = Mapping[str, Tensor]
 
@@ -49,9 +49,13 @@ def exact_copy(model: PreTrainedModel) -> PreTrainedModel:
             "performers.linearize(model, FavorOptions(...))."
         )
     teacher = copy.deepcopy(model).eval().requires_grad_(False)
-    for module in attention_modules(teacher).values():
-        setattr(module, FAVOR, None)
-    for config in attention_configs(teacher):
+    sites = Sites.of(teacher)
+    # It is still switched to FAVOR+, with no layer in the place: so its attention is exact and gets
+    # the masks that converted layers get, which are then called with the same arguments.
+    for site in sites:
+        setattr(site.module, FAVOR, None)
+    for config in sites.configs:
+        # A cache would be among those arguments, and already hold the keys of the call.
         if hasattr(config, "use_cache"):
             config.use_cache = False
     return teacher
@@ -74,10 +78,9 @@ def averaging_errors(
     model: PreTrainedModel, teacher: PreTrainedModel, batches: Iterable[Batch]
 ) -> dict[str, float]:
     """`layer_errors` of averaging the visible values, what no estimate should be worse than."""
-    modules = attention_modules(teacher)
     layers = {}
     for name, layer in converted_layers(model).items():
-        layers[name] = copy.deepcopy(modules[name])
+        layers[name] = copy.deepcopy(teacher.get_submodule(name))
         setattr(layers[name], FAVOR, _Averaging(layer.options, layer.number))
     return _errors(layers, teacher, batches)
 
@@ -109,6 +112,7 @@ def transfer_attention(
             losses = []
             for call in _attention_calls(teacher, layers, batch):
                 square, whole = call.compare(layers[call.name])
+                # Each layer by its own size: outputs of layers differ by orders of magnitude.
                 losses.append(square / whole)
             loss = torch.stack(losses).mean()
             if not loss.isfinite():
@@ -123,18 +127,6 @@ def transfer_attention(
                 report(step + 1, float(loss.detach()))
     optimizer.zero_grad()
     return model
-
-
-@contextmanager
-def evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """Without dropout; every module is in its mode again afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 class _Averaging(FavorLayer):
@@ -165,7 +157,7 @@ class _Call(NamedTuple):
     is_real: Bool[Tensor, "batch length"]
 
     def compare(self, module: nn.Module) -> tuple[Tensor, Tensor]:
-        """‖out − exact‖² of another module, given the same, and ‖exact‖²."""
+        """‖out − exact‖² of another module, given the same, and ‖exact‖², in float32."""
         out = _output(module(*self.arguments, **self.options))[self.is_real]
         return (out - self.exact).float().square().sum(), self.exact.float().square().sum()
 
@@ -173,6 +165,8 @@ class _Call(NamedTuple):
 def _attention_calls(
     teacher: PreTrainedModel, names: Iterable[str], batch: Batch
 ) -> Iterator[_Call]:
+    # The inputs of all these layers are kept until the batch is done, as a forward pass with
+    # gradients keeps them.
     calls: list[_Call] = []
     mask = batch.get("attention_mask")
 
@@ -189,9 +183,9 @@ def _attention_calls(
 
         return keep
 
-    modules = attention_modules(teacher)
     handles = [
-        modules[name].register_forward_hook(keeper(name), with_kwargs=True) for name in names
+        teacher.get_submodule(name).register_forward_hook(keeper(name), with_kwargs=True)
+        for name in names
     ]
     try:
         with torch.no_grad():
@@ -220,5 +214,4 @@ def _errors(
 
 
 def _converted_modules(model: PreTrainedModel) -> dict[str, nn.Module]:
-    modules = attention_modules(model)
-    return {name: modules[name] for name in converted_layers(model)}
+    return {site.name: site.module for site in Sites.of(model).layers}

@@ -1,4 +1,4 @@
-"""Fine-tuning a converted model until it does again what the exact one did.
+"""Fine-tuning: all weights of a converted model learn to do again what the exact one did.
 
 Language models learn from their own task. An encoder has none: it learns the last hidden states of
 the exact model.
@@ -37,6 +37,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_MAPPING_NAMES,
 )
 
+from performers.convert.modes import evaluating
 from performers.train.checkpoints import (
     SealCheckpoints,
     last_whole_checkpoint,
@@ -45,13 +46,13 @@ from performers.train.checkpoints import (
 from performers.train.clock import TrainingClock
 from performers.train.trainer import ProgressLine, StopWhenDiverged
 
-__all__ = ["RecoveryTask", "recover", "recovery_task"]
+__all__ = ["FineTuningTask", "fine_tune", "fine_tuning_task"]
 
 MASK_RATE = 0.15
 
 
 @dataclass(frozen=True)
-class RecoveryTask:
+class FineTuningTask:
     """What a model does, how it is loaded for that, and what tells how well it does it.
 
     `measure`: the name of `quality`. An encoder's sentence embedding is the mean of its last hidden
@@ -97,29 +98,27 @@ class RecoveryTask:
         batches: Sequence[Mapping[str, Tensor]],
     ) -> float:
         """The mean of `measure` over batches of `examples`."""
-        was_training = model.training
-        model.eval()
         found = []
-        for batch in batches:
-            inputs = {name: x.to(model.device) for name, x in batch.items()}
-            if self.name == "encoder":
-                pair = [one(**inputs).last_hidden_state.mean(dim=1) for one in (model, teacher)]
-                found.append(float(F.cosine_similarity(*pair).mean()))
-            else:
-                found.append(float(self.loss(model, teacher, inputs)))
-        model.train(was_training)
+        with evaluating(model):
+            for batch in batches:
+                inputs = {name: x.to(model.device) for name, x in batch.items()}
+                if self.name == "encoder":
+                    pair = [one(**inputs).last_hidden_state.mean(dim=1) for one in (model, teacher)]
+                    found.append(float(F.cosine_similarity(*pair).mean()))
+                else:
+                    found.append(float(self.loss(model, teacher, inputs)))
         return sum(found) / len(found)
 
 
-ENCODER = RecoveryTask("encoder", AutoModel, "cosine to the exact embedding")
+ENCODER = FineTuningTask("encoder", AutoModel, "cosine to the exact embedding")
 TASKS_OF = {
-    RecoveryTask("causal-lm", AutoModelForCausalLM, "loss"): MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    RecoveryTask("masked-lm", AutoModelForMaskedLM, "loss"): MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    FineTuningTask("causal-lm", AutoModelForCausalLM, "loss"): MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    FineTuningTask("masked-lm", AutoModelForMaskedLM, "loss"): MODEL_FOR_MASKED_LM_MAPPING_NAMES,
     ENCODER: MODEL_MAPPING_NAMES,
 }
 
 
-def recovery_task(config: PreTrainedConfig) -> RecoveryTask:
+def fine_tuning_task(config: PreTrainedConfig) -> FineTuningTask:
     """What a saved model does, by the class that its config names.
 
     Raises ValueError for encoder-decoders and for other heads.
@@ -136,10 +135,10 @@ def recovery_task(config: PreTrainedConfig) -> RecoveryTask:
     )
 
 
-def recover(
+def fine_tune(
     model: PreTrainedModel,
     teacher: PreTrainedModel,
-    task: RecoveryTask,
+    task: FineTuningTask,
     rows: Int[Tensor, "sequences length"],
     tokenizer: Any,
     folder: Path,
@@ -172,7 +171,7 @@ def recover(
     remove_fragments(folder)
     checkpoint = last_whole_checkpoint(folder)
     clock = TrainingClock()
-    trainer = RecoveryTrainer(
+    trainer = FineTuningTrainer(
         model=trained,
         args=TrainingArguments(
             output_dir=str(folder),
@@ -210,10 +209,10 @@ def recover(
     return (trained.merge_and_unload() if lora_rank else trained).eval()
 
 
-class RecoveryTrainer(Trainer):
-    """A Trainer with the loss of a `RecoveryTask`."""
+class FineTuningTrainer(Trainer):
+    """A Trainer with the loss of a `FineTuningTask`."""
 
-    task: RecoveryTask
+    task: FineTuningTask
     teacher: PreTrainedModel
 
     def compute_loss(
@@ -234,7 +233,7 @@ class _Items(Dataset):
     """
 
     def __init__(
-        self, task: RecoveryTask, rows: Tensor, tokenizer: Any, count: int, seed: int
+        self, task: FineTuningTask, rows: Tensor, tokenizer: Any, count: int, seed: int
     ) -> None:
         self.task, self.rows, self.tokenizer = task, rows, tokenizer
         self.count, self.seed = count, seed

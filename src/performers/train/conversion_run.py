@@ -1,4 +1,4 @@
-"""A conversion: a pretrained model becomes one that attends by FAVOR+, and recovers what that cost.
+"""A conversion from end to end: a pretrained model attends by FAVOR+, and recovers what that cost.
 
     read text ─► choose a setting, then layers ─► calibrate ─► attention transfer ─► fine-tuning
       ─► save
@@ -29,21 +29,21 @@ from torch.utils.data import default_collate
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from performers.checks import check_count
-from performers.convert.calibration import calibrate
-from performers.convert.capture import capture_attention, text_windows
-from performers.convert.linearize import linearize, load_linearized
-from performers.convert.mixed import choose_layers, layer_costs
-from performers.convert.options import SHARP, FavorOptions
-from performers.convert.recovery import (
+from performers.convert.attention_transfer import (
     averaging_errors,
     exact_copy,
     layer_errors,
     transfer_attention,
 )
+from performers.convert.calibration import calibrate
+from performers.convert.capture import capture_attention, text_windows
+from performers.convert.linearize import linearize, load_linearized
+from performers.convert.mixed import choose_layers, layer_costs
+from performers.convert.options import SHARP, FavorOptions
 from performers.diagnosis import Frontier, measure_frontier
 from performers.records.environment import describe_environment
 from performers.train.checkpoints import write_atomically
-from performers.train.recovery import RecoveryTask, recover, recovery_task
+from performers.train.fine_tuning import FineTuningTask, fine_tune, fine_tuning_task
 
 __all__ = ["REPORT", "Conversion", "ConversionConfig"]
 
@@ -128,7 +128,7 @@ class Conversion:
 
     config: ConversionConfig
     output: Path
-    task: RecoveryTask
+    task: FineTuningTask
     tokenizer: Any
     train: Int[Tensor, "sequences length"]
     held_out: Int[Tensor, "held_out length"]
@@ -148,7 +148,7 @@ class Conversion:
         _check_output(config, output, resume, force)
         text = Path(config.text).read_text(encoding="utf-8")
         model = AutoConfig.from_pretrained(config.model)
-        task = recovery_task(model)
+        task = fine_tuning_task(model)
         tokenizer = AutoTokenizer.from_pretrained(config.model)
         longest = getattr(model, "max_position_embeddings", None) or tokenizer.model_max_length
         if config.length > min(longest, tokenizer.model_max_length):
@@ -201,7 +201,7 @@ class Conversion:
             write_atomically(found, _json(record))
         if self.config.steps:
             began = time.perf_counter()
-            model = recover(
+            model = fine_tune(
                 model,
                 teacher,
                 self.task,

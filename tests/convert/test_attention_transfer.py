@@ -7,13 +7,13 @@ import torch
 from tiny_models import bart, bert, gpt2, inputs_for, llama, outputs_of
 
 from performers import FavorOptions, calibrate, linearize
-from performers.convert.linearize import converted_layers
-from performers.convert.recovery import (
+from performers.convert.attention_transfer import (
     averaging_errors,
     exact_copy,
     layer_errors,
     transfer_attention,
 )
+from performers.convert.linearize import converted_layers
 
 SMALL = FavorOptions(num_projections=11, window_size=0)
 MODELS = {"BERT": bert, "GPT-2": gpt2, "Llama": llama, "BART": bart}

@@ -1,7 +1,7 @@
 """Try the conversion on every architecture of transformers, tiny and with random weights.
 
-python docs/survey_architectures.py            # all of them
-python docs/survey_architectures.py bert vit   # some; the others stay in the page as they are
+python tests/survey_architectures.py            # all of them
+python tests/survey_architectures.py bert vit   # some; the others stay as they are
 
 A model works if all of this holds, on padded inputs where it takes text:
 
@@ -11,7 +11,8 @@ A model works if all of this holds, on padded inputs where it takes text:
     saved and loaded with attn_implementation="favor", it gives the same numbers, bit by bit; or, if
     it cannot be loaded so, it does when it is switched after loading, and the page says so
 
-What does not run, or does not come back from disk, with exact attention is not tried.
+What does not run, or does not come back from disk, with exact attention is not tried. What comes of
+it goes to architectures.json, and from there into docs/conversion.md.
 """
 
 import json
@@ -32,11 +33,11 @@ from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 from transformers.utils import logging
 
 import performers.convert.layer
-from performers.convert.interface import attention_modules
+from performers.convert.sites import Sites
 from performers.functional import softmax_attention
 from performers.records import write_block
 
-DOCUMENT = Path(__file__).with_name("conversion.md")
+DOCUMENT = Path(__file__).parents[1] / "docs" / "conversion.md"
 RESULTS = Path(__file__).with_name("architectures.json")
 BLOCK = "architectures"
 
@@ -130,7 +131,7 @@ def run(name: str) -> dict[str, str]:
             failed = {"result": "not tried", "reason": one_line(error)}
     else:
         return failed
-    if not attention_modules(model):  # transformers only warns, and the model stays as it is
+    if not Sites.of(model).found:  # transformers only warns, and the model stays as it is
         return {"result": "refused", "reason": OWN}
     try:
         with at_most(SECONDS):
