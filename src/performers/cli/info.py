@@ -7,7 +7,8 @@ import torch
 from performers.backends import BACKENDS, choose_backend, refusals
 from performers.functional.projections import DISTRIBUTIONS, PROJECTIONS
 from performers.models import MECHANISMS
-from performers.nn.feature_maps import ESTIMATORS, SoftmaxFeatures
+from performers.nn import SoftmaxFeatures
+from performers.nn.estimators import ESTIMATORS
 from performers.train import shipped_configs
 from performers.train.environment import describe_environment
 from performers.train.tables import aligned

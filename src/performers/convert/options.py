@@ -12,7 +12,8 @@ from performers.checks import check_choice, check_count
 from performers.functional.features import KERNELS
 from performers.functional.projections import PROJECTIONS
 from performers.functional.sharp import QUERY_RATIO
-from performers.nn.feature_maps import ESTIMATORS, KernelFeatures, SoftmaxFeatures
+from performers.nn.estimators import ESTIMATORS
+from performers.nn.feature_maps import KernelFeatures, SoftmaxFeatures
 from performers.nn.frontier import NUM_SINKS, Frontier
 from performers.nn.sharp import STATISTICS, SharpFeatures
 
@@ -81,7 +82,10 @@ class FavorOptions:
                     f"statistics are learned by features={SHARP!r} alone, got "
                     f"features={self.features!r} with statistics={self.statistics!r}."
                 )
-        can_be_near = self.features not in KERNELS and self.features != "trigonometric"
+        estimator = ESTIMATORS.get(self.features)
+        can_be_near = self.features == SHARP or (
+            estimator is not None and estimator.side is not None
+        )
         if self.window_size is None:
             object.__setattr__(self, "window_size", WINDOW_SIZE if can_be_near else 0)
         elif self.window_size != 0:

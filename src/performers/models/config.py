@@ -13,7 +13,7 @@ from performers.checks import check_choice, check_count
 from performers.functional.projections import DISTRIBUTIONS, PROJECTIONS
 from performers.models.mechanisms import MECHANISMS
 from performers.models.positions import POSITIONS
-from performers.nn.feature_maps import ESTIMATORS
+from performers.nn.estimators import ESTIMATORS
 
 __all__ = ["SIZES", "PerformerConfig"]
 
@@ -161,7 +161,7 @@ class PerformerConfig(PreTrainedConfig):
             self._check_sharp()
         if self.window_size is not None:
             check_count("window_size", self.window_size)
-            if self.attention not in ESTIMATES_OF_SOFTMAX or self.estimator == "trigonometric":
+            if self.attention not in ESTIMATES_OF_SOFTMAX or not ESTIMATORS[self.estimator].side:
                 raise ValueError(
                     "window_size puts exact softmax scores beside estimated ones: it needs "
                     f"attention in {ESTIMATES_OF_SOFTMAX} with a positive estimator, got "

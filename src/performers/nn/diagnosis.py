@@ -16,15 +16,10 @@ from torch import Tensor
 from performers.checks import check_attention_inputs, check_count
 from performers.functional.favor import favor_attention
 from performers.functional.sharp import QUERY_RATIO, ReparametrizedFeatures
+from performers.nn.estimators import ESTIMATORS
 from performers.nn.feature_maps import SoftmaxFeatures
 from performers.nn.sharp import SharpFeatures
-from performers.theory import (
-    log_joint_moment_hyperbolic,
-    log_joint_moment_optimal,
-    log_joint_moment_positive,
-    log_joint_moment_trigonometric,
-    mse_attention,
-)
+from performers.theory import log_joint_moment_optimal, mse_attention
 from performers.typing import FeatureMap
 
 __all__ = ["COMPARED", "Diagnosis", "HeadDiagnosis", "compare", "diagnose", "recommendation"]
@@ -41,8 +36,9 @@ class HeadDiagnosis:
 
     observed_error:     with the feature map as it is, its own ω.
     expected_error:     the root of the closed form `theory.mse_attention` for independent ω. As
-                        large as 1 or larger it only says that m is far too small. None for
-                        distribution "sphere", which has no such form.
+                        large as 1 or larger it only says that m is far too small. None where
+                        there is no such form: for distribution "sphere", and for estimators
+                        without a joint moment.
     uniform_error:      of averaging the visible values, what no estimate should be worse than.
     effective_features: (Σ_m u_m)² / Σ_m u_m², u_m the part of feature m in a query's normalizer:
                         how many features of the m carry the estimate. Keys in a window do not
@@ -173,8 +169,7 @@ def diagnose(
     per_head: dict[str, list[Any]] = {
         name: over_batch([numbers[name] for numbers in by_sequence]) for name in by_sequence[0]
     }
-    if phi.distribution != "gaussian":
-        per_head["expected_error"] = [None] * query.shape[1]
+    per_head.setdefault("expected_error", [None] * query.shape[1])
     if target_error is not None:
         per_head["predicted_projections"] = [
             None if error is None else phi.num_projections * (error / target_error) ** 2
@@ -347,7 +342,7 @@ class _Sequence:
         )
 
     def numbers(self, phi: SoftmaxFeatures | SharpFeatures) -> dict[str, Tensor]:
-        """The fields of `HeadDiagnosis` that need no search for m."""
+        """The fields of `HeadDiagnosis` that need no search for m, as far as there are any."""
         fitted = phi.fitted(
             self.query, self.key, self.mask, scale=self.scale, is_streaming=self.is_causal
         )
@@ -362,9 +357,8 @@ class _Sequence:
         squares = (x.square().sum(dim=-1).mean(dim=-1) for x in (mapped_query, mapped_key))
         product = (mapped_query.mean(dim=1) * mapped_key.mean(dim=1)).sum(dim=-1)
         count = self.visible.sum(dim=1, keepdim=True).clamp(min=1)
-        return {
+        found = {
             "observed_error": self.observed_error(phi),
-            "expected_error": self._expected_error(phi, fitted, mapped_query, mapped_key),
             "uniform_error": self._relative_error(self.visible.double() / count @ self.real_value),
             "effective_features": self._effective_features(fitted, query, key),
             "query_norm": query_norm.mean(dim=1),
@@ -373,6 +367,9 @@ class _Sequence:
             "largest_key_norm": key_norm.amax(dim=1),
             "mean_square_sum": sum(squares) + 2 * product,
         }
+        if _has_closed_form(phi):
+            found["expected_error"] = self._expected_error(phi, fitted, mapped_query, mapped_key)
+        return found
 
     def observed_error(self, phi: SoftmaxFeatures | SharpFeatures) -> Float[Tensor, " heads"]:
         """The relative error of attention with these features."""
@@ -425,7 +422,9 @@ class _Sequence:
             repeats = len(query) // len(exponent)
             return log_joint_moment_optimal(query, key, exponent.repeat_interleave(repeats, dim=0))
         assert isinstance(phi, SoftmaxFeatures), "sharp features are fitted to a reparametrization"
-        return JOINT_MOMENTS[phi.estimator](query, key)
+        log_joint_moment = ESTIMATORS[phi.estimator].log_joint_moment
+        assert log_joint_moment is not None, "`_has_closed_form` was asked"
+        return log_joint_moment(query, key)
 
     def _effective_features(
         self,
@@ -472,11 +471,12 @@ class _Sequence:
         return _ratio((out - exact).flatten(1).norm(dim=1), exact.flatten(1).norm(dim=1))
 
 
-JOINT_MOMENTS = {
-    "positive": log_joint_moment_positive,
-    "hyperbolic": log_joint_moment_hyperbolic,
-    "trigonometric": log_joint_moment_trigonometric,
-}
+def _has_closed_form(phi: SoftmaxFeatures | SharpFeatures) -> bool:
+    """Whether the error of attention with these features is known without trying."""
+    has_moment = (
+        isinstance(phi, SharpFeatures) or ESTIMATORS[phi.estimator].log_joint_moment is not None
+    )
+    return has_moment and phi.distribution == "gaussian"
 
 
 def _with_projections(
