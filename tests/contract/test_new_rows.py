@@ -1,4 +1,4 @@
-"""A new estimator or kernel is one row, and the contract holds it to what the row says."""
+"""A new estimator, kernel or mechanism is one row, and the contract holds it to what is said."""
 
 import inspect
 import itertools
@@ -8,10 +8,13 @@ from collections.abc import Callable
 import pytest
 import torch
 from contract import test_mechanisms as contract
-from torch import Tensor
+from torch import Tensor, nn
 
 from performers import KernelFeatures, SoftmaxFeatures, diagnose, favor_attention
 from performers.kernels import KERNELS, Kernel
+from performers.models import MECHANISMS, PerformerConfig, PerformerForCausalLM
+from performers.models.mechanisms import Mechanism
+from performers.models.memory import KeysAndValues
 from performers.nn import RandomFeatures
 from performers.nn.estimators import ESTIMATORS, Estimator
 from performers.typing import Features
@@ -38,18 +41,25 @@ def kernelized(dim: int, num_projections: int) -> KernelFeatures:
     return KernelFeatures(dim, num_projections, fn="toy")
 
 
-def hold_to_contract(feature_map: Callable[[int, int], RandomFeatures]) -> None:
+def hold_to_contract(build: Callable[[int], Callable[..., Tensor]]) -> None:
     """Every test of the contract, for attention that averages: one shape, in both directions."""
     tests = [test for name, test in vars(contract).items() if name.startswith("test_")]
     assert tests
-    given = {"dtype": torch.float32, "shape": [2, 3, 13, 5, 7], "group": 2}
-    for backend, is_causal in itertools.product(("reference", "chunked", None), (False, True)):
-        attend = contract._favor(feature_map, backend=backend)
-        given["mechanism"] = contract.Mechanism(attend, is_average=True)
-        for test in tests:
-            once = test.hypothesis.inner_test  # for these arguments alone
-            names = inspect.signature(once).parameters
-            once(**{name: (given | {"is_causal": is_causal})[name] for name in names})
+    given = {
+        "mechanism": contract.Mechanism(build, is_average=True),
+        "dtype": torch.float32,
+        "shape": [2, 3, 13, 5, 7],
+        "group": 2,
+    }
+    for test, is_causal in itertools.product(tests, (False, True)):
+        once = test.hypothesis.inner_test  # for these arguments alone
+        names = inspect.signature(once).parameters
+        once(**{name: (given | {"is_causal": is_causal})[name] for name in names})
+
+
+def hold_features_to_contract(feature_map: Callable[[int, int], RandomFeatures]) -> None:
+    for backend in ("reference", "chunked", None):
+        hold_to_contract(contract._favor(feature_map, backend=backend))
 
 
 def assert_attends_as_defined(phi: RandomFeatures) -> None:
@@ -68,7 +78,7 @@ def assert_attends_as_defined(phi: RandomFeatures) -> None:
 
 def test_an_estimator_of_one_function_and_one_row_attends_both_ways_and_is_diagnosed(monkeypatch):
     monkeypatch.setitem(ESTIMATORS, "toy", Estimator(exponentials, is_nonnegative=True))
-    hold_to_contract(estimated)
+    hold_features_to_contract(estimated)
     phi = estimated(5, 1009)
     assert_attends_as_defined(phi)
     tensors = torch.randn(3, 1, 2, 13, 5).unbind()
@@ -84,14 +94,14 @@ def test_an_estimator_of_one_function_and_one_row_attends_both_ways_and_is_diagn
 
 def test_a_kernel_of_one_row_attends_both_ways(monkeypatch):
     monkeypatch.setitem(KERNELS, "toy", Kernel(torch.square, is_nonnegative=True))
-    hold_to_contract(kernelized)
+    hold_features_to_contract(kernelized)
     assert_attends_as_defined(kernelized(5, 11))
 
 
 def test_a_wrong_estimator_breaks_the_contract(monkeypatch):
     monkeypatch.setitem(ESTIMATORS, "toy", Estimator(of_all_positions, is_nonnegative=True))
     with pytest.raises(AssertionError):
-        hold_to_contract(estimated)
+        hold_features_to_contract(estimated)
 
 
 @pytest.mark.parametrize(
@@ -105,4 +115,58 @@ def test_a_wrong_estimator_breaks_the_contract(monkeypatch):
 def test_a_wrong_kernel_breaks_the_contract(monkeypatch, row):
     monkeypatch.setitem(KERNELS, "toy", row)
     with pytest.raises(AssertionError):
-        hold_to_contract(kernelized)
+        hold_features_to_contract(kernelized)
+
+
+class Averages(nn.Module):
+    """The mean of the visible values."""
+
+    def __init__(self, obeys: tuple[str, ...] = ("is_causal", "key_padding_mask")) -> None:
+        super().__init__()
+        self.obeys = obeys
+
+    def forward(self, query, key, value, *, is_causal=False, key_padding_mask=None) -> Tensor:
+        visible = value.new_ones(query.shape[2], key.shape[2])
+        if is_causal and "is_causal" in self.obeys:
+            visible = visible.tril()
+        if key_padding_mask is not None and "key_padding_mask" in self.obeys:
+            visible = visible * key_padding_mask[:, None, None]
+            value = value.masked_fill(~key_padding_mask[:, None, :, None], 0)
+        value = value.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+        return visible @ value / visible.sum(dim=-1, keepdim=True).clamp(min=1)
+
+
+def built(dim: int) -> Callable[..., Tensor]:
+    """The mechanism of the row "toy", with the arguments of the contract."""
+    config = PerformerConfig(attention="toy", hidden_size=8 * dim, position="learned")
+    mechanism = MECHANISMS[config.attention].build(config, 0)
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, *masks: object) -> Tensor:
+        given = dict(zip(("is_causal", "key_padding_mask"), masks, strict=False))
+        return mechanism(query, key, value, **given)
+
+    return attend
+
+
+def test_a_mechanism_of_one_row_attends_both_ways_and_generates(monkeypatch):
+    row = Mechanism(lambda config, layer: Averages(), memory=KeysAndValues)
+    monkeypatch.setitem(MECHANISMS, "toy", row)
+    hold_to_contract(built)
+    config = PerformerConfig(
+        attention="toy", hidden_size=24, num_attention_heads=3, num_hidden_layers=2
+    )
+    model, prompt = PerformerForCausalLM(config).eval(), torch.randint(1, 31, (2, 5))
+    written, again = (
+        model.generate(prompt, do_sample=False, max_new_tokens=7, use_cache=cache)
+        for cache in (True, False)
+    )
+    assert written.shape == (2, 12)
+    assert torch.equal(written, again)
+
+
+@pytest.mark.parametrize("obeyed", ["is_causal", "key_padding_mask"])
+def test_a_wrong_mechanism_breaks_the_contract(monkeypatch, obeyed):
+    row = Mechanism(lambda config, layer: Averages((obeyed,)), memory=KeysAndValues)
+    monkeypatch.setitem(MECHANISMS, "toy", row)
+    with pytest.raises(AssertionError):
+        hold_to_contract(built)

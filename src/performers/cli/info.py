@@ -8,7 +8,7 @@ from performers.backends import BACKENDS, choose_backend, refusals
 from performers.functional.projections import DISTRIBUTIONS, PROJECTIONS
 from performers.models import MECHANISMS
 from performers.nn import SoftmaxFeatures
-from performers.nn.estimators import ESTIMATORS
+from performers.nn.words import FEATURES
 from performers.train import shipped_configs
 from performers.train.environment import describe_environment
 from performers.train.tables import aligned
@@ -29,7 +29,7 @@ def describe() -> str:
         ("  bidirectional", _chosen(is_causal=False)),
         ("  causal", _chosen(is_causal=True)),
         ("attention", ", ".join(MECHANISMS)),
-        ("estimators", ", ".join(ESTIMATORS)),
+        ("features", ", ".join(FEATURES)),
         ("projections", ", ".join(PROJECTIONS)),
         ("distributions", ", ".join(DISTRIBUTIONS)),
         ("", ""),

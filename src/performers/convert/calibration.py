@@ -20,9 +20,10 @@ from performers.convert.interface import (
     switch,
 )
 from performers.convert.linearize import converted_layers, options_of
-from performers.convert.options import FAVOR, SHARP
+from performers.convert.options import FAVOR
 from performers.functional.favor import without_sinks
 from performers.nn.sharp import SharpFeatures
+from performers.nn.words import SHARP
 
 __all__ = ["calibrate"]
 

@@ -33,7 +33,7 @@ from performers.convert.calibration import calibrate
 from performers.convert.capture import capture_attention, text_windows
 from performers.convert.linearize import linearize, load_linearized
 from performers.convert.mixed import choose_layers, layer_costs
-from performers.convert.options import SHARP, FavorOptions
+from performers.convert.options import FavorOptions
 from performers.convert.recovery import (
     averaging_errors,
     exact_copy,
@@ -41,6 +41,7 @@ from performers.convert.recovery import (
     transfer_attention,
 )
 from performers.nn.frontier import Frontier, measure_frontier
+from performers.nn.words import SHARP
 from performers.train.checkpoints import write_atomically
 from performers.train.environment import describe_environment
 from performers.train.recovery import RecoveryTask, recover, recovery_task
