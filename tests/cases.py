@@ -9,8 +9,7 @@ from torch import Tensor
 
 from performers.functional import KERNELS
 from performers.nn import KernelFeatures, RandomFeatures, SoftmaxFeatures
-
-ESTIMATORS = ("positive", "hyperbolic", "trigonometric")
+from performers.nn.estimators import ESTIMATORS
 
 # Every kind of `Features`, for a dim and a number of projections.
 FEATURE_MAPS: dict[str, Callable[[int, int], RandomFeatures]] = {

@@ -63,7 +63,7 @@ def variants(config: Config) -> dict[str, dict[str, Any]]:
         "FAVOR+": {},
         "FAVOR+, iid": {"projection": "iid"},
         "SMREG": {"distribution": "sphere"},
-        "trigonometric": {"estimator": "trigonometric"},
+        "trigonometric": {"attention": "performer-trigonometric"},
         "FAVOR+ with a window": {"window_size": config.window},
     }
 
@@ -131,7 +131,7 @@ def _errors(
     for name, variant in variants(config).items():
         propagated[name] = []
         for draw in range(config.draws):
-            fields = model_fields(config, {"attention": "performer-softmax", **variant})
+            fields = model_fields(config, {"attention": "performer-positive", **variant})
             performer = books.build_model(fields, config.seed + draw).eval()
             transfer_weights(exact, performer)
             propagated[name].append(_compare(_outputs(performer, tokens), reference))

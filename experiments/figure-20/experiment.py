@@ -85,7 +85,7 @@ def run(config: Config, report: Callable[[str], None]) -> dict[str, Any]:
             if not slow:
                 model = {
                     **SIZES[config.size],
-                    "attention": "performer-softmax",
+                    "attention": "performer-positive",
                     "num_hidden_layers": count,
                     "vocab_size": 256,
                     "num_projections": config.num_projections,

@@ -17,7 +17,7 @@ from performers.viz.figures import BASELINE_COLOR, COLORS, STYLE
 
 MECHANISMS = {
     "exact": ("Transformer", COLORS[1], "-"),
-    "performer-softmax": ("Performer", COLORS[0], "-"),
+    "performer-positive": ("Performer", COLORS[0], "-"),
     "identity": ("X (OPT)", BASELINE_COLOR, "--"),
 }
 
@@ -138,7 +138,7 @@ def summary(config: dict[str, Any], results: dict[str, Any]) -> str:
             if entry["size"] == size:
                 both = {n: p["forward_backward"] for n, p in entry["seconds"].items()}
                 cells = [x if isinstance(x, str) else f"{x['median']:.3g}" for x in both.values()]
-                ours = both["performer-softmax"]
+                ours = both["performer-positive"]
                 for other in ("exact", "identity"):
                     known = not isinstance(ours, str) and not isinstance(both[other], str)
                     cells.append(f"{ours['median'] / both[other]['median']:.2f}" if known else "")
@@ -154,7 +154,7 @@ def summary(config: dict[str, Any], results: dict[str, Any]) -> str:
 
 
 def _memory_line(entry: dict[str, Any]) -> str:
-    sizes = [entry["bytes"].get(name, "") for name in ("performer-softmax", "identity", "exact")]
+    sizes = [entry["bytes"].get(name, "") for name in ("performer-positive", "identity", "exact")]
     ours, floor, exact = (
         f"{size / 2**20:,.0f} MiB" if isinstance(size, int) else size for size in sizes
     )

@@ -62,12 +62,12 @@ TRANSFORMER, CONTROL = "Transformer", "exact attention, trained on"
 
 def fine_tuned(config: Config) -> dict[str, dict[str, Any]]:
     """What the weights go into, by its name."""
-    favor = {"attention": "performer-softmax"}
+    favor = {"attention": "performer-positive"}
     return {
         CONTROL: {"attention": "exact"},
         "FAVOR+": favor,
         "sharp": {"attention": "performer-sharp"},
-        "trigonometric": {**favor, "estimator": "trigonometric"},
+        "trigonometric": {"attention": "performer-trigonometric"},
         "FAVOR+ with a window": {**favor, "window_size": config.window},
     }
 

@@ -54,7 +54,7 @@ SMOKE = replace(
 )  # fmt: skip
 CONFIGS = {"smoke": SMOKE, "reduced": REDUCED, "paper": PAPER}
 
-FAVOR = {"attention": "performer-softmax"}
+FAVOR = {"attention": "performer-positive"}
 # Fields of the model, and whether ω is redrawn while it trains.
 MECHANISMS: dict[str, tuple[dict[str, Any], bool]] = {
     "Transformer": ({"attention": "exact"}, False),

@@ -175,7 +175,7 @@ def check_near_field(
         raise ValueError(
             "window_size= puts exact softmax scores beside the features' estimates, so φ must be "
             "positive features of the softmax kernel, and this one is not. Use SharpFeatures, or "
-            'SoftmaxFeatures with estimator "positive" or "hyperbolic"; window_size=None; or '
+            'SoftmaxFeatures with estimator="positive"; window_size=None; or '
             "far=False, for the near field alone."
         )
     if query.shape[2] != key.shape[2]:

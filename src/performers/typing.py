@@ -199,10 +199,14 @@ class FeatureMap(Protocol):
 
 @runtime_checkable
 class LogLinearMap(FeatureMap, Protocol):
-    """A feature map whose features are exponentials of linear functions (where nonnegative).
+    """A feature map whose features are exponentials of linear functions, and so are positive.
 
     Its sides have equal directions and tilts.
     """
+
+    @property
+    def is_log_linear(self) -> bool:
+        """True. Where a map is set to other features it is False, and nobody asks for sides."""
 
     def query_side(self, dtype: torch.dtype) -> LogLinearSide: ...
 
@@ -211,7 +215,7 @@ class LogLinearMap(FeatureMap, Protocol):
 
 def is_log_linear(phi: FeatureMap) -> TypeGuard[LogLinearMap]:
     """Whether φ is a `LogLinearMap`, in a form that torch.compile can trace."""
-    return hasattr(phi, "query_side")
+    return getattr(phi, "is_log_linear", False)
 
 
 def elementwise(phi: FeatureMap) -> Elementwise | None:

@@ -213,7 +213,7 @@ def test_a_model_step_is_timed_and_weighed_for_each_mechanism():
     models = {
         "exact": {**config, "attention": "exact"},
         "identity": {**config, "attention": "identity", "is_decoder": True},
-        "softmax": {**config, "attention": "performer-softmax", "window_size": 3},
+        "softmax": {**config, "attention": "performer-positive", "window_size": 3},
     }
     seconds = seconds_of_step(models, 17, batch=2, repeats=1, device=device)
     for name in models:

@@ -27,9 +27,9 @@ from transformers import (
 from performers import FavorOptions, SharpFeatures, calibrate, linearize, load_linearized, restore
 from performers.convert.layer import FavorLayer
 from performers.convert.linearize import converted_layers
-from performers.convert.options import FEATURES
 from performers.diagnosis import measure_frontier
 from performers.functional import attention_matrix, softmax_attention
+from performers.nn.words import FEATURES
 from performers.typing import Captured
 
 SMALL = FavorOptions(num_projections=17, window_size=0, seed=3)
@@ -316,10 +316,10 @@ def test_options_are_those_of_the_cheapest_setting_within_an_error():
     [
         ({"features": "sharpe"}, "unknown features 'sharpe'.*Did you mean 'sharp'"),
         ({"num_projections": 0}, "num_projections must be a whole number of at least 1"),
-        ({"projection": None}, "features='sharp' needs random projections"),
+        ({"projection": None}, "features 'sharp' need random projections"),
         ({"statistics": "calls"}, "unknown statistics 'calls'"),
         ({"features": "relu", "statistics": "call"}, "statistics are learned by features='sharp'"),
-        ({"features": "relu", "window_size": 5}, "needs features 'sharp', 'positive' or 'hyp"),
+        ({"features": "relu", "window_size": 5}, "needs features in \\['sharp', 'positive', 'hyp"),
         ({"features": "relu", "num_sinks": 2}, "belong to an exact near field, and there is none"),
         ({"window_size": 0, "far": False}, "belong to an exact near field, and there is none"),
         ({"window_size": -1}, "window_size must be a whole number of at least 1"),

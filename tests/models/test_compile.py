@@ -27,6 +27,6 @@ torch.testing.assert_close(weight.grad, gradient, rtol=1e-3, atol=1e-5)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model_class", ["PerformerForMaskedLM", "PerformerForCausalLM"])
-@pytest.mark.parametrize("attention", ["performer-relu", "performer-softmax"])
+@pytest.mark.parametrize("attention", ["performer-relu", "performer-positive"])
 def test_a_compiled_model_is_the_same_model(fresh_python, model_class, attention):
     fresh_python(CODE.format(model_class=model_class, attention=attention))

@@ -1,20 +1,29 @@
 """PerformerConfig: the paper's sizes, and what a wrong word or number gets."""
 
+import json
+
 import pytest
 import torch
+from transformers import AutoConfig
 
+from performers import FavorOptions
+from performers.baselines import Identity
 from performers.functional import KERNELS
 from performers.models import (
     MECHANISMS,
+    PerformerCache,
     PerformerConfig,
     PerformerForCausalLM,
     PerformerForMaskedLM,
 )
+from performers.models.mechanisms import Mechanism
+from performers.nn.estimators import ESTIMATORS
+from performers.nn.words import FEATURES
 
 
 def test_mechanisms_are_exact_identity_softmax_and_every_kernel():
     kernels = {f"performer-{kernel}" for kernel in KERNELS}
-    softmax = {"performer-softmax", "performer-sharp"}
+    softmax = {f"performer-{features}" for features in ("sharp", *ESTIMATORS)}
     assert set(MECHANISMS) == {"exact", "identity", *softmax, *kernels}
     assert PerformerConfig().attention == "performer-relu"
 
@@ -45,7 +54,7 @@ def test_a_named_size_takes_overrides():
 
 
 def test_a_saved_config_comes_back_equal(tiny_config, tmp_path):
-    config = tiny_config(attention="performer-softmax", projection="iid", window_size=5, seed=7)
+    config = tiny_config(attention="performer-positive", projection="iid", window_size=5, seed=7)
     config.save_pretrained(tmp_path)
     assert PerformerConfig.from_pretrained(tmp_path).to_dict() == config.to_dict()
 
@@ -56,7 +65,7 @@ def test_a_saved_config_comes_back_equal(tiny_config, tmp_path):
         ("attention", "performer-rleu", "Did you mean 'performer-relu'"),
         ("attention", "performer", "unknown attention 'performer'"),
         ("position", "rotery", "Did you mean 'rotary'"),
-        ("estimator", "postive", "Did you mean 'positive'"),
+        ("attention", "performer-postive", "Did you mean 'performer-positive'"),
         ("distribution", "gauss", "Did you mean 'gaussian'"),
         ("projection", "orthogonl", "Did you mean 'orthogonal'"),
         ("hidden_act", "gellu", "Did you mean 'gelu'"),
@@ -76,7 +85,7 @@ def test_a_saved_config_comes_back_equal(tiny_config, tmp_path):
         ("pad_token_id", 31, "pad_token_id must be None or a token of the vocabulary, 0 to 30"),
         ("eos_token_id", [1, -1], "eos_token_id must be None or a token of the vocabulary"),
         ("window_size", 0, "window_size must be a whole number of at least 1"),
-        ("window_size", 4, "it needs attention in ('performer-softmax', 'performer-sharp')"),
+        ("window_size", 4, "it needs attention in ['performer-hyperbolic', 'performer-pos"),
     ],
 )
 def test_a_wrong_value_is_named_with_what_must_hold(tiny_config, field, value, words):
@@ -91,8 +100,8 @@ def test_sinusoidal_positions_need_an_even_width(tiny_config):
 
 
 def test_softmax_features_need_projections(tiny_config):
-    with pytest.raises(ValueError, match="needs random projections: projection is None"):
-        tiny_config(attention="performer-softmax", projection=None)
+    with pytest.raises(ValueError, match="need random projections: projection is None"):
+        tiny_config(attention="performer-positive", projection=None)
 
 
 @pytest.mark.parametrize(
@@ -141,13 +150,75 @@ def test_an_unknown_size_is_refused():
 
 
 def test_sharp_attention_is_bidirectional_and_estimates_softmax():
-    with pytest.raises(ValueError, match=r"cannot be causal\. Train with 'performer-softmax'"):
+    with pytest.raises(ValueError, match="'performer-sharp' cannot be causal"):
         PerformerConfig(attention="performer-sharp", is_decoder=True)
     with pytest.raises(ValueError, match="cannot be causal"):
         PerformerForCausalLM(PerformerConfig(attention="performer-sharp"))
-    with pytest.raises(ValueError, match="needs distribution='gaussian', got 'sphere'"):
+    with pytest.raises(ValueError, match="cannot be causal"):
+        PerformerCache(PerformerConfig(attention="performer-sharp"))
+    with pytest.raises(ValueError, match="need distribution='gaussian', got 'sphere'"):
         PerformerConfig(attention="performer-sharp", distribution="sphere")
-    with pytest.raises(ValueError, match="needs estimator='positive', got 'hyperbolic'"):
-        PerformerConfig(attention="performer-sharp", estimator="hyperbolic")
-    with pytest.raises(ValueError, match="'performer-sharp' needs random projections"):
+    with pytest.raises(ValueError, match="'sharp' need random projections"):
         PerformerConfig(attention="performer-sharp", projection=None)
+
+
+@pytest.mark.parametrize(
+    ("old", "attention"),
+    [
+        ({"attention": "performer-softmax"}, "performer-positive"),
+        ({"attention": "performer-softmax", "estimator": "hyperbolic"}, "performer-hyperbolic"),
+        ({"attention": "performer-tanh", "estimator": "hyperbolic"}, "performer-tanh"),
+        ({"estimator": "positive"}, "performer-relu"),
+    ],
+)
+def test_a_saved_config_in_old_words_loads_with_a_warning(tiny_config, tmp_path, old, attention):
+    tiny_config().save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | old))
+    with pytest.warns(FutureWarning, match=f"this is attention='{attention}'"):
+        config = AutoConfig.from_pretrained(tmp_path)
+    assert config.to_dict() == tiny_config(attention=attention).to_dict() | {
+        "_name_or_path": config._name_or_path
+    }
+
+
+@pytest.mark.parametrize("features", FEATURES)
+def test_models_and_conversions_mean_the_same_features_by_a_word(features):
+    statistics = "call" if features == "sharp" else None  # models learn from each call
+    options = FavorOptions(17, features, window_size=0, statistics=statistics)
+    config = PerformerConfig(attention=f"performer-{features}", num_projections=17)
+    of_model = MECHANISMS[config.attention].build(config, 5).feature_map
+    of_conversion = options.feature_map(config.head_dim, config.num_attention_heads, layer=5)
+    assert repr(of_model) == repr(of_conversion)
+    assert torch.equal(of_model.omega, of_conversion.omega)
+
+
+class LaterHalf(Identity):
+    """A toy without a causal form: the values, from last to first."""
+
+    def forward(self, query, key, value, **masks):
+        return super().forward(query, key, value.flip(2))
+
+
+def test_a_mechanism_of_one_row_without_memory_is_refused_where_it_would_be_causal(
+    tiny_config, tokens, monkeypatch
+):
+    monkeypatch.setitem(MECHANISMS, "toy", Mechanism(lambda config, layer: LaterHalf()))
+    assert PerformerForMaskedLM(tiny_config(attention="toy"))(tokens).logits.isfinite().all()
+    with pytest.raises(ValueError, match=r"'toy' cannot be causal.*choose one of \['exact',"):
+        tiny_config(attention="toy", is_decoder=True)
+    with pytest.raises(ValueError, match="'toy' cannot be causal"):
+        PerformerForCausalLM(tiny_config(attention="toy"))
+    with pytest.raises(ValueError, match=r"window_size .*, got attention='toy'"):
+        tiny_config(attention="toy", window_size=3)
+
+
+def test_a_mechanism_refuses_what_it_cannot_be_built_from(tiny_config, monkeypatch):
+    def check(config):
+        if config.num_projections > 7:
+            raise ValueError("num_projections must be at most 7")
+
+    monkeypatch.setitem(MECHANISMS, "toy", Mechanism(lambda config, layer: LaterHalf(), check))
+    tiny_config(attention="toy", num_projections=7)
+    with pytest.raises(ValueError, match="at most 7"):
+        tiny_config(attention="toy", num_projections=8)

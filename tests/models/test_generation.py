@@ -10,9 +10,9 @@ from performers.models.memory import KeysAndValues, Nothing, State
 
 MECHANISMS = {
     "performer-relu": {"attention": "performer-relu"},
-    "performer-softmax": {"attention": "performer-softmax"},
-    "window": {"attention": "performer-softmax", "window_size": 3},
-    "grouped queries": {"attention": "performer-softmax", "num_key_value_heads": 1},
+    "performer-positive": {"attention": "performer-positive"},
+    "window": {"attention": "performer-positive", "window_size": 3},
+    "grouped queries": {"attention": "performer-positive", "num_key_value_heads": 1},
     "learned positions": {"attention": "performer-relu", "position": "learned"},
     "exact": {"attention": "exact"},
     "identity": {"attention": "identity"},
@@ -238,7 +238,7 @@ def test_only_the_logits_asked_for_are_computed(model, tokens):
     assert torch.equal(model(tokens, logits_to_keep=kept).logits, logits[:, kept])
 
 
-@pytest.mark.parametrize("mechanism", [MECHANISMS["performer-softmax"], MECHANISMS["window"]])
+@pytest.mark.parametrize("mechanism", [MECHANISMS["performer-positive"], MECHANISMS["window"]])
 def test_in_bfloat16_the_state_is_float32(model, tokens):
     model.to(torch.bfloat16)
     cache = model(tokens).past_key_values

@@ -21,8 +21,8 @@ from performers.models.positions import POSITIONS
 # One of each kind: linear space, log space, with a window, kernel without ω, and the two baselines.
 MECHANISMS = {
     "performer-relu": {"attention": "performer-relu"},
-    "performer-softmax": {"attention": "performer-softmax"},
-    "window": {"attention": "performer-softmax", "window_size": 3},
+    "performer-positive": {"attention": "performer-positive"},
+    "window": {"attention": "performer-positive", "window_size": 3},
     "without omega": {"attention": "performer-elu+1", "projection": None},
     "exact": {"attention": "exact"},
     "identity": {"attention": "identity"},
@@ -96,12 +96,13 @@ def test_exact_attention_is_the_transformer_encoder_of_torch(
 
 
 def test_many_features_approach_exact_attention(tiny_model, tokens):
-    def logits(**options):
-        return tiny_model(PerformerForMaskedLM, initializer_range=0.1, **options)(tokens).logits
+    def logits(attention, **options):
+        options |= {"attention": attention, "initializer_range": 0.1}
+        return tiny_model(PerformerForMaskedLM, **options)(tokens).logits
 
-    exact = logits(attention="exact")
+    exact = logits("exact")
     few, many = (
-        (logits(attention="performer-softmax", num_projections=count) - exact).norm() / exact.norm()
+        (logits("performer-positive", num_projections=count) - exact).norm() / exact.norm()
         for count in (8, 2048)
     )
     assert many < 0.06
@@ -425,7 +426,7 @@ def test_every_word_about_features_reaches_the_features(tiny_config):
         return [layer.attention.mechanism.feature_map for layer in layers]
 
     words = {"projection": "iid", "distribution": "sphere", "num_projections": 13, "seed": 7}
-    softmax = feature_maps(attention="performer-softmax", estimator="hyperbolic", **words)
+    softmax = feature_maps(attention="performer-hyperbolic", **words)
     kernel = feature_maps(attention="performer-tanh", kernel_epsilon=0.5, **words)
     for maps in (softmax, kernel):
         for layer, phi in enumerate(maps):
@@ -436,7 +437,7 @@ def test_every_word_about_features_reaches_the_features(tiny_config):
 
 
 def test_a_window_as_long_as_the_sequence_is_exact_attention(tiny_model, tokens):
-    windowed = tiny_model(PerformerForMaskedLM, attention="performer-softmax", window_size=11)
+    windowed = tiny_model(PerformerForMaskedLM, attention="performer-positive", window_size=11)
     exact = tiny_model(PerformerForMaskedLM, attention="exact")
     torch.testing.assert_close(windowed(tokens).logits, exact(tokens).logits, rtol=1e-3, atol=1e-3)
 
@@ -460,9 +461,9 @@ def test_sharp_attention_is_nearer_to_the_exact_model_with_the_same_weights(
     tokens = torch.randint(5, 29, (3, 67), generator=torch.Generator().manual_seed(5))
     exact = tiny_model(PerformerForMaskedLM, attention="exact")
     errors = {}
-    for attention in ("performer-softmax", "performer-sharp"):
+    for attention in ("performer-positive", "performer-sharp"):
         options = {"attention": attention, "window_size": window_size, "num_projections": 64}
         model = tiny_model(PerformerForMaskedLM, **options)
         model.load_state_dict(exact.state_dict(), strict=False)
         errors[attention] = (model(tokens).logits - exact(tokens).logits).norm()
-    assert errors["performer-sharp"] < 0.9 * errors["performer-softmax"]
+    assert errors["performer-sharp"] < 0.9 * errors["performer-positive"]

@@ -11,19 +11,10 @@ from standard_errors import assert_mean_within
 from torch import Tensor
 
 from performers import draw_projection
-from performers.functional import (
-    hyperbolic_features,
-    kernel_features,
-    positive_features,
-    trigonometric_features,
-)
+from performers.functional import kernel_features, positive_features
+from performers.nn.estimators import ESTIMATORS, Estimator
 from performers.typing import Features
 
-ESTIMATORS = {
-    "positive": positive_features,
-    "hyperbolic": hyperbolic_features,
-    "trigonometric": trigonometric_features,
-}
 DIMS = (8, 16, 64)
 BLOCKS = 503
 
@@ -57,12 +48,23 @@ def estimates(query: Features, key: Features, dim: int) -> Tensor:
 @pytest.mark.parametrize("kind", ["iid", "orthogonal"])
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_lemma_1_softmax_features_are_unbiased(estimator, kind, dim):
-    features = ESTIMATORS[estimator]
+    features = ESTIMATORS[estimator].features
     omega = draw_blocks(dim, kind)
     for direction in sums(dim).values():
         x, y = direction[None] * 3 / 4, direction[None] / 4
         samples = estimates(features(x, omega), features(y, omega), dim)
         assert_mean_within(samples, math.exp(3 / 16), standard_errors=4)
+
+
+def test_a_new_row_is_held_to_lemma_1(monkeypatch):
+    def without_norm(x: Tensor, omega: Tensor) -> Features:
+        return positive_features(x, omega)._replace(log_rows=None)
+
+    monkeypatch.setitem(ESTIMATORS, "toy", Estimator(positive_features, is_nonnegative=True))
+    test_lemma_1_softmax_features_are_unbiased("toy", "iid", 8)
+    monkeypatch.setitem(ESTIMATORS, "toy", Estimator(without_norm, is_nonnegative=True))
+    with pytest.raises(AssertionError, match="standard errors away"):
+        test_lemma_1_softmax_features_are_unbiased("toy", "iid", 8)
 
 
 @pytest.mark.parametrize("dim", DIMS)

@@ -12,7 +12,7 @@ MODEL = {
     "intermediate_size": 17,
     "num_projections": 7,
 }
-EXACT, FAVOR = {**MODEL, "attention": "exact"}, {**MODEL, "attention": "performer-softmax"}
+EXACT, FAVOR = {**MODEL, "attention": "exact"}, {**MODEL, "attention": "performer-positive"}
 TRAINER = {
     "max_steps": 4,
     "per_device_train_batch_size": 5,

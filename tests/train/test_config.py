@@ -110,10 +110,19 @@ def test_the_demo_compares_a_performer_with_exact_attention_and_none_for_equal_t
 
 
 def test_only_what_a_mechanism_takes_reaches_it(config_file):
-    config = load_config(config_file, ["model.attention=performer-softmax", "model.window_size=5"])
+    config = load_config(config_file, ["model.attention=performer-positive", "model.window_size=5"])
     assert model_config(config).window_size == 5
     for attention in ("exact", "identity", "performer-relu"):
         assert model_config(config.with_attention(attention)).window_size is None
+
+
+def test_a_run_in_old_words_is_read_with_a_warning(config_file):
+    old = ["model.attention=performer-softmax", "model.estimator=hyperbolic"]
+    with pytest.warns(FutureWarning, match="this is attention='performer-hyperbolic'"):
+        assert load_config(config_file, old).attention == "performer-hyperbolic"
+    with pytest.warns(FutureWarning, match="this is attention='performer-positive'"):
+        config = load_config(config_file, ["compare=[performer-softmax, exact]"])
+    assert config.compare == ["performer-positive", "exact"]
 
 
 def test_a_missing_config_names_the_shipped_ones():

@@ -22,7 +22,7 @@ def _description() -> str:
     from performers.backends import BACKENDS
     from performers.functional.projections import DISTRIBUTIONS, PROJECTIONS
     from performers.models import MECHANISMS
-    from performers.nn.feature_maps import ESTIMATORS
+    from performers.nn.words import FEATURES
     from performers.records import aligned, describe_environment
     from performers.train import shipped_configs
 
@@ -37,7 +37,7 @@ def _description() -> str:
         ("  bidirectional", _chosen(is_causal=False)),
         ("  causal", _chosen(is_causal=True)),
         ("attention", ", ".join(MECHANISMS)),
-        ("estimators", ", ".join(ESTIMATORS)),
+        ("features", ", ".join(FEATURES)),
         ("projections", ", ".join(PROJECTIONS)),
         ("distributions", ", ".join(DISTRIBUTIONS)),
         ("", ""),

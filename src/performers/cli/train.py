@@ -44,7 +44,7 @@ def train(
 
         performers train demo
 
-        performers train demo model.attention=performer-softmax max_seconds=60
+        performers train demo model.attention=performer-positive max_seconds=60
 
         performers train demo trainer.bf16=true --output runs/bf16
 

@@ -15,10 +15,11 @@ from transformers.masking_utils import AttentionMaskInterface
 from performers.convert.interface import attend_exactly, favor_mask, keys_seen
 from performers.convert.linearize import options_of
 from performers.convert.modes import evaluating
-from performers.convert.options import FAVOR, SHARP
+from performers.convert.options import FAVOR
 from performers.convert.sites import Site, Sites
 from performers.functional.favor import without_sinks
 from performers.nn.sharp import SharpFeatures
+from performers.nn.words import SHARP
 
 __all__ = ["calibrate"]
 

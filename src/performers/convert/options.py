@@ -10,13 +10,19 @@ from transformers import PreTrainedConfig
 
 from performers.checks import check_choice, check_count
 from performers.diagnosis.frontier import NUM_SINKS, Frontier
-from performers.functional.features import KERNELS
 from performers.functional.projections import PROJECTIONS
-from performers.functional.sharp import QUERY_RATIO
-from performers.nn.feature_maps import ESTIMATORS, KernelFeatures, SoftmaxFeatures
-from performers.nn.sharp import STATISTICS, SharpFeatures
+from performers.nn import KernelFeatures, SharpFeatures, SoftmaxFeatures
+from performers.nn.sharp import STATISTICS
+from performers.nn.words import (
+    FEATURES,
+    SHARP,
+    build_features,
+    check_features,
+    estimator_of,
+    takes_window,
+)
 
-__all__ = ["FAVOR", "FEATURES", "SHARP", "FavorOptions"]
+__all__ = ["FAVOR", "FavorOptions"]
 
 # Chosen by the frontiers of several pretrained models (DESIGN.md): the largest near field whose
 # cost, these projections included, is below that of exact attention from 512 positions on.
@@ -26,16 +32,14 @@ WINDOW_SIZE, NUM_PROJECTIONS = 128, 64
 # converted layer's feature map, and of the options in a configuration.
 FAVOR = "favor"
 
-SHARP = "sharp"
-FEATURES = (SHARP, *ESTIMATORS, *KERNELS)
-
 
 @dataclass(frozen=True)
 class FavorOptions:
     """How the attention of a pretrained model is estimated.
 
     `num_projections`, `projection`, `seed`: see `SoftmaxFeatures`.
-    `features`: "sharp" (`SharpFeatures`), "positive", "hyperbolic" or "trigonometric"
+    `features`: a word of `performers.nn.words`, which `PerformerConfig.attention` has after its
+    "performer-": "sharp" (`SharpFeatures`), "positive", "hyperbolic" or "trigonometric"
     (`SoftmaxFeatures`), or the name of a kernel such as "relu" (`KernelFeatures`), which is another
     attention than softmax and needs training.
     `statistics`: where sharp features learn, see `SharpFeatures`. None: from `calibrate` once that
@@ -66,14 +70,9 @@ class FavorOptions:
 
     def __post_init__(self) -> None:
         check_count("num_projections", self.num_projections)
-        check_choice("features", self.features, FEATURES)
+        check_features(self.features, self.projection)
         if self.projection is not None:
             check_choice("projection", self.projection, PROJECTIONS)
-        elif self.features not in KERNELS:
-            raise ValueError(
-                f"features={self.features!r} needs random projections: projection is None. Choose "
-                f"one of {sorted(PROJECTIONS)}."
-            )
         if self.statistics is not None:
             check_choice("statistics", self.statistics, STATISTICS)
             if self.features != SHARP:
@@ -81,7 +80,7 @@ class FavorOptions:
                     f"statistics are learned by features={SHARP!r} alone, got "
                     f"features={self.features!r} with statistics={self.statistics!r}."
                 )
-        can_be_near = self.features not in KERNELS and self.features != "trigonometric"
+        can_be_near = takes_window(self.features)
         if self.window_size is None:
             object.__setattr__(self, "window_size", WINDOW_SIZE if can_be_near else 0)
         elif self.window_size != 0:
@@ -89,14 +88,14 @@ class FavorOptions:
             if not can_be_near:
                 raise ValueError(
                     "window_size puts exact softmax scores beside estimated ones: it needs "
-                    "features 'sharp', 'positive' or 'hyperbolic', got "
+                    f"features in {_with_windows()}, got "
                     f"{self.features!r} with window_size={self.window_size}. Pass window_size=0."
                 )
         if not self.window_size and (self.num_sinks or not self.far):
             raise ValueError(
                 "num_sinks and far=False belong to an exact near field, and there is none: got "
                 f"num_sinks={self.num_sinks!r}, far={self.far!r}, features={self.features!r}. Pass "
-                "window_size= too, with features 'sharp', 'positive' or 'hyperbolic'."
+                f"window_size= too, with features in {_with_windows()}."
             )
         if self.num_sinks is None:
             object.__setattr__(self, "num_sinks", NUM_SINKS if self.window_size else 0)
@@ -116,7 +115,7 @@ class FavorOptions:
                 "exact_heads must be numbers of heads by the number of their layer, both counted "
                 f"from 0, such as {{3: [0, 5]}}: got {self.exact_heads!r}."
             )
-        if self.features in KERNELS and self.exact_heads:
+        if estimator_of(self.features) is None and self.exact_heads:
             raise ValueError(
                 "exact_heads put softmax attention beside its estimates: they need features "
                 f"'sharp' or an estimator of softmax, got {self.features!r}."
@@ -154,32 +153,13 @@ class FavorOptions:
 
         `is_cross`: cross-attention, which has no near field.
         """
-        if self.features == SHARP:
-            assert self.projection is not None, "checked above"
-            return SharpFeatures(
-                dim,
-                self.num_projections,
-                num_heads,
-                statistics=self.statistics or "calibrated",
-                query_ratio=1.0 if self.window_size and not is_cross else QUERY_RATIO,
-                projection=self.projection,
-                seed=self.seed,
-                layer=layer,
-            )
-        if self.features in ESTIMATORS:
-            assert self.projection is not None, "checked above"
-            return SoftmaxFeatures(
-                dim,
-                self.num_projections,
-                estimator=self.features,
-                projection=self.projection,
-                seed=self.seed,
-                layer=layer,
-            )
-        return KernelFeatures(
+        return build_features(
+            self.features,
             dim,
             self.num_projections,
-            fn=self.features,
+            num_heads=num_heads,
+            statistics=self.statistics or "calibrated",
+            has_window=bool(self.window_size) and not is_cross,
             projection=self.projection,
             seed=self.seed,
             layer=layer,
@@ -223,6 +203,10 @@ class FavorOptions:
             check_choice("option of a conversion", name, known)
         heads = {int(layer): heads for layer, heads in written.get("exact_heads", {}).items()}
         return cls(**{**written, "exact_heads": heads})
+
+
+def _with_windows() -> list[str]:
+    return [features for features in FEATURES if takes_window(features)]
 
 
 def _are_numbers(given: Iterable[object]) -> bool:

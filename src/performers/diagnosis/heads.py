@@ -16,8 +16,9 @@ class HeadDiagnosis:
 
     observed_error:     with the feature map as it is, its own ω.
     expected_error:     the root of the closed form `theory.mse_attention` for independent ω. As
-                        large as 1 or larger it only says that m is far too small. None for
-                        distribution "sphere", which has no such form.
+                        large as 1 or larger it only says that m is far too small. None where
+                        there is no such form: for distribution "sphere", and for estimators
+                        without a joint moment.
     uniform_error:      of averaging the visible values, what no estimate should be worse than.
     effective_features: (Σ_m u_m)² / Σ_m u_m², u_m the part of feature m in a query's normalizer:
                         how many features of the m carry the estimate. Keys in a window do not

@@ -85,8 +85,7 @@ def diagnose(
     per_head: dict[str, list[Any]] = {
         name: over_batch([numbers[name] for numbers in by_sequence]) for name in by_sequence[0]
     }
-    if phi.distribution != "gaussian":
-        per_head["expected_error"] = [None] * query.shape[1]
+    per_head.setdefault("expected_error", [None] * query.shape[1])
     if target_error is not None:
         per_head["predicted_projections"] = [
             None if error is None else phi.num_projections * (error / target_error) ** 2

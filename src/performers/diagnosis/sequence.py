@@ -11,15 +11,10 @@ from torch import Tensor
 
 from performers.functional.favor import favor_attention
 from performers.functional.sharp import ReparametrizedFeatures
+from performers.nn.estimators import ESTIMATORS
 from performers.nn.feature_maps import SoftmaxFeatures
 from performers.nn.sharp import SharpFeatures
-from performers.theory import (
-    log_joint_moment_hyperbolic,
-    log_joint_moment_optimal,
-    log_joint_moment_positive,
-    log_joint_moment_trigonometric,
-    mse_attention,
-)
+from performers.theory import log_joint_moment_optimal, mse_attention
 from performers.typing import FeatureMap
 
 __all__ = ["Sequence"]
@@ -104,7 +99,7 @@ class Sequence:
         )
 
     def numbers(self, phi: SoftmaxFeatures | SharpFeatures) -> dict[str, Tensor]:
-        """The fields of `HeadDiagnosis` that need no search for m."""
+        """The fields of `HeadDiagnosis` that need no search for m, as far as there are any."""
         fitted = phi.fitted(
             self.query, self.key, self.mask, scale=self.scale, is_streaming=self.is_causal
         )
@@ -119,9 +114,8 @@ class Sequence:
         squares = (x.square().sum(dim=-1).mean(dim=-1) for x in (mapped_query, mapped_key))
         product = (mapped_query.mean(dim=1) * mapped_key.mean(dim=1)).sum(dim=-1)
         count = self.visible.sum(dim=1, keepdim=True).clamp(min=1)
-        return {
+        found = {
             "observed_error": self.observed_error(phi),
-            "expected_error": self._expected_error(phi, fitted, mapped_query, mapped_key),
             "uniform_error": self._relative_error(self.visible.double() / count @ self.real_value),
             "effective_features": self._effective_features(fitted, query, key),
             "query_norm": query_norm.mean(dim=1),
@@ -130,6 +124,9 @@ class Sequence:
             "largest_key_norm": key_norm.amax(dim=1),
             "mean_square_sum": sum(squares) + 2 * product,
         }
+        if _has_closed_form(phi):
+            found["expected_error"] = self._expected_error(phi, fitted, mapped_query, mapped_key)
+        return found
 
     def observed_error(self, phi: SoftmaxFeatures | SharpFeatures) -> Float[Tensor, " heads"]:
         """The relative error of attention with these features."""
@@ -182,7 +179,9 @@ class Sequence:
             repeats = len(query) // len(exponent)
             return log_joint_moment_optimal(query, key, exponent.repeat_interleave(repeats, dim=0))
         assert isinstance(phi, SoftmaxFeatures), "sharp features are fitted to a reparametrization"
-        return JOINT_MOMENTS[phi.estimator](query, key)
+        log_joint_moment = ESTIMATORS[phi.estimator].log_joint_moment
+        assert log_joint_moment is not None, "`_has_closed_form` was asked"
+        return log_joint_moment(query, key)
 
     def _effective_features(
         self,
@@ -229,11 +228,12 @@ class Sequence:
         return _ratio((out - exact).flatten(1).norm(dim=1), exact.flatten(1).norm(dim=1))
 
 
-JOINT_MOMENTS = {
-    "positive": log_joint_moment_positive,
-    "hyperbolic": log_joint_moment_hyperbolic,
-    "trigonometric": log_joint_moment_trigonometric,
-}
+def _has_closed_form(phi: SoftmaxFeatures | SharpFeatures) -> bool:
+    """Whether the error of attention with these features is known without trying."""
+    has_moment = (
+        isinstance(phi, SharpFeatures) or ESTIMATORS[phi.estimator].log_joint_moment is not None
+    )
+    return has_moment and phi.distribution == "gaussian"
 
 
 def _ratio(x: Tensor, y: Tensor) -> Tensor:

@@ -176,7 +176,7 @@ def _check_log_is_defined(phi: FeatureMap) -> None:
         raise ValueError(
             "the logarithm of a normalizer needs a nonnegative estimate of the softmax kernel, and "
             f"{type(phi).__name__} gives none as it is set. Use SharpFeatures, or SoftmaxFeatures "
-            'with estimator "positive" or "hyperbolic".'
+            'with a nonnegative estimator, such as "positive".'
         )
 
 

@@ -292,6 +292,10 @@ class ReparametrizedFeatures:
         return True
 
     @property
+    def is_log_linear(self) -> bool:
+        return True
+
+    @property
     def is_softmax(self) -> bool:
         return True
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from transformers.cache_utils import Cache
 
 from performers.models.config import PerformerConfig
-from performers.models.mechanisms import MECHANISMS
+from performers.models.mechanisms import causal_memory
 
 __all__ = ["PerformerCache"]
 
@@ -18,8 +18,10 @@ class PerformerCache(Cache):
         cache = PerformerCache(model.config)
         turn = model.generate(prompt, past_key_values=cache)
         turn = model.generate(torch.cat([turn, more], dim=1), past_key_values=cache)
+
+    Raises ValueError for a mechanism that cannot be causal.
     """
 
     def __init__(self, config: PerformerConfig) -> None:
-        memory = MECHANISMS[config.attention].memory
+        memory = causal_memory(config.attention)
         super().__init__(layers=[memory() for _ in range(config.num_hidden_layers)])

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import fields
-from typing import Any, ClassVar
+from typing import Any
 
-from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
 from performers.checks import check_choice, check_count
 from performers.functional.projections import DISTRIBUTIONS, PROJECTIONS
-from performers.models.mechanisms import MECHANISMS
+from performers.models.fields import PerformerFields
+from performers.models.mechanisms import MECHANISMS, causal_memory, in_current_words
 from performers.models.positions import POSITIONS
-from performers.nn.feature_maps import ESTIMATORS
 
 __all__ = ["SIZES", "PerformerConfig"]
 
@@ -41,21 +40,19 @@ SIZES: dict[str, dict[str, int]] = {
 }
 
 
-ESTIMATES_OF_SOFTMAX = ("performer-softmax", "performer-sharp")
-
-
-class PerformerConfig(PreTrainedConfig):
+class PerformerConfig(PerformerFields):
     """A Performer in transformers' words, the paper's defaults where the paper names one.
 
-    `attention`: the mechanism. "performer-relu" (the paper's default for training), any other
-    kernel as "performer-<kernel>", "performer-softmax", "performer-sharp" (the same estimate, with
-    the statistics of each sequence: bidirectional models only, see `SharpFeatures`), "exact" (an
-    ordinary Transformer) or "identity" (the paper's X: no attention at all).
-    `num_projections`, `projection`, `distribution`, `estimator`, `seed`: see `SoftmaxFeatures`;
+    `attention`: the mechanism. "exact" (an ordinary Transformer), "identity" (the paper's X: no
+    attention at all), or "performer-" and a word for features: "performer-relu" (the paper's
+    default for training) or any other kernel; "performer-positive" (the paper's estimate of
+    softmax), "performer-hyperbolic", "performer-trigonometric"; or "performer-sharp" (a positive
+    estimate with the statistics of each sequence, so for bidirectional models only, see
+    `SharpFeatures`).
+    `num_projections`, `projection`, `distribution`, `seed`: see `SoftmaxFeatures`;
     `kernel_epsilon`: see `KernelFeatures`. `projection=None` is a kernel without ω.
-    `estimator` matters to "performer-softmax", `kernel_epsilon` to the other kernels.
-    `window_size`: "performer-softmax" and "performer-sharp" score the keys of neighboring blocks of
-    this size exactly, see `favor_attention`.
+    `window_size`: positive estimates of softmax score the keys of neighboring blocks of this size
+    exactly, see `favor_attention`.
     `position`: "rotary", "learned" (limited to `max_position_embeddings`) or "sinusoidal";
     `rope_theta` is the base of both rotary and sinusoidal wavelengths.
     `num_key_value_heads`: fewer than `num_attention_heads` for grouped-query attention.
@@ -68,41 +65,9 @@ class PerformerConfig(PreTrainedConfig):
 
     >>> PerformerConfig(hidden_size=128, num_attention_heads=4).head_dim
     32
-    >>> PerformerConfig.named("protein", attention="performer-softmax").num_hidden_layers
+    >>> PerformerConfig.named("protein", attention="performer-positive").num_hidden_layers
     36
     """
-
-    model_type = "performer"
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
-
-    vocab_size: int = 32
-    hidden_size: int = 512
-    num_hidden_layers: int = 6
-    num_attention_heads: int = 8
-    num_key_value_heads: int | None = None
-    intermediate_size: int = 2048
-    max_position_embeddings: int = 8192
-    hidden_act: str = "gelu"
-    hidden_dropout_prob: float = 0.1
-    layer_norm_eps: float = 1e-5
-    initializer_range: float = 0.02
-    tie_word_embeddings: bool = True
-    pad_token_id: int | None = None
-    bos_token_id: int | None = None
-    eos_token_id: int | list[int] | None = None
-    is_decoder: bool = False
-    use_cache: bool = True
-
-    attention: str = "performer-relu"
-    num_projections: int = 256
-    projection: str | None = "orthogonal"
-    distribution: str = "gaussian"
-    estimator: str = "positive"
-    kernel_epsilon: float = 1e-3
-    window_size: int | None = None
-    seed: int = 0
-    position: str = "rotary"
-    rope_theta: float = 10000.0
 
     @classmethod
     def named(cls, size: str, **overrides: Any) -> PerformerConfig:
@@ -113,13 +78,11 @@ class PerformerConfig(PreTrainedConfig):
         check_choice("size", size, SIZES)
         return cls(**{**SIZES[size], **overrides})
 
-    @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.num_attention_heads
-
     def __post_init__(self, **unclaimed: Any) -> None:
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
+        unclaimed = in_current_words({**unclaimed, "attention": self.attention})
+        self.attention = unclaimed.pop("attention")
         super().__post_init__(**unclaimed)
         # transformers keeps attributes it does not know. One that resembles ours is a misspelling,
         # other than a further special token.
@@ -149,23 +112,19 @@ class PerformerConfig(PreTrainedConfig):
         check_choice("position", self.position, POSITIONS)
         check_choice("hidden_act", self.hidden_act, ACT2FN)
         check_choice("distribution", self.distribution, DISTRIBUTIONS)
-        check_choice("estimator", self.estimator, ESTIMATORS)
         if self.projection is not None:
             check_choice("projection", self.projection, PROJECTIONS)
-        elif self.attention in ESTIMATES_OF_SOFTMAX:
-            raise ValueError(
-                f"attention={self.attention!r} needs random projections: projection is None. "
-                f"Choose one of {sorted(PROJECTIONS)}."
-            )
-        if self.attention == "performer-sharp":
-            self._check_sharp()
+        mechanism = MECHANISMS[self.attention]
+        mechanism.check(self)
+        if self.is_decoder:
+            causal_memory(self.attention)  # refuses what has none
         if self.window_size is not None:
             check_count("window_size", self.window_size)
-            if self.attention not in ESTIMATES_OF_SOFTMAX or self.estimator == "trigonometric":
+            if not mechanism.takes_window:
+                windowed = sorted(name for name, row in MECHANISMS.items() if row.takes_window)
                 raise ValueError(
                     "window_size puts exact softmax scores beside estimated ones: it needs "
-                    f"attention in {ESTIMATES_OF_SOFTMAX} with a positive estimator, got "
-                    f"attention={self.attention!r}, estimator={self.estimator!r}."
+                    f"attention in {windowed}, got attention={self.attention!r}."
                 )
         self._check_divisible("hidden_size", "num_attention_heads")
         self._check_divisible("num_attention_heads", "num_key_value_heads")
@@ -192,20 +151,6 @@ class PerformerConfig(PreTrainedConfig):
             raise TypeError(f"seed must be a whole number, got {self.seed!r}.")
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
             self._check_token(name)
-
-    def _check_sharp(self) -> None:
-        if self.is_decoder:
-            raise ValueError(
-                "attention='performer-sharp' takes its statistics from the whole sequence, and so "
-                "cannot be causal. Train with 'performer-softmax', or convert a trained model with "
-                "performers.linearize, which calibrates."
-            )
-        for name, fixed in (("distribution", "gaussian"), ("estimator", "positive")):
-            if getattr(self, name) != fixed:
-                raise ValueError(
-                    f"attention='performer-sharp' needs {name}={fixed!r}, got "
-                    f"{getattr(self, name)!r}."
-                )
 
     def _check_divisible(self, whole: str, part: str) -> None:
         if getattr(self, whole) % getattr(self, part):

@@ -1,182 +1,112 @@
-"""Every attention mechanism that a model can be built on, by name.
+"""Every attention mechanism that a model can be built on, by name, one row each.
 
 A mechanism is a module that maps (Q, K, V) to an output (`performers.typing.Attention`); multi-head
-attention is handed one and knows nothing of its kind.
+attention is handed one and knows nothing of its kind. To add one, write its file in
+`performers.baselines` and its row here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
-from jaxtyping import Bool, Float
-from torch import Tensor, nn
+from torch import nn
 
 from performers.baselines import Identity
-from performers.functional import KERNELS, favor_attention, softmax_attention
-from performers.functional.sharp import QUERY_RATIO
+from performers.models.fields import PerformerFields
 from performers.models.memory import KeysAndValues, Nothing, State
-from performers.nn import KernelFeatures, SharpFeatures, SoftmaxFeatures
-from performers.typing import LinearState
+from performers.nn.mechanisms import Exact, Favor
+from performers.nn.words import FEATURES, SHARP, build_features, check_features, takes_window
 
-if TYPE_CHECKING:
-    from performers.models.config import PerformerConfig
+__all__ = ["MECHANISMS", "Mechanism", "causal_memory", "in_current_words", "performer"]
 
-__all__ = ["MECHANISMS", "Exact", "Favor", "Mechanism"]
-
-Output = Float[Tensor, "batch heads query_length value_dim"]
+CausalMemory = type[KeysAndValues | Nothing | State]
 
 
-class Favor(nn.Module):
-    """`favor_attention` with a feature map of its own, and a window of exact scores if asked."""
-
-    def __init__(
-        self,
-        feature_map: SoftmaxFeatures | SharpFeatures | KernelFeatures,
-        window_size: int | None = None,
-    ) -> None:
-        super().__init__()
-        self.feature_map = feature_map
-        self.window_size = window_size
-
-    def forward(
-        self,
-        query: Float[Tensor, "batch heads query_length dim"],
-        key: Float[Tensor, "batch key_heads key_length dim"],
-        value: Float[Tensor, "batch key_heads key_length value_dim"],
-        *,
-        is_causal: bool = False,
-        key_padding_mask: Bool[Tensor, "batch key_length"] | None = None,
-    ) -> Output:
-        """Arguments and result are those of `favor_attention`."""
-        return favor_attention(
-            query,
-            key,
-            value,
-            self.feature_map,
-            is_causal=is_causal,
-            key_padding_mask=key_padding_mask,
-            enable_gqa=True,
-            window_size=self.window_size,
-        )
-
-    def resume(
-        self,
-        query: Float[Tensor, "batch heads length dim"],
-        key: Float[Tensor, "batch key_heads length dim"],
-        value: Float[Tensor, "batch key_heads length value_dim"],
-        key_padding_mask: Bool[Tensor, "batch length"] | None,
-        state: LinearState | None,
-    ) -> tuple[Float[Tensor, "batch heads length value_dim"], LinearState]:
-        """Causal attention of positions that continue a sequence, and the state after them."""
-        return favor_attention(
-            query,
-            key,
-            value,
-            self.feature_map,
-            is_causal=True,
-            key_padding_mask=key_padding_mask,
-            enable_gqa=True,
-            window_size=self.window_size,
-            initial_state=state,
-            return_state=True,
-        )
-
-
-class Exact(nn.Module):
-    """`softmax_attention`: the Transformer that a Performer is measured against."""
-
-    def forward(
-        self,
-        query: Float[Tensor, "batch heads query_length dim"],
-        key: Float[Tensor, "batch key_heads key_length dim"],
-        value: Float[Tensor, "batch key_heads key_length value_dim"],
-        *,
-        is_causal: bool = False,
-        key_padding_mask: Bool[Tensor, "batch key_length"] | None = None,
-    ) -> Output:
-        """Arguments and result are those of `softmax_attention`."""
-        return softmax_attention(
-            query,
-            key,
-            value,
-            is_causal=is_causal,
-            key_padding_mask=key_padding_mask,
-            enable_gqa=query.shape[1] != key.shape[1],
-        )
+def _any_config(config: PerformerFields) -> None:
+    """What a mechanism checks that has nothing to refuse."""
 
 
 class Mechanism(NamedTuple):
-    """How to build a mechanism for one layer of a model, and what it remembers when generating."""
+    """What a model, its config and its cache ask of a mechanism.
 
-    build: Callable[[PerformerConfig, int], nn.Module]
-    memory: type[KeysAndValues | Nothing | State]
+    `build`: the module of one layer, for a config and the number of the layer.
+    `check`: raises ValueError for a config that it cannot be built from.
+    `memory`: what a layer remembers when generating; None of one that has no causal form.
+    `takes_window`: whether `window_size` means something to it.
+    """
+
+    build: Callable[[PerformerFields, int], nn.Module]
+    check: Callable[[PerformerFields], None] = _any_config
+    memory: CausalMemory | None = None
+    takes_window: bool = False
 
 
-def _exact(config: PerformerConfig, layer: int) -> Exact:
-    return Exact()
+def performer(features: str) -> Mechanism:
+    """FAVOR+ with the features of this name, a word of `performers.nn.words`."""
 
-
-def _identity(config: PerformerConfig, layer: int) -> Identity:
-    return Identity()
-
-
-def _performer_softmax(config: PerformerConfig, layer: int) -> Favor:
-    assert config.projection is not None, "PerformerConfig refuses softmax features without omega"
-    return Favor(
-        SoftmaxFeatures(
+    def build(config: PerformerFields, layer: int) -> Favor:
+        phi = build_features(
+            features,
             config.head_dim,
-            num_projections=config.num_projections,
-            estimator=config.estimator,
-            projection=config.projection,
-            distribution=config.distribution,
-            seed=config.seed,
-            layer=layer,
-        ),
-        window_size=config.window_size,
-    )
-
-
-def _performer_sharp(config: PerformerConfig, layer: int) -> Favor:
-    assert config.projection is not None, "PerformerConfig refuses softmax features without omega"
-    assert config.num_key_value_heads is not None, "PerformerConfig fills it in"
-    return Favor(
-        SharpFeatures(
-            config.head_dim,
-            num_projections=config.num_projections,
-            num_heads=config.num_key_value_heads,
+            config.num_projections,
+            num_heads=config.num_key_value_heads or config.num_attention_heads,
             statistics="call",
-            query_ratio=QUERY_RATIO if config.window_size is None else 1.0,
-            projection=config.projection,
-            seed=config.seed,
-            layer=layer,
-        ),
-        window_size=config.window_size,
-    )
-
-
-def _performer_kernel(fn: str, config: PerformerConfig, layer: int) -> Favor:
-    return Favor(
-        KernelFeatures(
-            config.head_dim,
-            num_projections=config.num_projections,
-            fn=fn,
-            epsilon=config.kernel_epsilon,
+            has_window=config.window_size is not None,
             projection=config.projection,
             distribution=config.distribution,
+            kernel_epsilon=config.kernel_epsilon,
             seed=config.seed,
             layer=layer,
         )
-    )
+        return Favor(phi, window_size=config.window_size)
+
+    def check(config: PerformerFields) -> None:
+        check_features(features, config.projection, config.distribution)
+
+    # Statistics of a whole sequence tell its past about its future.
+    memory = None if features == SHARP else State
+    return Mechanism(build, check, memory, takes_window(features))
 
 
 MECHANISMS: dict[str, Mechanism] = {
-    "exact": Mechanism(_exact, memory=KeysAndValues),
-    "identity": Mechanism(_identity, memory=Nothing),
-    "performer-softmax": Mechanism(_performer_softmax, memory=State),
-    "performer-sharp": Mechanism(_performer_sharp, memory=State),
-    **{  # performer-relu, performer-exp, …
-        f"performer-{fn}": Mechanism(partial(_performer_kernel, fn), memory=State) for fn in KERNELS
-    },
+    "exact": Mechanism(lambda config, layer: Exact(), memory=KeysAndValues),
+    "identity": Mechanism(lambda config, layer: Identity(), memory=Nothing),
+    **{f"performer-{features}": performer(features) for features in FEATURES},
 }
+
+
+def causal_memory(attention: str) -> CausalMemory:
+    """What a layer of a causal model remembers. Raises ValueError if it cannot be causal."""
+    memory = MECHANISMS[attention].memory
+    if memory is None:
+        causal = sorted(name for name, row in MECHANISMS.items() if row.memory is not None)
+        raise ValueError(
+            f"attention={attention!r} cannot be causal, and is_decoder=True asks for that: choose "
+            f"one of {causal}, or build a bidirectional model."
+        )
+    return memory
+
+
+def in_current_words(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of a `PerformerConfig` without words of earlier versions, for which it warns.
+
+    attention="performer-softmax" was "performer-positive", or what a field `estimator` said.
+    """
+    current = dict(fields)
+    estimator = current.pop("estimator", None)
+    attention = current.get("attention")
+    if attention == "performer-softmax":
+        current["attention"] = f"performer-{estimator or 'positive'}"
+    elif estimator is None:
+        return current
+    warnings.warn(
+        "attention='performer-softmax' and the field estimator are words of an older version, "
+        "which the next one will not know: attention now names the features. Instead of "
+        f"attention={attention!r}, estimator={estimator!r} this is "
+        f"attention={current.get('attention')!r}.",
+        FutureWarning,
+        stacklevel=3,
+    )
+    return current

@@ -6,17 +6,15 @@ Each memory is a layer of a transformers `Cache` that knows how its mechanisms c
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
+from performers.nn.mechanisms import Favor
 from performers.typing import Attention, LinearState
-
-if TYPE_CHECKING:
-    from performers.models.mechanisms import Favor
 
 __all__ = ["KeysAndValues", "LinearMemory", "Memory", "Nothing", "State"]
 

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from performers.models.config import PerformerConfig
+from performers.models.fields import PerformerFields
 
 __all__ = ["POSITIONS", "Positions", "Rotation"]
 
@@ -55,7 +54,7 @@ class Rotary(Positions):
     Source: Su et al. 2021, "RoFormer", arXiv 2104.09864, Eq. 34.
     """
 
-    def __init__(self, config: PerformerConfig) -> None:
+    def __init__(self, config: PerformerFields) -> None:
         super().__init__()
         self.dim = config.head_dim
         self.theta = config.rope_theta
@@ -68,7 +67,7 @@ class Rotary(Positions):
 class Learned(Positions):
     """One trained vector per position, for at most `max_position_embeddings` of them."""
 
-    def __init__(self, config: PerformerConfig) -> None:
+    def __init__(self, config: PerformerFields) -> None:
         super().__init__()
         self.embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
 
@@ -95,7 +94,7 @@ class Sinusoidal(Positions):
     cosines.
     """
 
-    def __init__(self, config: PerformerConfig) -> None:
+    def __init__(self, config: PerformerFields) -> None:
         super().__init__()
         self.theta = config.rope_theta
 
@@ -119,7 +118,7 @@ def _angles(
     return position_ids.unsqueeze(-1).float() * theta**-exponents
 
 
-POSITIONS: dict[str, Callable[[PerformerConfig], Positions]] = {
+POSITIONS: dict[str, Callable[[PerformerFields], Positions]] = {
     "rotary": Rotary,
     "learned": Learned,
     "sinusoidal": Sinusoidal,

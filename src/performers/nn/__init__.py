@@ -2,9 +2,12 @@
 
 from performers.nn.attention import FavorAttention
 from performers.nn.feature_maps import KernelFeatures, RandomFeatures, SoftmaxFeatures
+from performers.nn.mechanisms import Exact, Favor
 from performers.nn.sharp import SharpFeatures
 
 __all__ = [
+    "Exact",
+    "Favor",
     "FavorAttention",
     "KernelFeatures",
     "RandomFeatures",

@@ -11,17 +11,9 @@ from jaxtyping import Float
 from torch import Generator, Tensor, nn
 
 from performers.checks import check_choice, check_count, check_feature_map
-from performers.functional.features import (
-    Kernel,
-    hyperbolic_features,
-    hyperbolic_side,
-    kernel_features,
-    positive_features,
-    positive_side,
-    resolve_kernel,
-    trigonometric_features,
-)
+from performers.functional.features import Kernel, kernel_features, resolve_kernel
 from performers.functional.projections import DISTRIBUTIONS, PROJECTIONS, draw_projection
+from performers.nn.estimators import ESTIMATORS
 from performers.typing import Elementwise, FeatureMap, Features, LogLinearSide
 
 __all__ = ["KernelFeatures", "RandomFeatures", "SoftmaxFeatures"]
@@ -126,8 +118,9 @@ class RandomFeatures(nn.Module):
 class SoftmaxFeatures(RandomFeatures):
     """Random features of the softmax kernel; `default_scale` is 1/√dim, as in softmax attention.
 
-    `estimator`: "positive" (the paper's SM⁺), "hyperbolic" (SM^hyp+, twice the features) or
-    "trigonometric" (SM^trig: unstable, for comparison). `projection`, `distribution`: see
+    `estimator`: a row of `performers.nn.estimators`: "positive" (the paper's SM⁺), "hyperbolic"
+    (SM^hyp+, twice the features), "trigonometric" (SM^trig: unstable, for comparison).
+    `projection`, `distribution`: see
     `draw_projection`. Defaults are the paper's (Appendix A.3). `layer` sets layers of one model
     apart under one seed.
 
@@ -152,11 +145,11 @@ class SoftmaxFeatures(RandomFeatures):
         super().__init__(dim, num_projections, projection, distribution, seed, layer)
         self.estimator = estimator
         if not self.is_nonnegative:
-            _warn_of_signs("trigonometric features", 'use estimator="positive"')
+            _warn_of_signs(f"{estimator} features", 'use estimator="positive"')
 
     @property
     def num_features(self) -> int:
-        return self.num_projections * (1 if self.estimator == "positive" else 2)
+        return self.num_projections * ESTIMATORS[self.estimator].features_per_projection
 
     @property
     def default_scale(self) -> float:
@@ -168,19 +161,25 @@ class SoftmaxFeatures(RandomFeatures):
 
     @property
     def is_nonnegative(self) -> bool:
-        return self.estimator != "trigonometric"
+        return ESTIMATORS[self.estimator].is_nonnegative
+
+    @property
+    def is_log_linear(self) -> bool:
+        return ESTIMATORS[self.estimator].side is not None
 
     def query_features(self, x: Float[Tensor, "*batch length dim"]) -> Features:
         assert self.omega is not None, "softmax features always have omega"
-        return ESTIMATORS[self.estimator](x, self.omega)
+        return ESTIMATORS[self.estimator].features(x, self.omega)
 
     def key_features(self, x: Float[Tensor, "*batch length dim"]) -> Features:
         return self.query_features(x)
 
     def query_side(self, dtype: torch.dtype) -> LogLinearSide:
-        """The nonnegative estimators, not multiplied out."""
+        """The features, not multiplied out, where `is_log_linear`."""
         assert self.omega is not None, "softmax features always have omega"
-        return SIDES[self.estimator](self.omega.to(dtype))
+        side = ESTIMATORS[self.estimator].side
+        assert side is not None, "only log-linear features are asked for their sides"
+        return side(self.omega.to(dtype))
 
     def key_side(self, dtype: torch.dtype) -> LogLinearSide:
         return self.query_side(dtype)
@@ -260,18 +259,6 @@ class KernelFeatures(RandomFeatures):
 
     def extra_repr(self) -> str:
         return f"fn={self.fn!r}, epsilon={self.epsilon}, {super().extra_repr()}"
-
-
-ESTIMATORS: dict[str, Callable[[Tensor, Tensor], Features]] = {
-    "positive": positive_features,
-    "hyperbolic": hyperbolic_features,
-    "trigonometric": trigonometric_features,
-}
-
-SIDES: dict[str, Callable[[Tensor], LogLinearSide]] = {
-    "positive": positive_side,
-    "hyperbolic": hyperbolic_side,
-}
 
 
 def _warn_of_signs(what: str, remedy: str) -> None:

@@ -113,6 +113,10 @@ class SharpFeatures(RandomFeatures):
     def is_nonnegative(self) -> bool:
         return True
 
+    @property
+    def is_log_linear(self) -> bool:
+        return True
+
     @torch.no_grad()
     def calibrate(
         self,

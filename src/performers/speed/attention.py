@@ -54,9 +54,9 @@ MODELS: dict[str, dict[str, Any]] = {
     "identity": {"attention": "identity"},
     "exact": {"attention": "exact"},
     "relu": {"attention": "performer-relu"},
-    "plain": {"attention": "performer-softmax"},
+    "plain": {"attention": "performer-positive"},
     "near-field": {
-        "attention": "performer-softmax", "window_size": 64, "num_projections": 64
+        "attention": "performer-positive", "window_size": 64, "num_projections": 64
     },
 }  # fmt: skip
 

@@ -31,7 +31,7 @@ from transformers import TrainingArguments
 
 from performers.checks import check_choice
 from performers.models import MECHANISMS, PerformerConfig
-from performers.models.config import ESTIMATES_OF_SOFTMAX
+from performers.models.mechanisms import in_current_words
 from performers.train.clock import SCHEDULES
 
 __all__ = ["TASKS", "DataConfig", "RunConfig", "load_config", "shipped_configs"]
@@ -140,7 +140,7 @@ class RunConfig:
     def with_attention(self, attention: str) -> RunConfig:
         """The same run with another mechanism, without what only this one takes."""
         model = {**self.model, "attention": attention}
-        if attention not in ESTIMATES_OF_SOFTMAX:
+        if not MECHANISMS[attention].takes_window:
             model.pop("window_size", None)
         return dataclasses.replace(self, model=model)
 
@@ -222,11 +222,17 @@ def _apply(tree: dict[str, Any], override: str) -> None:
 def _checked(tree: Mapping[str, Any], source: str) -> RunConfig:
     top = _section(RunConfig, tree, "", source)
     data = DataConfig(**_section(DataConfig, top.get("data", {}), "data", source))
-    model = _section(PerformerConfig, top.get("model", {}), "model", source)
+    model = top.get("model", {})
+    if isinstance(model, Mapping):
+        model = in_current_words({"attention": PerformerConfig.attention, **model})
+    model = _section(PerformerConfig, model, "model", source)
     trainer = _section(TrainingArguments, top.get("trainer", {}), "trainer", source)
-    model = {"attention": PerformerConfig.attention, **model}
     trainer = {**PAPER_ARGUMENTS, **RUN_ARGUMENTS, **trainer}
-    config = RunConfig(**{**top, "data": data, "model": model, "trainer": trainer})
+    compare = [
+        in_current_words({"attention": word})["attention"] for word in top.get("compare", ())
+    ]
+    parts = {"compare": compare, "data": data, "model": model, "trainer": trainer}
+    config = RunConfig(**{**top, **parts})
     check_choice("task", config.task, TASKS)
     for attention in config.compare:
         check_choice("attention in compare", attention, MECHANISMS)

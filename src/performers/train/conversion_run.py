@@ -39,8 +39,9 @@ from performers.convert.calibration import calibrate
 from performers.convert.capture import capture_attention, text_windows
 from performers.convert.linearize import linearize, load_linearized
 from performers.convert.mixed import choose_layers, layer_costs
-from performers.convert.options import SHARP, FavorOptions
+from performers.convert.options import FavorOptions
 from performers.diagnosis import Frontier, measure_frontier
+from performers.nn.words import SHARP
 from performers.records.environment import describe_environment
 from performers.train.checkpoints import write_atomically
 from performers.train.fine_tuning import FineTuningTask, fine_tune, fine_tuning_task

@@ -1,0 +1,94 @@
+"""Attention mechanisms as modules: (Q, K, V) to an output (`performers.typing.Attention`)."""
+
+from __future__ import annotations
+
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from performers.functional import favor_attention, softmax_attention
+from performers.nn.feature_maps import KernelFeatures, SoftmaxFeatures
+from performers.nn.sharp import SharpFeatures
+from performers.typing import LinearState
+
+__all__ = ["Exact", "Favor"]
+
+Output = Float[Tensor, "batch heads query_length value_dim"]
+
+
+class Favor(nn.Module):
+    """`favor_attention` with a feature map of its own, and a window of exact scores if asked."""
+
+    def __init__(
+        self,
+        feature_map: SoftmaxFeatures | SharpFeatures | KernelFeatures,
+        window_size: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.feature_map = feature_map
+        self.window_size = window_size
+
+    def forward(
+        self,
+        query: Float[Tensor, "batch heads query_length dim"],
+        key: Float[Tensor, "batch key_heads key_length dim"],
+        value: Float[Tensor, "batch key_heads key_length value_dim"],
+        *,
+        is_causal: bool = False,
+        key_padding_mask: Bool[Tensor, "batch key_length"] | None = None,
+    ) -> Output:
+        """Arguments and result are those of `favor_attention`."""
+        return favor_attention(
+            query,
+            key,
+            value,
+            self.feature_map,
+            is_causal=is_causal,
+            key_padding_mask=key_padding_mask,
+            enable_gqa=True,
+            window_size=self.window_size,
+        )
+
+    def resume(
+        self,
+        query: Float[Tensor, "batch heads length dim"],
+        key: Float[Tensor, "batch key_heads length dim"],
+        value: Float[Tensor, "batch key_heads length value_dim"],
+        key_padding_mask: Bool[Tensor, "batch length"] | None,
+        state: LinearState | None,
+    ) -> tuple[Float[Tensor, "batch heads length value_dim"], LinearState]:
+        """Causal attention of positions that continue a sequence, and the state after them."""
+        return favor_attention(
+            query,
+            key,
+            value,
+            self.feature_map,
+            is_causal=True,
+            key_padding_mask=key_padding_mask,
+            enable_gqa=True,
+            window_size=self.window_size,
+            initial_state=state,
+            return_state=True,
+        )
+
+
+class Exact(nn.Module):
+    """`softmax_attention`: the Transformer that a Performer is measured against."""
+
+    def forward(
+        self,
+        query: Float[Tensor, "batch heads query_length dim"],
+        key: Float[Tensor, "batch key_heads key_length dim"],
+        value: Float[Tensor, "batch key_heads key_length value_dim"],
+        *,
+        is_causal: bool = False,
+        key_padding_mask: Bool[Tensor, "batch key_length"] | None = None,
+    ) -> Output:
+        """Arguments and result are those of `softmax_attention`."""
+        return softmax_attention(
+            query,
+            key,
+            value,
+            is_causal=is_causal,
+            key_padding_mask=key_padding_mask,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
