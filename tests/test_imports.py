@@ -200,15 +200,7 @@ def circle(package: Path, part: str) -> list[str]:
     return []
 
 
-@pytest.mark.parametrize(
-    "part",
-    [
-        pytest.param(part, marks=pytest.mark.xfail(strict=True, reason="rows typed by the config"))
-        if part == "models"
-        else part
-        for part in sorted(PRESENT & RANK.keys())
-    ],
-)
+@pytest.mark.parametrize("part", sorted(PRESENT & RANK.keys()))
 def test_imports_go_round_no_circle(part):
     assert circle(PACKAGE, part) == []
 

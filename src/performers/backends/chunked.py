@@ -109,7 +109,7 @@ def _causal(
         state = absorb_one(state, features, value.to(call.dtype), key_mask)
         partial = read(state, phi.query_features(call.scaled(query.flatten(2, 3))))
         return _unflattened(partial, query), state
-    if is_log_linear(phi) and phi.is_nonnegative:
+    if is_log_linear(phi):
         queries = phi.query_side(call.dtype).log_linear(call.scaled(query.flatten(2, 3)))
         keys = phi.key_side(call.dtype).log_linear(call.scaled(key))
         return scan(queries, keys, value.to(call.dtype), key_mask, state)

@@ -42,7 +42,7 @@ def refusal(call: Call, query: Tensor, key: Tensor, value: Tensor) -> str | None
         return "it serves bidirectional attention without a window only"
     if call.has_state:
         return "it neither takes nor gives a LinearState"
-    if not (is_log_linear(phi) and phi.is_softmax and phi.is_nonnegative):
+    if not (is_log_linear(phi) and phi.is_softmax):
         return "it needs positive features of the softmax kernel"
     if query.numel() == 0 or key.numel() == 0:
         return "its fused kernel needs at least one query and one key"

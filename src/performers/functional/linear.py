@@ -71,7 +71,7 @@ def linear_attention(
         far,
         query,
         key,
-        estimates_softmax=phi.is_softmax and phi.is_nonnegative and is_log_linear(phi),
+        estimates_softmax=phi.is_softmax and is_log_linear(phi),
         is_causal=is_causal,
         has_state=has_state,
     )

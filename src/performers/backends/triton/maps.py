@@ -33,7 +33,7 @@ class KernelMap(NamedTuple):
 def kernel_map(phi: FeatureMap, like: Tensor) -> KernelMap | None:
     """What the kernels need to know of a feature map of theirs, for queries such as `like`; None of
     another."""
-    if is_log_linear(phi) and phi.is_nonnegative:
+    if is_log_linear(phi):
         return KernelMap(phi.query_side(torch.float32), phi.key_side(torch.float32))
     form = elementwise(phi)
     if form is None or form.kernel not in ("relu", "elu+1"):
