@@ -137,7 +137,10 @@ EFFECTS: dict[str, dict[str, Call | Shown]] = {
     "reproduce": {
         "name": reproduce("", "experiment_folder", "name", "figure-4"),
         "scale": reproduce("--scale paper", "reproduce", "scale", "paper"),
-        "draw_only": reproduce("--draw-only --scale smoke", "draw", "scale", "smoke"),
+        "draw_only": Call(
+            "reproduce figure-4 --draw-only --scale smoke", "performers.cli.reproduce.draw",
+            "scale", "smoke", {"performers.cli.reproduce.reproduce": []},
+        ),
     },
     "info": {},
     "data proteins": {

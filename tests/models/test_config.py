@@ -3,19 +3,48 @@
 import pytest
 import torch
 
-from performers.functional import KERNELS
+from performers.functional import KERNELS, favor_attention, softmax_attention
 from performers.models import (
     MECHANISMS,
     PerformerConfig,
     PerformerForCausalLM,
     PerformerForMaskedLM,
 )
+from performers.nn import KernelFeatures, SharpFeatures, SoftmaxFeatures
+
+# What each word of `attention` stands for, by the functions that it is made of.
+DRAWN = {"num_projections": 7, "projection": "iid", "seed": 5, "layer": 3}
+ATTENTION = {
+    "exact": softmax_attention,
+    "identity": lambda query, key, value: value,
+    "performer-softmax": lambda *tensors: favor_attention(
+        *tensors, SoftmaxFeatures(4, distribution="sphere", **DRAWN)
+    ),
+    "performer-sharp": lambda *tensors: favor_attention(
+        *tensors, SharpFeatures(4, num_heads=2, statistics="call", query_ratio=2.0, **DRAWN)
+    ),
+    **{
+        f"performer-{fn}": lambda *tensors, fn=fn: favor_attention(
+            *tensors, KernelFeatures(4, fn=fn, epsilon=0.25, distribution="sphere", **DRAWN)
+        )
+        for fn in KERNELS
+    },
+}
 
 
-def test_mechanisms_are_exact_identity_softmax_and_every_kernel():
-    kernels = {f"performer-{kernel}" for kernel in KERNELS}
-    softmax = {"performer-softmax", "performer-sharp"}
-    assert set(MECHANISMS) == {"exact", "identity", *softmax, *kernels}
+@pytest.mark.parametrize("name", MECHANISMS)
+def test_a_word_for_attention_stands_for_a_function_with_the_numbers_of_the_config(name):
+    config = PerformerConfig(
+        attention=name, hidden_size=8, num_attention_heads=2, num_projections=7, projection="iid",
+        distribution="gaussian" if name == "performer-sharp" else "sphere", kernel_epsilon=0.25,
+        seed=5,
+    )  # fmt: skip
+    tensors = torch.randn(3, 2, 2, 11, 4).unbind()
+    out = MECHANISMS[name].build(config, 3)(*tensors)
+    torch.testing.assert_close(out, ATTENTION[name](*tensors))
+
+
+def test_the_paper_s_mechanism_is_the_default():
     assert PerformerConfig().attention == "performer-relu"
 
 

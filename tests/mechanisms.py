@@ -1,0 +1,31 @@
+"""One attention mechanism of each kind in the registry, for the tests that hold for all of them."""
+
+from performers.models import MECHANISMS, PerformerConfig
+
+
+def _one_of_each_kind() -> list[str]:
+    """Of mechanisms that one function builds, such as those of the kernels, the first."""
+    first: dict[object, str] = {}
+    for name, row in MECHANISMS.items():
+        first.setdefault(getattr(row.build, "func", row.build), name)
+    return list(first.values())
+
+
+def _serves_causal(options: dict[str, object]) -> bool:
+    """False where a config refuses it; any other error is one."""
+    try:
+        PerformerConfig(**options, is_decoder=True)
+    except ValueError as error:
+        if "causal" not in str(error):
+            raise
+        return False
+    return True
+
+
+# Options of a config by a name for the test.
+KINDS: dict[str, dict[str, object]] = {
+    **{name: {"attention": name} for name in _one_of_each_kind()},
+    "window": {"attention": "performer-softmax", "window_size": 3},
+    "without omega": {"attention": "performer-elu+1", "projection": None},
+}
+CAUSAL_KINDS = {name: options for name, options in KINDS.items() if _serves_causal(options)}
