@@ -1,32 +1,94 @@
-"""Feature maps and inputs that the tests of attention share."""
+"""Feature maps, backends and inputs that the tests of attention share.
 
-import itertools
-from collections.abc import Callable
+Maps and backends are those of the registries: a new row is under every law from its first day.
+"""
+
+import functools
+from collections.abc import Callable, Iterable
 
 import pytest
 import torch
 from torch import Tensor
 
+from performers.backends import BACKENDS, choose_backend
 from performers.functional import KERNELS
-from performers.nn import KernelFeatures, RandomFeatures, SoftmaxFeatures
+from performers.nn import KernelFeatures, RandomFeatures, SharpFeatures, SoftmaxFeatures
 from performers.nn.estimators import ESTIMATORS
+from performers.typing import NearField
+
+
+def calibrated(dim: int, num_projections: int) -> SharpFeatures:
+    """Sharp features, the same for all heads, that have learned where some skew vectors lie."""
+    phi = SharpFeatures(dim, num_projections)
+    generator = torch.Generator().manual_seed(1)
+    query, key = torch.randn(2, 1, 1, 50, dim, generator=generator)
+    mixing = torch.randn(dim, dim, generator=generator) / dim**0.5
+    phi.calibrate(query * torch.linspace(0.3, 1.5, dim) + 0.3, key @ mixing - 0.2)
+    return phi
+
 
 # Every kind of `Features`, for a dim and a number of projections.
 FEATURE_MAPS: dict[str, Callable[[int, int], RandomFeatures]] = {
     **{name: lambda dim, m, e=name: SoftmaxFeatures(dim, m, estimator=e) for name in ESTIMATORS},
     **{name: lambda dim, m, fn=name: KernelFeatures(dim, m, fn) for name in KERNELS},
+    "sharp": calibrated,
     "exp without epsilon": lambda dim, m: KernelFeatures(dim, m, "exp", epsilon=0.0),
     "elu+1 without omega": lambda dim, m: KernelFeatures(dim, fn="elu+1", projection=None),
 }
 NONNEGATIVE = [name for name, build in FEATURE_MAPS.items() if build(2, 2).is_nonnegative]
 
-# Who computes it. None chooses: for bidirectional attention with positive features the landmarks
-# backend, which takes no other call; everywhere else the chunked one.
-BACKENDS = ("reference", "chunked")
-every_call = pytest.mark.parametrize(
-    ("backend", "is_causal"),
-    [*itertools.product((*BACKENDS, None), [False]), *itertools.product(BACKENDS, [True])],
-)
+
+@functools.cache
+def backends(
+    name: str = "positive",
+    is_causal: bool = False,
+    has_state: bool = False,
+    has_near_field: bool = False,
+) -> tuple[str | None, ...]:
+    """Who computes such a call with that feature map: None, for whoever is chosen, and by name
+    every backend that serves the call and was not chosen, which would be the same again.
+
+    Triton's kernels are left to tests/backends, at sizes that their interpreter can bear.
+    """
+    phi, x = FEATURE_MAPS[name](5, 3), torch.zeros(1, 1, 2, 5)
+    near = NearField(window_size=1) if has_near_field else None
+    call = {"is_causal": is_causal, "near": near, "has_state": has_state}
+    chosen = choose_backend(None, x, x, x, phi, **call)
+    served: list[str | None] = [None]
+    for backend in BACKENDS:
+        if backend not in ("triton", chosen):
+            try:
+                served.append(choose_backend(backend, x, x, x, phi, **call))
+            except ValueError:  # it refuses, in words that tests/functional/test_errors.py reads
+                continue
+    return tuple(served)
+
+
+def every_call_of(names: Iterable[str]) -> pytest.MarkDecorator:
+    """Each of these maps, bidirectional and causal, with each of its `backends`."""
+    return pytest.mark.parametrize(
+        ("name", "is_causal", "backend"),
+        [
+            (name, is_causal, backend)
+            for name in names
+            for is_causal in (False, True)
+            for backend in backends(name, is_causal)
+        ],
+    )
+
+
+def every_call_with_maps_of(names: Iterable[str]) -> pytest.MarkDecorator:
+    """The same where a case is short, and goes through all maps of its backend: `maps_of`."""
+    return pytest.mark.parametrize(
+        ("is_causal", "backend", "names"),
+        [
+            pytest.param(is_causal, backend, served, id=f"{is_causal}-{backend}")
+            for is_causal in (False, True)
+            for backend in (None, *BACKENDS)
+            if (served := [name for name in names if backend in backends(name, is_causal)])
+        ],
+    )
+
 
 # Norms along the sequence: what the entries of queries and keys are multiplied by.
 NORMS: dict[str, Callable[[int], Tensor]] = {

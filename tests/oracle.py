@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from performers.nn import KernelFeatures, RandomFeatures, SoftmaxFeatures
+from performers.nn import KernelFeatures, RandomFeatures, SharpFeatures, SoftmaxFeatures
 
 
 class Attended(NamedTuple):
@@ -51,8 +51,12 @@ def attended(
         visible = visible & key_padding_mask[:, None, None, :]
     key, value = (x.repeat_interleave(group, dim=1) for x in (key, value))
 
-    query_sign, query_log = log_features(query * root, phi)
-    key_sign, key_log = log_features(key * root, phi)
+    if isinstance(phi, SharpFeatures):
+        query_log, key_log = log_sharp_features(query * root, key * root, phi)
+        query_sign, key_sign = torch.ones_like(query_log), torch.ones_like(key_log)
+    else:
+        query_sign, query_log = log_features(query * root, phi)
+        key_sign, key_log = log_features(key * root, phi)
     # (batch, heads, query_length, key_length, num_features)
     log_terms = query_log.unsqueeze(3) + key_log.unsqueeze(2)
     signs = query_sign.unsqueeze(3) * key_sign.unsqueeze(2)
@@ -98,6 +102,8 @@ def log_features(x: Tensor, phi: RandomFeatures) -> tuple[Tensor, Tensor]:
             return waves.sign(), waves.abs().log() + half_square - log_root_m
         if phi.estimator == "hyperbolic":
             projected = torch.cat([projected, -projected], dim=-1) - math.log(2) / 2
+        else:
+            assert phi.estimator == "positive", f"write down what {phi.estimator} features are"
         return torch.ones_like(projected), projected - half_square - log_root_m
     assert isinstance(phi, KernelFeatures)
     if phi.fn == "exp":
@@ -107,6 +113,38 @@ def log_features(x: Tensor, phi: RandomFeatures) -> tuple[Tensor, Tensor]:
         return torch.ones_like(log_values), log_values - log_root_m
     values = _FUNCTIONS[phi.fn](projected) + phi.epsilon
     return values.sign(), values.abs().log() - log_root_m
+
+
+def log_sharp_features(query: Tensor, key: Tensor, phi: SharpFeatures) -> tuple[Tensor, Tensor]:
+    """log φ_m(q) and log φ_m(k) of features that were calibrated, by
+
+    q·k = M(q − a) · M⁻ᵀ(k − b) + a·(k − b) + b·q
+    f(ω, x) = Π_i (1 − 4A_i)^¼ exp(A_i ω_i² + √(1 − 4A_i) ω_i x_i − x_i²/2)
+    """
+    assert phi.statistics == "calibrated"
+
+    def for_heads(part: Tensor) -> Tensor:
+        """(heads or 1, dim, ...) for each query head, with an axis for positions."""
+        return part.repeat_interleave(query.shape[1] // len(part), dim=0)
+
+    a, b, exponent = (
+        for_heads(part)[:, None] for part in (phi.query_shift, phi.key_shift, phi.exponent)
+    )
+    omega = phi.omega.double()
+    stretch = (1 - 4 * exponent).sqrt()
+    # of each feature, before it meets x
+    tilt = (stretch.log() / 2).sum(dim=-1, keepdim=True) + exponent @ omega.square().T
+
+    def log_positive(x: Tensor, matrix: Tensor) -> Tensor:
+        x = x @ for_heads(matrix).mT
+        half_square = x.square().sum(dim=-1, keepdim=True) / 2
+        return (stretch * x) @ omega.T + tilt - half_square - math.log(len(omega)) / 2
+
+    from_shift = ((key - b) * a).sum(dim=-1, keepdim=True), (query * b).sum(dim=-1, keepdim=True)
+    return (
+        log_positive(query - a, phi.query_map) + from_shift[1],
+        log_positive(key - b, phi.key_map) + from_shift[0],
+    )
 
 
 _FUNCTIONS = {

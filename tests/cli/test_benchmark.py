@@ -204,6 +204,28 @@ def test_a_setting_costs_what_it_adds_to_plain_features():
     assert near.exponentials == sharp.exponentials + length**2
 
 
+def test_the_floor_is_the_time_of_the_operations_of_all_heads():
+    """At 3 products and 5 exponentials a second."""
+    length, d, heads, batch = 13, 5, 2, 3
+    plan = Plan(batch=batch, heads=heads, dim=d, num_projections=7)
+    for causal, pairs in ((False, length**2), (True, length**2 / 2)):
+        floors = benchmark._floors(plan, causal, length, 3.0, 5.0)
+        products, exponentials = 4 * d * pairs, pairs
+        assert floors["exact"]["forward"] == pytest.approx(
+            batch * heads * (products / 3 + exponentials / 5)
+        )
+        assert floors["exact"]["forward_backward"] == pytest.approx(
+            batch * heads * (3.5 * products / 3 + 2 * exponentials / 5)
+        )
+        # φ of queries and of keys, their sums with the values, the readout; two of these have exps
+        assert floors["plain"]["forward"] == pytest.approx(
+            batch * heads * (4 * 2 * length * 7 * d / 3 + 2 * length * 7 / 5)
+        )
+        assert floors.keys() == {"exact", *SETTINGS}
+        without = benchmark._floors(plan, causal, length, 3.0, None)
+        assert without["exact"]["forward"] == pytest.approx(batch * heads * products / 3)
+
+
 def test_a_model_step_is_timed_and_weighed_for_each_mechanism():
     config = {
         "vocab_size": 11, "hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2,

@@ -8,13 +8,12 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from cases import FEATURE_MAPS, NONNEGATIVE
+from cases import FEATURE_MAPS, NONNEGATIVE, backends
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from performers import favor_attention, softmax_attention
-from performers.nn import SharpFeatures
 
 PRIMES = (1, 2, 3, 5, 7, 11, 13)
 
@@ -50,13 +49,15 @@ MECHANISMS = {
     **{
         f"{name}, {backend}": Mechanism(_favor(build, backend=backend), name in NONNEGATIVE)
         for name, build in FEATURE_MAPS.items()
-        for backend in ("reference", "chunked")
+        for backend in backends(name, is_causal=True)  # bidirectional None is for another
     },
-    "sharp": Mechanism(_favor(SharpFeatures), is_average=True),
     "positive with a window": Mechanism(_favor(FEATURE_MAPS["positive"], window_size=3), True),
 }
 
+AVERAGES = {name: mechanism for name, mechanism in MECHANISMS.items() if mechanism.is_average}
+
 every_mechanism = pytest.mark.parametrize("mechanism", MECHANISMS.values(), ids=MECHANISMS)
+every_average = pytest.mark.parametrize("mechanism", AVERAGES.values(), ids=AVERAGES)
 every_dtype = pytest.mark.parametrize(
     "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str
 )
@@ -66,7 +67,11 @@ some_shapes = given(
 
 
 def under_contract(test: Callable[..., None]) -> Callable[..., None]:
-    return every_mechanism(every_dtype(settings(max_examples=3)(some_shapes(test))))
+    return every_mechanism(for_dtypes_and_shapes(test))
+
+
+def for_dtypes_and_shapes(test: Callable[..., None]) -> Callable[..., None]:
+    return every_dtype(settings(max_examples=3)(some_shapes(test)))
 
 
 def draw(shape: list[int], group: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -91,15 +96,15 @@ def test_the_output_has_the_shape_of_queries_and_values(mechanism, dtype, shape,
     assert out.isfinite().all()
 
 
-@under_contract
+@every_average
+@for_dtypes_and_shapes
 def test_outputs_of_averages_stay_among_the_values(mechanism, dtype, shape, group, is_causal):
     query, key, value = draw(shape, group, dtype)
     attend = mechanism.build(query.shape[-1])
-    if mechanism.is_average:
-        out = attend(10 * query, 10 * key, value, is_causal)
-        assert out.abs().max() <= value.abs().max() * (1 + tolerance(dtype))
-        ones = attend(query, key, torch.ones_like(value), is_causal)
-        torch.testing.assert_close(ones, torch.ones_like(ones), rtol=tolerance(dtype), atol=0)
+    out = attend(10 * query, 10 * key, value, is_causal)
+    assert out.abs().max() <= value.abs().max() * (1 + tolerance(dtype))
+    ones = attend(query, key, torch.ones_like(value), is_causal)
+    torch.testing.assert_close(ones, torch.ones_like(ones), rtol=tolerance(dtype), atol=0)
 
 
 @every_mechanism

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from tiny_models import bart, bert, gpt2, inputs_for, llama, outputs_of
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from performers import FavorOptions, calibrate, linearize
 from performers.convert.attention_transfer import (
@@ -38,6 +39,21 @@ def test_every_layer_comes_nearer_to_its_exact_teacher_on_other_inputs(name):
     assert before.keys() == after.keys() == converted_layers(model).keys()
     assert all(after[layer] < before[layer] for layer in before)
     assert sum(after.values()) < 0.95 * sum(before.values())
+
+
+def test_the_learning_rate_falls_linearly_to_0():
+    model, teacher = converted(bert)
+    rates = []
+
+    def note(optimizer, arguments, names):
+        rates.append(optimizer.param_groups[0]["lr"])
+
+    handle = register_optimizer_step_pre_hook(note)
+    try:
+        transfer_attention(model, teacher, [inputs_for(model)] * 4, learning_rate=8e-3)
+    finally:
+        handle.remove()
+    assert rates == pytest.approx([8e-3, 6e-3, 4e-3, 2e-3])
 
 
 def test_only_converted_attention_is_trained_and_omega_stays():

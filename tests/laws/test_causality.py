@@ -2,12 +2,14 @@
 
 import pytest
 import torch
-from cases import BACKENDS, FEATURE_MAPS, MASKS, NORMS, inputs
+from cases import FEATURE_MAPS, MASKS, NORMS, backends, inputs
 
 from performers import SoftmaxFeatures, favor_attention
 
+every_backend = pytest.mark.parametrize("backend", backends(is_causal=True))
 
-@pytest.mark.parametrize("backend", BACKENDS)
+
+@every_backend
 @pytest.mark.parametrize("name", FEATURE_MAPS)
 @pytest.mark.parametrize("norms", ["growing", "huge then tiny"])
 def test_later_keys_and_values_leave_earlier_outputs_bit_identical(norms, name, backend):
@@ -23,7 +25,7 @@ def test_later_keys_and_values_leave_earlier_outputs_bit_identical(norms, name, 
             assert torch.equal(before[:, :, :position], after[:, :, :position])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@every_backend
 def test_a_longer_sequence_begins_as_the_shorter_one(backend):
     phi = SoftmaxFeatures(5, 11)
     for norms in ("1", "10"):
@@ -34,7 +36,7 @@ def test_a_longer_sequence_begins_as_the_shorter_one(backend):
         torch.testing.assert_close(whole[:, :, :16], part, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@every_backend
 @pytest.mark.parametrize("name", FEATURE_MAPS)
 def test_no_gradient_flows_back_to_later_positions(name, backend):
     tensors = [x.requires_grad_() for x in inputs()]
@@ -48,7 +50,7 @@ def test_no_gradient_flows_back_to_later_positions(name, backend):
         assert x.grad[:, :, : position + 1].ne(0).any()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@every_backend
 def test_neighbors_in_the_batch_do_not_matter(backend):
     # Heads go through a chunk at their own pace; one that needs many passes must not touch others.
     phi = SoftmaxFeatures(5, 11)
@@ -64,7 +66,7 @@ def test_neighbors_in_the_batch_do_not_matter(backend):
         torch.testing.assert_close(one, out[row : row + 1], rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@every_backend
 def test_the_first_position_returns_its_own_value(backend):
     for norms in NORMS:
         query, key, value = inputs(norms=norms, key_heads=6)

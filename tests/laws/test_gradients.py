@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import BACKENDS, FEATURE_MAPS, MASKS, every_call, inputs
+from cases import FEATURE_MAPS, MASKS, backends, every_call_of, inputs
 from oracle import attended
 from torch import Tensor
 from torch.autograd import gradcheck
@@ -10,7 +10,8 @@ from torch.autograd import gradcheck
 from performers import KernelFeatures, LinearState, SoftmaxFeatures, favor_attention
 
 CAUSAL = (False, True)
-SMOOTH = ("positive", "hyperbolic", "trigonometric", "exp", "sigmoid", "elu+1")
+# Elsewhere a difference of outputs may lie across a kink.
+SMOOTH = [name for name in FEATURE_MAPS if name not in ("relu", "abs")]
 
 
 def small_inputs(length: int, norms: str = "1") -> list[Tensor]:
@@ -18,8 +19,7 @@ def small_inputs(length: int, norms: str = "1") -> list[Tensor]:
     return [x.requires_grad_() for x in inputs(length, dtype=torch.float64, norms=norms, **shape)]
 
 
-@every_call
-@pytest.mark.parametrize("name", SMOOTH)
+@every_call_of(SMOOTH)
 def test_gradients_are_the_slopes_of_the_output(name, is_causal, backend):
     phi = FEATURE_MAPS[name](3, 5)
     mask = torch.arange(17)[None] % 5 != 0
@@ -32,7 +32,8 @@ def test_gradients_are_the_slopes_of_the_output(name, is_causal, backend):
     assert gradcheck(attend, small_inputs(17), fast_mode=True)
 
 
-@every_call
+@pytest.mark.parametrize("is_causal", CAUSAL)
+@pytest.mark.parametrize("backend", backends(has_state=True))
 @pytest.mark.parametrize("normalize", [False, True])
 def test_gradients_reach_back_through_a_state(normalize, is_causal, backend):
     phi = SoftmaxFeatures(3, 5)
@@ -58,9 +59,8 @@ def test_gradients_reach_back_through_a_state(normalize, is_causal, backend):
     assert gradcheck(attend, small_inputs(16), fast_mode=True)
 
 
-@every_call
+@every_call_of(["positive", "sharp", "exp without epsilon", "elu+1 without omega"])
 @pytest.mark.parametrize("norms", ["1", "10", "growing", "shrinking", "alternating"])
-@pytest.mark.parametrize("name", ["positive", "exp without epsilon", "elu+1 without omega"])
 def test_gradients_equal_those_of_the_definition_at_any_norm(name, norms, is_causal, backend):
     phi = FEATURE_MAPS[name](3, 5)
     tensors = small_inputs(23, norms)
@@ -79,22 +79,23 @@ def test_many_passes_over_a_chunk_have_the_gradients_of_one(is_causal):
     phi = KernelFeatures(dim=3, fn="exp", epsilon=0.0, projection=None)
     query, key, value = small_inputs(11)
     key = (key + 100 * torch.arange(11)[:, None]).detach().requires_grad_()
-    gradients = [
+    one, *others = (
         torch.autograd.grad(
             favor_attention(query, key, value, phi, is_causal, enable_gqa=True, backend=backend)
             .square()
             .sum(),
             (query, key, value),
         )
-        for backend in BACKENDS
-    ]
-    for one, other in zip(*gradients, strict=True):
+        for backend in backends("exp without epsilon", is_causal)
+    )
+    assert others
+    for other in others:
         torch.testing.assert_close(one, other)
 
 
-@every_call
-def test_omega_learns_if_asked_to(is_causal, backend):
-    phi = SoftmaxFeatures(3, 5)
+@every_call_of(["positive", "sharp"])
+def test_omega_learns_if_asked_to(name, is_causal, backend):
+    phi = FEATURE_MAPS[name](3, 5)
     tensors = [x.detach() for x in small_inputs(17)]
     start = phi.omega.clone().double()
 
@@ -105,7 +106,7 @@ def test_omega_learns_if_asked_to(is_causal, backend):
     assert gradcheck(attend, [start.requires_grad_()], fast_mode=True)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", backends(has_state=True))
 def test_gradients_of_a_frame_of_reference_are_not_followed(backend):
     phi = SoftmaxFeatures(3, 5)
     _, state = favor_attention(

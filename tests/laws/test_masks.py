@@ -2,21 +2,28 @@
 
 import pytest
 import torch
-from cases import BACKENDS, FEATURE_MAPS, MASKS, every_call, inputs
+from cases import (
+    FEATURE_MAPS,
+    MASKS,
+    backends,
+    every_call_of,
+    every_call_with_maps_of,
+    inputs,
+)
 
 from performers import favor_attention, softmax_attention
 
 CAUSAL = (False, True)
 
 
-@every_call
+@every_call_with_maps_of(FEATURE_MAPS)
 @pytest.mark.parametrize("mask", ["left", "right", "holes", "full"])
-def test_padding_may_hold_anything(mask, is_causal, backend):
+def test_padding_may_hold_anything(mask, is_causal, backend, names):
     query, key, value = inputs()
     mask = MASKS[mask](23)
     padding = torch.tensor([float("nan"), float("inf"), 1e30]).repeat(8)[:23, None]
     dirty = [torch.where(mask[:, None, :, None], x, padding) for x in (key, value)]
-    for name in FEATURE_MAPS:
+    for name in names:
         phi = FEATURE_MAPS[name](5, 11)
         arguments = (phi, is_causal, mask)
         clean = favor_attention(query, key, value, *arguments, enable_gqa=True, backend=backend)
@@ -24,8 +31,7 @@ def test_padding_may_hold_anything(mask, is_causal, backend):
         assert torch.equal(out, clean), name
 
 
-@every_call
-@pytest.mark.parametrize("name", FEATURE_MAPS)
+@every_call_of(FEATURE_MAPS)
 def test_masking_keys_is_leaving_them_out(is_causal, name, backend):
     phi = FEATURE_MAPS[name](5, 11)
     query, key, value = inputs()
@@ -37,8 +43,7 @@ def test_masking_keys_is_leaving_them_out(is_causal, name, backend):
     torch.testing.assert_close(out[:, :, visible], without, rtol=1e-3, atol=1e-4)
 
 
-@every_call
-@pytest.mark.parametrize("name", FEATURE_MAPS)
+@every_call_of(FEATURE_MAPS)
 def test_a_row_that_sees_no_key_is_zero_with_zero_gradients(name, is_causal, backend):
     phi = FEATURE_MAPS[name](5, 11)
     tensors = [x.requires_grad_() for x in inputs()]
@@ -52,7 +57,7 @@ def test_a_row_that_sees_no_key_is_zero_with_zero_gradients(name, is_causal, bac
         assert x.grad[0].eq(0).all()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", backends(is_causal=True))
 @pytest.mark.parametrize("name", FEATURE_MAPS)
 def test_left_padding_shifts_a_causal_sequence(name, backend):
     phi = FEATURE_MAPS[name](5, 11)
@@ -67,15 +72,17 @@ def test_left_padding_shifts_a_causal_sequence(name, backend):
 
 @pytest.mark.parametrize("is_causal", CAUSAL)
 @pytest.mark.parametrize("mask", MASKS)
-def test_exact_attention_follows_the_same_masks(mask, is_causal):
+def test_exact_attention_follows_the_same_masks_at_any_scale(mask, is_causal):
     query, key, value = inputs()
     mask = MASKS[mask](23)
-    out = softmax_attention(query, key, value, is_causal, mask, enable_gqa=True)
-    scores = torch.einsum("bhid,bhjd->bhij", query, key.repeat_interleave(2, 1)).double() / 5**0.5
+    scores = torch.einsum("bhid,bhjd->bhij", query, key.repeat_interleave(2, 1)).double()
     visible = torch.ones(23, 23, dtype=torch.bool)
     visible = visible.tril() if is_causal else visible
     if mask is not None:
         visible = visible & mask[:, None, None, :]
-    weights = scores.masked_fill(~visible, -torch.inf).softmax(dim=-1).nan_to_num(0.0)
-    expected = weights @ value.repeat_interleave(2, 1).double()
-    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-6)
+    scores = scores.masked_fill(~visible, -torch.inf)
+    for scale, factor in ((None, 5**-0.5), (0.3, 0.3), (2.0, 2.0)):
+        out = softmax_attention(query, key, value, is_causal, mask, scale, enable_gqa=True)
+        weights = (factor * scores).softmax(dim=-1).nan_to_num(0.0)
+        expected = weights @ value.repeat_interleave(2, 1).double()
+        torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-6)

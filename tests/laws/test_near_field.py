@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from cases import BACKENDS, MASKS, NORMS, inputs
+from cases import MASKS, NORMS, backends, inputs
 from oracle import attended
 
 from performers import (
@@ -28,6 +28,7 @@ FIELDS = {
     "more than all": {"window_size": 40, "num_sinks": 3},
 }
 every_field = pytest.mark.parametrize("field", FIELDS.values(), ids=FIELDS)
+BACKENDS = backends(has_near_field=True)
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
 every_mode = pytest.mark.parametrize("is_causal", CAUSAL)
 

@@ -4,12 +4,13 @@ import itertools
 
 import pytest
 import torch
-from cases import BACKENDS, FEATURE_MAPS, MASKS, inputs
+from cases import FEATURE_MAPS, MASKS, backends, inputs
 from torch import Tensor
 
 from performers import LinearState, SoftmaxFeatures, favor_attention
 
 NORMS = ("1", "growing", "huge then tiny")
+every_backend = pytest.mark.parametrize("backend", backends(has_state=True))
 
 
 def continued(
@@ -47,7 +48,7 @@ def assert_same_state(state: LinearState, other: LinearState) -> None:
             torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@every_backend
 @pytest.mark.parametrize("name", FEATURE_MAPS)
 def test_pieces_with_carried_state_equal_the_whole(name, backend):
     phi = FEATURE_MAPS[name](5, 11)
@@ -60,7 +61,7 @@ def test_pieces_with_carried_state_equal_the_whole(name, backend):
             torch.testing.assert_close(pieces, whole, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@every_backend
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("name", FEATURE_MAPS)
 def test_every_backend_leaves_the_state_of_the_definition(name, is_causal, backend):
@@ -80,7 +81,7 @@ def test_every_backend_leaves_the_state_of_the_definition(name, is_causal, backe
     )
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@every_backend
 def test_bidirectional_attention_continues_a_state_too(backend):
     phi = SoftmaxFeatures(5, 11)
     query, key, value = inputs()

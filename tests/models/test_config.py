@@ -8,7 +8,7 @@ from transformers import AutoConfig
 
 from performers import FavorOptions
 from performers.baselines import Identity
-from performers.functional import KERNELS
+from performers.functional import KERNELS, favor_attention, softmax_attention
 from performers.models import (
     MECHANISMS,
     PerformerCache,
@@ -17,14 +17,46 @@ from performers.models import (
     PerformerForMaskedLM,
 )
 from performers.models.mechanisms import Mechanism
+from performers.nn import KernelFeatures, SharpFeatures, SoftmaxFeatures
 from performers.nn.estimators import ESTIMATORS
 from performers.nn.words import FEATURES
 
+# What each word of `attention` stands for, by the functions that it is made of.
+DRAWN = {"num_projections": 7, "projection": "iid", "seed": 5, "layer": 3}
+ATTENTION = {
+    "exact": softmax_attention,
+    "identity": lambda query, key, value: value,
+    "performer-sharp": lambda *tensors: favor_attention(
+        *tensors, SharpFeatures(4, num_heads=2, statistics="call", query_ratio=2.0, **DRAWN)
+    ),
+    **{
+        f"performer-{estimator}": lambda *tensors, estimator=estimator: favor_attention(
+            *tensors, SoftmaxFeatures(4, estimator=estimator, distribution="sphere", **DRAWN)
+        )
+        for estimator in ESTIMATORS
+    },
+    **{
+        f"performer-{fn}": lambda *tensors, fn=fn: favor_attention(
+            *tensors, KernelFeatures(4, fn=fn, epsilon=0.25, distribution="sphere", **DRAWN)
+        )
+        for fn in KERNELS
+    },
+}
 
-def test_mechanisms_are_exact_identity_softmax_and_every_kernel():
-    kernels = {f"performer-{kernel}" for kernel in KERNELS}
-    softmax = {f"performer-{features}" for features in ("sharp", *ESTIMATORS)}
-    assert set(MECHANISMS) == {"exact", "identity", *softmax, *kernels}
+
+@pytest.mark.parametrize("name", MECHANISMS)
+def test_a_word_for_attention_stands_for_a_function_with_the_numbers_of_the_config(name):
+    config = PerformerConfig(
+        attention=name, hidden_size=8, num_attention_heads=2, num_projections=7, projection="iid",
+        distribution="gaussian" if name == "performer-sharp" else "sphere", kernel_epsilon=0.25,
+        seed=5,
+    )  # fmt: skip
+    tensors = torch.randn(3, 2, 2, 11, 4).unbind()
+    out = MECHANISMS[name].build(config, 3)(*tensors)
+    torch.testing.assert_close(out, ATTENTION[name](*tensors))
+
+
+def test_the_paper_s_mechanism_is_the_default():
     assert PerformerConfig().attention == "performer-relu"
 
 

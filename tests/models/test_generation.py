@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from mechanisms import CAUSAL_KINDS
 from torch.nn import functional as F
 from transformers import DynamicCache
 
@@ -9,13 +10,9 @@ from performers.models import PerformerCache, PerformerForCausalLM, PerformerFor
 from performers.models.memory import KeysAndValues, Nothing, State
 
 MECHANISMS = {
-    "performer-relu": {"attention": "performer-relu"},
-    "performer-positive": {"attention": "performer-positive"},
-    "window": {"attention": "performer-positive", "window_size": 3},
+    **CAUSAL_KINDS,
     "grouped queries": {"attention": "performer-positive", "num_key_value_heads": 1},
     "learned positions": {"attention": "performer-relu", "position": "learned"},
-    "exact": {"attention": "exact"},
-    "identity": {"attention": "identity"},
 }
 every_mechanism = pytest.mark.parametrize(
     "mechanism", [pytest.param(options, id=name) for name, options in MECHANISMS.items()]

@@ -10,6 +10,7 @@ from torch import nn
 
 from performers import KernelFeatures, SoftmaxFeatures, favor_attention
 from performers.functional import Kernel
+from performers.functional.projections import DISTRIBUTIONS
 
 BUILDERS = {
     "softmax": lambda **options: SoftmaxFeatures(5, 11, **options),
@@ -54,6 +55,21 @@ def test_omega_depends_on_seed_layer_and_redraws_and_on_nothing_else(build):
     assert torch.equal(again.omega, drawn[1, 2, 1])
     again.reset_parameters()
     assert torch.equal(again.omega, drawn[1, 2, 0])
+
+
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_every_draw_is_of_the_distribution_that_was_asked_for(build, distribution):
+    phi = build(distribution=distribution)
+    draws = [phi.omega.clone()]
+    phi.redraw()
+    draws.append(phi.omega.clone())
+    phi.redraw(torch.Generator().manual_seed(7))
+    draws.append(phi.omega.clone())
+    phi.reset_parameters()
+    draws.append(phi.omega.clone())
+    for omega in draws:
+        is_on_sphere = (omega.norm(dim=1) - 5**0.5).abs() < 1e-5
+        assert is_on_sphere.all() if distribution == "sphere" else not is_on_sphere.any()
 
 
 def test_drawing_leaves_the_global_generator_alone(build):

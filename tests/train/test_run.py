@@ -12,7 +12,8 @@ import yaml
 from safetensors.torch import load_file
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from performers.data.masking import MaskedCollator
+from performers.data.masking import NOT_SCORED, MaskedCollator
+from performers.data.vocabulary import MASK_TOKEN_ID
 from performers.train import Run, has_finished, load_config
 from performers.train.checkpoints import is_whole, last_whole_checkpoint
 from performers.train.redraw import RedrawFeatures
@@ -161,6 +162,8 @@ def test_masks_change_with_the_epoch_and_not_between_evaluations(config_file, tm
     before = labels(trainer.get_eval_dataloader())
     trainer.data_collator.set_epoch(1)
     assert torch.equal(labels(trainer.get_eval_dataloader()), before)
+    for batch in trainer.get_eval_dataloader():  # no answer can be copied
+        assert batch["input_ids"][batch["labels"] != NOT_SCORED].eq(MASK_TOKEN_ID).all()
     first = [run.data.train[0]]
     masks = []
     for epoch in (0, 1):

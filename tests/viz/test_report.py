@@ -119,6 +119,35 @@ def test_the_report_opens_with_what_each_model_saw_reached_and_took(run):
     assert page.index(first) < page.index("<h2>")
 
 
+def test_every_table_has_each_number_in_its_column(run):
+    """From the accuracy and the loss that each model has, by the definitions."""
+    found = re.findall("<table>.*?</table>", write_report(run).read_text())
+    _, validation, cost = (
+        [re.findall("<t[hd]>(.*?)</t[hd]>", row) for row in re.findall("<tr.*?</tr>", table)]
+        for table in found
+    )
+    assert "Validation: 17 sequences, 1,013 scored positions" in found[1]
+    reached = {
+        "empirical baseline": (0.0907, 2.0),
+        "performer-relu": (0.123, 2.0),
+        "exact": (0.131, 2.125),
+        "identity": (0.117, 2.25),
+    }
+    assert validation == [
+        ["", "accuracy", "perplexity", "bits per character"],
+        *(
+            [name, f"{accuracy:.2%}", f"{math.exp(loss):.3f}", f"{loss / math.log(2):.3f}"]
+            for name, (accuracy, loss) in reached.items()
+        ),
+    ]
+    assert cost == [
+        ["", "optimizer steps", "training time", "tokens per second", "parameters"],
+        ["performer-relu", "2", "61 s", "1,017", "1,234"],
+        ["exact", "2", "61 s", "254", "1,234"],
+        ["identity", "2", "61 s", "2,148", "1,234"],
+    ]
+
+
 def test_the_headline_of_equal_time_gives_the_figures_of_all_models(run):
     metrics = json.loads((run / "metrics.json").read_text())
     metrics["config"]["max_seconds"] = 60.0

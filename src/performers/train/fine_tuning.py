@@ -155,7 +155,7 @@ def fine_tune(
     weight of every linear layer, which is added to that weight in the end (Hu et al. 2022).
 
     Without dropout: an error is undone, nothing new is learned. Checkpoints go to `folder`; if it
-    has whole ones the last is gone on from, to the same end. Trains in place; returns the model.
+    has whole ones the last is resumed, to the same end. Trains in place; returns the model.
 
     Raises FloatingPointError where the loss is no longer finite.
     """
