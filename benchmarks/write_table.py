@@ -37,9 +37,9 @@ def _times(results: dict[str, Any], dtype: str) -> str:
     longest = lengths[-1]
     header = [
         f"{dtype}: forward / forward and backward",
-        *(f"÷ exact, L = {length:,}" for length in lengths),
-        f"÷ {PEER}, L = {longest:,}",
-        f"of its floor, L = {longest:,}",
+        *(f"relative to exact, L = {length:,}" for length in lengths),
+        f"relative to {PEER}, L = {longest:,}",
+        f"floor / time, L = {longest:,}",
         "faster than exact from L =",
     ]
     lines = []
@@ -115,7 +115,7 @@ def _models(results: dict[str, Any]) -> str:
     if not rows:
         return ""
     names = [name for name in rows[0]["seconds"] if name != "identity"]
-    lines = [["training step of a model ÷ that of a model without attention", *names]]
+    lines = [["training step of a model, relative to one without attention", *names]]
     for row in rows:
         floor = row["seconds"]["identity"]["forward_backward"]["median"]
         both = [row["seconds"][name]["forward_backward"] for name in names]
