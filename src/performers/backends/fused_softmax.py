@@ -12,8 +12,8 @@ What is added to the products q_i·k_j goes through the matrix product, in colum
 
 A product in bfloat16 is summed in float32 and rounded in the end. So what is rounded is t − shift,
 which is small where the weight is large. The shift has to be near the largest logit of its row, but
-need not be it: it is guessed from some of the keys, and raised where the sum of the weights shows
-that the guess was far too low.
+need not be exactly that. It is guessed from some of the keys, and raised where the sum of the
+weights shows that the guess was far too low.
 """
 
 from __future__ import annotations

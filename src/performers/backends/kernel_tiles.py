@@ -1,6 +1,7 @@
 """Attention with features f(ω·x) + ε, a tile at a time, forward and backward by hand.
 
-Such features have no exponents, so sums need no frame. With c = 1/√columns, φ = c F and tiles
+Such features have no exponents, so sums need no frame (no running maximum, as in an online
+softmax). With c = 1/√columns, φ = c F and tiles
 
     F_k = f(K Ωᵀ) + ε        F_q = f(Q Ωᵀ) + ε        G = gradient of [numerator, normalizer] / c
 

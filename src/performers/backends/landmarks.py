@@ -5,7 +5,8 @@ Where log φ_m(x) = x·ω_m + (a number of the row), FAVOR+ is softmax attention
     landmark m attends to the keys       S_m, s_m = softmax_j(ω_m·k_j + row_j) v_j,  its log-sum-exp
     query i attends to the landmarks     out_i = softmax_m(q_i·ω_m + s_m) S_m
 
-so one operator does both, forward and backward, without storing a feature. In base 2, as that one.
+So one operator does both, forward and backward, without storing a feature. Logits are in base 2, as
+in that operator.
 """
 
 from __future__ import annotations
@@ -115,8 +116,9 @@ def _side(
     root: float,
     dtype: torch.dtype,
 ) -> _Side:
-    """Plain features have for inputs what they are given, √scale x, and the same offset for every
-    row. Then x goes on as it came, which is exact in bfloat16, and √scale into the directions.
+    """For plain features the inputs are √scale · x, and all rows have the same offset. Then x is
+    passed on as it came, without rounding in bfloat16, and √scale is multiplied into the
+    directions.
 
     Other features are asked for a tile at a time, because a tile stays in the cache.
     """

@@ -7,8 +7,9 @@ a_im = log φ_m(q_i) and b_jm = log φ_m(k_j),
     read:     out_i = Σ_m w_im S_m / Σ_m w_im Z_m,    w_im = e^(a_im + s_m − c_i),
               c_i = max_m (a_im + s_m)
 
-Every exponent is at most 0, and the largest of each sum is 0, so nothing overflows, nothing
-vanishes, and no epsilon is needed. `s` and `c` are frames of reference that cancel; they are never
+Every exponent is at most 0, and the largest of each sum is 0, so nothing overflows, no normalizer
+vanishes, and no epsilon is needed. `s` and `c` are *frames*: running maxima, as in an online
+softmax, relative to which the sums are kept. They cancel in the output, so they are never
 differentiated.
 """
 
@@ -43,12 +44,13 @@ __all__ = [
     "remembered",
 ]
 
-# Signed features can have a normalizer of any sign. The paper's renormalizer adds 2ε to |D| ≤ ε.
+# Features that can be negative can have a normalizer of any sign. The paper's renormalizer adds 2ε
+# to |D| ≤ ε.
 SIGNED_STABILIZER = 1e-6
 
 
 class Partial(NamedTuple):
-    """What queries got from some of their keys, before D⁻¹: both sums times e^(−frame)."""
+    """What queries get from some of their keys, before D⁻¹: both sums, times e^(−frame)."""
 
     numerator: Float[Tensor, "*batch query_length value_dim"]
     normalizer: Float[Tensor, "*batch query_length 1"]
@@ -69,8 +71,8 @@ class Partial(NamedTuple):
     ) -> Float[Tensor, "*batch query_length value_dim"]:
         """Divide by the normalizer; a row that sees no key is 0.
 
-        The normalizer of nonnegative features is 0 only there; that of signed features can vanish
-        or change sign anywhere, and gets the paper's renormalizer.
+        The normalizer of nonnegative features is 0 for such a row only. That of signed features can
+        vanish or change sign for any row, so the paper's renormalizer is added to it.
         """
         if not normalize:
             return self.numerator * self.frame.exp()
@@ -96,9 +98,9 @@ def attend(
 ) -> tuple[Float[Tensor, "batch key_heads group query_length value_dim"], LinearState]:
     """Attention with φ(root · q) and φ(root · k), and the state after it.
 
-    Query i sees the state and the keys j ≤ i, or all keys if not causal. What the near field has of
-    these is scored by exp(q·k) itself, the others by φ(q)·φ(k), under one normalizer.
-    A Python step per query position, for clarity alone.
+    Query i sees the state and the keys j ≤ i, or all keys if not causal. Those in the near field
+    are scored by exp(q·k) itself, the others by φ(q)·φ(k), under one normalizer. There is a Python
+    step for each query position, for the sake of clarity.
     """
     if near is not None:
         return _attend_near(
@@ -190,7 +192,7 @@ def remembered(slots: Slots, phi: FeatureMap, root: float, state: LinearState) -
 def _no_rows(
     query: Float[Tensor, "*batch length dim"], value: Tensor
 ) -> Float[Tensor, "*batch 0 value_dim"]:
-    """The output of no queries, which a backward pass may still start from."""
+    """An output without rows, connected to the inputs so that a backward pass can start from it."""
     return query[..., :0, :1].expand(*query.shape[:-2], 0, value.shape[-1])
 
 
@@ -200,7 +202,7 @@ def absorb(
     value: Float[Tensor, "batch key_heads key_length value_dim"],
     key_mask: Bool[Tensor, "batch key_length"] | None,
 ) -> LinearState:
-    """The state that has seen these keys too; masked keys have no part in it."""
+    """The state after these keys, without the masked ones."""
     if value.shape[2] == 0:
         return state
     exponent = key_exponent(features, key_mask)
@@ -227,7 +229,7 @@ def read_weights(
 ]:
     """w_im = φ_m(q_i) e^(s_m − c_i), the weight of each feature for each query, and c_i.
 
-    The factor of a whole row goes to the frame, untouched by rounding with ω·q.
+    A factor common to a whole row goes into the frame, so that adding it to ω·q does not round it.
     """
     exponent = log_scale
     if features.log_values is not None:
@@ -247,8 +249,8 @@ def key_weights(
 ) -> Float[Tensor, "batch key_heads key_length num_features"]:
     """φ_m(k_j) e^(−s_m).
 
-    Features that share one exponent (width 1) have grown one frame: of it, a single column is
-    needed, which spares ReLU features the exponentials.
+    Features that share one exponent (width 1) have equal frames, so a single column of frames is
+    enough, and features such as ReLU need no exponentials.
     """
     weights = exp_difference(exponent, frame[..., : exponent.shape[-1]])
     return weights if features.values is None else weights * features.values
@@ -260,7 +262,7 @@ def exact_partial(
     value: Float[Tensor, "*batch key_length value_dim"],
     mask: Bool[Tensor, "*#batch #query_length key_length"],
 ) -> Partial:
-    """What queries get by exp(q·k) itself from the keys that the mask shows them."""
+    """What queries get by exp(q·k) itself from the keys that the mask shows."""
     scores = (query @ key.mT).masked_fill(~mask, -torch.inf)
     frame = scores.detach().amax(dim=-1, keepdim=True)
     weights = exp_difference(scores, frame)

@@ -7,6 +7,9 @@ Where log φ_m(x) = x·ω_m + (a number of the row), a chunk of C positions take
     out ← tril(Q′K′ᵀ) [V 1] + Q′ S            both sums at once
     S   ← S + K′ᵀ [V 1]
 
+A *frame* is the exponent that is subtracted before exp is taken, such as the running maximum of an
+online softmax. It must not depend on later keys (see `_passes`), and it cancels in the output.
+
 The backward pass computes Q′ and K′ again, chunk by chunk from the end, from states kept once per
 segment of about m positions: a state has m (d + 1) numbers, so they cost as much as V, at any m.
 
@@ -89,9 +92,8 @@ def _flattened(part: LogLinear, batch: int, heads: int) -> tuple[Tensor, Tensor]
 
 @dataclass
 class _Carried:
-    """What goes from chunk to chunk: S in a frame, and the largest exponent seen, the next frame.
-
-    The two differ so that S is brought to a new frame once per chunk.
+    """What is carried from chunk to chunk: S in a frame, and the largest exponent seen, which is
+    the next frame. They are kept apart so that S is multiplied by a new factor only once per chunk.
     """
 
     frame: Float[Tensor, "heads num_features"]
@@ -99,7 +101,7 @@ class _Carried:
     sums: Float[Tensor, "heads num_features width"]
 
     def decay(self, frame: Float[Tensor, "heads num_features"]) -> Tensor:
-        """What brings S to another frame."""
+        """The factor that brings S to another frame."""
         return exp_difference(self.frame, frame).unsqueeze(-1)
 
     def settled(self) -> tuple[Tensor, Tensor]:
@@ -133,11 +135,12 @@ def _passes(
 ) -> Iterator[_Pass]:
     """The passes over a chunk, nearly always one. Afterwards `carried` has absorbed its keys.
 
-    Q′K′ᵀ is one matrix product, which needs one frame per feature for all rows. A frame taken from
-    the whole chunk would let a large later key push an earlier row's keys to 0, and would leak the
-    future through rounding. So the frame is that of the state joined with the first key, and the
-    rows up to the first key that rises more than MAX_RISE above it are finished; a further pass,
-    with a frame that has absorbed them, starts at that key. Every head goes at its own pace.
+    Q′K′ᵀ is one matrix product, which needs one frame per feature for all rows. A maximum over the
+    whole chunk would be a frame in which a large later key pushes an earlier row's keys to 0, and
+    would leak the future through rounding. So the frame is the maximum of the state's frame and the
+    exponent of the first key. With it, the rows before the first key that rises more than MAX_RISE
+    above it are finished. A further pass, whose frame has absorbed these rows, starts at that key.
+    Every head has passes of its own.
     """
     exponent = torch.baddbmm(log_rows[:, chunk], key[:, chunk], directions.mT)
     length = exponent.shape[1]
@@ -181,7 +184,7 @@ def _query_weights(
 
 
 def _lower(scores: Float[Tensor, "heads rows chunk"]) -> Float[Tensor, "heads rows chunk"]:
-    """Scores of later keys set to 0, in place. Rows are those of the group, one after another."""
+    """Set the scores of later keys to 0, in place. Rows are those of the group's heads in turn."""
     chunk = scores.shape[-1]
     scores.unflatten(1, (-1, chunk)).tril_()
     return scores
@@ -329,7 +332,7 @@ def _exponential_scan_backward(
             scores_gradient = _lower(gradient @ values.mT)
 
             values_part = torch.baddbmm(scores.mT @ gradient, key_weights, carried_gradient)
-            # dQ′ and dK′, times Q′ and K′: the gradients of their exponents.
+            # Q′ and K′ are exponentials, so dQ′ · Q′ and dK′ · K′ are the gradients of exponents.
             queries_part = torch.baddbmm(scores_gradient @ key_weights, gradient, step.sums.mT)
             queries_part *= query_weights
             keys_part = torch.baddbmm(

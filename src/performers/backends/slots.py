@@ -1,7 +1,7 @@
 """Slots: the real tokens of a sequence side by side, cut into the blocks of a near field.
 
-Blocks are counted in real tokens, so that padding, wherever it stands, changes nothing. Slot 0 is
-the first of a block. A sequence that goes on begins with the keys that its state remembers:
+Blocks are counted in real tokens, so that padding, wherever it is, changes nothing. Slot 0 is the
+first of a block. If a state is continued, the slots begin with the keys that it remembers:
 
     slots     │ the block before │ the next token's own │ …            a block: window_size slots
                ─── remembered keys ───┃── new tokens ────
@@ -24,9 +24,9 @@ __all__ = ["Slots"]
 class Slots:
     """Queries, keys and values in slots, at the positions `start`, `start` + 1, …
 
-    `count`: real tokens up to the last slot, all earlier ones included. `is_real`: whether a slot
-    has a key. `place`: the slot of each new token; `is_token`: whether that is a real one. None:
-    every slot has a key, and tokens are slots.
+    `count`: real tokens up to the last slot, all earlier ones included. `is_real`: True for slots
+    that have a key. `place`: the slot of each new token; `is_token`: True for real tokens, False
+    for padding. These are None if every slot has a key, and tokens are slots.
     """
 
     near: NearField
@@ -93,7 +93,7 @@ class Slots:
         Float[Tensor, "batch key_heads num_sinks value_dim"],
         Bool[Tensor, "batch num_sinks"],
     ]:
-        """Keys and values of the first tokens, and which of them there are; 0 for the others."""
+        """Keys and values of the first tokens, and a mask of those that exist; 0 for the others."""
         position = torch.arange(self.near.num_sinks, device=self.key.device)
         is_there = position < self.count
         key, value = self.at(position)
@@ -124,7 +124,7 @@ class Slots:
     def tokens(
         self, rows: Float[Tensor, "batch key_heads group slots _"]
     ) -> Float[Tensor, "batch key_heads group length _"]:
-        """Of rows in slots those of the new tokens; padding gets 0."""
+        """The rows of the new tokens, from rows in slots; padding gets 0."""
         if self.place is None or self.is_token is None:
             return rows
         return _taken(rows, self.place).masked_fill(~self.is_token[:, None, None, :, None], 0.0)
@@ -133,6 +133,6 @@ class Slots:
 def _taken(
     x: Float[Tensor, "batch *heads length _"], index: Int[Tensor, "batch places"]
 ) -> Float[Tensor, "batch *heads places _"]:
-    """x at other places along the length, for each sequence its own."""
+    """x at the given places along the length, which differ between sequences."""
     row = torch.arange(len(x), device=x.device).unsqueeze(1)
     return x.movedim(-2, 1)[row, index].movedim(1, -2)

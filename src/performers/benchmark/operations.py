@@ -1,7 +1,7 @@
 """How long a machine needs for the operations of attention alone, by the counts of `theory.cost`.
 
-Of causal attention without a near field the products inside a chunk are left out, which a
-recurrence has not.
+For causal attention without a near field, products inside a chunk are not counted, because a
+recurrence does not need them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a user sees when something cannot be done: one line, and exit code 2."""
+"""How a command fails: with one line for the user, and exit code 2."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ __all__ = ["describe"]
 
 
 def describe() -> str:
-    """Versions, hardware, and every word that a config or a call may use."""
+    """Versions, hardware, and the values that a config or a call may have."""
     environment = describe_environment()
     rows = [
         *environment["packages"].items(),
@@ -39,7 +39,7 @@ def describe() -> str:
 
 
 def _chosen(is_causal: bool) -> str:
-    """The backend that softmax features get when none is named, and why none of the others."""
+    """The backend that softmax features get by default, and why the others are not chosen."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     x = torch.empty(1, 1, 1, 64, device=device)
     phi = SoftmaxFeatures(64).to(device)

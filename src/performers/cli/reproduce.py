@@ -1,4 +1,4 @@
-"""`performers reproduce`: run an experiment of the paper and write down what came out.
+"""`performers reproduce`: run an experiment of the paper and save its results.
 
 An experiment is a folder experiments/NAME of a checkout with a README.md and an experiment.py,
 which holds the four things of `Experiment`. A run writes SCALE.json, and SCALE.png and SCALE.svg

@@ -1,4 +1,4 @@
-"""`calibrate`: what sharp features learn from the queries and keys of the exact model."""
+"""`calibrate`: sharp features learn from the queries and keys of the exact model."""
 
 from __future__ import annotations
 
@@ -32,11 +32,12 @@ CALIBRATE = "performers_calibrate"
 
 @torch.no_grad()
 def calibrate(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]]) -> PreTrainedModel:
-    """Let the converted layers learn where queries and keys lie, from inputs like those to come.
+    """Let converted layers learn the statistics of their queries and keys, from inputs like those
+    to come.
 
     `batches`: keyword arguments of the model, padded with an attention_mask if at all. They run
     through the model with exact attention, so that each layer sees what the pretrained layers give.
-    A few thousand tokens are plenty. Each call of `calibrate` starts anew; returns the model.
+    A few thousand tokens are enough. Each call of `calibrate` starts anew; returns the model.
 
     Raises ValueError for no data, for fewer positions than a head has dimensions, and where a query
     or key is not finite, naming layer and head. The model is then as it was.
@@ -101,7 +102,7 @@ class _Learners:
             raise ValueError(f"{name}: {error}") from error
 
     def check(self) -> None:
-        """Whether every layer has seen enough."""
+        """Raise unless every layer has seen enough."""
         for name, layer in self.layers.items():
             if name not in self.feature_maps:
                 raise ValueError(

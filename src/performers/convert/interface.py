@@ -311,7 +311,7 @@ def attention_configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
 
 
 def check_convertible(model: PreTrainedModel, options: FavorOptions) -> None:
-    """Whether these options can be had for this model, as far as can be seen without a call."""
+    """Raise if the model cannot be converted with these options, as far as shows without a call."""
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
             f"a model of transformers is converted, got {type(model).__name__}. Of a wrapped model "
@@ -347,7 +347,7 @@ def check_convertible(model: PreTrainedModel, options: FavorOptions) -> None:
 def _check_heads(
     model: PreTrainedModel, options: FavorOptions, converted: dict[int, nn.Module]
 ) -> None:
-    """Whether the heads that are to stay exact are heads of converted layers."""
+    """Raise unless the heads that are to stay exact belong to converted layers."""
     for layer, heads in options.exact_heads.items():
         if layer not in converted:
             raise ValueError(

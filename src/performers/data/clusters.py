@@ -1,7 +1,7 @@
 """Groups of homologous proteins, which a split must not separate.
 
-Both ways build a graph of similar pairs and take its connected components, so that no link that was
-seen crosses from one group to another:
+Both methods build a graph of similar pairs and take its connected components, so that no link that
+was found joins two groups:
 
     mmseqs   alignments by MMseqs2 (Steinegger and Söding 2017): sees homologues down to about
              30 % identity; time grows with the square of the number of sequences
@@ -28,9 +28,9 @@ __all__ = ["cluster_by_kmers", "cluster_by_mmseqs", "merge_groups"]
 # letters have diverged. Anomalous letters are in no group.
 _GROUPS = ("AST", "C", "DN", "EQ", "FWY", "G", "H", "ILMV", "KR", "P")
 _WORD_LENGTH = 8
-# Poorer words are low-complexity repeats, which unrelated proteins share.
+# Words with fewer different letters are low-complexity repeats, which unrelated proteins share.
 _MIN_DISTINCT_GROUPS = 4
-# A short protein inside a long one is a domain, and shared domains would chain families together.
+# A short protein inside a long one is a domain, and shared domains would join unrelated families.
 _MIN_LENGTH_RATIO = 0.8
 _INDEX_BITS = 36  # 10¹⁰ residues; a word needs 27 more
 _RESIDUES_A_PASS = 1 << 24  # about a gigabyte of working memory
@@ -90,11 +90,11 @@ def cluster_by_mmseqs(
     """Group numbers of proteins linked by an alignment that MMseqs2 finds.
 
     A link is an alignment with E ≤ 10⁻³, at least `min_identity` and covering `min_coverage` of
-    both proteins. Numbers count from 0 in order of first appearance. Takes minutes for 20,000
-    proteins on 2 cores, and the square.
+    both proteins. Numbers count from 0 in order of first appearance. It takes minutes for 20,000
+    proteins on 2 cores, and grows with the square of their number.
 
-    Raises FileNotFoundError when `mmseqs` is not on the PATH and RuntimeError, with its words, when
-    it fails.
+    Raises FileNotFoundError when `mmseqs` is not on the PATH and RuntimeError, with its message,
+    when it fails.
     """
     program = shutil.which("mmseqs")
     if program is None:
@@ -106,7 +106,7 @@ def cluster_by_mmseqs(
         fasta, result = Path(folder, "proteins.fasta"), Path(folder, "result")
         fasta.write_text("".join(f">{i}\n{sequence}\n" for i, sequence in enumerate(sequences)))
         options = f"--min-seq-id {min_identity} -c {min_coverage} -s 6 -e 0.001 -v 1"
-        # These make the groups the connected components of all links that were found.
+        # With these options the groups are the connected components of all links that were found.
         options += " --single-step-clustering 1 --cluster-mode 1"
         command = [program, "easy-cluster", str(fasta), str(result), str(Path(folder, "work"))]
         command += options.split()
@@ -126,8 +126,8 @@ def cluster_by_mmseqs(
 def merge_groups(fine: Sequence[int], coarse: Sequence[int]) -> list[int]:
     """The finest grouping that separates neither a group of `fine` nor one of `coarse`.
 
-    Clusters and families found in two searches need not nest; the families that this returns
-    contain whole clusters.
+    Clusters and families from two separate searches need not be nested; the families that this
+    returns contain whole clusters.
     """
     offset = max(fine, default=-1) + 1
     edges = torch.tensor([list(fine), [offset + group for group in coarse]], dtype=torch.int64)

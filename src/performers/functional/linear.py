@@ -46,7 +46,7 @@ def linear_attention(
 
     With `window_size`, the keys of a near field (`NearField`) are scored by exp(scale · q·k), not
     by κ: for positive features of the softmax kernel, and for one query per key. Without `far` the
-    others are left out.
+    other keys are left out.
 
     Returns the output and, with `return_state`, the state, else None.
 

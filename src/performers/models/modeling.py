@@ -105,7 +105,9 @@ class PerformerMLP(nn.Module):
 
 
 class PerformerLayer(GradientCheckpointingLayer):
-    """One block; the norms come first, so that the residual path is never normalized."""
+    """One pre-norm block: norms come before the sublayers, so the residual path is never
+    normalized.
+    """
 
     def __init__(self, config: PerformerConfig, layer: int) -> None:
         super().__init__()
@@ -151,7 +153,8 @@ class PerformerPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, RandomFeatures):
-            # For a new model, or one whose checkpoint lacks ω; a loaded map never comes here.
+            # Only for a new model, or if the checkpoint has no ω: transformers calls this for
+            # missing weights.
             module.reset_parameters()
 
     def redraw_features(self, generator: Generator | None = None) -> None:
@@ -260,7 +263,7 @@ class PerformerModel(PerformerPreTrainedModel):
         if use_cache is None:
             use_cache = self.config.use_cache and is_causal and not self.training
         if self.training and any(layer.gradient_checkpointing for layer in self.layers):
-            use_cache = False  # the backward pass runs layers again, which would count keys twice
+            use_cache = False  # the backward pass would run layers again and count keys twice
         return PerformerCache(self.config) if use_cache and is_causal else None
 
 
@@ -312,7 +315,7 @@ class PerformerForMaskedLM(PerformerPreTrainedModel):
 
 
 class PerformerForCausalLM(PerformerPreTrainedModel, GenerationMixin):
-    """A causal Performer that predicts the next token; `generate()` carries a constant state."""
+    """A causal Performer that predicts the next token; `generate()` has a constant state."""
 
     _tied_weights_keys: ClassVar[dict[str, str]] = TIED
     accepts_loss_kwargs = True  # tells the Trainer to pass num_items_in_batch
@@ -370,7 +373,7 @@ class PerformerForCausalLM(PerformerPreTrainedModel, GenerationMixin):
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *arguments: Any
     ) -> None:
-        """Where transformers' `generate()` would make its own cache, of keys and values."""
+        """Called by `generate()`, which would otherwise make a cache of keys and values."""
         if generation_config.cache_implementation not in (None, "dynamic"):
             raise ValueError(
                 "a Performer generates with a PerformerCache and no other: got "
@@ -382,7 +385,9 @@ class PerformerForCausalLM(PerformerPreTrainedModel, GenerationMixin):
 
 
 def _with_is_decoder(config: PerformerConfig, is_decoder: bool) -> PerformerConfig:
-    """The config, with the direction that the head needs; the caller's own is left alone."""
+    """A copy of the config with the direction that the head needs; the caller's own does not
+    change.
+    """
     config = copy.deepcopy(config)
     config.is_decoder = is_decoder
     return config
@@ -391,7 +396,7 @@ def _with_is_decoder(config: PerformerConfig, is_decoder: bool) -> PerformerConf
 def _key_padding_mask(
     attention_mask: Tensor | None, batch: int, length: int
 ) -> Bool[Tensor, "batch length"] | None:
-    """transformers' attention_mask as a bool mask of real keys."""
+    """The attention_mask of transformers as a bool mask of real keys."""
     if attention_mask is None:
         return None
     if attention_mask.is_floating_point():
@@ -428,8 +433,8 @@ def _cross_entropy(
 ) -> Float[Tensor, ""]:
     """Mean cross-entropy over labels other than −100; 0 where there is none, not 0/0.
 
-    The sum is divided by `num_items_in_batch` if the Trainer gives it: it multiplies the loss by
-    the number of processes, and only a loss over all of their labels comes out right.
+    The sum is divided by `num_items_in_batch` if the Trainer gives it. The Trainer multiplies the
+    loss by the number of processes, which is right only for a loss over the labels of all of them.
     """
     if logits.shape[:2] != labels.shape:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Where a token stands: rotary, learned or sinusoidal positions, by name.
+"""The positions of tokens: rotary, learned or sinusoidal, by name.
 
 Learned and sinusoidal positions are added to the token embeddings; rotary ones turn queries and
 keys, before the feature map sees them.
@@ -36,7 +36,7 @@ class Rotation(NamedTuple):
 
 
 class Positions(nn.Module):
-    """What a kind of positions may do: add to the embeddings, or turn queries and keys."""
+    """A kind of positions: it may add to the embeddings, or turn queries and keys."""
 
     def add_to(
         self,
@@ -50,7 +50,7 @@ class Positions(nn.Module):
 
 
 class Rotary(Positions):
-    """Rotary positions: q_i·k_j depends on i − j alone, and no length is too long.
+    """Rotary positions: q_i·k_j depends on i − j alone. There is no largest length.
 
     Source: Su et al. 2021, "RoFormer", arXiv 2104.09864, Eq. 34.
     """
@@ -89,7 +89,7 @@ class Learned(Positions):
 
 
 class Sinusoidal(Positions):
-    """Fixed sines and cosines, beside embeddings scaled by √hidden_size to be of like size.
+    """Fixed sines and cosines, added to embeddings that are scaled by √hidden_size.
 
     Source: Vaswani et al. 2017, arXiv 1706.03762, Sections 3.4 and 3.5, the sines before the
     cosines.

@@ -1,4 +1,4 @@
-"""Is m enough? What linear attention gets wrong on given queries, keys and values, and why."""
+"""Is m enough? The error of linear attention on given queries, keys and values, and its causes."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ __all__ = ["COMPARED", "Diagnosis", "HeadDiagnosis", "compare", "diagnose", "rec
 
 COMPARED = ("positive", "sharp", "sharp + window")
 
-# The closed form takes length² numbers per query: it is averaged over this many, evenly spaced.
+# The closed form takes length² numbers per query, so it is averaged over this many queries, evenly
+# spaced.
 QUERIES = 8
 
 
@@ -273,10 +274,10 @@ def recommendation(layers: dict[str, dict[str, Diagnosis]]) -> str:
 
 @dataclass(frozen=True)
 class _Sequence:
-    """One sequence of a batch, and what can be asked about it; every answer has one row per head.
+    """One sequence of a batch. Its methods compute what `diagnose` reports, one row per head.
 
-    `query`, `key`, `value` and `mask` are as attention takes them, a batch of one. The rest is for
-    sums by definition, over real queries and keys alone, in float64.
+    `query`, `key`, `value` and `mask` are as attention takes them, a batch of one. The other fields
+    are for sums by definition: real queries and keys alone, in float64.
     """
 
     query: Float[Tensor, "1 heads query_length dim"]
@@ -326,7 +327,7 @@ class _Sequence:
         distance = queries[:, None] - keys
         visible = distance >= 0 if is_causal else torch.ones_like(distance, dtype=torch.bool)
         near = torch.zeros_like(visible)
-        if window_size is not None:  # one query per key: the places of real tokens among themselves
+        if window_size is not None:  # self-attention: blocks are counted in real tokens alone
             block = torch.arange(len(keys), device=keys.device) // window_size
             near = visible & ((block[:, None] - block).abs() <= 1)
         scores = real_query @ real_key.repeat_interleave(group, dim=0).mT * scale
@@ -396,7 +397,7 @@ class _Sequence:
         query: Float[Tensor, "heads queries dim"],
         key: Float[Tensor, "heads keys dim"],
     ) -> Float[Tensor, " heads"]:
-        """The root of the mean of the closed form, relative, over evenly spaced queries."""
+        """The root of the closed form's mean over evenly spaced queries, relative to ‖exact‖."""
         count = len(self.queries)
         chosen = torch.linspace(0, count - 1, min(QUERIES, count)).long()
         squares = [
@@ -442,7 +443,8 @@ class _Sequence:
             parts = parts * key_features.values
         _, parts = self._by_head(query, parts)
         parts = (self.visible & ~self.near).to(parts.dtype) @ parts  # [heads, queries, features]
-        # The factor of a whole query cancels in the ratio, and with it log_rows.
+        # A factor common to all features of a query cancels in the ratio. log_rows is such a
+        # factor.
         weights = frame.expand(-1, -1, query.shape[2], fitted.num_features)
         if query_features.log_values is not None:
             weights = weights + query_features.log_values
@@ -455,14 +457,14 @@ class _Sequence:
         return _ratio(effective.sum(dim=1), (square > 0).sum(dim=1))
 
     def _rows(self) -> tuple[Tensor, Tensor]:
-        """Real queries and keys as φ takes them, the queries of a group one after the other."""
+        """Real queries and keys as φ takes them; those of one key head's queries in succession."""
         query, key = self.query[:, :, self.queries], self.key[:, :, self.keys]
         query = query.unflatten(1, (key.shape[1], -1)).flatten(2, 3)
         root = math.sqrt(self.scale)
         return query.double() * root, key.double() * root
 
     def _by_head(self, rows: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
-        """What belongs to such queries and keys as (heads, queries, ·) and (heads, keys, ·)."""
+        """Such queries and keys rearranged to (heads, queries, ·) and (heads, keys, ·)."""
         group = self.query.shape[1] // self.key.shape[1]
         rows = rows.unflatten(2, (group, -1)).flatten(0, 2)
         return rows, keys[0].repeat_interleave(group, dim=0)

@@ -1,12 +1,12 @@
-"""What the errors of a kernel estimate do to the output of attention, to first order in 1/m.
+"""The error of the output of attention that errors of the kernel cause, to first order in 1/m.
 
 With κ̂_j = κ_j (1 + e_j) and p the exact attention weights of a query, out = Σ_j p_j v_j becomes
 
     out + Σ_j p_j e_j (v_j − out) + O(e²),    m E[e_j e_l] = J_jl − 1,
     J_jl = E[f(ω, q)² f(ω, k_j) f(ω, k_l)] / (κ_j κ_l)        (the joint moment)
 
-The errors of all keys come from the same ω, so it is J that decides, not the variances on its
-diagonal alone: an error that all keys share cancels in the normalizer.
+The errors of all keys come from the same ω. So the error of the output depends on all of J, not on
+the variances on its diagonal alone: an error that all keys share cancels in the normalizer.
 """
 
 from __future__ import annotations
@@ -86,8 +86,8 @@ def mse_attention(
 
     `log_weights`: log p, −∞ for masked keys. `is_exact`: keys scored exactly (a near field).
 
-    The true error is bounded, out being an average of values, and this is not: where it is about
-    as large as the output itself or larger, it says only that m is too small.
+    The true error is bounded, because `out` is an average of values, but this formula is not. If it
+    gives about the size of the output or more, it only says that m is too small.
     """
     out = (log_weights.exp().unsqueeze(-2) @ value).squeeze(-2)
     deviation = value - out.unsqueeze(-2)

@@ -1,4 +1,4 @@
-"""Averages over a Poisson variable, which the power series of exp turn into."""
+"""Averages over a Poisson variable, as which the power series of exp can be written."""
 
 from __future__ import annotations
 

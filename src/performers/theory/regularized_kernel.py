@@ -1,4 +1,6 @@
-"""SMREG, the softmax kernel with every ω of length √dim, beside the softmax kernel (Theorem 1)."""
+"""SMREG, the softmax kernel with every ω of length √dim, compared with the softmax kernel (Theorem
+1).
+"""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ def _number(value: object) -> str:
 
 
 def aligned(rows: Sequence[Sequence[str]], right: bool = True) -> list[str]:
-    """One line per row, in columns; all but the first are set to the right if asked."""
+    """One line per row, in aligned columns; if `right`, all but the first are right-aligned."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join(

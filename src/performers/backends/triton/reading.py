@@ -36,10 +36,10 @@ def read(
 ):  # fmt: skip
     """out_i = Σ_m w_im S_m / Σ_m w_im Z_m, and the denominator (its logarithm for KIND "exp").
 
-    A program has one tile of queries of one head and goes over all features. The frame of a row,
-    the largest exponent so far, moves on as in a softmax over blocks. In causal attention the state
-    is that of the keys before the chunk, and Σ_m φ_m(q_i) φ_m(k_j) for the keys of the chunk is
-    summed along, in the same frame.
+    A program has one tile of queries of one head and goes over all features. The frame of a row is
+    the largest exponent so far, the running maximum of an online softmax. In causal attention the
+    state is that of the keys before the chunk, and Σ_m φ_m(q_i) φ_m(k_j) for the keys of the chunk
+    is summed along, in the same frame.
     """
     tile = tl.program_id(0)
     start = tile * ROWS
