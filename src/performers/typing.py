@@ -51,7 +51,9 @@ def exp_difference(
     The exponent of nothing (a masked key, an empty state) is −∞. The frame of nothing is −∞ too,
     and −∞ − (−∞) would be NaN, hence this function. Every frame is at least its exponents.
     """
+    # The clamp turns a frame of −∞ into the lowest finite number: −∞ minus that is −∞, not NaN.
     difference = exponent - frame.clamp(min=torch.finfo(frame.dtype).min)
+    # exp2 costs a CPU a quarter of what exp does.
     return (difference * math.log2(math.e)).exp2()
 
 
@@ -98,6 +100,7 @@ class Features(NamedTuple):
         if self.log_rows is not None:
             return self.log_rows
         assert self.values is not None, "Features must have at least one part"
+        # Without exponents one column of zeros serves all features.
         return self.values.new_zeros(*self.values.shape[:-1], 1)
 
 
@@ -365,6 +368,8 @@ class LinearState:
         """The near field that this state was made with."""
         if self.near is None:
             return None
+        # The near field is read off from shapes: two blocks of keys, the sinks, and no features if
+        # nothing is far.
         size, sinks = self.near.key.shape[2] // 2, self.near.sink_key.shape[2]
         return NearField(size, sinks, far=self.values.shape[2] > 0)
 
@@ -384,6 +389,7 @@ class LinearState:
                 "states with a window cannot merge: their recent keys are near for one sequence "
                 "only. Merge states made with window_size=None."
             )
+        # In the larger frame neither side can overflow; the smaller one may vanish, as it should.
         log_scale = torch.maximum(self.log_scale, other.log_scale)
         mine, theirs = self.rescaled(log_scale), other.rescaled(log_scale)
         return LinearState(

@@ -83,7 +83,8 @@ class FavorMemory(LinearMemory):
             )
         self.is_waiting = True
         self.num_tokens += key_states.shape[2]
-        key_states = key_states.view_as(key_states)  # the caller's own stays without a name
+        # A view, because an attribute on the caller's own tensor would outlive this call.
+        key_states = key_states.view_as(key_states)
         key_states.favor_memory = self  # type: ignore[attr-defined]
         return key_states, value_states
 

@@ -95,6 +95,8 @@ class _Learners:
             self.feature_maps[name] = phi.to(query.device)
         layer = self.layers[name]
         if layer.options.num_sinks and not layer.is_cross:
+            # Sinks are scored exactly, and their keys lie far from all others: features must not
+            # learn from them.
             mask = without_sinks(key, mask, layer.options.num_sinks)
         try:
             self.feature_maps[name].calibrate(query, key, mask, scale)

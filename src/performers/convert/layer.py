@@ -96,9 +96,11 @@ class FavorLayer(nn.Module):
         query_length, key_length = query.shape[2], key.shape[2]
         near_field = self.options.near_field()
         if self.is_cross or (not is_causal and query_length != key_length):
-            near_field = {}  # between two sequences there is no distance
+            near_field = {}  # tokens of two sequences have no distance, so none are near
         is_last = is_causal and query_length == 1 and not near_field  # it sees every key
         if is_causal and not is_last and query_length < key_length:
+            # Causal attention takes one query per key. Queries of the past are zeros, and their
+            # outputs are cut off at the end.
             query = F.pad(query, (0, 0, key_length - query_length, 0))
         out = favor_attention(
             query,
@@ -114,6 +116,7 @@ class FavorLayer(nn.Module):
         heads = self.options.exact_heads.get(self.number)
         if heads:
             group = query.shape[1] // key.shape[1]
+            # Query heads of one group share a key head, so a key head may be listed more than once.
             key_heads = [head // group for head in heads]
             exact = softmax_attention(
                 query[:, heads],

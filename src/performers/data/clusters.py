@@ -66,16 +66,22 @@ def cluster_by_kmers(sequences: Sequence[str]) -> list[int]:
     # smallest index of a word is its occurrence in the longest protein.
     passes = max(1, len(text) // _RESIDUES_A_PASS)
     links = []
+    # Equal words have equal remainders, so each pass sees all occurrences of its words.
     for remainder in range(passes):
         index = (is_word & (words.remainder(passes) == remainder)).nonzero().squeeze(1)
+        # Word in the upper bits, index in the lower: one sort groups equal words, each group by
+        # index.
         ordered = (words[index].long() << _INDEX_BITS | index).sort().values
         word, index = ordered >> _INDEX_BITS, ordered & ((1 << _INDEX_BITS) - 1)
         _, occurrences = word.unique_consecutive(return_counts=True)
+        # The first index of each group of equal words, repeated for every word of the group.
         first = index[occurrences.cumsum(0) - occurrences].repeat_interleave(occurrences)
         longest, other = _protein_at(first, starts), _protein_at(index, starts)
         is_link = (longest != other) & (lengths[other] >= _MIN_LENGTH_RATIO * lengths[longest])
         longest, other, first, index = (x[is_link] for x in (longest, other, first, index))
         diagonal = (index - starts[other]) - (first - starts[longest])
+        # (longest, other, diagonal) as one number, so that `unique` counts the words that agree on
+        # it. A diagonal can be negative, hence the offset.
         links.append((longest * len(sequences) + other) * diagonals + diagonal + diagonals // 2)
     link, agreeing = torch.cat(links).unique(return_counts=True)
     pair = link[agreeing >= needed] // diagonals
@@ -173,7 +179,9 @@ def _components(edges: Int64[Tensor, "2 edges"], count: int) -> Int64[Tensor, " 
         least = torch.minimum(labels[edges[0]], labels[edges[1]])
         hooked = labels.clone()
         for end in edges:
+            # Hooking: the root at each end of an edge takes the smaller label of both ends.
             hooked.scatter_reduce_(0, labels[end], least, "amin")
+        # Pointer jumping: every label is replaced by the label of its label, so chains halve.
         hooked = hooked[hooked]
         if torch.equal(hooked, labels):
             return labels

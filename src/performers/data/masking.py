@@ -136,6 +136,7 @@ def mask_tokens(
 
     may_be_chosen = input_ids >= token_ids.start
     choice = choice.masked_fill(~may_be_chosen, torch.inf)
+    # The smallest number of a row is always chosen: a row has at least one label.
     chosen = may_be_chosen & ((choice < mask_rate) | (choice == choice.amin(dim=1, keepdim=True)))
 
     masked_ids = input_ids.masked_fill(chosen & (action < 0.8), MASK_TOKEN_ID)
@@ -156,6 +157,7 @@ def _random_bits(
 ) -> Int64[Tensor, "batch length"]:
     position = torch.arange(1, input_ids.shape[1] + 1, device=input_ids.device) * _GOLDEN_GAMMA
     is_real = input_ids != PAD_TOKEN_ID
+    # A sum over real tokens, so that the amount of padding does not change the key of a row.
     content = (_mix(position + input_ids) * is_real).sum(dim=1, keepdim=True)
     run = torch.tensor([_as_int64(seed), epoch], device=input_ids.device)
     row_key = _mix(content + _mix(run[0] + _mix(run[1])))
@@ -180,4 +182,5 @@ def _uniform(bits: Int64[Tensor, "*shape"]) -> Float64[Tensor, "*shape"]:
 
 
 def _as_int64(number: int) -> int:
+    # Python's integers have no bound; this wraps one around as int64 does.
     return (number + 2**63) % 2**64 - 2**63

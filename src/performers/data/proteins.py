@@ -255,6 +255,7 @@ def _take_whole_groups(
     taken: list[Protein] = []
     left: list[Protein] = []
     for group in sorted(groups.values(), key=lambda group: _group_hash(group, seed)):
+        # A group that does not fit is left, and smaller groups after it may still fit.
         (taken if len(taken) + len(group) <= quota else left).extend(group)
     return taken, left
 

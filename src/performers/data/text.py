@@ -110,6 +110,7 @@ def _canonical(tokenizer: Tokenizer) -> Tokenizer:
     special, pieces = scores[: len(SPECIAL_TOKENS)], scores[len(SPECIAL_TOKENS) :]
     lowest = min(score for _, score in pieces)
     kept = lowest + 0.0001 * sum(len(piece) == 1 for piece, _ in pieces)
+    # These characters all get the lowest score, and the sort below orders equal scores by name.
     level = [(p, lowest if len(p) == 1 and score <= kept else score) for p, score in pieces]
     rounded = [(piece, round(score, 6)) for piece, score in level]
     rounded.sort(key=lambda entry: (-entry[1], entry[0]))

@@ -78,7 +78,9 @@ def linear_attention(
     )
     near = None if window_size is None else NearField(window_size, num_sinks, far)
     batch, key_heads, _, value_dim = value.shape
+    # Sums stop growing in half precision after some hundred terms, so states are float32 at least.
     dtype = torch.promote_types(value.dtype, torch.float32)
+    # Without a far field there is nothing to sum: the state then has no features.
     width = phi.num_features if far else 0
     if initial_state is not None:
         made = initial_state.near_field()
@@ -105,12 +107,16 @@ def linear_attention(
         has_state=has_state,
     )
     if near is not None and key.shape[2] == 0:
+        # There are no tokens. The output has no rows, but stays connected to the query for
+        # backward.
         out = query[..., :1].expand(*query.shape[:-1], value_dim)
         if state.near is None:
             state = replace(state, near=NearKeys.empty(key, value, near, pending=state))
         return out, state if return_state else None
+    # Autocast would round exponents to half precision.
     with torch.autocast(query.device.type, enabled=False):
         out, last = BACKENDS[chosen](
+            # [batch, key_heads, group, length, dim]: the queries of a group share a key head.
             query.unflatten(1, (key_heads, -1)),
             key,
             value,

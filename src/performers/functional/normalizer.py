@@ -92,11 +92,13 @@ def log_normalizer(
     """
     _check_log_is_defined(phi)
     scale = phi.default_scale if scale is None else scale
+    # The keys are in the state already, so this call has none. Statistics of the call are refused.
     phi = phi.fitted(query, query[:, :, :0], None, scale=scale, is_streaming=True)
     state = state.map(lambda part: part.expand(len(query), *part.shape[1:]))
 
     def read_tile(rows: Tensor, state: LinearState) -> Tensor:
         partial = read(state, phi.query_features(rows * math.sqrt(scale)))
+        # The sum is kept relative to a frame, a running maximum of exponents: log Ẑ adds it again.
         return (partial.normalizer.log() + partial.frame).squeeze(-1)
 
     with torch.autocast(query.device.type, enabled=False):
@@ -145,6 +147,7 @@ def approximate_cross_entropy(
 
     def losses_of(rows: Tensor, own_key: Tensor, state: LinearState) -> Tensor:
         frame = state.log_scale.unsqueeze(2)
+        # Everything is relative to the frames of the state, one per feature, and of the rows.
         weights, row_frame = read_weights(frame, phi.query_features(rows))
         own_features = phi.key_features(own_key)
         own = exp_difference(own_features.exponent(), frame)
@@ -154,8 +157,10 @@ def approximate_cross_entropy(
         others = (weights * (state.normalizer.unsqueeze(2) - own).clamp(min=0)).sum(
             -1, keepdim=True
         )
+        # With a vocabulary of one token, or after underflow, the loss is log(1 + 0).
         has_others = others > 0
         log_others = others.where(has_others, 1.0).log() + row_frame
+        # log(1 + exp(x)) as softplus(x), which overflows nowhere.
         losses = F.softplus(log_others - (rows * own_key).sum(-1, keepdim=True))
         return losses.where(has_others, 0.0).flatten()
 
@@ -164,6 +169,7 @@ def approximate_cross_entropy(
         key = output_embeddings.to(dtype)[None, None]
         phi = phi.fitted(query, key, None, scale=1.0, is_streaming=False)
         state = absorb_keys(key, phi, scale=1.0)
+        # With indices of shape [counted] this gathers one key for each counted target.
         own_key = key[:, :, targets[counts]]
         rows, own_keys = query.split(QUERY_TILE, dim=2), own_key.split(QUERY_TILE, dim=2)
         parts = [recomputed(losses_of, *tile, state) for tile in zip(rows, own_keys, strict=True)]

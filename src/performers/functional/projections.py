@@ -103,6 +103,7 @@ def _haar_matrix(dim: int, generator: Generator | None) -> Tensor:
 
 def _orthogonal_directions(count: int, dim: int, generator: Generator | None) -> Tensor:
     blocks = [_haar_matrix(dim, generator) for _ in range(math.ceil(count / dim))]
+    # Rows of the last block may be left over. Any subset of Haar rows has the same distribution.
     return torch.cat(blocks)[:count]
 
 
@@ -125,6 +126,8 @@ def _givens_directions(count: int, dim: int, generator: Generator | None) -> Ten
         rows = rows.take_along_dim(_uniform((blocks, dim, 1), generator).argsort(dim=1), dim=1)
         angles = 2 * math.pi * _uniform((blocks, pairs, 1), generator)
         cosine, sine = angles.cos(), angles.sin()
+        # After the shuffle, row i of the first half is paired with row i of the second half. An odd
+        # dim leaves one row without a partner.
         left, right, unpaired = rows.split([pairs, pairs, dim - 2 * pairs], dim=1)
         rows = torch.cat(
             [cosine * left - sine * right, sine * left + cosine * right, unpaired], dim=1

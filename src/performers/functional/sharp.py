@@ -123,8 +123,11 @@ class Moments:
             shown = mask[:, None, :, None].to(x.dtype)
         share = shown if weight is None else shown * weight.detach().to(x.dtype).unsqueeze(-1)
         total = share.sum(dim=2, keepdim=True)
+        # Where nothing is shown all shares are 0, and so are mean and covariance.
         share = share / total.where(total > 0, 1.0)
         mean = share.mT @ x
+        # Half of the weight on each side, so that the product is symmetric and positive
+        # semidefinite up to rounding.
         half = (x - mean).mul_(share.sqrt())
         count = shown.sum(dim=2).squeeze(-1).expand(x.shape[:2])
         return cls(count, mean.squeeze(2), half.mT @ half)
@@ -174,6 +177,7 @@ def received_attention(
     query, shown = sampled(query.detach(), query_mask, SAMPLED_QUERIES)
     scores = (query * scale) @ key.detach().mT
     if key_mask is not None:
+        # Not −∞: if all keys of a sequence are hidden, softmax of −∞ alone would be NaN.
         lowest = torch.finfo(scores.dtype).min
         scores = scores.masked_fill_(~key_mask[:, None, None, :], lowest)
     attention = scores.softmax(dim=-1)
@@ -234,7 +238,9 @@ def sharpen(
     query_map = key_map = eye.expand_as(query_covariance)
     if balance:
         query_map, key_map, is_found = _balancing_maps(query_covariance, key_covariance)
+        # (√r M q)·(M⁻ᵀ k / √r) is still q·k.
         query_map, key_map = query_map * query_ratio**0.5, key_map / query_ratio**0.5
+        # Data without any variance determine no M. Then M is the identity.
         is_found = is_found & (_mean_variance(queries) > 0) & (_mean_variance(keys) > 0)
         query_map = torch.where(is_found[..., None, None], query_map, eye)
         key_map = torch.where(is_found[..., None, None], key_map, eye)
@@ -336,6 +342,7 @@ class ReparametrizedFeatures:
     def _new_side(self, name: str, dtype: torch.dtype) -> LogLinearSide:
         a, b, query_map, key_map, exponent = self.reparametrization
         stretch = (1 - 4 * exponent).sqrt()
+        # log of Π_i (1 − 4A_i)^¼ / √m, as stretch is √(1 − 4A).
         constant = stretch.log().sum(dim=-1) / 2 - math.log(len(self.omega)) / 2
         if name == "query":
             # The factor exp(b·q): b·q = b·(q − a) + a·b, `linear` and a part of the constant.
@@ -344,6 +351,7 @@ class ReparametrizedFeatures:
             parts = b, a, key_map, constant
         shift, other_shift, matrix, constant = (part.to(dtype) for part in parts)
         stretch, omega = stretch.to(dtype).unsqueeze(-2), self.omega.to(dtype)
+        # The term Σ_i A_i ω_i² depends on the feature alone.
         tilt = exponent.to(dtype).unsqueeze(-2) @ omega.square().mT
         return LogLinearSide(
             directions=omega * stretch,

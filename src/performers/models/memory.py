@@ -133,6 +133,7 @@ class State(LinearMemory):
         """Attention of the new positions over all so far."""
         new_length = key.shape[2]
         if mask is not None:
+            # The mask covers the past too, which is in the state already.
             mask = mask[:, mask.shape[1] - new_length :]
         self.num_tokens += new_length
         out, self.state = mechanism.resume(query, key, value, mask, self.state)

@@ -65,6 +65,7 @@ class PerformerAttention(nn.Module):
         Float[Tensor, "batch length hidden"], Float[Tensor, "batch heads length length"] | None
     ]:
         query, key, value = (
+            # [batch, length, heads · head_dim] → [batch, heads, length, head_dim]
             project(hidden).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
@@ -235,6 +236,7 @@ class PerformerModel(PerformerPreTrainedModel):
             )
             hidden_states.append(hidden)
             matrices.append(matrix)
+        # transformers' convention: the last of the hidden states is the normalized one.
         hidden_states[-1] = hidden = self.norm(hidden)
         return BaseModelOutputWithPast(
             last_hidden_state=hidden,
@@ -422,6 +424,7 @@ def _count_positions(
     length = past_length + embeddings.shape[1]
     if key_padding_mask is None:
         return torch.arange(past_length, length, device=embeddings.device).unsqueeze(0)
+    # The number of real tokens before each; −1 for padding on the left, which the clamp makes 0.
     counted = key_padding_mask.long().cumsum(dim=-1) - 1
     return counted.clamp(min=0)[:, past_length:]
 
@@ -441,6 +444,7 @@ def _cross_entropy(
             "labels must have one entry per logit: labels (shifted, for a causal model) are "
             f"{tuple(labels.shape)}, logits {tuple(logits.shape[:2])}."
         )
+    # In float32, because a sum of many losses in half precision would stop growing.
     total = F.cross_entropy(
         logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100, reduction="sum"
     )

@@ -28,6 +28,8 @@ class Rotation(NamedTuple):
 
     def turn(self, x: Float[Tensor, "b h l d"]) -> Float[Tensor, "b h l d"]:
         """Turn coordinates (i, i + dim/2) of queries or keys; x keeps its dtype and its norm."""
+        # A rotation of each pair (x_i, x_{i + dim/2}), so lengths stay, and with them the quality
+        # of random features.
         first, second = x.chunk(2, dim=-1)
         turned = torch.cat(
             [first * self.cos - second * self.sin, second * self.cos + first * self.sin], dim=-1

@@ -115,7 +115,7 @@ class FavorAttention(nn.MultiheadAttention):
         weights = None
         if need_weights:
             weights = attention_matrix(query, key, phi, is_causal, visible)
-            # torch appends its extra keys
+            # torch has its extra keys at the end, so their columns move there.
             weights = weights.roll(-self.num_extra_keys, dims=-1)
         if is_causal and self.num_extra_keys:
             out = out[:, :, self.num_extra_keys :]
@@ -131,8 +131,9 @@ class FavorAttention(nn.MultiheadAttention):
         self, state_dict: dict[str, Any], prefix: str, *arguments: Any
     ) -> None:
         own = self.feature_map.state_dict(prefix=f"{prefix}feature_map.")
+        # Without any entry of the feature map the checkpoint is one of nn.MultiheadAttention.
         if own.keys().isdisjoint(state_dict):
-            state_dict.update(own)  # the checkpoint is of nn.MultiheadAttention
+            state_dict.update(own)
         super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     @property
@@ -157,6 +158,7 @@ class FavorAttention(nn.MultiheadAttention):
     def _with_extra_keys(
         self, key: Tensor, value: Tensor, visible: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
+        # Extra keys go in front of the keys: [bias_k, zero, keys].
         if self.add_zero_attn:
             key, value = F.pad(key, (0, 0, 1, 0)), F.pad(value, (0, 0, 1, 0))
         if self.bias_k is not None and self.bias_v is not None:

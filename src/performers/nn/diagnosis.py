@@ -330,6 +330,7 @@ class _Sequence:
         if window_size is not None:  # self-attention: blocks are counted in real tokens alone
             block = torch.arange(len(keys), device=keys.device) // window_size
             near = visible & ((block[:, None] - block).abs() <= 1)
+        # Exact attention with all pairs, in float64: errors are measured against this.
         scores = real_query @ real_key.repeat_interleave(group, dim=0).mT * scale
         return cls(
             query=query,
@@ -437,17 +438,21 @@ class _Sequence:
         """(Σ_m u_m)² / Σ_m u_m², averaged over the queries that have an estimated key."""
         query_features, key_features = fitted.query_features(query), fitted.key_features(key)
         exponent = key_features.exponent()
+        # One frame per feature, the maximum over keys as in a softmax, which `weights` below adds
+        # again.
         frame = exponent.amax(dim=2, keepdim=True)
         parts = (exponent - frame).exp()
         if key_features.values is not None:
             parts = parts * key_features.values
         _, parts = self._by_head(query, parts)
+        # A 0/1 matrix in place of attention: each query sums the features of its estimated keys.
         parts = (self.visible & ~self.near).to(parts.dtype) @ parts  # [heads, queries, features]
         # A factor common to all features of a query cancels in the ratio. log_rows is such a
         # factor.
         weights = frame.expand(-1, -1, query.shape[2], fitted.num_features)
         if query_features.log_values is not None:
             weights = weights + query_features.log_values
+        # The ratio does not change if all features of a query are divided by the largest.
         weights = (weights - weights.amax(dim=-1, keepdim=True)).exp()
         if query_features.values is not None:
             weights = weights * query_features.values
@@ -466,6 +471,7 @@ class _Sequence:
     def _by_head(self, rows: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
         """Such queries and keys rearranged to (heads, queries, ·) and (heads, keys, ·)."""
         group = self.query.shape[1] // self.key.shape[1]
+        # [1, key_heads, group · queries, ·] → [key_heads · group, queries, ·]
         rows = rows.unflatten(2, (group, -1)).flatten(0, 2)
         return rows, keys[0].repeat_interleave(group, dim=0)
 

@@ -94,6 +94,7 @@ class RandomFeatures(nn.Module):
 
     @torch.no_grad()
     def _draw(self, generator: Generator | None) -> None:
+        # Under torch.device("meta") there is no memory to draw into; the weights are loaded later.
         if self.omega is None or self.omega.is_meta:
             return
         if generator is None:
@@ -107,6 +108,8 @@ class RandomFeatures(nn.Module):
         self.omega.copy_(omega)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        # .half() and .to(dtype) cast every floating buffer. Those of φ are put back, on the new
+        # device.
         before = dict(self.named_buffers(recurse=False))
         super()._apply(fn, recurse)
         for name, buffer in before.items():

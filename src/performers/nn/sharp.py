@@ -123,6 +123,7 @@ class SharpFeatures(RandomFeatures):
                 f"calibration needs keys with {self.num_heads} heads, which these features were "
                 f"made for: got {key.shape[1]}. Pass num_heads= to SharpFeatures."
             )
+        # Both sides are checked before either is changed, so that a refused batch leaves no trace.
         batch = {"query": queries.over_batch(), "key": keys.over_batch()}
         for side, new in batch.items():
             finite = new.covariance.isfinite().flatten(1).all(dim=1)
@@ -226,14 +227,19 @@ class SharpFeatures(RandomFeatures):
         )
         check_feature_map(query, self.dim, self.num_redraws.device)
         group = query.shape[1] // key.shape[1]
+        # With one query per key the mask of the keys is that of the queries, too. Else all queries
+        # are real.
         query_mask = key_padding_mask if query.shape[2] == key.shape[2] else None
         rows, query_mask = sampled(query.detach(), query_mask)
         keys, key_mask = sampled(key.detach(), key_padding_mask)
+        # [batch, key_heads, group · sample, dim]: all queries that meet a key head count as its
+        # queries.
         rows = rows.unflatten(1, (key.shape[1], group)).flatten(2, 3)
         if query_mask is not None:
             query_mask = query_mask.repeat(1, group)
         wide, root = torch.promote_types(query.dtype, torch.float32), math.sqrt(scale)
         rows, keys = rows.to(wide), keys.to(wide)
+        # Here `scale` goes into the scores. The moments get √scale on either side below.
         received = received_attention(rows, keys, query_mask, key_mask, scale)
         queries = Moments.of(rows, query_mask)
         return queries.scaled(root), Moments.of(keys, key_mask, received).scaled(root)
@@ -250,8 +256,11 @@ class SharpFeatures(RandomFeatures):
 
 
 def _finite(moments: Moments) -> Moments:
-    """Moments in which what is not finite counts as nothing learned; attention shows it anyway."""
-    # |Σ_ij| is at most the larger of Σ_ii and Σ_jj
+    """Moments with a count of 0 where they are not finite, so that φ stays plain there.
+
+    NaN and infinity in the inputs then appear in the output of attention and nowhere else.
+    """
+    # The diagonal is enough: |Σ_ij| is at most the larger of Σ_ii and Σ_jj.
     ok = moments.covariance.diagonal(dim1=-2, dim2=-1).isfinite().all(dim=-1)
     return Moments(
         moments.count * ok,

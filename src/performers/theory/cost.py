@@ -55,5 +55,7 @@ def near_pairs(length: int, window_size: int, is_causal: bool = False) -> int:
     """
     full, rest = divmod(length, window_size)
     own = full * window_size**2 + rest**2
+    # Pairs with the block before: between full blocks, and between the last full block and the
+    # rest.
     beside = max(full - 1, 0) * window_size**2 + (window_size * rest if full else 0)
     return own + (1 if is_causal else 2) * beside

@@ -62,10 +62,12 @@ def log_joint_moment_optimal(
 
     With one A for all coordinates and x = y this is the exponent of `mse_optimal_positive`.
     """
+    # log1p keeps the digits of small A.
     constant = (-4 * parameter).log1p() - (-8 * parameter).log1p() / 2
     weight = ((1 - 4 * parameter) / (1 - 8 * parameter)).unsqueeze(-2)
     sums = query.unsqueeze(-2) + key
     own = ((weight - 1) * sums.square()).sum(dim=-1) / 2
+    # √c on each factor of the product gives Σ_i c_i x_i y_i for all pairs of keys at once.
     both = _gram(sums * weight.sqrt()) + own.unsqueeze(-1) + own.unsqueeze(-2)
     return both + constant.sum(dim=-1)[..., None, None]
 
@@ -93,9 +95,11 @@ def mse_attention(
     deviation = value - out.unsqueeze(-2)
     if is_exact is not None:
         log_weights = log_weights.masked_fill(is_exact, -torch.inf)
+    # Summed as logarithms: J may overflow where p_j p_l is tiny, and their product does not.
     pairs = log_joint_moment + log_weights.unsqueeze(-1) + log_weights.unsqueeze(-2)
     second = (pairs.exp() * _gram(deviation)).sum(dim=(-2, -1))
     shared = (log_weights.exp().unsqueeze(-2) @ deviation).squeeze(-2)
+    # A variance is never below 0, except by rounding.
     return (second - shared.square().sum(dim=-1)).clamp(min=0) / num_projections
 
 
@@ -104,4 +108,5 @@ def _gram(x: Float[Tensor, "*batch keys dim"]) -> Float[Tensor, "*batch keys key
 
 
 def _log_cosh(x: Tensor) -> Tensor:
+    # log cosh x, without forming cosh x, which overflows.
     return x.abs() + (-2 * x.abs()).exp().log1p() - math.log(2)

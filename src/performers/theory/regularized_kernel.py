@@ -53,6 +53,7 @@ def regularized_ratio_bound(
     rate = (square_norms.to(torch.float64) / 2).unsqueeze(-1)
     largest = float(rate.max())
     level = torch.arange(largest + 10 * largest**0.5 + 60, dtype=torch.float64, device=rate.device)
+    # P[N ≤ l] of a Poisson variable is the regularized upper incomplete gamma function.
     probability = torch.special.gammaincc(level + 1, rate)
     return (_sphere_moments(level, dim) * probability).amax(dim=-1).to(square_norms.dtype)
 

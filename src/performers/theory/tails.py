@@ -127,4 +127,5 @@ def regularized_moment_generating_function(
     length = (dim * square_norm(x + y)).sqrt().unsqueeze(-1)
     log_scale = -(square_norm(x) + square_norm(y)).unsqueeze(-1) / 2
     feature = (log_scale + length * angles.cos()).exp()
+    # Dividing by the sum of the density normalizes it, so its constant is not needed.
     return ((theta * feature).exp() * density).sum(dim=-1) / density.sum()
