@@ -89,12 +89,16 @@ def attend(
     found, log_sum = fused_softmax(
         directions(keys), keys.inputs, bias, value.to(keys.inputs.dtype), keys.curvature
     )
+    # A tilt belongs to a feature, so as a bias of landmarks it is added once for each side.
     bias = sum((side.tilt for side in (keys, queries) if side.tilt is not None), log_sum)
     out, log_weight = fused_softmax(queries.inputs, directions(queries), bias, found)
     if not normalize:
         square = queries.inputs.to(bias.dtype).square().sum(dim=-1, keepdim=True)
+        # Both softmaxes divide by their sums. Without D⁻¹ the second sum comes back, with what rows
+        # share.
         out = out * (log_weight + queries.offset - queries.curvature * square).exp2()
     if key_mask is not None:
+        # With all keys hidden the first softmax averages them all; the output has to be 0.
         out = out * key_mask.any(dim=1)[:, None, None, None]
     return out.unflatten(2, query.shape[2:4]), state
 
@@ -136,6 +140,7 @@ def _side(
         side.directions * (stretch * LOG2_E),
         None if side.tilt is None else side.tilt.unsqueeze(-1) * LOG2_E,
         (offset * LOG2_E).expand(*x.shape[:-1], 1),
+        # ‖√scale x‖²/2 = scale ‖x‖²/2, in base 2.
         stretch**2 * LOG2_E / 2,
     )
 

@@ -77,6 +77,7 @@ class Partial(NamedTuple):
         if not normalize:
             return self.numerator * self.frame.exp()
         if is_nonnegative:
+            # 0 / 1 instead of 0 / 0 for a row that sees no key.
             return self.numerator / (self.normalizer + (self.normalizer == 0))
         nearly_zero = self.normalizer.abs() <= SIGNED_STABILIZER
         return self.numerator / (self.normalizer + 2 * SIGNED_STABILIZER * nearly_zero)
@@ -156,7 +157,10 @@ def _attend_near(
         if is_causal:
             seen = seen & (positions <= position)
             seen_sinks = seen_sinks & (sink_positions <= position)
+        # Block numbers of the keys, and that of the query: its own block and both neighbors.
         is_near = (block - position // near.window_size).abs() <= 1
+        # The sinks come first, as in `exact_keys`. `estimated` leaves them out, so none is counted
+        # twice.
         mask = torch.cat([seen_sinks, seen & is_near], dim=1)[:, None, None, :]
         partial = exact_partial(row, exact_keys, exact_values, mask)
         if near.far:
@@ -184,6 +188,7 @@ def remembered(slots: Slots, phi: FeatureMap, root: float, state: LinearState) -
         first = position[:, : near.window_size]
         features = phi.key_features(key[:, :, : near.window_size].to(pending.values.dtype) * root)
         first_values = value[:, :, : near.window_size].to(pending.values.dtype)
+        # Of the block before, as many keys as the own block has tokens; sinks are never summed.
         mask = (first >= near.num_sinks) & (first >= 0) & (first < slots.count - near.window_size)
         pending = absorb(pending, features, first_values, mask)
     return NearKeys(key, value, sink_key, sink_value, slots.count.squeeze(1), pending)
@@ -206,6 +211,7 @@ def absorb(
     if value.shape[2] == 0:
         return state
     exponent = key_exponent(features, key_mask)
+    # The online softmax: bring the sums to the larger frame, then add terms that are at most 1.
     state = state.rescaled(torch.maximum(state.log_scale, exponent.detach().amax(dim=2)))
     weights = key_weights(exponent, state.log_scale.unsqueeze(2), features)
     return replace(

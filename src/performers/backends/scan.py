@@ -59,6 +59,7 @@ def scan(
         query_directions,
         *_flattened(keys, batch, heads),
         log_rows.flatten(0, 1),
+        # [V 1]: the column of ones makes the normalizer one more column of the product.
         F.pad(value, (0, 1), value=1.0).flatten(0, 1),
         state.log_scale.flatten(0, 1),
         torch.cat([state.values, state.normalizer.unsqueeze(-1)], dim=-1).flatten(0, 1),
@@ -69,9 +70,10 @@ def scan(
         part.unflatten(0, (batch, heads))
         for part in (both, frame.detach(), log_scale.detach(), sums)
     )
+    # The operator leaves out what a row of queries shares, which only moves the frame.
     frame = frame + queries.log_rows.unflatten(2, (-1, length))
     after = replace(state, log_scale=log_scale, values=sums[..., :-1], normalizer=sums[..., -1])
-    # one gradient by `split`, where slices would have two of the whole width
+    # By `split`, whose gradient is one tensor. Two slices would have two, each of the whole width.
     numerator, normalizer = both.split([value.shape[-1], 1], dim=-1)
     return Partial(numerator, normalizer, frame), after
 
@@ -80,6 +82,7 @@ def _flattened(part: LogLinear, batch: int, heads: int) -> tuple[Tensor, Tensor]
     """Inputs and directions with batch and heads as one dimension; a tilt becomes a column."""
     inputs, directions = part.inputs, part.directions
     if part.tilt is not None:
+        # inputs·directions + tilt = [inputs 1]·[directions tilt]
         inputs = F.pad(inputs, (0, 1), value=1.0)
         directions = torch.cat([directions, part.tilt.unsqueeze(-1)], dim=-1)
     directions = directions.expand(batch, heads, *directions.shape[-2:])
@@ -149,6 +152,7 @@ def _passes(
     while True:
         frame = torch.maximum(carried.highest, first)
         limit = frame + MAX_RISE
+        # Here the host waits for the device. Usually no key rises, and one pass is enough.
         is_last = not bool((largest > limit).any())
         if start is not None or not is_last:
             if start is None:
@@ -158,6 +162,7 @@ def _passes(
 
         weights = exponent
         if inside is not None:
+            # Keys of other passes get weight 0 here, and do not count for the next frame.
             weights = weights.masked_fill(~inside[..., None], -torch.inf)
             largest = weights.amax(dim=1)
         weights = exp_difference(weights, frame[:, None])
@@ -246,6 +251,8 @@ def _exponential_scan(
                 for whole, part in ((both, rows), (frames, row_frame)):
                     part = part.unflatten(1, (query.shape[1], -1))
                     if step.inside is not None:
+                        # Other rows were finished by an earlier pass, or will be overwritten by a
+                        # later one.
                         part = torch.where(step.inside[:, None, :, None], part, whole[:, :, chunk])
                     whole[:, :, chunk] = part
         log_scale, sums = carried.settled()
@@ -315,17 +322,20 @@ def _exponential_scan_backward(
     for index in reversed(range(len(states))):
         carried = _Carried(log_scales[index], log_scales[index], states[index])
         start = index * segment
+        # The passes are repeated from the segment's state, and then gone through from the end.
         steps = [
             step
             for chunk in _chunks(start, min(start + segment, length), chunk_size)
             for step in _passes(carried, key, key_directions, log_rows, value, chunk)
         ]
+        # The gradient is that of S in the last frame; this brings it to the frame of the last pass.
         carried_gradient = carried_gradient * carried.decay(carried.highest)
         for step in reversed(steps):
             chunk, key_weights = step.chunk, step.key_weights
             queries, keys, values = _rows(query, chunk), key[:, chunk], value[:, chunk]
             gradient = _rows(both_gradient, chunk)
             if step.inside is not None:
+                # Rows that another pass has finished get nothing from this one.
                 gradient = gradient * step.inside.repeat(1, group)[..., None]
             query_weights, _ = _query_weights(queries @ query_directions.mT, step.frame)
             scores = _lower(query_weights @ key_weights.mT)
@@ -353,6 +363,7 @@ def _exponential_scan_backward(
                 else:
                     whole[..., chunk, :] += part
             carried_gradient = torch.baddbmm(carried_gradient, query_weights.mT, gradient)
+            # S was multiplied by this factor on the way forward, so its gradient is, too.
             carried_gradient *= step.decay
     return (
         query_gradient,

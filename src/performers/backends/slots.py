@@ -56,19 +56,25 @@ class Slots:
             return cls(near, query, key, value, zero, zero + length)
         if is_token is None:
             is_token = torch.ones(batch, length, dtype=torch.bool, device=key.device)
+        # A stable sort brings real tokens to the front, in their order.
         real_first = (~is_token).byte().argsort(dim=1, stable=True)
         number = is_token.sum(dim=1, keepdim=True)
+        # The number of real tokens before each; −1 for padding in front, which the clamp makes 0.
         rank = (is_token.cumsum(dim=1) - 1).clamp(min=0)
         if earlier is None:
             is_real = torch.arange(length, device=key.device) < number
             query, key, value = (_taken(x, real_first) for x in (query, key, value))
             return cls(near, query, key, value, zero, number, is_real, rank, is_token)
         size, before = near.window_size, earlier.count.unsqueeze(1)
+        # Slots begin with the block before that of the next token. Below one block that is position
+        # −size, and the slots before position 0 are not real.
         start = (before // size - 1) * size
         first = before - start  # the slot of the first new token
         slot = torch.arange(2 * size + length, device=key.device).expand(batch, -1)
         source = real_first.gather(1, (slot - first).clamp(0, length - 1))
         query = _taken(query, source)
+        # Places in [remembered keys, new keys]: the former for the first slots, the latter after
+        # them.
         source = torch.where(slot < first, slot, 2 * size + source)
         key = _taken(torch.cat([earlier.key.to(key.dtype), key], dim=2), source)
         value = _taken(torch.cat([earlier.value.to(value.dtype), value], dim=2), source)
@@ -135,4 +141,5 @@ def _taken(
 ) -> Float[Tensor, "batch *heads places _"]:
     """x at the given places along the length, which differ between sequences."""
     row = torch.arange(len(x), device=x.device).unsqueeze(1)
+    # With the length next to the batch, [row, index] takes other places in every sequence.
     return x.movedim(-2, 1)[row, index].movedim(1, -2)

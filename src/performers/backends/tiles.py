@@ -108,6 +108,7 @@ def causal_chunk(
             largest = seen.detach().amax(dim=2)
         key_side = key_weights(seen, frame, key_features)
         query_side, row_frame = read_weights(frame, query_features)
+        # Keys after a row have finite weights in its frame, so masking the product is safe.
         scores = (query_side @ key_side.mT).masked_fill(later, 0.0)
         sums = torch.cat([state.values, state.normalizer.unsqueeze(-1)], dim=-1)
         both = scores @ value_one + query_side @ sums
@@ -119,6 +120,8 @@ def causal_chunk(
         partial = rows
 
         sums = sums + key_side.mT @ value_one
+        # The sums are in the frame of this pass; rescaling brings them to the largest exponent so
+        # far.
         absorbed = replace(state, values=sums[..., :-1], normalizer=sums[..., -1])
         state = absorbed.rescaled(torch.maximum(state.log_scale, largest))
         if is_last:
@@ -164,6 +167,7 @@ def rows_below(
     length = exponent.shape[-2]
     position = torch.arange(length, device=exponent.device)
     waiting = position >= start[..., None]
+    # One feature that rises is enough.
     rises = (exponent > limit).any(dim=-1) & waiting
     stop = torch.where(rises, position, length).amin(dim=-1)
     return waiting & (position < stop[..., None]), stop

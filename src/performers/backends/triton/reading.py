@@ -86,6 +86,8 @@ def read(
             if IS_CAUSAL:
                 rise = first_rise(exponents, feature_frame, inside, ROWS)
                 if rise < ROWS:
+                    # Rows from the rise on need a frame that no key up to them exceeds: a running
+                    # maximum over keys.
                     highest = tl.associative_scan(exponents, 0, larger)
                     highest = tl.maximum(highest, feature_frame[None, :])
                     top = tl.where(position[:, None] >= rise, logits + highest, top)
@@ -109,6 +111,8 @@ def read(
                 scores *= decay[:, None]
                 if rise < ROWS:
                     new_scores = tl.where(position[:, None] >= rise, 0.0, new_scores)
+                    # Term by term, where products of tiles would overflow: one key at a time, with
+                    # its own exponents.
                     for number in range(ROWS):
                         exponent = row_of(exponents, number, ROWS)[None, :] + logits
                         terms = tl.exp(exponent - finite(frame)[:, None])
