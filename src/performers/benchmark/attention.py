@@ -99,7 +99,7 @@ class Plan:
     batch: int = 1
     heads: int = 8
     dim: int = 64
-    # Of the settings that do not say how many.
+    # Projections of the settings that do not fix their number.
     num_projections: int = 256
     repeats: int = 5
     # If a step takes more seconds than this, the mechanism is not tried at greater lengths.

@@ -46,8 +46,8 @@ def curves_figure(
 ) -> Figure:
     """Bits per character against seconds of training, and against tokens seen.
 
-    The first panel says what a model is worth for its time, the second for its data. Validation in
-    dots, training faint and smoothed, the empirical baseline as a dashed line.
+    The first panel compares models at equal time, the second at equal data. Validation in dots,
+    training faint and smoothed, the empirical baseline as a dashed line.
     `histories`: of each model the Trainer's log, entries with "seconds", "num_input_tokens_seen"
     and "loss" (training) or "eval_loss" (validation), in nats. `baseline`: "bits_per_character".
     """
