@@ -33,6 +33,6 @@ class Operations:
         )
 
     def seconds(self, product_rate: float, exponential_rate: float | None) -> float:
-        """The time at these rates in operations per second. Without a rate, exponentials take none."""
+        """The time at these operations per second; without their rate, exponentials take none."""
         seconds = self.products / product_rate
         return seconds + self.exponentials / exponential_rate if exponential_rate else seconds
