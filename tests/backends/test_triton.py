@@ -13,7 +13,7 @@ from cases import FEATURE_MAPS, NORMS
 from torch import Tensor
 
 from performers import KernelFeatures, LinearState, SharpFeatures, SoftmaxFeatures, favor_attention
-from performers.backends import choose_backend
+from performers.backends import Call, choose_backend
 from performers.nn import RandomFeatures
 
 config = pytest.importorskip("performers.backends.triton.config")
@@ -400,11 +400,11 @@ def test_shapes_and_dtypes_beyond_the_limit_are_refused_with_the_limit():
 def test_kernels_that_no_gpu_has_run_must_be_named(is_causal):
     query, key, value = inputs(5)
     for name in MAPS:
-        chosen = choose_backend(
-            None, query, key, value, feature_map(name), is_causal=is_causal, near=None,
-            has_state=False,
+        call = Call(
+            feature_map(name), 1.0, is_causal, normalize=True, near=None, has_state=False,
+            dtype=torch.float32,
         )  # fmt: skip
-        assert chosen != "triton"
+        assert choose_backend(None, call, query, key, value) != "triton"
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import os
 os.environ["TRITON_INTERPRET"] = "0"
 import torch, triton
 from triton.backends.compiler import GPUTarget
+from performers.backends import Call
 from performers.backends.triton import attend, attention, near
 from performers.nn import {feature_map}
 from performers.typing import LinearState, NearField
@@ -57,10 +58,8 @@ for is_causal, length in {calls}:
     query, key, value = torch.randn(3, 1, 2, length, {dim}, dtype=torch.{dtype}).unbind()
     query.requires_grad_({with_backward})
     state = LinearState.empty(1, 2, phi.num_features, {dim})
-    out, _ = attend(
-        query[:, :, None], key, value, phi, root=1.0, key_mask=None, is_causal=is_causal,
-        normalize=True, near={near}, state=state, with_state=False,
-    )
+    call = Call(phi, 1.0, is_causal, True, {near}, has_state=False, dtype=torch.float32)
+    out, _ = attend(call, query[:, :, None], key, value, None, state)
     if {with_backward}:
         out.float().sum().backward()
 memory = []

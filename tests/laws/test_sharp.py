@@ -465,6 +465,42 @@ def test_calibration_keeps_its_precision_in_half_precision_models():
             assert buffer.dtype == before[name].dtype, name
 
 
+CHANGES = {
+    "redraw": lambda phi, other, inputs: phi.redraw(),
+    "calibrate": lambda phi, other, inputs: phi.calibrate(*inputs),
+    "reset": lambda phi, other, inputs: phi.reset_parameters(),
+    "load": lambda phi, other, inputs: phi.load_state_dict(other.state_dict()),
+    "assign": lambda phi, other, inputs: phi.load_state_dict(other.state_dict(), assign=True),
+    "one buffer": lambda phi, other, inputs: phi.key_shift.add_(0.5),
+    "precision": lambda phi, other, inputs: phi.to(torch.float64),
+    "inference": lambda phi, other, inputs: None,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@torch.no_grad()
+def test_features_that_were_used_follow_every_change_of_the_calibration(change):
+    """What is kept from call to call is what a module without a past would compute."""
+    query, key, value = anisotropic_inputs()
+    group = query.shape[1] // key.shape[1]
+    phi, other = calibrated(query, key), calibrated(2 * query, key - 1)
+    other.redraw()
+    with torch.inference_mode(change == "inference"):
+        favor_attention(query, key, value, phi, enable_gqa=group > 1)  # is ready from here on
+    CHANGES[change](phi, other, (query + 1, key))
+    fresh = SharpFeatures(phi.dim, phi.num_projections, phi.num_heads)
+    fresh.load_state_dict(phi.state_dict())
+    copied = copy.deepcopy(phi)
+    copied.key_shift.add_(1.0)
+    with torch.enable_grad():
+        rows = query.clone().requires_grad_()
+        out = favor_attention(rows, key, value, phi, enable_gqa=group > 1)
+        out.sum().backward()
+    assert torch.equal(out, favor_attention(query, key, value, fresh, enable_gqa=group > 1))
+    moved = favor_attention(query, key, value, copied, enable_gqa=group > 1)
+    assert not torch.equal(out, moved)
+
+
 def test_resetting_forgets_the_calibration():
     phi = calibrated(*anisotropic_inputs()[:2])
     phi.redraw()

@@ -2,75 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 from torch import Tensor
 
 from performers.backends import chunked, landmarks, reference, triton
+from performers.backends.call import Backend, Call
 from performers.checks import check_choice
-from performers.typing import FeatureMap, NearField
 
-__all__ = ["BACKENDS", "choose_backend", "refusals"]
+__all__ = ["BACKENDS", "Backend", "Call", "choose_backend", "refusals"]
 
-BACKENDS: dict[str, Callable[..., Any]] = {
-    "reference": reference.attend,
-    "chunked": chunked.attend,
-    "landmarks": landmarks.attend,
-    "triton": triton.attend,
+
+def _never(call: Call, query: Tensor, key: Tensor, value: Tensor) -> None:
+    """The refusal of a backend that serves every call."""
+
+
+BACKENDS: dict[str, Backend] = {
+    "reference": Backend(reference.attend, _never),
+    "chunked": Backend(chunked.attend, _never),
+    "landmarks": Backend(landmarks.attend, landmarks.refusal),
+    "triton": Backend(triton.attend, triton.refusal),
 }
 
 
-def choose_backend(
-    name: str | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    phi: FeatureMap,
-    *,
-    is_causal: bool,
-    near: NearField | None,
-    has_state: bool,
-) -> str:
+def choose_backend(name: str | None, call: Call, query: Tensor, key: Tensor, value: Tensor) -> str:
     """The backend for a call: the named one, obeyed or refused; for None, the fastest proven one.
 
     That is "landmarks" on a CPU where it applies, and "chunked" everywhere else. "triton" must be
     named: its kernels agree with the reference in Triton's interpreter, but no GPU has run them.
     """
-    reasons = refusals(
-        query,
-        key,
-        value,
-        phi,
-        is_causal=is_causal,
-        near=near,
-        has_state=has_state,
-    )
     if name is None:
-        return "chunked" if reasons["landmarks"] else "landmarks"
+        reason = BACKENDS["landmarks"].refusal(call, query, key, value)
+        return "landmarks" if reason is None else "chunked"
     check_choice("backend", name, BACKENDS)
-    if reasons.get(name):
+    reason = BACKENDS[name].refusal(call, query, key, value)
+    if reason is not None:
         raise ValueError(
-            f'backend="{name}" cannot serve this call: {reasons[name]}. Pass backend=None to let '
-            'the library choose, or "chunked", which serves every call.'
+            f'backend="{name}" cannot serve this call: {reason}. Pass backend=None to let the '
+            'library choose, or "chunked", which serves every call.'
         )
     return name
 
 
-def refusals(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    phi: FeatureMap,
-    *,
-    is_causal: bool,
-    near: NearField | None,
-    has_state: bool,
-) -> dict[str, str | None]:
-    """Why each backend that does not serve every call cannot serve this one; None if it can."""
-    return {
-        "landmarks": landmarks.refusal(
-            query, key, phi, is_causal=is_causal, near=near, has_state=has_state
-        ),
-        "triton": triton.refusal(query, key, value, phi, near=near),
-    }
+def refusals(call: Call, query: Tensor, key: Tensor, value: Tensor) -> dict[str, str]:
+    """Why those backends that cannot serve a call cannot."""
+    reasons = {name: row.refusal(call, query, key, value) for name, row in BACKENDS.items()}
+    return {name: reason for name, reason in reasons.items() if reason is not None}

@@ -90,28 +90,27 @@ class Problem(NamedTuple):
 
 
 class _Averages(NamedTuple):
-    """Of every block, or of what is far of it: s and A, or s̃ and F."""
+    """Of every block, or of what is far of it: s and A, or s̃ and F.
+
+    Features come last: a factor for each then runs along the memory.
+    """
 
     log_mass: Float[Tensor, "heads blocks num_features"]
-    average: Float[Tensor, "heads blocks num_features value_dim"]
+    average: Float[Tensor, "heads blocks value_dim num_features"]
 
 
 class _Scan:
-    """Blocks added up one after another: log-masses after 0, 1, 2, … of them, and the factors with
-    which each step takes over what was there and the new block."""
+    """Blocks added up one after another: log-masses after 0, 1, 2, … of them, and the share of each
+    in what there is with it; `kept` is that of what was there."""
 
     def __init__(self, first: Tensor, log_mass: Float[Tensor, "heads blocks num_features"]) -> None:
         total = torch.cat([first.unsqueeze(1), log_mass], dim=1).logcumsumexp(dim=1)
         self.log_mass = total
-        self.kept = (total[:, :-1] - total[:, 1:]).exp_().unsqueeze(-1).unbind(1)
-        self.added = (log_mass - total[:, 1:]).exp_().unsqueeze(-1).unbind(1)
-
-    def step(self, index: int, running: Tensor, block: Tensor) -> None:
-        """`running` takes over the next block."""
-        running.mul_(self.kept[index]).addcmul_(block, self.added[index])
+        self.kept = (total[:, :-1] - total[:, 1:]).exp_().unsqueeze(-2).unbind(1)
+        self.added = (log_mass - total[:, 1:]).exp_().unsqueeze(-2).unbind(1)
 
     def step_back(self, index: int, gradient: Tensor, of_block: Tensor) -> None:
-        """The gradient of `running`, back over a step."""
+        """The gradient of an average, back over the step that added a block."""
         of_block.addcmul_(gradient, self.added[index])
         gradient.mul_(self.kept[index])
 
@@ -129,35 +128,33 @@ class _Merge:
             later = self.after.log_mass[:, (self.count - 2 - place).clamp(min=0)]
             parts = self.log_mass, later
             self.log_mass = torch.logaddexp(*parts)
-            self.shares = [(part - self.log_mass).exp_().unsqueeze(-1).unbind(1) for part in parts]
+            self.shares = [(part - self.log_mass).exp_().unsqueeze(-2).unbind(1) for part in parts]
 
-    def far(self, running: Tensor, blocks: Tensor, far: Tensor) -> None:
-        """F of each block, of the averages of blocks; `running`, the average of the state before,
-        becomes that of the state after."""
-        average, rows = blocks.unbind(1), far.unbind(1)
+    def far(self, first: Tensor, blocks: Tensor, far: Tensor) -> Tensor:
+        """Write F of each block, of the average before the sequence and those of blocks; the
+        average of all."""
+        average, rows, added = blocks.unbind(1), far.unbind(1), self.before.added
         for block in range(self.count):
-            if block >= 2:
-                self.before.step(block - 2, running, average[block - 2])
-            if self.is_causal:
-                rows[block].copy_(running)
+            if block < 2:
+                rows[block].copy_(first)
             else:
-                torch.mul(running, self.shares[0][block], out=rows[block])
-        if self.is_causal:
-            for block in range(max(0, self.count - 2), self.count):
-                self.before.step(block, running, average[block])
-            return
-        running = torch.zeros_like(running)
-        for block in reversed(range(self.count - 2)):
-            self.after.step(self.count - 3 - block, running, average[block + 2])
-            rows[block].addcmul_(running, self.shares[1][block])
+                torch.lerp(rows[block - 1], average[block - 2], added[block - 2], out=rows[block])
+        last = rows[-1]
+        for block in range(max(0, self.count - 2), self.count):
+            last = torch.lerp(last, average[block], added[block])
+        if not self.is_causal:
+            after = torch.zeros_like(first)
+            for block in reversed(range(self.count - 2)):
+                after.lerp_(average[block + 2], self.after.added[self.count - 3 - block])
+                rows[block].lerp_(after, self.shares[1][block])
+        return last
 
-    def far_back(self, running: Tensor, of_far: Tensor, of_blocks: Tensor) -> None:
+    def far_back(self, of_last: Tensor, of_far: Tensor, of_blocks: Tensor) -> Tensor:
         """The same way back, for gradients of averages or anything that goes with them; `of_blocks`
-        begins as 0."""
-        of_rows, of_average = of_far.unbind(1), of_blocks.unbind(1)
-        if self.is_causal:
-            for block in reversed(range(max(0, self.count - 2), self.count)):
-                self.before.step_back(block, running, of_average[block])
+        begins as 0. The gradient of the first."""
+        running, of_rows, of_average = of_last.clone(), of_far.unbind(1), of_blocks.unbind(1)
+        for block in reversed(range(max(0, self.count - 2), self.count)):
+            self.before.step_back(block, running, of_average[block])
         for block in reversed(range(self.count)):
             if self.is_causal:
                 running.add_(of_rows[block])
@@ -166,10 +163,11 @@ class _Merge:
             if block >= 2:
                 self.before.step_back(block - 2, running, of_average[block - 2])
         if not self.is_causal:
-            running = torch.zeros_like(running)
+            after = torch.zeros_like(running)
             for block in range(self.count - 2):
-                running.addcmul_(of_rows[block], self.shares[1][block])
-                self.after.step_back(self.count - 3 - block, running, of_average[block + 2])
+                after.addcmul_(of_rows[block], self.shares[1][block])
+                self.after.step_back(self.count - 3 - block, after, of_average[block + 2])
+        return running
 
 
 class _Side(NamedTuple):
@@ -386,14 +384,14 @@ class _Heads:
         sizes = self.sizes
         shape = self.number, sizes.count, sizes.features
         log_mass = self.take("block mass", *shape)
-        average = self.take("block average", *shape, sizes.value_dim)
+        average = self.take("block average", *shape[:2], sizes.value_dim, sizes.features)
         for index in range(self.number if sizes.features else 0):
             directions_2 = self.directions(self.key_side, index) * LOG2_E
             for tile in sizes.tiles():
                 weights, value = self.key_logits(index, directions_2, tile)
                 largest = weights.amax(dim=1, keepdim=True)
                 total = weights.sub_(largest).exp2_().sum(dim=1, keepdim=True)
-                torch.bmm(weights.mT, value, out=average[index, tile]).div_(total.mT)
+                torch.bmm(value.mT, weights, out=average[index, tile]).div_(total)
                 torch.add(largest, total.log2_(), out=log_mass[index, tile].unsqueeze(1))
         return _Averages(log_mass.div_(LOG2_E), average)
 
@@ -401,10 +399,10 @@ class _Heads:
         """s̃ and F of every block, and F after the last."""
         problem = self.problem
         merge = _Merge(blocks.log_mass, problem.log_mass[self.heads], problem.is_causal)
-        running = problem.average[self.heads].clone()
         average = self.take("far average", *blocks.average.shape)
-        merge.far(running, blocks.average, average)
-        return merge, _Averages(merge.log_mass, average), running
+        first = problem.average[self.heads].mT.contiguous()
+        last = merge.far(first, blocks.average, average)
+        return merge, _Averages(merge.log_mass, average), last.mT
 
     def numbered(self, far: _Averages) -> Float[Tensor, "heads blocks 1 features"]:
         """What the logits of features have that is not of a row: s̃ and the features' numbers."""
@@ -461,7 +459,7 @@ class _Heads:
             sinks = self.sink_value[index]
             values.append(sinks.expand(len(values[0]), -1, -1))
         if self.sizes.features:
-            values.append(far[index, tile])
+            values.append(far[index, tile].mT)
         return values
 
     def attend(self, far: _Averages) -> tuple[Tensor, Tensor]:
@@ -575,8 +573,8 @@ class _Backward(_Heads):
                     of_flat.addmm_(of_sinks, self.sink_key[index], alpha=1 / LOG2_E)
                 if sizes.features:
                     features, of_features = weights[-1], of_logits[-1]
-                    torch.bmm(features.mT, of_out, out=of_average[index, tile])
-                    torch.bmm(features.mT, lost, out=excess[index, tile].unsqueeze(-1))
+                    torch.bmm(of_out.mT, features, out=of_average[index, tile])
+                    torch.bmm(lost.mT, features, out=excess[index, tile].unsqueeze(-2))
                     rows = slice(tile.start * sizes.rows, tile.stop * sizes.rows)
                     of_features = of_features.flatten(0, 1)
                     torch.mm(of_features, directions, out=self.of_query_y[index, rows])
@@ -616,9 +614,9 @@ class _Backward(_Heads):
                 weights.sub_(log_mass[index, tile]).clamp_(max=0).exp2_()
                 rows = slice(tile.start * sizes.block, tile.stop * sizes.block)
                 own = self.of_value[index, rows.start + shift : rows.stop + shift]
-                own.view_as(value).baddbmm_(weights, of_average[index, tile])
+                own.view_as(value).baddbmm_(weights, of_average[index, tile].mT)
                 of_logits = self.take("of key logits", *weights.shape)
-                torch.bmm(value, of_average[index, tile].mT, out=of_logits)
+                torch.bmm(value, of_average[index, tile], out=of_logits)
                 of_logits.sub_(excess[index, tile].unsqueeze(1)).mul_(weights)
                 of_logits = of_logits.flatten(0, 1)
                 torch.mm(of_logits, directions, out=self.of_key_y[index, rows])
@@ -669,17 +667,18 @@ def backward(
         merge, far, last = work.far_averages(blocks)
         of_far, excess = work.rows_back(far)
         if sizes.features:
-            of_last = gradients.average[heads].clone()
+            of_last = gradients.average[heads]
             lost = (of_last * last).sum(dim=-1) - gradients.log_mass[heads]
             of_blocks = work.take("of block average", *of_far.shape).zero_()
-            excess_of_blocks = work.take("excess of blocks", *excess.shape, 1).zero_()
-            merge.far_back(of_last, of_far, of_blocks)
-            lost = lost.unsqueeze(-1)
-            merge.far_back(lost, excess.unsqueeze(-1), excess_of_blocks)
-            work.keys_back(blocks, of_blocks, excess_of_blocks.squeeze(-1))
-            of["average"][heads] = of_last
-            along = (of_last * problem.average[heads]).sum(dim=-1)
-            of["log_mass"][heads] = along - lost.squeeze(-1)
+            excess_of_blocks = torch.zeros_like(excess)
+            of_first = merge.far_back(of_last.mT, of_far, of_blocks).mT
+            lost = merge.far_back(
+                lost.unsqueeze(-2), excess.unsqueeze(-2), excess_of_blocks.unsqueeze(-2)
+            )
+            work.keys_back(blocks, of_blocks, excess_of_blocks)
+            of["average"][heads] = of_first
+            along = (of_first * problem.average[heads]).sum(dim=-1)
+            of["log_mass"][heads] = along - lost.squeeze(-2)
         for part, rows in work.paired(of["query"][heads], work.of_query):
             torch.mul(rows, work.root, out=part)
         torch.mul(work.of_key[:, work.own], work.root * LOG2_E, out=of["key"][heads])

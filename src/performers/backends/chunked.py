@@ -20,18 +20,18 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from performers.backends import kernel_tiles
+from performers.backends.call import Call
 from performers.backends.near import attend as attend_near
 from performers.backends.reference import Partial, absorb, read
 from performers.backends.scan import scan
 from performers.backends.tiles import (
-    Call,
     absorb_one,
     causal_chunk,
     key_tiles,
     recomputed,
     rows_of_a_piece,
 )
-from performers.typing import FeatureMap, LinearState, NearField, elementwise, is_log_linear
+from performers.typing import LinearState, elementwise, is_log_linear
 
 __all__ = ["attend"]
 
@@ -41,44 +41,31 @@ CAUSAL_CHUNK = 128
 
 
 def attend(
+    call: Call,
     query: Float[Tensor, "batch key_heads group query_length dim"],
     key: Float[Tensor, "batch key_heads key_length dim"],
     value: Float[Tensor, "batch key_heads key_length value_dim"],
-    phi: FeatureMap,
-    *,
-    root: float,
     key_mask: Bool[Tensor, "batch key_length"] | None,
-    is_causal: bool,
-    normalize: bool,
-    near: NearField | None,
     state: LinearState,
-    with_state: bool,
 ) -> tuple[Float[Tensor, "batch key_heads group query_length value_dim"], LinearState]:
     """Attention and the state after it, equal to the reference up to rounding."""
-    if near is not None:
-        return attend_near(
-            query, key, value, phi, root=root, key_mask=key_mask, is_causal=is_causal,
-            normalize=normalize, near=near, state=state, with_state=with_state,
-        )  # fmt: skip
-    call = Call(phi, root, normalize, state.values.dtype)
-    if query.shape[3] == 0 and is_causal:
+    if call.near is not None:
+        return attend_near(call, query, key, value, key_mask, state)
+    if query.shape[3] == 0 and call.is_causal:
         return _no_rows(call, query, value), state
-    form = elementwise(phi)
-    if form is not None and not (is_causal and query.shape[3] == 1):
-        return kernel_tiles.attend(
-            query, key, value, form, root=root, key_mask=key_mask, is_causal=is_causal,
-            normalize=normalize, state=state,
-        )  # fmt: skip
-    if is_causal:
+    form = elementwise(call.phi)
+    if form is not None and not (call.is_causal and query.shape[3] == 1):
+        return kernel_tiles.attend(call, form, query, key, value, key_mask, state)
+    if call.is_causal:
         rows = max(CAUSAL_CHUNK, rows_of_a_piece(key, call.dtype))
         if query.shape[3] <= rows:
             partial, state = _causal(call, query, key, value, key_mask, state)
-            return call.output(partial), state
+            return partial.output(call), state
         outputs = []
         pieces = key_tiles(rows, key, value, key_mask)
         for queries, piece in zip(query.split(rows, dim=3), pieces, strict=True):
             partial, state = _causal(call, queries, *piece, state)
-            outputs.append(call.output(partial))
+            outputs.append(partial.output(call))
         return torch.cat(outputs, dim=3), state
     return _bidirectional(call, query, key, value, key_mask, state)
 
@@ -98,7 +85,7 @@ def _bidirectional(
         return absorb(state, features, value.to(call.dtype), mask)
 
     def read_tile(state: LinearState, rows: Tensor) -> Tensor:
-        return call.output(read(state, call.phi.query_features(call.scaled(rows))))
+        return read(state, call.phi.query_features(call.scaled(rows))).output(call)
 
     for tile in key_tiles(KEY_TILE, key, value, key_mask):
         state = recomputed(absorb_tile, state, *tile)

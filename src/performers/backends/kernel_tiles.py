@@ -29,6 +29,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from performers.backends.buffers import CAPABILITIES, buffers, slices
+from performers.backends.call import Call
 from performers.backends.derivatives import refuse_second_derivative
 from performers.backends.reference import SIGNED_STABILIZER
 from performers.kernels import KERNELS
@@ -44,23 +45,21 @@ TILE_BYTES = 2 * (CAPABILITIES.get("l2_cache_size") or 2**20)
 
 
 def attend(
+    call: Call,
+    form: Elementwise,
     query: Float[Tensor, "batch key_heads group query_length dim"],
     key: Float[Tensor, "batch key_heads key_length dim"],
     value: Float[Tensor, "batch key_heads key_length value_dim"],
-    form: Elementwise,
-    *,
-    root: float,
     key_mask: Bool[Tensor, "batch key_length"] | None,
-    is_causal: bool,
-    normalize: bool,
     state: LinearState,
 ) -> tuple[Float[Tensor, "batch key_heads group query_length value_dim"], LinearState]:
     """Attention and the state after it, equal to the reference up to rounding."""
     batch, heads = key.shape[:2]
-    dtype = state.values.dtype
     presence = None
     if key_mask is not None:
-        presence = key_mask[:, None, :, None].expand(batch, heads, -1, 1).flatten(0, 1).to(dtype)
+        presence = (
+            key_mask[:, None, :, None].expand(batch, heads, -1, 1).flatten(0, 1).to(call.dtype)
+        )
     else:
         key_mask = torch.ones(batch, key.shape[2], dtype=torch.bool, device=key.device)
     seen = key_mask.any(dim=1)[:, None, None]
@@ -71,15 +70,15 @@ def attend(
         query.flatten(0, 1),
         key.flatten(0, 1),
         value.flatten(0, 1),
-        None if form.directions is None else form.directions.to(dtype),
+        None if form.directions is None else form.directions.to(call.dtype),
         presence,
         before.normalizer.flatten(0, 1),
         before.values.flatten(0, 1),
         form.kernel,
         form.epsilon,
-        root,
-        is_causal,
-        normalize,
+        call.root,
+        call.is_causal,
+        call.normalize,
     )
     is_empty = (state.log_scale == -torch.inf) & ~seen
     after = replace(

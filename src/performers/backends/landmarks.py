@@ -20,13 +20,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from performers.backends.call import Call
 from performers.backends.fused_softmax import HAS_BFLOAT16, HIDDEN, fused_softmax
 from performers.typing import (
-    FeatureMap,
     LinearState,
-    LogLinearMap,
     LogLinearSide,
-    NearField,
     is_log_linear,
 )
 
@@ -36,21 +34,14 @@ LOG2_E = math.log2(math.e)
 TILE = 512  # positions whose features are asked for at a time
 
 
-def refusal(
-    query: Tensor,
-    key: Tensor,
-    phi: FeatureMap,
-    *,
-    is_causal: bool,
-    near: NearField | None,
-    has_state: bool,
-) -> str | None:
+def refusal(call: Call, query: Tensor, key: Tensor, value: Tensor) -> str | None:
     """Why this backend cannot serve a call; None if it can."""
+    phi = call.phi
     if query.device.type != "cpu":
         return "its fused kernel is used on the CPU only"
-    if is_causal or near is not None:
+    if call.is_causal or call.near is not None:
         return "it serves bidirectional attention without a window only"
-    if has_state:
+    if call.has_state:
         return "it neither takes nor gives a LinearState"
     if not (is_log_linear(phi) and phi.is_softmax and phi.is_nonnegative):
         return "it needs positive features of the softmax kernel"
@@ -60,23 +51,17 @@ def refusal(
 
 
 def attend(
+    call: Call,
     query: Float[Tensor, "batch key_heads group query_length dim"],
     key: Float[Tensor, "batch key_heads key_length dim"],
     value: Float[Tensor, "batch key_heads key_length value_dim"],
-    phi: LogLinearMap,
-    *,
-    root: float,
     key_mask: Bool[Tensor, "batch key_length"] | None,
-    is_causal: bool,
-    normalize: bool,
-    near: NearField | None,
     state: LinearState,
-    with_state: bool,
 ) -> tuple[Float[Tensor, "batch key_heads group query_length value_dim"], LinearState]:
     """What `reference.attend` computes, up to rounding. The state, empty and unused, comes back."""
-    assert not is_causal, "`refusal` lets only bidirectional calls in"
-    assert near is None, "`refusal` lets no near field in"
-    side = functools.partial(_side, root=root, dtype=_product_dtype(query.dtype))
+    phi = call.phi
+    assert is_log_linear(phi), "`refusal` lets no other features in"
+    side = functools.partial(_side, root=call.root, dtype=_product_dtype(query.dtype))
     keys = side(phi.key_side, key)
     queries = side(phi.query_side, query.flatten(2, 3))
 
@@ -92,7 +77,7 @@ def attend(
     # A tilt belongs to a feature, so as a bias of landmarks it is added once for each side.
     bias = sum((side.tilt for side in (keys, queries) if side.tilt is not None), log_sum)
     out, log_weight = fused_softmax(queries.inputs, directions(queries), bias, found)
-    if not normalize:
+    if not call.normalize:
         square = queries.inputs.to(bias.dtype).square().sum(dim=-1, keepdim=True)
         # Both softmaxes divide by their sums. Without D⁻¹ the second sum comes back, with what rows
         # share.

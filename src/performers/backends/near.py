@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from performers.backends.blocks import BlockAttention, Problem, block_attention
+from performers.backends.call import Call
 from performers.backends.fused_softmax import HIDDEN
-from performers.backends.reference import Partial, remembered
+from performers.backends.reference import remembered
 from performers.backends.slots import Slots
 from performers.backends.tiles import absorb_one
 from performers.typing import (
@@ -25,7 +26,6 @@ from performers.typing import (
     LogLinearSide,
     NearField,
     NearKeys,
-    exp_difference,
     is_log_linear,
 )
 
@@ -33,41 +33,34 @@ __all__ = ["attend"]
 
 
 def attend(
+    call: Call,
     query: Float[Tensor, "batch key_heads group length dim"],
     key: Float[Tensor, "batch key_heads length dim"],
     value: Float[Tensor, "batch key_heads length value_dim"],
-    phi: FeatureMap,
-    *,
-    root: float,
     key_mask: Bool[Tensor, "batch length"] | None,
-    is_causal: bool,
-    normalize: bool,
-    near: NearField,
     state: LinearState,
-    with_state: bool,
     operator: Callable[[Problem], BlockAttention] = block_attention,
 ) -> tuple[Float[Tensor, "batch key_heads group length value_dim"], LinearState]:
     """What `reference.attend` computes with a near field, up to rounding.
 
     `operator` does the work on slots.
     """
+    near, is_causal, dtype = call.near, call.is_causal, call.dtype
+    assert near is not None, "backends come here with a near field only"
     if state.near is not None and query.shape[3] == 1:
-        return _step(
-            query, key, value, phi, root=root, key_mask=key_mask, normalize=normalize, near=near,
-            state=state,
-        )  # fmt: skip
+        return _step(call, near, state.near, query, key, value, key_mask, state)
     slots = Slots.of(near, query, key, value, key_mask, state.near)
-    batch, heads, dtype = *key.shape[:2], state.values.dtype
+    batch, heads = key.shape[:2]
     sink_key, sink_value, is_sink = slots.sinks(state.near)
     sink_start = torch.arange(near.num_sinks, device=key.device) - slots.start
     sink_start = sink_start if is_causal else torch.zeros_like(sink_start)
     sink_start = torch.where(is_sink, sink_start, slots.key.shape[2])
     estimated = slots.estimated()
     hidden = hidden_far = None if estimated is None else ~estimated
-    if with_state:  # whose sums leave out what is near of the tokens to come
+    if call.has_state:  # whose sums leave out what is near of the tokens to come
         later = slots.positions() >= slots.next_start()
         hidden_far = later if hidden is None else later | hidden
-    sides = _Sides.of(phi, dtype) if near.far else _Sides.of_nothing(key, dtype)
+    sides = _Sides.of(call.phi, dtype) if near.far else _Sides.of_nothing(key, dtype)
     log_mass, average = sides.averages(state)
     found = operator(
         Problem(
@@ -83,16 +76,16 @@ def attend(
             log_mass=log_mass,
             average=average,
             window_size=near.window_size,
-            scale=root**2,
+            scale=call.scale,
             is_causal=is_causal,
         )
     )
-    out = found.out if normalize else found.out * found.log_sum.exp()
+    out = found.out if call.normalize else found.out * found.log_sum.exp()
     out = slots.tokens(out.unflatten(0, (batch, heads)))
-    if not with_state:
+    if not call.has_state:
         return out, state
     after = sides.sums(found.log_mass, found.average, state)
-    return out, replace(after, near=remembered(slots, phi, root, state))
+    return out, replace(after, near=remembered(call, slots, state))
 
 
 class _Sides(NamedTuple):
@@ -157,87 +150,78 @@ def _numbers(side: LogLinearSide) -> Float[Tensor, "*heads num_features"]:
 
 
 def _step(
+    call: Call,
+    near: NearField,
+    earlier: NearKeys,
     query: Float[Tensor, "batch key_heads group 1 dim"],
     key: Float[Tensor, "batch key_heads 1 dim"],
     value: Float[Tensor, "batch key_heads 1 value_dim"],
-    phi: FeatureMap,
-    *,
-    root: float,
     key_mask: Bool[Tensor, "batch 1"] | None,
-    normalize: bool,
-    near: NearField,
     state: LinearState,
 ) -> tuple[Float[Tensor, "batch key_heads group 1 value_dim"], LinearState]:
     """One token after those of the state, at a cost that does not depend on how many there are."""
-    earlier, dtype, size = state.near, state.values.dtype, near.window_size
-    assert earlier is not None, "`attend` steps from a state with a near field only"
-    count, sequence = earlier.count.unsqueeze(1), torch.arange(len(key), device=key.device)
-    offset = count % size
-    start = count - offset - size  # the position of slot 0
-
-    def written(x: Tensor, slot: Tensor, new: Tensor) -> Tensor:
-        x = x.clone()
-        x[sequence, :, slot] = new.squeeze(2).to(x.dtype)
-        return x
-
-    slot = (offset + size).squeeze(1)  # padding is 0, and writes what was there
-    keys, values = written(earlier.key, slot, key), written(earlier.value, slot, value)
-    near_keys, near_values = keys, values
-    position = start + torch.arange(2 * size, device=key.device)
-    visible = (position >= near.num_sinks) & (position <= count)
+    size, dtype = near.window_size, call.dtype
+    count = earlier.count[:, None, None, None]
+    offset = count % size  # of the token in its block, whose first slot is `size`
+    # Padding is 0, and writes what was there.
+    keys, values = (
+        x.scatter(2, (offset + size).expand_as(new), new.to(x.dtype))
+        for x, new in ((earlier.key, key), (earlier.value, value))
+    )
+    slot = torch.arange(2 * size, device=key.device) - size - offset  # before the token
+    visible = (slot <= 0) & (slot >= near.num_sinks - count)
+    row = call.scaled(query.squeeze(3))
+    wide_keys, wide_values = keys.to(dtype), values.to(dtype)
+    logits = (row * call.root) @ wide_keys.mT
+    parts = [(logits.masked_fill(~visible, -torch.inf), wide_values)]
     sink_key, sink_value = earlier.sink_key, earlier.sink_value
     if near.num_sinks:
         sink = torch.arange(near.num_sinks, device=key.device)
-        is_own = sink == count if key_mask is None else (sink == count) & key_mask
-        is_own = is_own[:, None, :, None]
+        is_own = sink[:, None] == count
+        if key_mask is not None:
+            is_own = is_own & key_mask[:, None, None]
         sink_key = torch.where(is_own, key.to(sink_key.dtype), sink_key)
         sink_value = torch.where(is_own, value.to(sink_value.dtype), sink_value)
-        near_keys = torch.cat([sink_key, keys], dim=2)
-        near_values = torch.cat([sink_value, values], dim=2)
-        visible = torch.cat([sink <= count, visible], dim=1)
+        logits = (row * call.root) @ sink_key.to(dtype).mT
+        parts.append((logits.masked_fill(sink > count, -torch.inf), sink_value.to(dtype)))
+    if near.far:
+        exponent = call.phi.query_features(row).exponent() + state.log_scale.unsqueeze(2)
+        parts.append((exponent, state.values))
 
     # One softmax over near keys and features; the token sees itself, so it is never over nothing.
-    row = query.squeeze(3).to(dtype) * root
-    near_values = near_values.to(dtype)
-    logits = row @ (near_keys.to(dtype) * root).mT
-    logits = logits.masked_fill(~visible[:, None, None, :], -torch.inf)
-    number = logits.shape[-1]
-    if near.far:
-        features = phi.query_features(row)
-        logits = torch.cat([logits, features.exponent() + state.log_scale.unsqueeze(2)], dim=-1)
+    logits = torch.cat([part for part, _ in parts], dim=-1)
     frame = logits.detach().amax(dim=-1, keepdim=True)
-    weights = exp_difference(logits, frame)
-    scores = weights[..., :number]
-    partial = Partial(scores @ near_values, scores.sum(dim=-1, keepdim=True), frame)
+    weights = (logits - frame).exp()
+    first, *others = weights.split([part.shape[-1] for part, _ in parts], dim=-1)
+    normalizer = weights[..., : 2 * size + near.num_sinks].sum(dim=-1, keepdim=True)
     if near.far:
-        weights = weights[..., number:]
-        partial = Partial(
-            partial.numerator + weights @ state.values,
-            partial.normalizer + weights @ state.normalizer.unsqueeze(-1),
-            frame,
-        )
-    out = partial.output(normalize, True).unsqueeze(3)
+        normalizer = normalizer + others[-1] @ state.normalizer.unsqueeze(-1)
+    numerator = first @ wide_values
+    for weight, (_, part_values) in zip(others, parts[1:], strict=True):
+        numerator = numerator + weight @ part_values
+    out = numerator / normalizer if call.normalize else numerator * frame.exp()
+    out = out.unsqueeze(3)
 
     pending, is_full = earlier.pending, offset == size - 1
     if key_mask is not None:
         out = out.masked_fill(~key_mask[:, None, None, :, None], 0.0)
-        is_full = is_full & key_mask
+        is_full = is_full & key_mask[:, None, None]
     if near.far:  # one more key of the block before, which is as far along as the token's own
-        slot = offset.squeeze(1)
         one_key, one_value = (
-            x[sequence, :, slot].unsqueeze(2).to(dtype) for x in (earlier.key, earlier.value)
+            x.gather(2, offset.expand_as(new)) for x, new in ((keys, key), (values, value))
         )
-        is_pending = count - size >= near.num_sinks
-        is_pending = is_pending if key_mask is None else is_pending & key_mask
-        pending = absorb_one(pending, phi.key_features(one_key * root), one_value, is_pending)
+        is_pending = count >= near.num_sinks + size
+        if key_mask is not None:
+            is_pending = is_pending & key_mask[:, None, None]
+        features = call.phi.key_features(call.scaled(one_key))
+        pending = absorb_one(pending, features, one_value.to(dtype), is_pending[..., 0, 0])
     if torch.compiler.is_compiling() or bool(is_full.any()):
         # The block before is far of all that comes, and the token's own is the block before.
-        full = is_full[..., None]
+        full = is_full.squeeze(3)
         sums = replace(state, near=None).merge(pending.emptied(~full))
         state, pending = replace(sums, near=earlier), pending.emptied(full)
         keys, values = (
-            torch.where(full[..., None], F.pad(x[:, :, size:], (0, 0, 0, size)), x)
-            for x in (keys, values)
+            torch.where(is_full, F.pad(x[:, :, size:], (0, 0, 0, size)), x) for x in (keys, values)
         )
     count = earlier.count + (1 if key_mask is None else key_mask.squeeze(1))
     after = NearKeys(keys, values, sink_key, sink_value, count, pending)

@@ -22,9 +22,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from performers.backends.call import Call
 from performers.backends.slots import Slots
 from performers.typing import (
-    FeatureMap,
     Features,
     LinearState,
     NearField,
@@ -66,17 +66,15 @@ class Partial(NamedTuple):
             frame,
         )
 
-    def output(
-        self, normalize: bool, is_nonnegative: bool
-    ) -> Float[Tensor, "*batch query_length value_dim"]:
+    def output(self, call: Call) -> Float[Tensor, "*batch query_length value_dim"]:
         """Divide by the normalizer; a row that sees no key is 0.
 
         The normalizer of nonnegative features is 0 for such a row only. That of signed features can
         vanish or change sign for any row, so the paper's renormalizer is added to it.
         """
-        if not normalize:
+        if not call.normalize:
             return self.numerator * self.frame.exp()
-        if is_nonnegative:
+        if call.phi.is_nonnegative:
             # 0 / 1 instead of 0 / 0 for a row that sees no key.
             return self.numerator / (self.normalizer + (self.normalizer == 0))
         nearly_zero = self.normalizer.abs() <= SIGNED_STABILIZER
@@ -84,18 +82,12 @@ class Partial(NamedTuple):
 
 
 def attend(
+    call: Call,
     query: Float[Tensor, "batch key_heads group query_length dim"],
     key: Float[Tensor, "batch key_heads key_length dim"],
     value: Float[Tensor, "batch key_heads key_length value_dim"],
-    phi: FeatureMap,
-    *,
-    root: float,
     key_mask: Bool[Tensor, "batch key_length"] | None,
-    is_causal: bool,
-    normalize: bool,
-    near: NearField | None,
     state: LinearState,
-    with_state: bool,
 ) -> tuple[Float[Tensor, "batch key_heads group query_length value_dim"], LinearState]:
     """Attention with φ(root · q) and φ(root · k), and the state after it.
 
@@ -103,49 +95,39 @@ def attend(
     are scored by exp(q·k) itself, the others by φ(q)·φ(k), under one normalizer. There is a Python
     step for each query position, for the sake of clarity.
     """
-    if near is not None:
-        return _attend_near(
-            query, key, value, phi, root=root, key_mask=key_mask, is_causal=is_causal,
-            normalize=normalize, near=near, state=state, with_state=with_state,
-        )  # fmt: skip
-    dtype = state.values.dtype
-    query, key, value = query.to(dtype) * root, key.to(dtype) * root, value.to(dtype)
-    features = phi.key_features(key)
+    if call.near is not None:
+        return _attend_near(call, call.near, query, key, value, key_mask, state)
+    query, value = call.scaled(query), value.to(call.dtype)
+    features = call.phi.key_features(call.scaled(key))
     everywhere = torch.ones(len(key), key.shape[2], dtype=torch.bool, device=key.device)
     visible = everywhere if key_mask is None else key_mask
     place = torch.arange(key.shape[2], device=key.device)
     outputs = [_no_rows(query, value)]
     for position in range(query.shape[3]):
-        seen = visible & (place <= position) if is_causal else visible
+        seen = visible & (place <= position) if call.is_causal else visible
         far = absorb(state, features, value, seen)
-        partial = read(far, phi.query_features(query[..., position, :]))
-        outputs.append(partial.output(normalize, phi.is_nonnegative).unsqueeze(3))
+        partial = read(far, call.phi.query_features(query[..., position, :]))
+        outputs.append(partial.output(call).unsqueeze(3))
     return torch.cat(outputs, dim=3), absorb(state, features, value, visible)
 
 
 def _attend_near(
+    call: Call,
+    near: NearField,
     query: Float[Tensor, "batch key_heads group length dim"],
     key: Float[Tensor, "batch key_heads length dim"],
     value: Float[Tensor, "batch key_heads length value_dim"],
-    phi: FeatureMap,
-    *,
-    root: float,
     key_mask: Bool[Tensor, "batch length"] | None,
-    is_causal: bool,
-    normalize: bool,
-    near: NearField,
     state: LinearState,
-    with_state: bool,
 ) -> tuple[Float[Tensor, "batch key_heads group length value_dim"], LinearState]:
     """`attend` with a near field, in the order of slots."""
-    dtype = state.values.dtype
     slots = Slots.of(near, query, key, value, key_mask, state.near)
     sink_key, sink_value, is_sink = slots.sinks(state.near)
-    query, value = slots.query.to(dtype) * root, slots.value.to(dtype)
-    key, sink_key = slots.key.to(dtype) * root, sink_key.to(dtype) * root
-    features = phi.key_features(key)
+    query, value = call.scaled(slots.query), slots.value.to(call.dtype)
+    key, sink_key = call.scaled(slots.key), call.scaled(sink_key)
+    features = call.phi.key_features(key)
     exact_keys = torch.cat([sink_key, key], dim=2)
-    exact_values = torch.cat([sink_value.to(dtype), value], dim=2)
+    exact_values = torch.cat([sink_value.to(call.dtype), value], dim=2)
     positions, sink_positions = slots.positions(), torch.arange(near.num_sinks, device=key.device)
     block = positions // near.window_size
     estimated = slots.estimated()
@@ -154,7 +136,7 @@ def _attend_near(
     for slot in range(query.shape[3]):
         position, row = positions[:, slot, None], query[..., slot, :]
         seen, seen_sinks = estimated, is_sink
-        if is_causal:
+        if call.is_causal:
             seen = seen & (positions <= position)
             seen_sinks = seen_sinks & (sink_positions <= position)
         # Block numbers of the keys, and that of the query: its own block and both neighbors.
@@ -165,17 +147,17 @@ def _attend_near(
         partial = exact_partial(row, exact_keys, exact_values, mask)
         if near.far:
             far = absorb(state, features, value, seen & ~is_near)
-            partial = partial.merge(read(far, phi.query_features(row)))
-        outputs.append(partial.output(normalize, phi.is_nonnegative).unsqueeze(3))
+            partial = partial.merge(read(far, call.phi.query_features(row)))
+        outputs.append(partial.output(call).unsqueeze(3))
     out = slots.tokens(torch.cat(outputs, dim=3))
-    if not with_state:
+    if not call.has_state:
         return out, state
     if near.far:
         state = absorb(state, features, value, estimated & (positions < slots.next_start()))
-    return out, replace(state, near=remembered(slots, phi, root, state))
+    return out, replace(state, near=remembered(call, slots, state))
 
 
-def remembered(slots: Slots, phi: FeatureMap, root: float, state: LinearState) -> NearKeys:
+def remembered(call: Call, slots: Slots, state: LinearState) -> NearKeys:
     """What a state keeps for the tokens that come after these slots, besides its sums."""
     near, start = slots.near, slots.next_start()
     position = start + torch.arange(2 * near.window_size, device=start.device)
@@ -186,8 +168,8 @@ def remembered(slots: Slots, phi: FeatureMap, root: float, state: LinearState) -
     )
     if near.far:
         first = position[:, : near.window_size]
-        features = phi.key_features(key[:, :, : near.window_size].to(pending.values.dtype) * root)
-        first_values = value[:, :, : near.window_size].to(pending.values.dtype)
+        features = call.phi.key_features(call.scaled(key[:, :, : near.window_size]))
+        first_values = value[:, :, : near.window_size].to(call.dtype)
         # Of the block before, as many keys as the own block has tokens; sinks are never summed.
         mask = (first >= near.num_sinks) & (first >= 0) & (first < slots.count - near.window_size)
         pending = absorb(pending, features, first_values, mask)

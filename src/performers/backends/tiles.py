@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,17 +12,17 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from performers.backends.call import Call
 from performers.backends.reference import (
     Partial,
     key_exponent,
     key_weights,
     read_weights,
 )
-from performers.typing import FeatureMap, Features, LinearState
+from performers.typing import Features, LinearState
 
 __all__ = [
     "MAX_RISE",
-    "Call",
     "absorb_one",
     "causal_chunk",
     "exponent_at",
@@ -41,23 +41,6 @@ MAX_RISE = 60.0
 # arithmetic: the allocator reuses tensors of this size for the next piece, but returns larger ones
 # to the system.
 PIECE_BYTES = 8 * 2**20
-
-
-@dataclass(frozen=True)
-class Call:
-    """What stays the same over all tiles of one call of attention."""
-
-    phi: FeatureMap
-    root: float
-    normalize: bool
-    dtype: torch.dtype
-
-    def scaled(self, x: Tensor) -> Tensor:
-        """Queries or keys as φ takes them."""
-        return x.to(self.dtype) * self.root
-
-    def output(self, partial: Partial) -> Tensor:
-        return partial.output(self.normalize, self.phi.is_nonnegative)
 
 
 def causal_chunk(

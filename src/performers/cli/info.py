@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from performers.backends import BACKENDS, choose_backend, refusals
+from performers.backends import BACKENDS, Call, choose_backend, refusals
 from performers.functional.projections import DISTRIBUTIONS, PROJECTIONS
 from performers.models import MECHANISMS
 from performers.nn.feature_maps import ESTIMATORS, SoftmaxFeatures
@@ -43,7 +43,9 @@ def _chosen(is_causal: bool) -> str:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     x = torch.empty(1, 1, 1, 64, device=device)
     phi = SoftmaxFeatures(64).to(device)
-    name = choose_backend(None, x, x, x, phi, is_causal=is_causal, near=None, has_state=False)
-    reasons = refusals(x, x, x, phi, is_causal=is_causal, near=None, has_state=False)
-    others = [f"{other} cannot: {reason}" for other, reason in reasons.items() if reason]
+    call = Call(
+        phi, phi.default_scale, is_causal, normalize=True, near=None, has_state=False, dtype=x.dtype
+    )
+    name, reasons = choose_backend(None, call, x, x, x), refusals(call, x, x, x)
+    others = [f"{other} cannot: {reason}" for other, reason in reasons.items()]
     return "; ".join([name, *others])

@@ -111,14 +111,15 @@ def favor_attention(
     """
     scale = phi.default_scale if scale is None else scale
     if far:
+        is_streaming = is_causal or return_state or initial_state is not None
         estimated = key_padding_mask
-        if isinstance(num_sinks, int) and num_sinks > 0:  # others are refused below
+        # What streams learns nothing from the call. Other numbers are refused below.
+        if not is_streaming and isinstance(num_sinks, int) and num_sinks > 0:
             check_attention_inputs(
                 query, key, value, is_causal=is_causal, key_padding_mask=key_padding_mask,
                 enable_gqa=enable_gqa, scale=scale,
             )  # fmt: skip
             estimated = without_sinks(key, key_padding_mask, num_sinks)
-        is_streaming = is_causal or return_state or initial_state is not None
         phi = phi.fitted(query, key, estimated, scale=scale, is_streaming=is_streaming)
     out, state = linear_attention(
         query,

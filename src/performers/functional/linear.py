@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from performers.backends import BACKENDS, choose_backend
+from performers.backends import BACKENDS, Call, choose_backend
 from performers.checks import (
     check_attention_inputs,
     check_near_field,
@@ -82,6 +81,7 @@ def linear_attention(
     dtype = torch.promote_types(value.dtype, torch.float32)
     # Without a far field there is nothing to sum: the state then has no features.
     width = phi.num_features if far else 0
+    call = Call(phi, scale, is_causal, normalize, near, has_state, dtype)
     if initial_state is not None:
         made = initial_state.near_field()
         check_same_near_field(made and made._asdict(), near and near._asdict())
@@ -96,16 +96,7 @@ def linear_attention(
         # Masked keys weigh 0, but 0 · NaN is NaN, and padding may hold anything.
         absent = ~key_padding_mask[:, None, :, None]
         key, value = key.masked_fill(absent, 0.0), value.masked_fill(absent, 0.0)
-    chosen = choose_backend(
-        backend,
-        query,
-        key,
-        value,
-        phi,
-        is_causal=is_causal,
-        near=near,
-        has_state=has_state,
-    )
+    chosen = choose_backend(backend, call, query, key, value)
     if near is not None and key.shape[2] == 0:
         # There are no tokens. The output has no rows, but stays connected to the query for
         # backward.
@@ -115,20 +106,9 @@ def linear_attention(
         return out, state if return_state else None
     # Autocast would round exponents to half precision.
     with torch.autocast(query.device.type, enabled=False):
-        out, last = BACKENDS[chosen](
-            # [batch, key_heads, group, length, dim]: the queries of a group share a key head.
-            query.unflatten(1, (key_heads, -1)),
-            key,
-            value,
-            phi,
-            root=math.sqrt(scale),
-            key_mask=key_padding_mask,
-            is_causal=is_causal,
-            normalize=normalize,
-            near=near,
-            state=state,
-            with_state=has_state,
-        )
+        # [batch, key_heads, group, length, dim]: the queries of a group share a key head.
+        rows = query.unflatten(1, (key_heads, -1))
+        out, last = BACKENDS[chosen].attend(call, rows, key, value, key_padding_mask, state)
     return out.flatten(1, 2).to(query.dtype), last if return_state else None
 
 

@@ -333,10 +333,12 @@ class ReparametrizedFeatures:
         return self._side("key", dtype)
 
     def _side(self, name: str, dtype: torch.dtype) -> LogLinearSide:
-        if self.omega.requires_grad:  # every tile has a graph of its own
+        # Every tile has a graph of its own, and a compiler keeps what it has traced.
+        if self.omega.requires_grad or torch.compiler.is_compiling():
             return self._new_side(name, dtype)
         if (name, dtype) not in self._sides:
-            self._sides[name, dtype] = self._new_side(name, dtype)
+            with torch.inference_mode(False):  # or training could not use what decoding has made
+                self._sides[name, dtype] = self._new_side(name, dtype)
         return self._sides[name, dtype]
 
     def _new_side(self, name: str, dtype: torch.dtype) -> LogLinearSide:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -25,6 +26,14 @@ from performers.typing import FeatureMap, Features, LogLinearSide
 __all__ = ["SharpFeatures"]
 
 STATISTICS = ("calibrated", "call")
+
+
+class _Ready(NamedTuple):
+    """Features, and the versions of the buffers that they were made from. They hold the buffers, so
+    that no other tensor can take the place of one unseen."""
+
+    features: ReparametrizedFeatures
+    versions: list[tuple[int, int]]
 
 
 class SharpFeatures(RandomFeatures):
@@ -79,6 +88,7 @@ class SharpFeatures(RandomFeatures):
         self.balance = balance
         self.optimal = optimal
         self.query_ratio = query_ratio
+        self._ready: _Ready | None = None
         for side in ("query", "key"):
             count = torch.zeros(num_heads, dtype=torch.float64, device="cpu")
             self.register_buffer(f"{side}_count", count)
@@ -163,14 +173,16 @@ class SharpFeatures(RandomFeatures):
                     f"these features were made for {self.num_heads} key heads and key has "
                     f"{key.shape[1]}. Pass num_heads= to SharpFeatures."
                 )
-            return self._with(self._reparametrization())
+            return self._calibrated()
         if is_streaming:
             raise ValueError(
                 'statistics="call" would let a position see its future, so it cannot serve causal '
                 'or streaming attention. Use statistics="calibrated" and calibrate().'
             )
         queries, keys = self._moments_of(query, key, key_padding_mask, scale)
-        return self._with(self._sharpened(_finite(queries), _finite(keys)))
+        assert self.omega is not None, "softmax features always have omega"
+        sharpened = self._sharpened(_finite(queries), _finite(keys))
+        return ReparametrizedFeatures(self.omega, sharpened)
 
     def query_features(self, x: Float[Tensor, "*batch length dim"]) -> Features:
         return self.query_side(x.dtype).log_linear(x).features()
@@ -179,10 +191,10 @@ class SharpFeatures(RandomFeatures):
         return self.key_side(x.dtype).log_linear(x).features()
 
     def query_side(self, dtype: torch.dtype) -> LogLinearSide:
-        return self._with(self._reparametrization()).query_side(dtype)
+        return self._calibrated().query_side(dtype)
 
     def key_side(self, dtype: torch.dtype) -> LogLinearSide:
-        return self._with(self._reparametrization()).key_side(dtype)
+        return self._calibrated().key_side(dtype)
 
     def extra_repr(self) -> str:
         return (
@@ -191,9 +203,22 @@ class SharpFeatures(RandomFeatures):
             f"{super().extra_repr()}"
         )
 
-    def _with(self, reparametrization: Reparametrization) -> ReparametrizedFeatures:
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_ready": None}  # its versions are of these tensors, not of copies
+
+    def _calibrated(self) -> ReparametrizedFeatures:
+        """The features of the calibration. They are made again only when a buffer has changed: what
+        they are computed from would cost a step of decoding more than attention does.
+        """
         assert self.omega is not None, "softmax features always have omega"
-        return ReparametrizedFeatures(self.omega, reparametrization)
+        parts = (self.omega, *self._reparametrization())
+        if torch.compiler.is_compiling() or any(part.is_inference() for part in parts):
+            return ReparametrizedFeatures(self.omega, self._reparametrization())
+        now = [(id(part), part._version) for part in parts]
+        if self._ready is None or self._ready.versions != now:
+            features = ReparametrizedFeatures(self.omega, self._reparametrization())
+            self._ready = _Ready(features, now)
+        return self._ready.features
 
     def _reparametrization(self) -> Reparametrization:
         return Reparametrization(

@@ -13,10 +13,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from performers.backends.call import Call
 from performers.backends.near import attend as attend_near
 from performers.backends.triton.config import MAX_DIM, MAX_HEADS, OPERANDS
 from performers.backends.triton.maps import SUPPORTED, kernel_map
-from performers.typing import FeatureMap, LinearState, NearField
+from performers.typing import LinearState
 
 __all__ = ["attend", "refusal"]
 
@@ -24,22 +25,15 @@ IS_INSTALLED = importlib.util.find_spec("triton") is not None
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def refusal(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    phi: FeatureMap,
-    *,
-    near: NearField | None,
-) -> str | None:
+def refusal(call: Call, query: Tensor, key: Tensor, value: Tensor) -> str | None:
     """Why this backend cannot serve a call; None if it can."""
     if not IS_INSTALLED:
         return "Triton is not installed (pip install 'performers[triton]')"
     if query.device.type != "cuda" and not IS_INTERPRETED:
         return "it needs a GPU (on a CPU, set TRITON_INTERPRET=1 to check the kernels, slowly)"
-    plan = kernel_map(phi, query)
-    if plan is None and (near is None or near.far):
-        return f"it computes {SUPPORTED}, and {type(phi).__name__} is none of these"
+    plan = kernel_map(call.phi, query)
+    if plan is None and (call.near is None or call.near.far):
+        return f"it computes {SUPPORTED}, and {type(call.phi).__name__} is none of these"
     if query.dtype not in OPERANDS:
         return f"it takes float32, bfloat16 and float16, not {query.dtype}"
     dim = max(query.shape[-1], value.shape[-1])
@@ -56,33 +50,20 @@ def refusal(
 
 
 def attend(
+    call: Call,
     query: Float[Tensor, "batch key_heads group query_length dim"],
     key: Float[Tensor, "batch key_heads key_length dim"],
     value: Float[Tensor, "batch key_heads key_length value_dim"],
-    phi: FeatureMap,
-    *,
-    root: float,
     key_mask: Bool[Tensor, "batch key_length"] | None,
-    is_causal: bool,
-    normalize: bool,
-    near: NearField | None,
     state: LinearState,
-    with_state: bool,
 ) -> tuple[Float[Tensor, "batch key_heads group query_length value_dim"], LinearState]:
     """What `reference.attend` computes, up to rounding, and the state after it."""
-    if near is not None:
+    if call.near is not None:
         from performers.backends.triton.near import block_attention
 
-        return attend_near(
-            query, key, value, phi, root=root, key_mask=key_mask, is_causal=is_causal,
-            normalize=normalize, near=near, state=state, with_state=with_state,
-            operator=block_attention,
-        )  # fmt: skip
-    plan = kernel_map(phi, query)
+        return attend_near(call, query, key, value, key_mask, state, operator=block_attention)
+    plan = kernel_map(call.phi, query)
     assert plan is not None, "`refusal` lets only its own feature maps in"
     from performers.backends.triton.attention import contract
 
-    return contract(
-        query, key, value, plan, root=root, key_mask=key_mask, is_causal=is_causal,
-        normalize=normalize, state=state,
-    )  # fmt: skip
+    return contract(call, plan, query, key, value, key_mask, state)

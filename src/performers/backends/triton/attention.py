@@ -23,6 +23,7 @@ import triton.language as tl
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from performers.backends.call import Call
 from performers.backends.derivatives import refuse_second_derivative
 from performers.backends.triton import decoding, gradients, reading, states
 from performers.backends.triton.config import OPERANDS, Config, config_for
@@ -42,15 +43,12 @@ Sums = tuple[Tensor, Tensor, Tensor]  # frames, normalizers, values: a state as 
 
 
 def contract(
+    call: Call,
+    plan: KernelMap,
     query: Float[Tensor, "batch key_heads group query_length dim"],
     key: Float[Tensor, "batch key_heads key_length dim"],
     value: Float[Tensor, "batch key_heads key_length value_dim"],
-    plan: KernelMap,
-    *,
-    root: float,
     key_mask: Bool[Tensor, "batch key_length"] | None,
-    is_causal: bool,
-    normalize: bool,
     state: LinearState,
 ) -> tuple[Float[Tensor, "batch key_heads group query_length value_dim"], LinearState]:
     """What `reference.attend` computes, up to rounding, and the state after it.
@@ -58,7 +56,7 @@ def contract(
     The kernels leave out the constants of both sides of φ, which cancel in the output; the state
     and the normalizer get them here.
     """
-    is_exponential = plan.kind == "exp"
+    is_exponential, root = plan.kind == "exp", call.root
     batch, heads, dtype = *key.shape[:2], torch.float32
     visible = torch.ones_like(key[:, 0, :, 0], dtype=torch.bool) if key_mask is None else key_mask
     visible = visible[:, None].expand(key.shape[:3])
@@ -87,11 +85,11 @@ def contract(
         key_rows,
         plan.kind,
         plan.epsilon,
-        is_causal,
+        call.is_causal,
     )
     out = out.unflatten(1, query.shape[1:3])
     total = total.unflatten(1, query.shape[1:3]).unsqueeze(-1)
-    if not normalize:
+    if not call.normalize:
         constant = _constant(plan.query) + key_constant
         if is_exponential:
             if isinstance(constant, Tensor):
@@ -150,23 +148,23 @@ def _contraction(
     """
     query, key, value = (_with_dense_rows(x) for x in (query, key, value))
     first = (frames.contiguous(), normalizers.contiguous(), values.contiguous())
-    call = Call.of(query, value, omega, tilt, first, kind, epsilon, is_causal)
+    work = Contraction.of(query, value, omega, tilt, first, kind, epsilon, is_causal)
     key_rows = key_rows.contiguous()
     if is_causal and query.shape[2] == 1:
-        return _step(call, query, key, value, key_rows, first)
+        return _step(work, query, key, value, key_rows, first)
     out = query.new_empty(*query.shape[:3], value.shape[-1])
     total = query.new_empty(query.shape[:3], dtype=torch.float32)
     if not is_causal:
-        _, last = _states(call, key, value, key_rows, None, first, _split(call, key))
-        _read(call, query, key, value, key_rows, last, out, total)
+        _, last = _states(work, key, value, key_rows, None, first, _split(work, key))
+        _read(work, query, key, value, key_rows, last, out, total)
         return out, total, *last
     last = first
-    for part in _segments(call, key):
+    for part in _segments(work, key):
         keys, of_keys = key[:, :, part], key_rows[:, :, part].contiguous()
-        before, last = _states(call, keys, value[:, :, part], of_keys, None, last, call.tile.rows)
+        before, last = _states(work, keys, value[:, :, part], of_keys, None, last, work.tile.rows)
         of_rows = total[:, :, part].contiguous()
         _read(
-            call, query[:, :, part], keys, value[:, :, part], of_keys, before,
+            work, query[:, :, part], keys, value[:, :, part], of_keys, before,
             out[:, :, part], of_rows,
         )  # fmt: skip
         total[:, :, part] = of_rows
@@ -221,10 +219,10 @@ def _contraction_backward(
         _with_dense_rows(x) for x in (query, key, value, out_gradient)
     )
     first = (frames.contiguous(), normalizers.contiguous(), values.contiguous())
-    call = Call.of(query, value, omega, tilt, first, kind, epsilon, is_causal)
+    work = Contraction.of(query, value, omega, tilt, first, kind, epsilon, is_causal)
     key_rows = key_rows.contiguous()
-    shares = row_products(call, out, out_gradient)
-    if call.is_exponential:
+    shares = row_products(work, out, out_gradient)
+    if work.is_exponential:
         shares -= total_gradient
         query_rows = (-total).masked_fill(total == -math.inf, -math.inf)
     else:
@@ -238,26 +236,26 @@ def _contraction_backward(
         torch.empty_like(x) for x in (query, key, value, key_rows)
     )
     if is_causal:
-        parts = _segments(call, key)
-        starts, _ = _states(call, key, value, key_rows, None, first, parts[0].stop)
+        parts = _segments(work, key)
+        starts, _ = _states(work, key, value, key_rows, None, first, parts[0].stop)
         whole = end
         for index, part in reversed(list(enumerate(parts))):
             rows = whole_rows.cut(part)
             start = _state_number(index, starts)
             before, _ = _states(
-                call, rows.key, rows.value, rows.key_rows, None, start, call.tile.rows
+                work, rows.key, rows.value, rows.key_rows, None, start, work.tile.rows
             )
-            after, whole = _query_states(call, rows, whole, call.tile.rows)
+            after, whole = _query_states(work, rows, whole, work.tile.rows)
             d_key_rows[:, :, part] = _gradients(
-                call, rows, before, after,
+                work, rows, before, after,
                 d_query[:, :, part], d_key[:, :, part], d_value[:, :, part],
             )  # fmt: skip
     else:
-        _, whole = _query_states(call, whole_rows, end, _split(call, query))
+        _, whole = _query_states(work, whole_rows, end, _split(work, query))
         last = (last_frames, last_normalizers, last_values)
-        d_key_rows = _gradients(call, whole_rows, last, whole, d_query, d_key, d_value)
+        d_key_rows = _gradients(work, whole_rows, last, whole, d_query, d_key, d_value)
     decay = torch.ones_like(frames)
-    if call.is_exponential:
+    if work.is_exponential:
         decay = (frames + whole[0]).exp()
     d_values = whole[2] * decay.unsqueeze(-1)
     return d_query, d_key, d_value, -whole[1] * decay, d_values, d_key_rows
@@ -290,7 +288,7 @@ _contraction_backward.register_autograd(refuse_second_derivative("the Triton bac
 
 
 @dataclass(frozen=True)
-class Call:
+class Contraction:
     """What all kernels of one call share: ω as the matrix units take it, and the sizes of tiles."""
 
     omega: Tensor  # √scale · ω, float32, [1 or all key heads, num_features, dim]
@@ -315,7 +313,7 @@ class Call:
         kind: str,
         epsilon: float,
         is_causal: bool,
-    ) -> Call:
+    ) -> Contraction:
         omega = omega.contiguous()
         high = omega.to(OPERANDS[query.dtype].dtype)
         return cls(
@@ -404,16 +402,16 @@ class Rows(NamedTuple):
         return Rows(*(x if x.ndim == 4 else x.contiguous() for x in cuts))
 
 
-def _query_states(call: Call, rows: Rows, end: Sums, chunk: int) -> tuple[Sums, Sums]:
+def _query_states(work: Contraction, rows: Rows, end: Sums, chunk: int) -> tuple[Sums, Sums]:
     """The states that keys read in the backward pass: of queries after every chunk, and of all."""
     return _states(
-        call, rows.query, rows.out_gradient, rows.query_rows, rows.shares, end, chunk,
+        work, rows.query, rows.out_gradient, rows.query_rows, rows.shares, end, chunk,
         is_reverse=True,
     )  # fmt: skip
 
 
 def _states(
-    call: Call,
+    work: Contraction,
     x: Tensor,
     y: Tensor,
     rows: Tensor,
@@ -423,12 +421,12 @@ def _states(
     is_reverse: bool = False,
 ) -> tuple[Sums, Sums]:
     """The state before every chunk of rows x with values y, and that of all."""
-    each = states_of_chunks(call, x, y, rows, shares, first, chunk)
-    return call.scan(each, first, is_reverse)
+    each = states_of_chunks(work, x, y, rows, shares, first, chunk)
+    return work.scan(each, first, is_reverse)
 
 
 def states_of_chunks(
-    call: Call,
+    work: Contraction,
     x: Tensor,
     y: Tensor,
     rows: Tensor,
@@ -439,22 +437,22 @@ def states_of_chunks(
     """The state of every chunk of rows x with values y, [batch, key_heads, chunks, …] each."""
     batch, heads, length = x.shape[:3]
     key_heads = like[0].shape[1]
-    blocks = triton.cdiv(call.num_features, call.tile.absorbed)
+    blocks = triton.cdiv(work.num_features, work.tile.absorbed)
     chunks = triton.cdiv(length, chunk)
     each = _empty_states(like, chunks)
     if not blocks:
         return each
     states.absorb[chunks, blocks, batch * key_heads](
-        x, y, rows, rows if shares is None else shares, call.high, call.low, call.tilt, *each,
+        x, y, rows, rows if shares is None else shares, work.high, work.low, work.tilt, *each,
         *x.stride()[:3], *y.stride()[:3], heads, heads // key_heads,
-        length, chunk, call.num_features, call.dim, call.value_dim, call.epsilon,
-        HAS_SHARES=shares is not None, **(call.options() | {"FEATURES": call.tile.absorbed}),
+        length, chunk, work.num_features, work.dim, work.value_dim, work.epsilon,
+        HAS_SHARES=shares is not None, **(work.options() | {"FEATURES": work.tile.absorbed}),
     )  # fmt: skip
     return each
 
 
 def _read(
-    call: Call,
+    work: Contraction,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -464,17 +462,17 @@ def _read(
     total: Tensor,
 ) -> None:
     batch, heads, length = query.shape[:3]
-    chunks = triton.cdiv(length, call.tile.rows)
+    chunks = triton.cdiv(length, work.tile.rows)
     reading.read[chunks, batch * heads](
-        query, key, value, key_rows, call.high, call.low, call.tilt, *read_from, out, total,
+        query, key, value, key_rows, work.high, work.low, work.tilt, *read_from, out, total,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.stride()[:3],
-        heads, call.group, length, chunks, call.num_features, call.dim, call.value_dim,
-        call.epsilon, IS_CAUSAL=call.is_causal, **call.options(),
+        heads, work.group, length, chunks, work.num_features, work.dim, work.value_dim,
+        work.epsilon, IS_CAUSAL=work.is_causal, **work.options(),
     )  # fmt: skip
 
 
 def _gradients(
-    call: Call,
+    work: Contraction,
     rows: Rows,
     before: Sums,
     later: Sums,
@@ -486,48 +484,48 @@ def _gradients(
     batch, heads, query_length = rows.query.shape[:3]
     key_heads, key_length = rows.key.shape[1:3]
     strides = [s for x in rows[:4] for s in x.stride()[:3]]
-    sizes = (call.num_features, call.dim, call.value_dim, call.epsilon)
-    chunks = triton.cdiv(query_length, call.tile.rows)
+    sizes = (work.num_features, work.dim, work.value_dim, work.epsilon)
+    chunks = triton.cdiv(query_length, work.tile.rows)
     gradients.query_gradient[chunks, batch * heads](
-        *rows, call.high, call.low, call.tilt, *before, d_query, *strides, *d_query.stride()[:3],
-        heads, call.group, query_length, chunks, *sizes,
-        IS_CAUSAL=call.is_causal, **call.options(),
+        *rows, work.high, work.low, work.tilt, *before, d_query, *strides, *d_query.stride()[:3],
+        heads, work.group, query_length, chunks, *sizes,
+        IS_CAUSAL=work.is_causal, **work.options(),
     )  # fmt: skip
-    chunks = triton.cdiv(key_length, call.tile.rows)
+    chunks = triton.cdiv(key_length, work.tile.rows)
     d_key_rows = torch.empty_like(rows.key_rows)
     gradients.key_gradient[chunks, batch * key_heads](
-        *rows, call.high, call.low, call.tilt, before[0], *later, d_key, d_key_rows, d_value,
+        *rows, work.high, work.low, work.tilt, before[0], *later, d_key, d_key_rows, d_value,
         *strides, *d_key.stride()[:3], *d_value.stride()[:3],
-        heads, call.group, key_length, chunks, *sizes,
-        IS_CAUSAL=call.is_causal, **call.options(),
+        heads, work.group, key_length, chunks, *sizes,
+        IS_CAUSAL=work.is_causal, **work.options(),
     )  # fmt: skip
     return d_key_rows
 
 
 def _step(
-    call: Call, query: Tensor, key: Tensor, value: Tensor, key_rows: Tensor, first: Sums
+    work: Contraction, query: Tensor, key: Tensor, value: Tensor, key_rows: Tensor, first: Sums
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """One token of every stream: its output, its normalizer, the next state."""
     batch, heads = query.shape[:2]
     frames, normalizers, values = (torch.empty_like(part) for part in first)
-    out = query.new_empty(batch, heads, 1, call.value_dim)
+    out = query.new_empty(batch, heads, 1, work.value_dim)
     total = query.new_empty(batch, heads, 1, dtype=torch.float32)
     decoding.step[(batch * heads,)](
-        query, key, value, key_rows, call.omega, call.tilt, *first,
+        query, key, value, key_rows, work.omega, work.tilt, *first,
         frames, normalizers, values, out, total,
         *(s for x in (query, key, value, out) for s in x.stride()[:2]),
-        heads, call.group, call.num_features, call.dim, call.value_dim, call.epsilon,
-        FEATURES=STEP_FEATURES, **call.shared(),
+        heads, work.group, work.num_features, work.dim, work.value_dim, work.epsilon,
+        FEATURES=STEP_FEATURES, **work.shared(),
     )  # fmt: skip
     return out, total, frames, normalizers, values
 
 
-def row_products(call: Call, x: Tensor, y: Tensor) -> Tensor:
+def row_products(work: Contraction, x: Tensor, y: Tensor) -> Tensor:
     batch, heads, length, width = x.shape
     out = x.new_empty(batch, heads, length, dtype=torch.float32)
-    states.row_products[triton.cdiv(length, call.tile.rows), batch * heads](
+    states.row_products[triton.cdiv(length, work.tile.rows), batch * heads](
         x, y, out, *x.stride()[:3], *y.stride()[:3], heads, length, width,
-        ROWS=call.tile.rows, WIDTH=_width(width),
+        ROWS=work.tile.rows, WIDTH=_width(width),
     )  # fmt: skip
     return out
 
@@ -555,21 +553,21 @@ def _width(dim: int) -> int:
     return max(16, triton.next_power_of_2(dim))
 
 
-def _split(call: Call, x: Tensor) -> int:
+def _split(work: Contraction, x: Tensor) -> int:
     """How many rows go into one state, so that their states fill the device. Multiple of a tile."""
-    tiles = triton.cdiv(x.shape[2], call.tile.rows)
-    programs = x.shape[0] * x.shape[1] * triton.cdiv(call.num_features, call.tile.absorbed)
-    return call.tile.rows * triton.cdiv(tiles, min(tiles, _waves(x.device, 1, programs)))
+    tiles = triton.cdiv(x.shape[2], work.tile.rows)
+    programs = x.shape[0] * x.shape[1] * triton.cdiv(work.num_features, work.tile.absorbed)
+    return work.tile.rows * triton.cdiv(tiles, min(tiles, _waves(x.device, 1, programs)))
 
 
-def _segments(call: Call, key: Tensor) -> list[slice]:
+def _segments(work: Contraction, key: Tensor) -> list[slice]:
     """The parts that causal attention works on one after the other, each with enough chunks to keep
     the device busy. Besides inputs and outputs, only the states of one segment's chunks are in
     memory, so their number does not depend on the length.
     """
     length = key.shape[2]
     chunks = max(MIN_CHUNKS, _waves(key.device, SEGMENT_WAVES, key.shape[0] * key.shape[1]))
-    size = call.tile.rows * chunks
+    size = work.tile.rows * chunks
     return [slice(start, min(start + size, length)) for start in range(0, length, size)]
 
 

@@ -26,7 +26,7 @@ from performers.backends.blocks import BlockAttention, Problem
 from performers.backends.derivatives import refuse_second_derivative
 from performers.backends.fused_softmax import HIDDEN
 from performers.backends.triton import near_kernels
-from performers.backends.triton.attention import Call, Sums, row_products, states_of_chunks
+from performers.backends.triton.attention import Contraction, Sums, row_products, states_of_chunks
 from performers.backends.triton.maps import mapped, numbers
 from performers.typing import LogLinearSide
 
@@ -110,9 +110,9 @@ class _Work:
         frames, normalizers, values = (x.contiguous().unsqueeze(1) for x in tensors[-3:])
         self.first: Sums = (frames, normalizers, values)
         shared = self.first, "exp", 0.0, self.is_causal
-        self.queries = Call.of(self.query, self.value, query_omega, tilt, *shared)
+        self.queries = Contraction.of(self.query, self.value, query_omega, tilt, *shared)
         no_tilt = torch.zeros_like(key_omega[..., 0])
-        self.keys = Call.of(self.key.unsqueeze(1), self.value, key_omega, no_tilt, *shared)
+        self.keys = Contraction.of(self.key.unsqueeze(1), self.value, key_omega, no_tilt, *shared)
         self.heads, self.group, self.length, self.dim = self.query.shape
         self.blocks = triton.cdiv(self.length, self.window)
 
