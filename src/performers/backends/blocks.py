@@ -594,12 +594,10 @@ class _Backward(_Heads):
     ) -> None:
         """Add weightsᵀ x to the keys that are near each block."""
         size = self.sizes.block
-        part = self.take("of near", len(x), self.sizes.near, x.shape[-1])
-        torch.bmm(weights.mT, x, out=part)
         rows = of_rows[tile.start * size :]
         for start in range(0, self.sizes.near, size):
             there = rows[start : start + len(x) * size].view(len(x), size, -1)
-            there.add_(part[:, start : start + size], alpha=factor)
+            there.baddbmm_(weights[..., start : start + size].mT, x, alpha=factor)
 
     def keys_back(self, blocks: _Averages, of_average: Tensor, excess: Tensor) -> None:
         """Back through the averages of blocks."""
