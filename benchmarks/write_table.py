@@ -3,6 +3,7 @@
 performers benchmark --length 512 --length 1024 --length 2048 --length 4096 --repeats 3 \
     --output benchmarks/attention.json --force
 python benchmarks/write_table.py
+python docs/draw_overview.py    # the README's first picture has the same numbers
 """
 
 import json
@@ -37,9 +38,9 @@ def _times(results: dict[str, Any], dtype: str) -> str:
     longest = lengths[-1]
     header = [
         f"{dtype}: forward / forward and backward",
-        *(f"÷ exact, L = {length:,}" for length in lengths),
-        f"÷ {PEER}, L = {longest:,}",
-        f"of its floor, L = {longest:,}",
+        *(f"relative to exact, L = {length:,}" for length in lengths),
+        f"relative to {PEER}, L = {longest:,}",
+        f"floor / time, L = {longest:,}",
         "faster than exact from L =",
     ]
     lines = []
@@ -115,7 +116,7 @@ def _models(results: dict[str, Any]) -> str:
     if not rows:
         return ""
     names = [name for name in rows[0]["seconds"] if name != "identity"]
-    lines = [["training step of a model ÷ that of a model without attention", *names]]
+    lines = [["training step of a model, relative to one without attention", *names]]
     for row in rows:
         floor = row["seconds"]["identity"]["forward_backward"]["median"]
         both = [row["seconds"][name]["forward_backward"] for name in names]

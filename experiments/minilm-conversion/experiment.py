@@ -191,7 +191,7 @@ def _recovered(
         for m in config.recovered_projections:
             place = folder / f"{number}-{m}"
             done = place / "scores.json"
-            if not done.exists():  # an interrupted conversion is gone on with
+            if not done.exists():  # an interrupted conversion is resumed
                 report(f"recovery: {title}, m = {m}")
                 began = time.process_time()
                 conversion = ConversionConfig(

@@ -2,8 +2,8 @@
 
     out = favor_attention(query, key, value, SoftmaxFeatures(dim=64))
 
-The names below are the door to the package. Each is imported when it is first used, so that
-`import performers` costs nothing and the core needs torch alone; the models need the extra `hf`.
+The names below are the public ones. Each is imported when it is first used, so that importing the
+package takes no time and the core needs torch alone; the models need the extra `hf`.
 
 Source: Choromanski et al. 2021, "Rethinking Attention with Performers", arXiv 2009.14794.
 """
@@ -11,7 +11,7 @@ Source: Choromanski et al. 2021, "Rethinking Attention with Performers", arXiv 2
 from importlib import import_module, metadata
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:  # what the table below says at run time, said to type checkers and editors
+if TYPE_CHECKING:  # for type checkers and editors: what the table below says at run time
     from performers.convert import (
         FavorCache,
         FavorOptions,
@@ -109,7 +109,7 @@ def __getattr__(name: str) -> Any:
             "Install it with: pip install 'performers[hf]'",
             name=error.name,
         ) from error
-    globals()[name] = value  # the next access is an ordinary one
+    globals()[name] = value  # so that the next access does not come here
     return value
 
 

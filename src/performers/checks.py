@@ -1,4 +1,4 @@
-"""Every error that a caller can cause, worded once: what must hold, what came, what to do."""
+"""Checks of arguments, with the text of each error once: what must hold, what came, what to do."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ __all__ = [
 
 
 def check_count(name: str, count: object, least: int = 1) -> None:
-    """A count such as `num_projections`: a whole number of at least 1, or of another least."""
+    """Raise unless a count such as `num_projections` is a whole number of at least `least`."""
     if not isinstance(count, int) or isinstance(count, bool) or count < least:
         raise ValueError(f"{name} must be a whole number of at least {least}, got {count!r}.")
 
 
 def check_choice(what: str, word: object, choices: Collection[str]) -> None:
-    """One of the words that are known here; a near miss is suggested."""
+    """Raise unless a word is one of the known ones; the error suggests the most similar one."""
     if word in choices:
         return
     near = difflib.get_close_matches(str(word), choices, n=1)
@@ -37,7 +37,7 @@ def check_choice(what: str, word: object, choices: Collection[str]) -> None:
 
 
 def check_omega(x: Tensor, omega: Tensor) -> None:
-    """ω has one column per feature of x."""
+    """Raise unless ω has one column for each column of x."""
     if omega.ndim != 2 or omega.shape[1] != x.shape[-1]:
         raise ValueError(
             "omega must be a matrix with one column per feature of x: omega is "
@@ -47,7 +47,7 @@ def check_omega(x: Tensor, omega: Tensor) -> None:
 
 
 def check_feature_map(query: Tensor, dim: int, device: torch.device) -> None:
-    """Whether a feature map of this dim on this device is one for these queries."""
+    """Raise unless a feature map of this dim on this device fits these queries."""
     if query.shape[-1] != dim:
         raise ValueError(
             f"the feature map is for dim {dim} per head: query is {_shape(query)}. "
@@ -70,7 +70,7 @@ def check_attention_inputs(
     enable_gqa: bool,
     scale: float | None,
 ) -> None:
-    """Shapes, dtypes and devices of one attention call, before any work starts."""
+    """Raise for shapes, dtypes and devices that do not fit each other in one call of attention."""
     named = {"query": query, "key": key, "value": value}
     for name, tensor in named.items():
         if tensor.ndim != 4:
@@ -130,7 +130,7 @@ def check_attention_inputs(
 
 
 def check_key_padding_mask(mask: Tensor | None, key: Tensor) -> None:
-    """A bool mask (batch, key_length), True for a real key, where there is one."""
+    """Raise unless the mask is None, or bool and (batch, key_length): True for a real key."""
     if mask is None:
         return
     if mask.dtype != torch.bool:
@@ -160,7 +160,7 @@ def check_near_field(
     is_causal: bool,
     has_state: bool,
 ) -> None:
-    """An exact near field is possible with these arguments."""
+    """Raise unless an exact near field is possible with these arguments."""
     check_count("num_sinks", num_sinks, least=0)
     if window_size is None:
         if num_sinks or not far:
@@ -194,7 +194,7 @@ def check_near_field(
 def check_same_near_field(
     made: Mapping[str, object] | None, asked: Mapping[str, object] | None
 ) -> None:
-    """The words for the near field are those that made a state."""
+    """Raise unless a call has the same near field as the call that made its initial state."""
     if made != asked:
         of_state, of_call = (
             "no window" if words is None else ", ".join(f"{k}={v}" for k, v in words.items())
@@ -212,9 +212,11 @@ def check_state(
     dtype: torch.dtype,
     device: torch.device,
 ) -> None:
-    """The parts of a state that came from outside, against those that this call would start from.
+    """Raise unless a caller's state has the shapes, dtypes and devices of the empty state of this
+    call.
 
-    Keys and values that a near field remembers may be of another dtype: they are no sums.
+    The keys and values that a near field remembers may have another dtype, because they are not
+    sums.
     """
     for name, part in parts.items():
         if part.shape != shapes[name]:

@@ -17,11 +17,11 @@ _aten = torch.ops.aten
 class Kernel(NamedTuple):
     """f of a generalized kernel, K(x, y) = E[f(ω·x) f(ω·y)].
 
-    `fn` maps projections to values. With `is_exponential` it maps them to the logarithm of values
-    instead, so that attention can work in log space. `is_nonnegative` tells whether values are
-    never below 0. `backward` is f′: (gradient, projections) ↦ gradient · f′(projections). A row of
-    `KERNELS` that has one is computed by hand (`performers.backends.kernel_tiles`), any other
-    kernel by autograd.
+    `fn` maps projections to values. With `is_exponential` it maps them to the logarithms of values
+    instead, so that attention can work in log space. `is_nonnegative` says that no value is below
+    0. `backward` maps (gradient, projections) to gradient · f′(projections). The gradients of a
+    kernel that has one are computed by hand (`performers.backends.kernel_tiles`), those of any
+    other kernel by autograd.
     """
 
     fn: Callable[[Tensor], Tensor]
@@ -39,7 +39,7 @@ def _elu_plus_one(projected: Tensor) -> Tensor:
 
 
 def _of_relu(gradient: Tensor, projected: Tensor) -> Tensor:
-    # A product with booleans takes seven times as long.
+    # gradient · (projected > 0) would take seven times as long.
     return _aten.threshold_backward(gradient, projected, 0)
 
 

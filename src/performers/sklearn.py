@@ -2,8 +2,9 @@
 
     φ(x) = h(x)/√m · (f₁(ω₁·x), …, f₁(ω_m·x), …, f_l(ω₁·x), …, f_l(ω_m·x)),    ω_i ~ 𝒟
 
-estimates the kernel K(x, y) = E[φ(x)·φ(y)]. Which kernel that is, h, f₁ … f_l and an isotropic 𝒟
-say: `IsotropicKernel` holds h and the f, `distribution` is 𝒟. ω may be orthogonal for all of them.
+estimates the kernel K(x, y) = E[φ(x)·φ(y)]. The kernel is determined by h, f₁ … f_l and an
+isotropic 𝒟: `IsotropicKernel` holds h and the f, and `distribution` is 𝒟. The rows of ω may be
+orthogonal in all cases.
 
     make_pipeline(OrthogonalRandomFeatures(512), LogisticRegression())
 
@@ -56,7 +57,7 @@ class IsotropicKernel:
 
     `functions` map projections (samples, m) to values elementwise; `h` maps rows (samples, dim) to
     factors (samples, 1), and None is h = 1. With `is_exponential` both give logarithms, and exp is
-    taken of their sum: each alone would overflow, or vanish, long before φ does.
+    taken of their sum, because each alone would overflow, or vanish, long before φ does.
     """
 
     functions: tuple[Callable[[Array], Array], ...]
@@ -153,10 +154,10 @@ class IsotropicFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseE
 
     @abstractmethod
     def _isotropic_kernel(self) -> IsotropicKernel:
-        """h and f₁ … f_l that the parameters name; raises ValueError where they name none."""
+        """The h and f₁ … f_l that the parameters name. Raises ValueError for unknown names."""
 
     def fit(self: Fitted, X: Any, y: Any = None) -> Fitted:
-        """Draw ω for the number of columns of X; y has no part in it."""
+        """Draw ω for the number of columns of X; y is not used."""
         X = validate_data(self, X, dtype=[np.float64, np.float32])
         num_functions = len(self._isotropic_kernel().functions)
         check_scalar(self.n_components, "n_components", Integral, min_val=1)
@@ -211,7 +212,8 @@ class IsotropicFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseE
     def _columns(
         self, num_functions: int, num_projections: int, random_state: np.random.RandomState
     ) -> tuple[list[int], Float[Array, " n_components"]]:
-        """For each function the number of projections it is applied to; the weight of each column.
+        """For each function the number of projections that it is applied to; and the weight of each
+        column.
 
         Weights are 1/√m. If l does not divide n_components, ω_m has only some of the functions,
         chosen at random, and they weigh √(l / number chosen) as much: that leaves no bias.
@@ -241,9 +243,9 @@ def _of_shape(shape: tuple[int, ...], name: str, values: Any) -> Array:
 class OrthogonalRandomFeatures(IsotropicFeatures):
     """Random Fourier features of the Gaussian kernel exp(−gamma ‖x − y‖²), with orthogonal ω.
 
-    What `sklearn.kernel_approximation.RBFSampler` estimates with independent ω and random offsets,
-    at a lower error: sin and cos of every projection need no offset. Parameters are those of
-    `IsotropicFeatures`.
+    `sklearn.kernel_approximation.RBFSampler` estimates the same kernel with independent ω and
+    random offsets. The error here is lower: ω is orthogonal, and with both sin and cos of every
+    projection no offset is needed. Parameters are those of `IsotropicFeatures`.
 
     Source: Choromanski et al. 2021, Sections 2.2 and 2.4; Rahimi and Recht 2007; Yu et al. 2016,
     "Orthogonal random features".
@@ -265,9 +267,9 @@ class PositiveFeatures(IsotropicFeatures):
     """Positive random features, the + of FAVOR+: every column is above 0, up to underflow.
 
     `kernel`: "softmax", exp(gamma · x·y), or "rbf", exp(−gamma ‖x − y‖²). For models that need
-    nonnegative columns, and for sums of kernel values that must not vanish, such as densities.
-    The variance grows like exp(gamma ‖x + y‖²): center X first, or use `OrthogonalRandomFeatures`
-    where the sign is of no matter. The other parameters are those of `IsotropicFeatures`.
+    nonnegative columns, and for sums of kernel values that must not vanish, such as densities. The
+    variance grows like exp(gamma ‖x + y‖²): center X first, or use `OrthogonalRandomFeatures` where
+    columns may be negative. The other parameters are those of `IsotropicFeatures`.
 
     Source: Choromanski et al. 2021, Lemma 1.
     """
@@ -299,8 +301,8 @@ class PositiveFeatures(IsotropicFeatures):
 class HyperbolicFeatures(PositiveFeatures):
     """Positive features that use every ω with both signs: half the columns are of −ω.
 
-    Never a larger variance than `PositiveFeatures` of as many independent columns. Parameters are
-    those of `PositiveFeatures`.
+    The variance is never larger than that of `PositiveFeatures` with as many independent columns.
+    Parameters are those of `PositiveFeatures`.
 
     Source: Choromanski et al. 2021, Lemmas 1 and 2.
     """
@@ -318,8 +320,8 @@ class RandomKernelFeatures(IsotropicFeatures):
     """Random features of any isotropic kernel: E[φ(x)·φ(y)] = K(√gamma · x, √gamma · y).
 
     `kernel`: a name in `KERNELS`, that is "rbf" (Gaussian), "softmax", "angular" (sgn),
-    "arc-cosine-0" or "arc-cosine-1", or an `IsotropicKernel`. The names hold for the default
-    `distribution`; another one makes other kernels of the same functions. The other parameters are
+    "arc-cosine-0" or "arc-cosine-1", or an `IsotropicKernel`. The names are right for the default
+    `distribution`; with another one the same functions give other kernels. The other parameters are
     those of `IsotropicFeatures`.
 
     exp(−‖x − y‖), for example, has the Fourier transform of a multivariate Cauchy distribution:

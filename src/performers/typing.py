@@ -1,4 +1,4 @@
-"""Words for shapes, and the objects that travel between the layers.
+"""Names of dimensions, and the objects that are passed between the layers.
 
 Dimension words, used in every public signature:
 
@@ -44,10 +44,16 @@ def exp_difference(
 ) -> Float[Tensor, "*#shape"]:
     """exp(exponent − frame), with exp(−∞ − frame) = 0 for every frame, −∞ included.
 
-    The exponent of nothing (a masked key, an empty state) is −∞; the frame of nothing is −∞ too,
-    and −∞ − (−∞) would be NaN. Every frame is at least its exponents.
+    A *frame* is what an online softmax calls its running maximum: the exponent relative to which a
+    sum of exponentials is kept, so that exp is only taken of differences and nothing overflows. It
+    is a factor common to numerator and normalizer, and cancels in the end.
+
+    The exponent of nothing (a masked key, an empty state) is −∞. The frame of nothing is −∞ too,
+    and −∞ − (−∞) would be NaN, hence this function. Every frame is at least its exponents.
     """
+    # The clamp turns a frame of −∞ into the lowest finite number: −∞ minus that is −∞, not NaN.
     difference = exponent - frame.clamp(min=torch.finfo(frame.dtype).min)
+    # exp2 costs a CPU a quarter of what exp does.
     return (difference * math.log2(math.e)).exp2()
 
 
@@ -67,7 +73,7 @@ class Captured:
 
 
 class Features(NamedTuple):
-    """φ(x) = values · exp(log_values + log_rows), kept apart so that nothing overflows.
+    """φ(x) = values · exp(log_values + log_rows), in parts, so that nothing overflows.
 
     An absent part is None: no `values` means 1, no `log_values` or `log_rows` means 0. Positive
     features have no `values`, ReLU features nothing else, trigonometric ones `values` and
@@ -79,7 +85,7 @@ class Features(NamedTuple):
     log_rows: Float[Tensor, "*batch length 1"] | None = None
 
     def dense(self) -> Float[Tensor, "*batch length num_features"]:
-        """φ(x) itself, as the paper writes it. Overflows where φ does; attention never calls it."""
+        """φ(x) itself, as the paper writes it. It can overflow, so attention never calls it."""
         exponent = self.exponent()
         if self.values is None:
             return exponent.exp()
@@ -94,12 +100,13 @@ class Features(NamedTuple):
         if self.log_rows is not None:
             return self.log_rows
         assert self.values is not None, "Features must have at least one part"
+        # Without exponents one column of zeros serves all features.
         return self.values.new_zeros(*self.values.shape[:-1], 1)
 
 
 class LogLinear(NamedTuple):
     """log φ_m(x) = inputs·directions_m + tilt_m − ‖inputs‖²/2 + offset: positive features of the
-    softmax kernel, not multiplied out.
+    softmax kernel, before the product with the directions.
 
     `inputs` is x or an affine image of it, `tilt` is None for 0, `offset` a number, or one per row.
     Leading dimensions of `directions` and `tilt` are none, (heads,) or (batch, heads).
@@ -112,11 +119,11 @@ class LogLinear(NamedTuple):
 
     @property
     def log_rows(self) -> Float[Tensor, "*batch length 1"]:
-        """What all features of a row share."""
+        """The part of the exponent that all features of a row share."""
         return self.offset - self.inputs.square().sum(dim=-1, keepdim=True) / 2
 
     def features(self) -> Features:
-        """The product: `log_values` and `log_rows`."""
+        """The features themselves: `log_values`, which takes the product, and `log_rows`."""
         log_values = self.inputs @ self.directions.mT
         if self.tilt is not None:
             log_values = log_values + self.tilt.unsqueeze(-2)
@@ -124,12 +131,12 @@ class LogLinear(NamedTuple):
 
 
 class LogLinearSide(NamedTuple):
-    """What the queries, or the keys, of a `LogLinearMap` go through.
+    """The map from queries, or from keys, to the features of a `LogLinearMap`.
 
         log φ_m(x) = y·directions_m + tilt_m − ‖y‖²/2 + (x − shift)·linear + constant
         y          = (x − shift) matrix
 
-    None: shift and linear are 0, the matrix is the identity, tilt is 0. Leading dimensions are
+    None means 0 for shift, linear and tilt, and the identity for the matrix. Leading dimensions are
     none, (heads,) or (batch, heads).
     """
 
@@ -141,7 +148,7 @@ class LogLinearSide(NamedTuple):
     linear: Float[Tensor, "*heads 1 dim"] | None = None
 
     def log_linear(self, x: Float[Tensor, "*batch length dim"]) -> LogLinear:
-        """log φ(x), not multiplied out."""
+        """log φ(x), before the product with the directions."""
         centered = x if self.shift is None else x - self.shift
         offset = self.constant
         if self.linear is not None:
@@ -151,7 +158,8 @@ class LogLinearSide(NamedTuple):
 
 
 class Elementwise(NamedTuple):
-    """φ(x) = (f(directions·x) + epsilon) / √columns: features without exponents, not yet computed.
+    """φ(x) = (f(directions·x) + epsilon) / √columns: features without exponents, before they are
+    computed.
 
     `kernel` names f, a row of `performers.kernels.KERNELS` that has a derivative. Without
     `directions` φ(x) = f(x) + epsilon.
@@ -164,7 +172,7 @@ class Elementwise(NamedTuple):
 
 @runtime_checkable
 class FeatureMap(Protocol):
-    """φ: what attention needs to know of a feature map. `performers.nn` has the modules."""
+    """φ, as attention needs to know it. The modules that implement it are in `performers.nn`."""
 
     @property
     def num_features(self) -> int: ...
@@ -201,7 +209,7 @@ class FeatureMap(Protocol):
 class LogLinearMap(FeatureMap, Protocol):
     """A feature map whose features are exponentials of linear functions, and so are positive.
 
-    Its sides have equal directions and tilts.
+    The sides of queries and keys have equal directions and tilts.
     """
 
     @property
@@ -219,14 +227,14 @@ def is_log_linear(phi: FeatureMap) -> TypeGuard[LogLinearMap]:
 
 
 def elementwise(phi: FeatureMap) -> Elementwise | None:
-    """What φ is as `Elementwise`: its property of that name; None if it has none or is not."""
+    """The `elementwise` of a feature map; None for maps without this property."""
     form: Elementwise | None = getattr(phi, "elementwise", None)
     return form
 
 
 @runtime_checkable
 class Attention(Protocol):
-    """A mechanism: (Q, K, V) to an output of the queries' length."""
+    """A mechanism: it maps (Q, K, V) to an output as long as Q."""
 
     def __call__(
         self,
@@ -240,7 +248,7 @@ class Attention(Protocol):
 
 
 class NearField(NamedTuple):
-    """Which keys a query scores exactly, where not all are estimated.
+    """Which keys a query scores exactly. The other keys are estimated.
 
     The position of a token is the number of real tokens before it, and its block is position //
     window_size. Near a query are the keys of its own block and of the neighboring ones (causal: of
@@ -255,13 +263,14 @@ class NearField(NamedTuple):
 
 @dataclass(frozen=True)
 class NearKeys:
-    """What a near field needs one by one, before the token at position `count`.
+    """The keys and values that a near field needs one by one, before the token at position `count`.
 
-    `key`, `value`: of the block before that of the next token, and of its own, which is not full.
-    What belongs to no position from 0 to `count` is 0.
+    `key`, `value`: those of the next token's own block, which is not full yet, and of the block
+    before it. Places that belong to no position from 0 to `count` are 0.
     `sink_key`, `sink_value`: of the first tokens, as far as there are any.
-    `pending`: sums of the first keys of the block before, as many as its own block has. When that
-    is full, they are those of a whole block, and far of all that comes: so each step adds one key.
+    `pending`: sums over the first keys of the block before, as many as the own block has tokens.
+    Each step adds one key to them. So when the own block is full, they are complete, just when the
+    block before becomes far of all later tokens, and no step has to add a whole block.
     """
 
     key: Float[Tensor, "batch key_heads two_blocks dim"]
@@ -279,7 +288,7 @@ class NearKeys:
         near: NearField,
         pending: LinearState,
     ) -> NearKeys:
-        """Before the first token, for keys and values like these."""
+        """What there is before the first token, for keys and values like these."""
 
         def zeros(x: Tensor, length: int) -> Tensor:
             return x.new_zeros(*x.shape[:2], length, x.shape[-1])
@@ -294,7 +303,7 @@ class NearKeys:
         )
 
     def map(self, function: Callable[[Tensor], Tensor]) -> NearKeys:
-        """With a function of a tensor applied to every part."""
+        """The same, with a function applied to every tensor."""
         return NearKeys(
             function(self.key),
             function(self.value),
@@ -312,15 +321,16 @@ class LinearState:
         normalizer_m = Σ_j φ_m(k_j) e^(−log_scale_m)
         values_m     = Σ_j φ_m(k_j) v_j e^(−log_scale_m)
 
-    with one log-scale per feature, at least the largest exponent seen, so that every sum stays in
-    range. An empty state has log_scale −∞. The log-scale is a frame of reference: never
+    with one log-scale per feature, which is at least the largest exponent seen, so that every sum
+    stays in range. An empty state has log_scale −∞. The log-scale is a frame (see
+    `exp_difference`), as the running maximum of an online softmax is. It cancels, so it is never
     differentiated.
 
     One object serves prefix sums, prefill and decoding, and ranks of a sequence-parallel group,
-    because states merge associatively. With a near field (`window_size=`) the sums are those of
-    the blocks that are far of the next token, and `near` has the keys that are not. Size:
-    num_features · (value_dim + 2) numbers per head, with a near field twice that and two blocks of
-    keys and values, at any length.
+    because states merge associatively. With a near field (`window_size=`) the sums are those of the
+    blocks that are far from the next token, and `near` has the other keys. Size: num_features ·
+    (value_dim + 2) numbers per head at any length; with a near field twice as many, and two blocks
+    of keys and values.
 
     Source: [V 1], Buf and the prefix sums G^PS of Choromanski et al. 2021, Section 2.5.1 and
     Appendix B.
@@ -351,7 +361,9 @@ class LinearState:
         )
 
     def rescaled(self, log_scale: Float[Tensor, "batch key_heads num_features"]) -> LinearState:
-        """The same sums in another frame, not so far below this one that exp would overflow."""
+        """The same sums in another frame, which must not be so far below this one that exp
+        overflows.
+        """
         decay = exp_difference(self.log_scale, log_scale)
         values = self.values * decay.unsqueeze(-1)
         return replace(self, log_scale=log_scale, normalizer=self.normalizer * decay, values=values)
@@ -360,11 +372,13 @@ class LinearState:
         """The near field that this state was made with."""
         if self.near is None:
             return None
+        # The near field is read off from shapes: two blocks of keys, the sinks, and no features if
+        # nothing is far.
         size, sinks = self.near.key.shape[2] // 2, self.near.sink_key.shape[2]
         return NearField(size, sinks, far=self.values.shape[2] > 0)
 
     def emptied(self, where: Bool[Tensor, "batch 1 1"]) -> LinearState:
-        """The same sums, but none for some sequences of the batch."""
+        """The same sums, but 0 for some sequences of the batch."""
         return replace(
             self,
             log_scale=self.log_scale.masked_fill(where, -torch.inf),
@@ -379,6 +393,7 @@ class LinearState:
                 "states with a window cannot merge: their recent keys are near for one sequence "
                 "only. Merge states made with window_size=None."
             )
+        # In the larger frame neither side can overflow; the smaller one may vanish, as it should.
         log_scale = torch.maximum(self.log_scale, other.log_scale)
         mine, theirs = self.rescaled(log_scale), other.rescaled(log_scale)
         return LinearState(

@@ -65,9 +65,9 @@ def proteins(options: str, argument: str, value: object) -> Call:
     return Call(line, "performers.data.fetch.fetch_proteins", argument, value)
 
 
-def reproduce(options: str, function: str, argument: str, value: object) -> Call:
+def reproduce(options: str, place: str, argument: str, value: object) -> Call:
     line = f"reproduce figure-4 {options}"
-    return Call(line, f"performers.cli.reproduce.{function}", argument, value)
+    return Call(line, f"performers.reproduction.{place}", argument, value)
 
 
 def train(options: str, place: str, argument: str, value: object) -> Call:
@@ -76,7 +76,7 @@ def train(options: str, place: str, argument: str, value: object) -> Call:
 
 def benchmark(options: str, argument: str, value: object) -> Call:
     line = f"benchmark --output {{new}}/speed.json {options}"
-    return Call(line, "performers.benchmark.run", f"plan.{argument}", value)
+    return Call(line, "performers.speed.run", f"plan.{argument}", value)
 
 
 def diagnose(options: str, place: str, argument: str, value: object, **options_of: object) -> Call:
@@ -92,7 +92,7 @@ def convert(options: str, argument: str, value: object, place: str = "Conversion
     line = f"convert {{bert}} --data {{text}} --output {{new}}/out --length 23 {options}"
     if "--error" not in options:
         line += " --window 3"
-    return Call(line, f"performers.train.conversion.{place}", argument, value)
+    return Call(line, f"performers.train.conversion_run.{place}", argument, value)
 
 
 TRAINED = "--transfer-steps 0"
@@ -136,10 +136,11 @@ EFFECTS: dict[str, dict[str, Call | Shown]] = {
     "report": {"run": Call("report {new}", "performers.viz.write_report", "run", "{new}")},
     "reproduce": {
         "name": reproduce("", "experiment_folder", "name", "figure-4"),
-        "scale": reproduce("--scale paper", "reproduce", "scale", "paper"),
+        "scale": reproduce("--scale paper", "Reproduction.prepare", "scale", "paper"),
         "draw_only": Call(
-            "reproduce figure-4 --draw-only --scale smoke", "performers.cli.reproduce.draw",
-            "scale", "smoke", {"performers.cli.reproduce.reproduce": []},
+            "reproduce figure-4 --draw-only --scale smoke",
+            "performers.reproduction.Reproduction.draw", "self.scale", "smoke",
+            {"performers.reproduction.Reproduction.run": []},
         ),
     },
     "info": {},
@@ -168,10 +169,10 @@ EFFECTS: dict[str, dict[str, Call | Shown]] = {
         ),
         "output": Call(
             "benchmark --output {new}/x.json", "pathlib.Path.write_text", "self", "{new}/x.json",
-            {"performers.benchmark.run": {}},
+            {"performers.speed.run": {}},
         ),
         "force": Call(
-            "benchmark --output {fasta} --force", "performers.benchmark.run", "plan.seed", 0
+            "benchmark --output {fasta} --force", "performers.speed.run", "plan.seed", 0
         ),
     },
     "diagnose": {
@@ -184,15 +185,15 @@ EFFECTS: dict[str, dict[str, Call | Shown]] = {
             "{bert} --text {text} --sequences 3", "convert.capture_text", "sequences", 3
         ),
         "num_projections": diagnose(
-            "{tensors} --num-projections 19", "nn.diagnosis.compare", "num_projections", 19
+            "{tensors} --num-projections 19", "diagnosis.compare", "num_projections", 19
         ),
-        "window": diagnose("{tensors} --window 7", "nn.diagnosis.compare", "window_size", 7),
+        "window": diagnose("{tensors} --window 7", "diagnosis.compare", "window_size", 7),
         "sinks": diagnose(
-            "{tensors} --sinks 3", "nn.frontier.measure_frontier", "num_sinks", 3,
-            instead={"performers.nn.diagnosis.compare": {}},
+            "{tensors} --sinks 3", "diagnosis.measure_frontier", "num_sinks", 3,
+            instead={"performers.diagnosis.compare": {}},
         ),
         "target_error": diagnose(
-            "{tensors} --target-error 0.25", "nn.diagnosis.compare", "target_error", 0.25
+            "{tensors} --target-error 0.25", "diagnosis.compare", "target_error", 0.25
         ),
         "causal": diagnose("{tensors} --causal", "convert.read_captured", "is_causal", True),
         "heads": Shown(of_file("--heads"), lambda out: "attention, sharp + window" in out, True),
@@ -218,18 +219,18 @@ EFFECTS: dict[str, dict[str, Call | Shown]] = {
         "far": convert("--no-far", "options.far", False, "linearize"),
         "exact_layers": convert("--exact-layers 1", "num_exact", 1, "choose_layers"),
         "length": convert("", "length", 23, "text_windows"),
-        "batch_size": convert(f"--batch-size 3 {TRAINED}", "batch_size", 3, "recover"),
+        "batch_size": convert(f"--batch-size 3 {TRAINED}", "batch_size", 3, "fine_tune"),
         "transfer_steps": convert(
             "--transfer-steps 2", lambda call: len(call["batches"]), 2, "transfer_attention"
         ),
         "transfer_learning_rate": convert(
             "--transfer-learning-rate 0.25", "learning_rate", 0.25, "transfer_attention"
         ),
-        "steps": convert(f"--steps 7 {TRAINED}", "steps", 7, "recover"),
+        "steps": convert(f"--steps 7 {TRAINED}", "steps", 7, "fine_tune"),
         "learning_rate": convert(
-            f"--learning-rate 0.25 {TRAINED}", "learning_rate", 0.25, "recover"
+            f"--learning-rate 0.25 {TRAINED}", "learning_rate", 0.25, "fine_tune"
         ),
-        "lora": convert(f"--lora 3 {TRAINED}", "lora_rank", 3, "recover"),
+        "lora": convert(f"--lora 3 {TRAINED}", "lora_rank", 3, "fine_tune"),
         "seed": convert("--seed 7", "options.seed", 7, "linearize"),
         "recovery": convert("--no-recovery", "config.steps", 0),
         "resume": convert("--resume", "resume", True),

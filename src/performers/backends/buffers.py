@@ -1,4 +1,4 @@
-"""Memory for tiles that is used again, and the cuts that make them."""
+"""Reusable memory for tiles, and the cuts that make tiles."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ CAPABILITIES: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
 
 
 class Buffers(threading.local):
-    """Memory for tiles, by name: fresh memory costs a CPU more than what is computed in it.
+    """Reusable memory for tiles, by name: on a CPU, getting new memory costs more than the
+    computation in it.
 
     Every thread keeps its own, some 10 MB, from call to call. Other devices have allocators that
     do the same, and know in which stream memory is free again.

@@ -131,7 +131,7 @@ def _causal(
 def _no_rows(
     call: Call, query: Float[Tensor, "*batch length dim"], value: Tensor
 ) -> Float[Tensor, "*batch 0 value_dim"]:
-    """The output of no queries, which a backward pass may still start from."""
+    """An output without rows, connected to the inputs so that a backward pass can start from it."""
     return query[..., :0, :1].to(call.dtype).expand(*query.shape[:-2], 0, value.shape[-1])
 
 

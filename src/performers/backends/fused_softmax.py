@@ -12,8 +12,8 @@ What is added to the products q_i·k_j goes through the matrix product, in colum
 
 A product in bfloat16 is summed in float32 and rounded in the end. So what is rounded is t − shift,
 which is small where the weight is large. The shift has to be near the largest logit of its row, but
-need not be it: it is guessed from some of the keys, and raised where the sum of the weights shows
-that the guess was far too low.
+need not be exactly that. It is guessed from some of the keys, and raised where the sum of the
+weights shows that the guess was far too low.
 """
 
 from __future__ import annotations
@@ -72,6 +72,7 @@ def _number_parts(x: Tensor, dtype: torch.dtype) -> list[Tensor]:
     """A number per row: in bfloat16 as three columns, which hold all bits of a float32."""
     parts = [x.to(dtype)]
     while len(parts) < _columns(dtype):
+        # Each further part holds the rounding error of those before it.
         x = x - parts[-1]
         parts.append(x.to(dtype))
     return parts
@@ -119,8 +120,10 @@ class _Product:
             if self.curvature:
                 square = buffers.copied("wide", key, number).square_()
                 square = square.sum(dim=-1, keepdim=True)
+                # Hidden keys stay at HIDDEN, which bfloat16 holds exactly.
                 number = (number - self.curvature * square).clamp(min=HIDDEN)
             numbers = [*_number_parts(number, self.dtype), _ones(key, self.dtype)]
+            # [k number 1], the right factor of [q 1 −shift] · [k number 1].
             columns = buffers.joined("keys", [key.to(self.dtype), *numbers])
             yield _Keys(tile, columns, key, number, self.value[heads, tile].to(self.dtype))
 
@@ -167,6 +170,8 @@ class _Product:
                     total = weights.sum(dim=-1, keepdim=True).to(shift.dtype)
                     columns = self.query_columns(query, shift)
                 if index > 0:
+                    # What earlier tiles summed is brought to the new shift, as in an online
+                    # softmax.
                     decay = (old - shift).exp2()
                     sums, totals = sums.mul_(decay), totals * decay
             found = buffers.product("found", weights, keys.value)
@@ -266,11 +271,15 @@ def _fused_softmax_backward(
     for heads, tiles in product.heads():
         for rows in slices(query.shape[1], product.row_tile):
             queries, gradient = query[heads, rows], out_gradient[heads, rows]
+            # With lse as the shift, 2^(t − shift) is the normalized weight w_ij itself.
             query_columns = product.query_columns(queries, log_sum[heads, rows])
             wide = buffers.copied("wide", gradient, bias).mul_(math.log(2))
             scaled = wide.to(dtype, copy=True)  # before the buffer serves for the products with O
+            # `wide` already has the factor ln 2.
             along_out = wide.mul_(out[heads, rows]).sum(dim=-1, keepdim=True)
             numbers = _number_parts(log_sum_gradient[heads, rows] - along_out, dtype)
+            # [ln 2 dO, dlse − ln 2 dO·O] · [V 1]: the gradient of t_ij but for the factor w_ij, in
+            # one product.
             gradient_columns = buffers.joined("gradients", [scaled, *numbers])
             queries, gradient = queries.to(dtype), gradient.to(dtype)
             for keys in tiles or product.keys(heads):
@@ -283,11 +292,14 @@ def _fused_softmax_backward(
                 value_columns = buffers.joined("values", [keys.value, _ones(keys.value, dtype)])
                 of_logits = buffers.product("logits gradient", gradient_columns, value_columns.mT)
                 of_logits *= weights
+                # Every query adds the bias of a key to its logit, so the gradient is a sum over
+                # queries.
                 of_bias = of_logits.sum(dim=1).unsqueeze(-1)
                 _add(bias_gradient[heads, tile], of_bias, is_first)
                 if with_key:
                     part = buffers.product("of key", of_logits.mT, queries)
                     if curvature:
+                        # The derivative of −curvature ‖k‖² is −2 curvature k.
                         part.addcmul_(of_bias, keys.key, value=-2 * curvature)
                     _add(key_gradient[heads, tile], part, is_first)
                 if with_query:

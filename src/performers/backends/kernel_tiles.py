@@ -1,6 +1,7 @@
 """Attention with features f(ω·x) + ε, a tile at a time, forward and backward by hand.
 
-Such features have no exponents, so sums need no frame. With c = 1/√columns, φ = c F and tiles
+Such features have no exponents, so sums need no frame (no running maximum, as in an online
+softmax). With c = 1/√columns, φ = c F and tiles
 
     F_k = f(K Ωᵀ) + ε        F_q = f(Q Ωᵀ) + ε        G = gradient of [numerator, normalizer] / c
 
@@ -238,6 +239,7 @@ def _kernel_attention(
                     total = total + scores.sum(dim=-1, keepdim=True)
                 rate = rates[heads, member, tile]
                 if normalize:
+                    # `rates` begins as c: found · c is the numerator, total · c the normalizer.
                     rate.mul_(_inverse(total * phi.factor, phi.kernel.is_nonnegative))
                 torch.mul(found, rate, out=out[heads, member, tile])
             if is_causal:
@@ -338,6 +340,7 @@ def _kernel_attention_backward(
                 projected = phi.projected("query", query[rows])
                 gradient = gradient_at(rows)
                 if normalize:
+                    # From the derivative of 1/D: the normalizer moves all outputs by −out / D.
                     along[rows] = -(gradient * out[rows]).sum(dim=-1, keepdim=True)
                 of_queries = buffers.product("of features", gradient, state.values.mT)
                 of_queries.addcmul_(along[rows], state.normalizer.unsqueeze(1))
@@ -364,6 +367,7 @@ def _kernel_attention_backward(
                     of_values.baddbmm_(phi.scores(queries, keys).mT, gradient)
                     later.add(queries, gradient, along[rows], 1.0)
             if presence is not None:
+                # A masked key has features 0 whatever it is, so no gradient reaches it.
                 of_keys.mul_(presence[heads, tile])
             phi.backward(of_keys, projected, key[heads, tile], key_gradient[heads, tile])
             value_gradient[heads, tile] = of_values
@@ -395,6 +399,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     out, rates, *after = output
     *ctx.settings, ctx.normalize = inputs[7:]
     ctx.mark_non_differentiable(rates)
+    # Causal: backward sums up S again from the start. Bidirectional: it needs only all of S.
     sums = (normalizer, values) if ctx.settings[-1] else after
     ctx.save_for_backward(*parts, *sums, out, rates)
 

@@ -5,7 +5,8 @@ Where log φ_m(x) = x·ω_m + (a number of the row), FAVOR+ is softmax attention
     landmark m attends to the keys       S_m, s_m = softmax_j(ω_m·k_j + row_j) v_j,  its log-sum-exp
     query i attends to the landmarks     out_i = softmax_m(q_i·ω_m + s_m) S_m
 
-so one operator does both, forward and backward, without storing a feature. In base 2, as that one.
+So one operator does both, forward and backward, without storing a feature. Logits are in base 2, as
+in that operator.
 """
 
 from __future__ import annotations
@@ -73,12 +74,16 @@ def attend(
     found, log_sum = fused_softmax(
         directions(keys), keys.inputs, bias, value.to(keys.inputs.dtype), keys.curvature
     )
+    # A tilt belongs to a feature, so as a bias of landmarks it is added once for each side.
     bias = sum((side.tilt for side in (keys, queries) if side.tilt is not None), log_sum)
     out, log_weight = fused_softmax(queries.inputs, directions(queries), bias, found)
     if not call.normalize:
         square = queries.inputs.to(bias.dtype).square().sum(dim=-1, keepdim=True)
+        # Both softmaxes divide by their sums. Without D⁻¹ the second sum comes back, with what rows
+        # share.
         out = out * (log_weight + queries.offset - queries.curvature * square).exp2()
     if key_mask is not None:
+        # With all keys hidden the first softmax averages them all; the output has to be 0.
         out = out * key_mask.any(dim=1)[:, None, None, None]
     return out.unflatten(2, query.shape[2:4]), state
 
@@ -100,8 +105,9 @@ def _side(
     root: float,
     dtype: torch.dtype,
 ) -> _Side:
-    """Plain features have for inputs what they are given, √scale x, and the same offset for every
-    row. Then x goes on as it came, which is exact in bfloat16, and √scale into the directions.
+    """For plain features the inputs are √scale · x, and all rows have the same offset. Then x is
+    passed on as it came, without rounding in bfloat16, and √scale is multiplied into the
+    directions.
 
     Other features are asked for a tile at a time, because a tile stays in the cache.
     """
@@ -119,6 +125,7 @@ def _side(
         side.directions * (stretch * LOG2_E),
         None if side.tilt is None else side.tilt.unsqueeze(-1) * LOG2_E,
         (offset * LOG2_E).expand(*x.shape[:-1], 1),
+        # ‖√scale x‖²/2 = scale ‖x‖²/2, in base 2.
         stretch**2 * LOG2_E / 2,
     )
 

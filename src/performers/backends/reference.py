@@ -7,8 +7,9 @@ a_im = log φ_m(q_i) and b_jm = log φ_m(k_j),
     read:     out_i = Σ_m w_im S_m / Σ_m w_im Z_m,    w_im = e^(a_im + s_m − c_i),
               c_i = max_m (a_im + s_m)
 
-Every exponent is at most 0, and the largest of each sum is 0, so nothing overflows, nothing
-vanishes, and no epsilon is needed. `s` and `c` are frames of reference that cancel; they are never
+Every exponent is at most 0, and the largest of each sum is 0, so nothing overflows, no normalizer
+vanishes, and no epsilon is needed. `s` and `c` are *frames*: running maxima, as in an online
+softmax, relative to which the sums are kept. They cancel in the output, so they are never
 differentiated.
 """
 
@@ -43,12 +44,13 @@ __all__ = [
     "remembered",
 ]
 
-# Signed features can have a normalizer of any sign. The paper's renormalizer adds 2ε to |D| ≤ ε.
+# Features that can be negative can have a normalizer of any sign. The paper's renormalizer adds 2ε
+# to |D| ≤ ε.
 SIGNED_STABILIZER = 1e-6
 
 
 class Partial(NamedTuple):
-    """What queries got from some of their keys, before D⁻¹: both sums times e^(−frame)."""
+    """What queries get from some of their keys, before D⁻¹: both sums, times e^(−frame)."""
 
     numerator: Float[Tensor, "*batch query_length value_dim"]
     normalizer: Float[Tensor, "*batch query_length 1"]
@@ -67,12 +69,13 @@ class Partial(NamedTuple):
     def output(self, call: Call) -> Float[Tensor, "*batch query_length value_dim"]:
         """Divide by the normalizer; a row that sees no key is 0.
 
-        The normalizer of nonnegative features is 0 only there; that of signed features can vanish
-        or change sign anywhere, and gets the paper's renormalizer.
+        The normalizer of nonnegative features is 0 for such a row only. That of signed features can
+        vanish or change sign for any row, so the paper's renormalizer is added to it.
         """
         if not call.normalize:
             return self.numerator * self.frame.exp()
         if call.phi.is_nonnegative:
+            # 0 / 1 instead of 0 / 0 for a row that sees no key.
             return self.numerator / (self.normalizer + (self.normalizer == 0))
         nearly_zero = self.normalizer.abs() <= SIGNED_STABILIZER
         return self.numerator / (self.normalizer + 2 * SIGNED_STABILIZER * nearly_zero)
@@ -88,9 +91,9 @@ def attend(
 ) -> tuple[Float[Tensor, "batch key_heads group query_length value_dim"], LinearState]:
     """Attention with φ(root · q) and φ(root · k), and the state after it.
 
-    Query i sees the state and the keys j ≤ i, or all keys if not causal. What the near field has of
-    these is scored by exp(q·k) itself, the others by φ(q)·φ(k), under one normalizer.
-    A Python step per query position, for clarity alone.
+    Query i sees the state and the keys j ≤ i, or all keys if not causal. Those in the near field
+    are scored by exp(q·k) itself, the others by φ(q)·φ(k), under one normalizer. There is a Python
+    step for each query position, for the sake of clarity.
     """
     if call.near is not None:
         return _attend_near(call, call.near, query, key, value, key_mask, state)
@@ -136,7 +139,10 @@ def _attend_near(
         if call.is_causal:
             seen = seen & (positions <= position)
             seen_sinks = seen_sinks & (sink_positions <= position)
+        # Block numbers of the keys, and that of the query: its own block and both neighbors.
         is_near = (block - position // near.window_size).abs() <= 1
+        # The sinks come first, as in `exact_keys`. `estimated` leaves them out, so none is counted
+        # twice.
         mask = torch.cat([seen_sinks, seen & is_near], dim=1)[:, None, None, :]
         partial = exact_partial(row, exact_keys, exact_values, mask)
         if near.far:
@@ -164,6 +170,7 @@ def remembered(call: Call, slots: Slots, state: LinearState) -> NearKeys:
         first = position[:, : near.window_size]
         features = call.phi.key_features(call.scaled(key[:, :, : near.window_size]))
         first_values = value[:, :, : near.window_size].to(call.dtype)
+        # Of the block before, as many keys as the own block has tokens; sinks are never summed.
         mask = (first >= near.num_sinks) & (first >= 0) & (first < slots.count - near.window_size)
         pending = absorb(pending, features, first_values, mask)
     return NearKeys(key, value, sink_key, sink_value, slots.count.squeeze(1), pending)
@@ -172,7 +179,7 @@ def remembered(call: Call, slots: Slots, state: LinearState) -> NearKeys:
 def _no_rows(
     query: Float[Tensor, "*batch length dim"], value: Tensor
 ) -> Float[Tensor, "*batch 0 value_dim"]:
-    """The output of no queries, which a backward pass may still start from."""
+    """An output without rows, connected to the inputs so that a backward pass can start from it."""
     return query[..., :0, :1].expand(*query.shape[:-2], 0, value.shape[-1])
 
 
@@ -182,10 +189,11 @@ def absorb(
     value: Float[Tensor, "batch key_heads key_length value_dim"],
     key_mask: Bool[Tensor, "batch key_length"] | None,
 ) -> LinearState:
-    """The state that has seen these keys too; masked keys have no part in it."""
+    """The state after these keys, without the masked ones."""
     if value.shape[2] == 0:
         return state
     exponent = key_exponent(features, key_mask)
+    # The online softmax: bring the sums to the larger frame, then add terms that are at most 1.
     state = state.rescaled(torch.maximum(state.log_scale, exponent.detach().amax(dim=2)))
     weights = key_weights(exponent, state.log_scale.unsqueeze(2), features)
     return replace(
@@ -209,7 +217,7 @@ def read_weights(
 ]:
     """w_im = φ_m(q_i) e^(s_m − c_i), the weight of each feature for each query, and c_i.
 
-    The factor of a whole row goes to the frame, untouched by rounding with ω·q.
+    A factor common to a whole row goes into the frame, so that adding it to ω·q does not round it.
     """
     exponent = log_scale
     if features.log_values is not None:
@@ -229,8 +237,8 @@ def key_weights(
 ) -> Float[Tensor, "batch key_heads key_length num_features"]:
     """φ_m(k_j) e^(−s_m).
 
-    Features that share one exponent (width 1) have grown one frame: of it, a single column is
-    needed, which spares ReLU features the exponentials.
+    Features that share one exponent (width 1) have equal frames, so a single column of frames is
+    enough, and features such as ReLU need no exponentials.
     """
     weights = exp_difference(exponent, frame[..., : exponent.shape[-1]])
     return weights if features.values is None else weights * features.values
@@ -242,7 +250,7 @@ def exact_partial(
     value: Float[Tensor, "*batch key_length value_dim"],
     mask: Bool[Tensor, "*#batch #query_length key_length"],
 ) -> Partial:
-    """What queries get by exp(q·k) itself from the keys that the mask shows them."""
+    """What queries get by exp(q·k) itself from the keys that the mask shows."""
     scores = (query @ key.mT).masked_fill(~mask, -torch.inf)
     frame = scores.detach().amax(dim=-1, keepdim=True)
     weights = exp_difference(scores, frame)

@@ -7,6 +7,9 @@ Where log φ_m(x) = x·ω_m + (a number of the row), a chunk of C positions take
     out ← tril(Q′K′ᵀ) [V 1] + Q′ S            both sums at once
     S   ← S + K′ᵀ [V 1]
 
+A *frame* is the exponent that is subtracted before exp is taken, such as the running maximum of an
+online softmax. It must not depend on later keys (see `_passes`), and it cancels in the output.
+
 The backward pass computes Q′ and K′ again, chunk by chunk from the end, from states kept once per
 segment of about m positions: a state has m (d + 1) numbers, so they cost as much as V, at any m.
 
@@ -56,6 +59,7 @@ def scan(
         query_directions,
         *_flattened(keys, batch, heads),
         log_rows.flatten(0, 1),
+        # [V 1]: the column of ones makes the normalizer one more column of the product.
         F.pad(value, (0, 1), value=1.0).flatten(0, 1),
         state.log_scale.flatten(0, 1),
         torch.cat([state.values, state.normalizer.unsqueeze(-1)], dim=-1).flatten(0, 1),
@@ -66,9 +70,10 @@ def scan(
         part.unflatten(0, (batch, heads))
         for part in (both, frame.detach(), log_scale.detach(), sums)
     )
+    # The operator leaves out what a row of queries shares, which only moves the frame.
     frame = frame + queries.log_rows.unflatten(2, (-1, length))
     after = replace(state, log_scale=log_scale, values=sums[..., :-1], normalizer=sums[..., -1])
-    # one gradient by `split`, where slices would have two of the whole width
+    # By `split`, whose gradient is one tensor. Two slices would have two, each of the whole width.
     numerator, normalizer = both.split([value.shape[-1], 1], dim=-1)
     return Partial(numerator, normalizer, frame), after
 
@@ -77,6 +82,7 @@ def _flattened(part: LogLinear, batch: int, heads: int) -> tuple[Tensor, Tensor]
     """Inputs and directions with batch and heads as one dimension; a tilt becomes a column."""
     inputs, directions = part.inputs, part.directions
     if part.tilt is not None:
+        # inputs·directions + tilt = [inputs 1]·[directions tilt]
         inputs = F.pad(inputs, (0, 1), value=1.0)
         directions = torch.cat([directions, part.tilt.unsqueeze(-1)], dim=-1)
     directions = directions.expand(batch, heads, *directions.shape[-2:])
@@ -89,9 +95,8 @@ def _flattened(part: LogLinear, batch: int, heads: int) -> tuple[Tensor, Tensor]
 
 @dataclass
 class _Carried:
-    """What goes from chunk to chunk: S in a frame, and the largest exponent seen, the next frame.
-
-    The two differ so that S is brought to a new frame once per chunk.
+    """What is carried from chunk to chunk: S in a frame, and the largest exponent seen, which is
+    the next frame. They are kept apart so that S is multiplied by a new factor only once per chunk.
     """
 
     frame: Float[Tensor, "heads num_features"]
@@ -99,7 +104,7 @@ class _Carried:
     sums: Float[Tensor, "heads num_features width"]
 
     def decay(self, frame: Float[Tensor, "heads num_features"]) -> Tensor:
-        """What brings S to another frame."""
+        """The factor that brings S to another frame."""
         return exp_difference(self.frame, frame).unsqueeze(-1)
 
     def settled(self) -> tuple[Tensor, Tensor]:
@@ -133,11 +138,12 @@ def _passes(
 ) -> Iterator[_Pass]:
     """The passes over a chunk, nearly always one. Afterwards `carried` has absorbed its keys.
 
-    Q′K′ᵀ is one matrix product, which needs one frame per feature for all rows. A frame taken from
-    the whole chunk would let a large later key push an earlier row's keys to 0, and would leak the
-    future through rounding. So the frame is that of the state joined with the first key, and the
-    rows up to the first key that rises more than MAX_RISE above it are finished; a further pass,
-    with a frame that has absorbed them, starts at that key. Every head goes at its own pace.
+    Q′K′ᵀ is one matrix product, which needs one frame per feature for all rows. A maximum over the
+    whole chunk would be a frame in which a large later key pushes an earlier row's keys to 0, and
+    would leak the future through rounding. So the frame is the maximum of the state's frame and the
+    exponent of the first key. With it, the rows before the first key that rises more than MAX_RISE
+    above it are finished. A further pass, whose frame has absorbed these rows, starts at that key.
+    Every head has passes of its own.
     """
     exponent = torch.baddbmm(log_rows[:, chunk], key[:, chunk], directions.mT)
     length = exponent.shape[1]
@@ -146,6 +152,7 @@ def _passes(
     while True:
         frame = torch.maximum(carried.highest, first)
         limit = frame + MAX_RISE
+        # Here the host waits for the device. Usually no key rises, and one pass is enough.
         is_last = not bool((largest > limit).any())
         if start is not None or not is_last:
             if start is None:
@@ -155,6 +162,7 @@ def _passes(
 
         weights = exponent
         if inside is not None:
+            # Keys of other passes get weight 0 here, and do not count for the next frame.
             weights = weights.masked_fill(~inside[..., None], -torch.inf)
             largest = weights.amax(dim=1)
         weights = exp_difference(weights, frame[:, None])
@@ -181,7 +189,7 @@ def _query_weights(
 
 
 def _lower(scores: Float[Tensor, "heads rows chunk"]) -> Float[Tensor, "heads rows chunk"]:
-    """Scores of later keys set to 0, in place. Rows are those of the group, one after another."""
+    """Set the scores of later keys to 0, in place. Rows are those of the group's heads in turn."""
     chunk = scores.shape[-1]
     scores.unflatten(1, (-1, chunk)).tril_()
     return scores
@@ -243,6 +251,8 @@ def _exponential_scan(
                 for whole, part in ((both, rows), (frames, row_frame)):
                     part = part.unflatten(1, (query.shape[1], -1))
                     if step.inside is not None:
+                        # Other rows were finished by an earlier pass, or will be overwritten by a
+                        # later one.
                         part = torch.where(step.inside[:, None, :, None], part, whole[:, :, chunk])
                     whole[:, :, chunk] = part
         log_scale, sums = carried.settled()
@@ -312,24 +322,27 @@ def _exponential_scan_backward(
     for index in reversed(range(len(states))):
         carried = _Carried(log_scales[index], log_scales[index], states[index])
         start = index * segment
+        # The passes are repeated from the segment's state, and then gone through from the end.
         steps = [
             step
             for chunk in _chunks(start, min(start + segment, length), chunk_size)
             for step in _passes(carried, key, key_directions, log_rows, value, chunk)
         ]
+        # The gradient is that of S in the last frame; this brings it to the frame of the last pass.
         carried_gradient = carried_gradient * carried.decay(carried.highest)
         for step in reversed(steps):
             chunk, key_weights = step.chunk, step.key_weights
             queries, keys, values = _rows(query, chunk), key[:, chunk], value[:, chunk]
             gradient = _rows(both_gradient, chunk)
             if step.inside is not None:
+                # Rows that another pass has finished get nothing from this one.
                 gradient = gradient * step.inside.repeat(1, group)[..., None]
             query_weights, _ = _query_weights(queries @ query_directions.mT, step.frame)
             scores = _lower(query_weights @ key_weights.mT)
             scores_gradient = _lower(gradient @ values.mT)
 
             values_part = torch.baddbmm(scores.mT @ gradient, key_weights, carried_gradient)
-            # dQ′ and dK′, times Q′ and K′: the gradients of their exponents.
+            # Q′ and K′ are exponentials, so dQ′ · Q′ and dK′ · K′ are the gradients of exponents.
             queries_part = torch.baddbmm(scores_gradient @ key_weights, gradient, step.sums.mT)
             queries_part *= query_weights
             keys_part = torch.baddbmm(
@@ -350,6 +363,7 @@ def _exponential_scan_backward(
                 else:
                     whole[..., chunk, :] += part
             carried_gradient = torch.baddbmm(carried_gradient, query_weights.mT, gradient)
+            # S was multiplied by this factor on the way forward, so its gradient is, too.
             carried_gradient *= step.decay
     return (
         query_gradient,

@@ -1,7 +1,7 @@
 """Slots: the real tokens of a sequence side by side, cut into the blocks of a near field.
 
-Blocks are counted in real tokens, so that padding, wherever it stands, changes nothing. Slot 0 is
-the first of a block. A sequence that goes on begins with the keys that its state remembers:
+Blocks are counted in real tokens, so that padding, wherever it is, changes nothing. Slot 0 is the
+first of a block. If a state is continued, the slots begin with the keys that it remembers:
 
     slots     │ the block before │ the next token's own │ …            a block: window_size slots
                ─── remembered keys ───┃── new tokens ────
@@ -24,9 +24,9 @@ __all__ = ["Slots"]
 class Slots:
     """Queries, keys and values in slots, at the positions `start`, `start` + 1, …
 
-    `count`: real tokens up to the last slot, all earlier ones included. `is_real`: whether a slot
-    has a key. `place`: the slot of each new token; `is_token`: whether that is a real one. None:
-    every slot has a key, and tokens are slots.
+    `count`: real tokens up to the last slot, all earlier ones included. `is_real`: True for slots
+    that have a key. `place`: the slot of each new token; `is_token`: True for real tokens, False
+    for padding. These are None if every slot has a key, and tokens are slots.
     """
 
     near: NearField
@@ -56,19 +56,25 @@ class Slots:
             return cls(near, query, key, value, zero, zero + length)
         if is_token is None:
             is_token = torch.ones(batch, length, dtype=torch.bool, device=key.device)
+        # A stable sort brings real tokens to the front, in their order.
         real_first = (~is_token).byte().argsort(dim=1, stable=True)
         number = is_token.sum(dim=1, keepdim=True)
+        # The number of real tokens before each; −1 for padding in front, which the clamp makes 0.
         rank = (is_token.cumsum(dim=1) - 1).clamp(min=0)
         if earlier is None:
             is_real = torch.arange(length, device=key.device) < number
             query, key, value = (_taken(x, real_first) for x in (query, key, value))
             return cls(near, query, key, value, zero, number, is_real, rank, is_token)
         size, before = near.window_size, earlier.count.unsqueeze(1)
+        # Slots begin with the block before that of the next token. Below one block that is position
+        # −size, and the slots before position 0 are not real.
         start = (before // size - 1) * size
         first = before - start  # the slot of the first new token
         slot = torch.arange(2 * size + length, device=key.device).expand(batch, -1)
         source = real_first.gather(1, (slot - first).clamp(0, length - 1))
         query = _taken(query, source)
+        # Places in [remembered keys, new keys]: the former for the first slots, the latter after
+        # them.
         source = torch.where(slot < first, slot, 2 * size + source)
         key = _taken(torch.cat([earlier.key.to(key.dtype), key], dim=2), source)
         value = _taken(torch.cat([earlier.value.to(value.dtype), value], dim=2), source)
@@ -93,7 +99,7 @@ class Slots:
         Float[Tensor, "batch key_heads num_sinks value_dim"],
         Bool[Tensor, "batch num_sinks"],
     ]:
-        """Keys and values of the first tokens, and which of them there are; 0 for the others."""
+        """Keys and values of the first tokens, and a mask of those that exist; 0 for the others."""
         position = torch.arange(self.near.num_sinks, device=self.key.device)
         is_there = position < self.count
         key, value = self.at(position)
@@ -124,7 +130,7 @@ class Slots:
     def tokens(
         self, rows: Float[Tensor, "batch key_heads group slots _"]
     ) -> Float[Tensor, "batch key_heads group length _"]:
-        """Of rows in slots those of the new tokens; padding gets 0."""
+        """The rows of the new tokens, from rows in slots; padding gets 0."""
         if self.place is None or self.is_token is None:
             return rows
         return _taken(rows, self.place).masked_fill(~self.is_token[:, None, None, :, None], 0.0)
@@ -133,6 +139,7 @@ class Slots:
 def _taken(
     x: Float[Tensor, "batch *heads length _"], index: Int[Tensor, "batch places"]
 ) -> Float[Tensor, "batch *heads places _"]:
-    """x at other places along the length, for each sequence its own."""
+    """x at the given places along the length, which differ between sequences."""
     row = torch.arange(len(x), device=x.device).unsqueeze(1)
+    # With the length next to the batch, [row, index] takes other places in every sequence.
     return x.movedim(-2, 1)[row, index].movedim(1, -2)

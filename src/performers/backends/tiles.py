@@ -32,12 +32,14 @@ __all__ = [
     "rows_of_a_piece",
 ]
 
-# exp(60) = 1e26 leaves float32 room for sums over a chunk, and exp(60 − 87), the smallest share
-# that a feature can have before its partner underflows, is far below rounding.
+# How far an exponent may rise above the frame. exp(60) = 1e26 leaves float32 room for sums over a
+# chunk. The weights of the queries underflow below exp(−87), so the largest term that can get lost
+# is exp(60 − 87) of a sum, which is far below rounding.
 MAX_RISE = 60.0
 
-# Of the keys that go through a backend at a time. On a CPU fresh memory costs more than arithmetic:
-# tensors of this size are given back to the next piece, larger ones to the system.
+# The size of the keys that go through a backend at a time. On a CPU new memory costs more than
+# arithmetic: the allocator reuses tensors of this size for the next piece, but returns larger ones
+# to the system.
 PIECE_BYTES = 8 * 2**20
 
 
@@ -52,12 +54,13 @@ def causal_chunk(
     """What a chunk's queries get from the state and from the chunk's keys up to each, and the state
     that has absorbed the chunk. Rows of the result: [batch, key_heads, group · chunk, ·].
 
-    Q′K′ᵀ is one matrix product, which needs one frame per feature for all rows. A frame taken from
-    the whole chunk would let a large later key push an earlier row's keys to 0, and would leak the
-    future through rounding. So the frame is that of the state joined with the first key, and the
-    rows up to the first key that rises more than MAX_RISE above it are finished; a further pass,
-    with a frame that has absorbed them, starts at that key. Keys of like norms need one pass, and
-    every head goes at its own pace.
+    Q′K′ᵀ is one matrix product, which needs one frame per feature for all rows: the exponent that
+    is subtracted before exp is taken, like the running maximum of an online softmax. A maximum over
+    the whole chunk would be a frame in which a large later key pushes an earlier row's keys to 0,
+    and would leak the future through rounding. So the frame is the maximum of the state's frame and
+    the exponent of the first key. With it, the rows before the first key that rises more than
+    MAX_RISE above it are finished. A further pass, whose frame has absorbed these rows, starts at
+    that key. Keys of similar norms need one pass, and every head has passes of its own.
     """
     group, length = query.shape[2:4]
     query_features = call.phi.query_features(call.scaled(query.flatten(2, 3)))
@@ -88,6 +91,7 @@ def causal_chunk(
             largest = seen.detach().amax(dim=2)
         key_side = key_weights(seen, frame, key_features)
         query_side, row_frame = read_weights(frame, query_features)
+        # Keys after a row have finite weights in its frame, so masking the product is safe.
         scores = (query_side @ key_side.mT).masked_fill(later, 0.0)
         sums = torch.cat([state.values, state.normalizer.unsqueeze(-1)], dim=-1)
         both = scores @ value_one + query_side @ sums
@@ -99,6 +103,8 @@ def causal_chunk(
         partial = rows
 
         sums = sums + key_side.mT @ value_one
+        # The sums are in the frame of this pass; rescaling brings them to the largest exponent so
+        # far.
         absorbed = replace(state, values=sums[..., :-1], normalizer=sums[..., -1])
         state = absorbed.rescaled(torch.maximum(state.log_scale, largest))
         if is_last:
@@ -126,7 +132,8 @@ def exponent_at(
 ) -> Float[Tensor, "*heads width"]:
     """The exponent of the key at `start`, which the row at `start` surely sees.
 
-    −∞ for a head that has finished the chunk (start = chunk), which so keeps its frame.
+    It is −∞ for a head that has finished the chunk (start = chunk), which therefore keeps its
+    frame.
     """
     finished = start == exponent.shape[-2]
     index = start.masked_fill(finished, 0)[..., None, None]
@@ -143,6 +150,7 @@ def rows_below(
     length = exponent.shape[-2]
     position = torch.arange(length, device=exponent.device)
     waiting = position >= start[..., None]
+    # One feature that rises is enough.
     rises = (exponent > limit).any(dim=-1) & waiting
     stop = torch.where(rises, position, length).amin(dim=-1)
     return waiting & (position < stop[..., None]), stop
@@ -155,7 +163,7 @@ def rows_of_a_piece(key: Float[Tensor, "batch key_heads length dim"], dtype: tor
 
 
 def recomputed(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Call a function whose intermediate results the backward pass shall compute again."""
+    """Call a function; the backward pass computes its intermediate results again."""
     if not torch.is_grad_enabled():
         return function(*arguments)
     return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
@@ -166,7 +174,7 @@ def key_tiles(
 ) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
     """Tiles of keys, values and mask. By `split`, whose gradient is one concatenation.
 
-    The gradient of a slice has the length of the whole, and L / size of those cost O(L²).
+    The gradient of a slice is as long as the whole tensor, and L / size of these would cost O(L²).
     """
     keys = key.split(size, dim=2)
     masks = [None] * len(keys) if key_mask is None else key_mask.split(size, dim=1)

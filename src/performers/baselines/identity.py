@@ -1,4 +1,6 @@
-"""The paper's X and OPT: attention that costs nothing, the floor of every comparison."""
+"""The identity, the paper's X (OPT): attention that costs nothing, the lower bound of every
+comparison.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +13,8 @@ __all__ = ["Identity"]
 class Identity(nn.Module):
     """out = V: every position attends to itself alone, and nothing is computed.
 
-    A model built on it has every cost of a Transformer but attention's own, so no attention can be
-    faster. With fewer key heads than query heads each value serves its group of query heads.
+    A model built on it has all costs of a Transformer except that of attention, so no attention can
+    be faster. With fewer key heads than query heads each value serves its group of query heads.
 
     Raises ValueError if there is not one key per query.
     Cost: none.  Source: Choromanski et al. 2021, Figure 3 ("X (OPT)").
@@ -32,7 +34,9 @@ class Identity(nn.Module):
         is_causal: bool = False,
         key_padding_mask: Bool[Tensor, "batch key_length"] | None = None,
     ) -> Float[Tensor, "batch heads query_length value_dim"]:
-        """Shapes as in `favor_attention`. Both masks hold already: no position sees another."""
+        """Shapes as in `favor_attention`. Both masks are satisfied without any work, because no
+        position sees another.
+        """
         if query.shape[2] != key.shape[2]:
             raise ValueError(
                 "identity attention needs one key per query: query length is "

@@ -1,4 +1,4 @@
-"""`performers benchmark`: what attention costs on the machine of whoever asks."""
+"""`performers benchmark`: what attention costs on this machine."""
 
 from __future__ import annotations
 
@@ -61,11 +61,12 @@ def benchmark(
 ) -> None:
     """Time one attention layer, in each recommended setting, and what one could use instead.
 
-    Beside exact attention, identity and performer-pytorch: forward, forward and backward, with the
-    percentage of a floor, the time that the least matrix products and exponentials would take by
-    themselves; peak memory of a training step; whole models; decoding. Every mechanism takes its
-    turn in every round; nothing is timed before it has matched its definition. Says from which
-    length on each setting is faster than exact attention here.
+    They are compared with exact attention, the identity and performer-pytorch. Measured are the
+    forward pass, forward and backward together, peak memory of a training step, whole models, and
+    decoding. A percentage says what share of the time the matrix products and exponentials alone
+    would take (the floor). Every mechanism takes its turn in every round, and nothing is timed
+    before it has matched its definition. At the end the command says from which length on each
+    setting is faster than exact attention here.
 
     Examples:
 

@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
 __all__ = ["convert"]
 
-# Options that an interrupted command is not gone on with.
 # What `Fidelity` counts, in a table.
 FIDELITY = {
     "distance": "distance of the model to the exact one",
     "agreement": "positions with its likeliest token",
 }
+# Options that a command with --resume does not repeat.
 RESTART = ("--force", "--resume")
 
 
@@ -98,15 +98,16 @@ def convert(
         bool, typer.Option("--force", help="Write over what is in the output folder.")
     ] = False,
 ) -> None:
-    """Convert a pretrained encoder or language model to FAVOR+, and recover what it lost.
+    """Convert a pretrained encoder or language model to FAVOR+, and train it to recover its
+    quality.
 
     Queries and keys of the exact model are measured (calibration). Then the projections of each
     attention layer learn to give what the exact layer gives (attention transfer), and all weights
     learn together (fine-tuning): a language model its own task, an encoder the last hidden states
     of the exact model.
 
-    The end of the text is not trained on; errors are measured there. The folder is for
-    performers.load_linearized, its numbers are in conversion.json and conversion.png.
+    Errors are measured on the end of the text, which is not trained on. performers.load_linearized
+    loads the folder; the numbers are in conversion.json and conversion.png.
 
     Examples:
 

@@ -63,10 +63,11 @@ def diagnose(
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Compare plain, sharp and windowed features with exact attention in every layer and head, and
-    measure which near field and m are the cheapest for an error.
+    find the cheapest near field and m for an error.
 
-    Costs are counted operations, and for the settings worth having the time on this machine beside
-    that of exact attention. The pictures are OUTPUT and, of the settings, OUTPUT-frontier.
+    Costs are counted operations. For the settings on the frontier the time on this machine is
+    measured too, beside that of exact attention. The pictures are OUTPUT and, of the settings,
+    OUTPUT-frontier.
 
     Causal layers: sharp features are calibrated on the first half of the sequences, and the errors
     are those of the other half.

@@ -1,4 +1,4 @@
-"""What a user sees when something cannot be done (one line, exit code 2), or is interrupted."""
+"""How a command fails (with one line for the user, and exit code 2), or is interrupted."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def one_line_errors(kinds: tuple[type[Exception], ...] = MISTAKES) -> Iterator[N
 
 @contextmanager
 def saying_how_to_resume(command: Sequence[str]) -> Iterator[None]:
-    """If the user interrupts the work, say what goes on with it: this command with --resume."""
+    """If the user interrupts the work, say what resumes it: this command with --resume."""
     try:
         yield
     except KeyboardInterrupt:

@@ -18,7 +18,7 @@ def info() -> None:
 
 
 def _description() -> str:
-    """Versions, hardware, and every word that a config or a call may use."""
+    """Versions, hardware, and the values that a config or a call may have."""
     from performers.backends import BACKENDS
     from performers.functional.projections import DISTRIBUTIONS, PROJECTIONS
     from performers.models import MECHANISMS
@@ -48,7 +48,7 @@ def _description() -> str:
 
 
 def _chosen(is_causal: bool) -> str:
-    """The backend that softmax features get when none is named, and why none of the others."""
+    """The backend that softmax features get by default, and why the others are not chosen."""
     import torch
 
     from performers.backends import Call, choose_backend, refusals

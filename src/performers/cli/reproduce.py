@@ -1,4 +1,4 @@
-"""`performers reproduce`: an experiment of the paper."""
+"""`performers reproduce`: run an experiment of the paper and save its results."""
 
 from __future__ import annotations
 

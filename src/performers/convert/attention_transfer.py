@@ -5,9 +5,9 @@
     transfer_attention(model, teacher, batches)
 
 The exact model runs, and each converted layer is called with what the exact layer was called with.
-So the layers are independent of each other: a step trains all of them and goes back through none
-but attention, which makes it several times cheaper than a step of fine-tuning. What the layers get
-from each other's errors is left to fine-tuning.
+So the layers learn independently of each other: a step trains all of them, with gradients through
+attention only, which makes it several times cheaper than a step of fine-tuning. Fine-tuning then
+corrects how errors of earlier layers change the inputs of later ones.
 
 Source: Zhang et al. 2024, "The Hedgehog & the Porcupine", which distils attention weights; here
 outputs are matched, which needs no quadratic matrix.
@@ -77,7 +77,7 @@ def layer_errors(
 def averaging_errors(
     model: PreTrainedModel, teacher: PreTrainedModel, batches: Iterable[Batch]
 ) -> dict[str, float]:
-    """`layer_errors` of averaging the visible values, what no estimate should be worse than."""
+    """`layer_errors` of averaging the visible values; a useful estimate has smaller ones."""
     layers = {}
     for name, layer in converted_layers(model).items():
         layers[name] = copy.deepcopy(teacher.get_submodule(name))
@@ -96,11 +96,11 @@ def transfer_attention(
 
         loss = mean over layers of ‖out − exact‖² / ‖exact‖²
 
-    One step of AdamW per batch, `learning_rate` falling linearly to 0; nothing but the parameters
-    of converted attention modules changes, and ω stays. `report` gets the steps done and the loss.
+    One step of AdamW per batch, `learning_rate` falling linearly to 0; only the parameters of
+    converted attention modules change, and ω stays. `report` gets the steps done and the loss.
     Trains in place, without dropout; returns the model.
 
-    Raises FloatingPointError where the loss is no longer finite.
+    Raises FloatingPointError if the loss is no longer finite.
     """
     layers = _converted_modules(model)
     parameters = [p for module in layers.values() for p in module.parameters() if p.requires_grad]
@@ -148,7 +148,7 @@ class _Averaging(FavorLayer):
 
 
 class _Call(NamedTuple):
-    """One call of an attention module of the teacher, and what came out at positions that count."""
+    """One call of an attention module of the teacher, and its output at positions that count."""
 
     name: str
     arguments: tuple[Any, ...]
@@ -197,7 +197,7 @@ def _attention_calls(
 
 
 def _output(output: Any) -> Tensor:
-    """What an attention module returns, without the weights that most return beside it."""
+    """The output of an attention module, without the weights that most modules return beside it."""
     return output[0] if isinstance(output, tuple) else output
 
 

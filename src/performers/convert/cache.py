@@ -1,8 +1,8 @@
 """`FavorCache`: what a converted model carries from one token to the next.
 
-transformers gives the keys of new tokens to the cache, and what the cache returns to the attention
-function; there is no other way from the one to the other. So a memory returns the new keys alone,
-with its own name on them:
+transformers passes the keys of new tokens to the cache, and what the cache returns to the attention
+function. The attention function gets nothing else from the cache. So a memory returns the new keys
+only, with a reference to itself on them:
 
     key ─► update() ─► key, which names its memory ─► favor() ─► memory.attend(): state ─► state
 """
@@ -66,7 +66,7 @@ class FavorCache(Cache):
 
 
 class FavorMemory(LinearMemory):
-    """Memory of one converted layer: its state, and the φ without which that means nothing."""
+    """The memory of one converted layer: its state, and the φ that this state belongs to."""
 
     instead = (
         "Generate without an assistant, or keep all keys: "
@@ -95,7 +95,8 @@ class FavorMemory(LinearMemory):
             )
         self.is_waiting = True
         self.num_tokens += key_states.shape[2]
-        key_states = key_states.view_as(key_states)  # the caller's own stays without a name
+        # A view, because an attribute on the caller's own tensor would outlive this call.
+        key_states = key_states.view_as(key_states)
         key_states.favor_memory = self  # type: ignore[attr-defined]
         return key_states, value_states
 

@@ -1,4 +1,4 @@
-"""`calibrate`: what sharp features learn from the queries and keys of the exact model."""
+"""`calibrate`: sharp features learn from the queries and keys of the exact model."""
 
 from __future__ import annotations
 
@@ -29,11 +29,12 @@ CALIBRATE = "performers_calibrate"
 
 @torch.no_grad()
 def calibrate(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]]) -> PreTrainedModel:
-    """Let the converted layers learn where queries and keys lie, from inputs like those to come.
+    """Let converted layers learn the statistics of their queries and keys, from inputs like those
+    to come.
 
     `batches`: keyword arguments of the model, padded with an attention_mask if at all. They run
     through the model with exact attention, so that each layer sees what the pretrained layers give.
-    A few thousand tokens are plenty. Each call of `calibrate` starts anew; returns the model.
+    A few thousand tokens are enough. Each call of `calibrate` starts anew; returns the model.
 
     Raises ValueError for no data, for fewer positions than a head has dimensions, and where a query
     or key is not finite, naming layer and head. The model is then as it was.
@@ -91,6 +92,8 @@ class _Learners:
             assert isinstance(phi, SharpFeatures), "others have nothing to calibrate"
             self.feature_maps[site] = phi.to(query.device)
         if layer.options.num_sinks and not layer.is_cross:
+            # Sinks are scored exactly, and their keys lie far from all others: features must not
+            # learn from them.
             mask = without_sinks(key, mask, layer.options.num_sinks)
         try:
             self.feature_maps[site].calibrate(query, key, mask, scale)
@@ -98,7 +101,7 @@ class _Learners:
             raise ValueError(f"{site.name}: {error}") from error
 
     def check(self) -> None:
-        """Raises ValueError where a layer has not seen enough."""
+        """Raise ValueError unless every layer has seen enough."""
         for site, layer in self.layers.items():
             if site not in self.feature_maps:
                 raise ValueError(

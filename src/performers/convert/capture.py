@@ -1,7 +1,7 @@
 """Queries, keys and values of real models, as their attention layers get them.
 
-A model of transformers hands them to the attention function that its configuration names. Here that
-is a function that keeps them and then attends as usual, so any architecture that asks
+A model of transformers passes them to the attention function that its configuration names. Here
+this is a function that keeps them and then attends as usual. So any architecture that asks
 transformers' AttentionInterface can be read, and none is changed.
 """
 
@@ -32,7 +32,7 @@ CAPTURE = "performers_capture"
 def capture_attention(model: PreTrainedModel, **inputs: Tensor) -> list[Captured]:
     """Run the model on these inputs and return what each attention layer got, in order.
 
-    Inputs must not be padded: give no attention_mask. Kept on the device of the model.
+    Inputs must not be padded: give no attention_mask. The tensors stay on the device of the model.
 
     Raises ValueError for models that do not ask the AttentionInterface, and for layers whose
     attention is not softmax(scale · QKᵀ) V: position biases, soft caps, windows, packed sequences.

@@ -22,15 +22,17 @@ __all__ = ["FavorLayer", "drop_keys"]
 class FavorLayer(nn.Module):
     """FAVOR+ for one attention layer of a pretrained model: its feature map and its window.
 
-    A child of the attention module. Its buffers are not saved with the model: φ is drawn again from
-    the options, which are in config.json, and calibration has a file of its own.
+    It is a child of the attention module. Its buffers are not saved with the model: φ is drawn
+    again from the options, which are in config.json, and calibration has a file of its own.
 
-    φ is made by the first call, or by `prepare`, because it takes the dim of a head, which
-    architectures give many names. `number` is the layer's, and sets the draws of layers apart.
+    φ is made by the first call, or by `prepare`, because it needs the dim of a head, which has a
+    different name in each architecture. `number` is the number of the layer; layers with different
+    numbers get different draws.
 
     `is_cross`: keys are those of another sequence. Positions do not correspond then, so there is no
-    window, even between sequences of one length. Nor are there statistics of the call: a decoder's
-    would tell each position about the later ones, and one token at a time there is but one query.
+    window, even between sequences of one length. Nor are there statistics of the call: those of a
+    decoder's queries would tell each position about later ones, and in generation there is only one
+    query at a time.
     """
 
     feature_map: SharpFeatures | SoftmaxFeatures | KernelFeatures | None
@@ -45,19 +47,19 @@ class FavorLayer(nn.Module):
 
     def prepare(self, dim: int, device: torch.device, num_heads: int = 1) -> None:
         """Draw φ for heads of this dim. The result depends on nothing else but the options."""
-        # A first call may come under autocast or in inference mode. The draw must not notice, and
-        # tensors made in inference mode could never be trained with.
+        # A first call may come under autocast or in inference mode. The draw must not depend on
+        # that, and tensors made in inference mode could never be used in training.
         with torch.inference_mode(False), torch.autocast(device.type, enabled=False):
             self.attach(self.new_feature_map(dim, num_heads).to(device))
 
     def new_feature_map(
         self, dim: int, num_heads: int
     ) -> SharpFeatures | SoftmaxFeatures | KernelFeatures:
-        """φ that has learned nothing, for heads of this dim."""
+        """A new φ for heads of this dim, which has learned nothing."""
         return self.options.feature_map(dim, num_heads, self.number, self.is_cross)
 
     def attach(self, feature_map: SharpFeatures | SoftmaxFeatures | KernelFeatures) -> None:
-        """Make this the feature map, without a part in the model's state dict."""
+        """Make this the feature map, but keep it out of the model's state dict."""
         for module in feature_map.modules():
             for name, buffer in list(module.named_buffers(recurse=False)):
                 module.register_buffer(name, buffer, persistent=False)
@@ -66,7 +68,7 @@ class FavorLayer(nn.Module):
     def load(self, buffers: Mapping[str, Tensor], device: torch.device) -> None:
         """Take the buffers of a feature map that was calibrated or redrawn."""
         heads = len(buffers["query_count"]) if "query_count" in buffers else 1
-        # without ω, a kernel acts on the input itself, whatever its dim
+        # a kernel without ω acts on inputs of any dim
         dim = buffers["omega"].shape[1] if "omega" in buffers else 1
         feature_map = self.new_feature_map(dim, heads)
         feature_map.load_state_dict(dict(buffers))
@@ -83,8 +85,9 @@ class FavorLayer(nn.Module):
         key_padding_mask: Bool[Tensor, "batch key_length"] | None,
         scale: float | None,
     ) -> Float[Tensor, "batch heads query_length value_dim"]:
-        """`favor_attention` with this layer's φ, but for heads that stay exact. In causal attention
-        the queries may be the last of the sequence only: those of its keys came before.
+        """`favor_attention` with this layer's φ, except for heads that stay exact. In causal
+        attention there may be fewer queries than keys: they are then the last positions of the
+        sequence.
 
         Raises ValueError for statistics of the call in cross-attention.
         """
@@ -93,11 +96,12 @@ class FavorLayer(nn.Module):
         query_length, key_length = query.shape[2], key.shape[2]
         near_field = self.options.near_field()
         if self.is_cross or (not is_causal and query_length != key_length):
-            near_field = {}  # between two sequences there is no distance
+            near_field = {}  # tokens of two sequences have no distance, so none are near
         # One query, the last, sees every key: the same in both directions, without a scan.
         is_last = is_causal and query_length == 1 and not near_field
-        # Causal attention pairs query i with key i. Without a state of what came before, earlier
-        # queries are made up and their outputs cut off: it costs as much as the whole sequence.
+        # Causal attention takes one query per key. Without a state of what came before, queries of
+        # the past are zeros, and their outputs are cut off at the end: it costs as much as the
+        # whole sequence.
         if is_causal and not is_last and query_length < key_length:
             query = F.pad(query, (0, 0, key_length - query_length, 0))
         out = favor_attention(
@@ -114,6 +118,7 @@ class FavorLayer(nn.Module):
         heads = self.options.exact_heads.get(self.number)
         if heads:
             group = query.shape[1] // key.shape[1]
+            # Query heads of one group share a key head, so a key head may be listed more than once.
             key_heads = [head // group for head in heads]
             exact = softmax_attention(
                 query[:, heads],
@@ -138,8 +143,9 @@ class FavorLayer(nn.Module):
         state: LinearState | None,
         phi: FeatureMap | None,
     ) -> tuple[Float[Tensor, "batch heads length value_dim"], LinearState, FeatureMap]:
-        """Causal attention of positions that continue a sequence, the state after them, and the φ
-        that this state belongs to, ready for the next call. Both are None before the first.
+        """Causal attention of positions that continue a sequence. Returns also the state after them
+        and the φ that this state belongs to, for the next call. Both are None before the first
+        call.
         """
         scale = query.shape[-1] ** -0.5 if scale is None else scale
         if phi is None:
@@ -163,7 +169,7 @@ class FavorLayer(nn.Module):
     def feature_map_for(
         self, query: Tensor, *, is_causal: bool
     ) -> SharpFeatures | SoftmaxFeatures | KernelFeatures:
-        """φ for attention of this kind, made if there is none for heads of this dim."""
+        """φ for this kind of attention; a new one if there is none yet for heads of this dim."""
         # `head_dim` may have guessed wrong. What was calibrated has seen the true dim.
         if self.feature_map is None or (
             self.feature_map.dim != query.shape[-1] and not self.is_calibrated
@@ -203,9 +209,9 @@ def drop_keys(
 ) -> Float[Tensor, "batch key_heads key_length value_dim"]:
     """Dropout of attention weights, in linear time: weights of one key are dropped together.
 
-    Attention is linear in its values, so a key whose value is dropped is one whose weights are all
-    dropped. Each query by itself meets the same law as with ordinary dropout of attention; what
-    queries share is which keys are gone.
+    Attention is linear in its values, so dropping the value of a key drops all weights of this key.
+    For each query by itself the distribution is that of ordinary attention dropout; but all queries
+    lose the same keys.
     """
     kept = F.dropout(value.new_ones(*value.shape[:-1], 1), probability)
     return value * kept

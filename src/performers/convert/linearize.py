@@ -6,8 +6,8 @@
     model = AutoModel.from_pretrained(folder)      # the exact model, from the same weights
     restore(model)                                 # the exact model, in place
 
-No weight is added to the model, renamed or changed. What a conversion consists of lies beside the
-weights: the options in config.json, as `favor`, and what was learned, if anything, in
+No weight is added to the model, renamed or changed. What describes a conversion is saved beside the
+weights: the options in config.json, under `favor`, and learned statistics, if any, in
 favor.safetensors.
 """
 
@@ -50,11 +50,11 @@ def linearize(model: PreTrainedModel, options: FavorOptions | None = None) -> Pr
     """Replace the attention of a pretrained model by FAVOR+, in place; returns the model.
 
     Any architecture that goes through transformers' AttentionInterface will do. Pretrained weights
-    keep their names and values. Again with the same options: nothing happens; with others: these
-    take their place, and calibration is forgotten.
+    keep their names and values. A second call with the same options does nothing; with others it
+    replaces the options and forgets all calibration.
 
     Raises ValueError, before the model is touched, for architectures and options that do not fit;
-    what only a call shows, such as a soft cap, is refused by name then.
+    what only a call of the model shows, such as a soft cap, is refused in that call.
     """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
@@ -177,7 +177,7 @@ def _write(sites: Sites, options: FavorOptions, tensors: str | None) -> None:
 
 
 def _learned(sites: Sites) -> dict[str, Tensor]:
-    """Buffers of the feature maps that are no longer what their options make them."""
+    """The buffers of feature maps that differ from what their options would make them."""
     tensors = {}
     for site, layer in sites.layers.items():
         phi = layer.feature_map
@@ -188,7 +188,7 @@ def _learned(sites: Sites) -> dict[str, Tensor]:
 
 
 def _place(sites: Sites, tensors: dict[str, Tensor]) -> None:
-    """Give the layers of a model what `_learned` took from it."""
+    """Put what `_learned` returned into the layers of a model."""
     parts: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for name, tensor in tensors.items():
         layer_name, _, part = name.rpartition(".")

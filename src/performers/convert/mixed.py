@@ -1,10 +1,10 @@
-"""Mixed models: some layers stay exact, those whose estimates cost the model most.
+"""Mixed models: the layers whose estimates change the model's output most stay exact.
 
     costs = layer_costs(model, batches)             # of a converted model
     options = replace(options, layers=choose_layers(costs, num_exact=2))
     linearize(model, options)                       # then calibrate again
 
-A layer that stays exact costs what it did, and keeps its keys in generation.
+A layer that stays exact costs as much as before, and keeps its keys in generation.
 """
 
 from __future__ import annotations
@@ -35,8 +35,9 @@ def layer_costs(
     are, count together. `out` is what the model without its head returns first, most often its last
     hidden states, at positions that `attention_mask` does not hide.
 
-    An error of a layer's own output says less: it knows nothing of what the later layers make of
-    it. Cost: a forward pass for each layer and one more. The model is as before afterwards.
+    The error of a layer's own output says less, because later layers amplify some errors and
+    suppress others. Cost: a forward pass for each layer and one more. The model is as before
+    afterwards.
 
     Raises ValueError for a model without converted layers and for no batches.
     """
@@ -92,7 +93,7 @@ def choose_layers(costs: Mapping[int, float], num_exact: int) -> tuple[int, ...]
 def _output(
     model: PreTrainedModel, batch: Mapping[str, Tensor]
 ) -> Float[Tensor, "positions width"]:
-    """What the model without its head says, without the rows of padding."""
+    """The output of the model without its head, without the rows of padding."""
     out: Tensor = model.base_model(**batch)[0]
     mask = batch.get("decoder_attention_mask", batch.get("attention_mask"))
     if mask is not None and mask.shape == out.shape[:2]:

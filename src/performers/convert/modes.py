@@ -12,7 +12,7 @@ __all__ = ["evaluating"]
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Without dropout; every module is in its mode again afterwards."""
+    """Without dropout. Afterwards every module is in its former mode again."""
     # Not model.train(was_training): parts of a model may be in another mode than the whole.
     modes = [(module, module.training) for module in model.modules()]
     model.eval()

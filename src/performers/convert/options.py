@@ -1,4 +1,4 @@
-"""`FavorOptions`: every choice of a conversion, checked when it is made, kept in config.json."""
+"""`FavorOptions`: all choices of a conversion, checked when they are made, kept in config.json."""
 
 from __future__ import annotations
 
@@ -43,18 +43,19 @@ class FavorOptions:
     (`SoftmaxFeatures`), or the name of a kernel such as "relu" (`KernelFeatures`), which is another
     attention than softmax and needs training.
     `statistics`: where sharp features learn, see `SharpFeatures`. None: from `calibrate` once that
-    was called; before that from each call in bidirectional attention, and nothing in causal
-    attention, where they are plain positive features.
-    `window_size`, `num_sinks`, `far`: the exact near field, and whether anything else is estimated,
-    see `favor_attention`. Not in cross-attention. A `window_size` of 0 is no near field; None is
-    128, or 0 for features that exact scores cannot stand beside: kernels and trigonometric ones.
-    `num_sinks` None is 4 in a near field: trained models park attention on their first tokens.
+    was called; before that, bidirectional attention learns from each call, and causal attention
+    learns nothing and uses plain positive features.
+    `window_size`, `num_sinks`, `far`: the exact near field, and whether the other keys are
+    estimated, see `favor_attention`. Cross-attention has no near field. A `window_size` of 0 is no
+    near field; None is 128, or 0 for features that cannot be combined with exact scores: kernels
+    and trigonometric ones. `num_sinks` None is 4 in a near field, because trained models put
+    attention that they have no use for on the first tokens.
     `far` None is True, but `performers convert` measures both and leaves the far field out where
     the model is closer to the exact one without it.
     `layers`: numbers of the layers that are converted, the others stay exact. None: all, other than
     the sliding-window layers of models that also have layers without a window.
-    `exact_heads`: query heads of converted layers that stay exact, by the number of the layer. What
-    they cost is quadratic and comes on top; in generation such layers keep all their keys.
+    `exact_heads`: query heads of converted layers that stay exact, by the number of the layer. They
+    cost quadratic time in addition; in generation such layers keep all their keys.
 
     Raises ValueError for unknown words, counts below 1, and words that do not go together.
     """
@@ -132,8 +133,8 @@ class FavorOptions:
             layers = capture_attention(model, **inputs)
             linearize(model, FavorOptions.within(measure_frontier(layers), error=0.2))
 
-        Raises ValueError where no setting has so small an error. Whether it is cheaper than exact
-        attention is what the frontier says when printed.
+        Raises ValueError where no setting has so small an error. The printed frontier says whether
+        it is cheaper than exact attention.
         """
         setting = frontier.within(error)
         chosen: dict[str, Any] = {
@@ -178,7 +179,7 @@ class FavorOptions:
         }
 
     def converts(self, number: int, layer_types: Sequence[str]) -> bool:
-        """Whether FAVOR+ takes the place of attention in the layer of this number.
+        """True if FAVOR+ takes the place of attention in the layer of this number.
 
         `layer_types`: the kinds of a model's layers, where its configuration has any.
         """
@@ -188,7 +189,7 @@ class FavorOptions:
         return not (is_mixed and layer_types[number] in {"sliding_attention", "chunked_attention"})
 
     def to_dict(self) -> dict[str, Any]:
-        """What `from_dict` reads, in types that JSON has."""
+        """The options as types that JSON can hold; `from_dict` reads them."""
         written = asdict(self)
         if self.layers is not None:
             written["layers"] = list(self.layers)
@@ -197,13 +198,15 @@ class FavorOptions:
 
     @classmethod
     def of(cls, config: PreTrainedConfig) -> FavorOptions:
-        """Those that `linearize` has written into a configuration; the defaults if none."""
+        """The options that `linearize` has written into a configuration; the defaults if there are
+        none.
+        """
         written = getattr(config, FAVOR, None) or {}
         return cls.from_dict(written.get("options", {}))
 
     @classmethod
     def from_dict(cls, written: Mapping[str, Any]) -> FavorOptions:
-        """Raises ValueError for an option that this version does not know."""
+        """The options from `to_dict`. Raises ValueError for one that this version does not know."""
         known = [field.name for field in fields(cls)]
         for name in written:
             check_choice("option of a conversion", name, known)
@@ -216,5 +219,5 @@ def _with_windows() -> list[str]:
 
 
 def _are_numbers(given: Iterable[object]) -> bool:
-    """Whether these are whole numbers, counted from 0."""
+    """True if these are whole numbers of at least 0."""
     return all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in given)

@@ -122,7 +122,7 @@ class Sites:
 
 
 def check_convertible(sites: Sites, options: FavorOptions) -> None:
-    """Refuse options that cannot be had for this model, as far as can be seen without a call."""
+    """Raise if the model cannot be converted with these options, as far as shows without a call."""
     title = type(sites.model).__name__
     if not sites.found or sites.attends_by_itself:
         raise ValueError(own_attention(title))

@@ -1,4 +1,4 @@
-"""The empirical baseline: guess from the frequencies of the amino acids alone.
+"""The empirical baseline: predictions from the frequencies of the amino acids alone.
 
 Source: Choromanski et al. 2021, Appendix C.2 (what it is) and A.1 (the metrics).
 """
@@ -26,8 +26,8 @@ class EmpiricalBaseline:
 
         p(a) = (count of a + 1) / (tokens + number of kinds)      over the tokens that can be scored
 
-    The one added to each count keeps the perplexity finite when a letter occurs in the evaluation
-    set alone.
+    Adding one to each count keeps the perplexity finite when a letter occurs only in the evaluation
+    set.
     """
 
     log_probabilities: Float64[Tensor, " vocabulary"]
@@ -36,8 +36,8 @@ class EmpiricalBaseline:
     def fit(cls, train: TokenDataset, scored_token_ids: Sequence[int]) -> EmpiricalBaseline:
         """Count the training set, cropped as the models see it.
 
-        `scored_token_ids` is the collator's: the baseline must not spend probability on what is
-        never asked.
+        `scored_token_ids` is the collator's: the baseline must not give probability to tokens that
+        are never scored.
         """
         scored = torch.tensor(scored_token_ids)
         counts = train.token_counts()[scored].double() + 1

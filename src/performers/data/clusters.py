@@ -1,7 +1,7 @@
 """Groups of homologous proteins, which a split must not separate.
 
-Both ways build a graph of similar pairs and take its connected components, so that no link that was
-seen crosses from one group to another:
+Both methods build a graph of similar pairs and take its connected components, so that no link that
+was found joins two groups:
 
     mmseqs   alignments by MMseqs2 (Steinegger and Söding 2017): sees homologues down to about
              30 % identity; time grows with the square of the number of sequences
@@ -28,9 +28,9 @@ __all__ = ["cluster_by_kmers", "cluster_by_mmseqs", "merge_groups"]
 # letters have diverged. Anomalous letters are in no group.
 _GROUPS = ("AST", "C", "DN", "EQ", "FWY", "G", "H", "ILMV", "KR", "P")
 _WORD_LENGTH = 8
-# Poorer words are low-complexity repeats, which unrelated proteins share.
+# Words with fewer different letters are low-complexity repeats, which unrelated proteins share.
 _MIN_DISTINCT_GROUPS = 4
-# A short protein inside a long one is a domain, and shared domains would chain families together.
+# A short protein inside a long one is a domain, and shared domains would join unrelated families.
 _MIN_LENGTH_RATIO = 0.8
 _INDEX_BITS = 36  # 10¹⁰ residues; a word needs 27 more
 _RESIDUES_A_PASS = 1 << 24  # about a gigabyte of working memory
@@ -66,16 +66,22 @@ def cluster_by_kmers(sequences: Sequence[str]) -> list[int]:
     # smallest index of a word is its occurrence in the longest protein.
     passes = max(1, len(text) // _RESIDUES_A_PASS)
     links = []
+    # Equal words have equal remainders, so each pass sees all occurrences of its words.
     for remainder in range(passes):
         index = (is_word & (words.remainder(passes) == remainder)).nonzero().squeeze(1)
+        # Word in the upper bits, index in the lower: one sort groups equal words, each group by
+        # index.
         ordered = (words[index].long() << _INDEX_BITS | index).sort().values
         word, index = ordered >> _INDEX_BITS, ordered & ((1 << _INDEX_BITS) - 1)
         _, occurrences = word.unique_consecutive(return_counts=True)
+        # The first index of each group of equal words, repeated for every word of the group.
         first = index[occurrences.cumsum(0) - occurrences].repeat_interleave(occurrences)
         longest, other = _protein_at(first, starts), _protein_at(index, starts)
         is_link = (longest != other) & (lengths[other] >= _MIN_LENGTH_RATIO * lengths[longest])
         longest, other, first, index = (x[is_link] for x in (longest, other, first, index))
         diagonal = (index - starts[other]) - (first - starts[longest])
+        # (longest, other, diagonal) as one number, so that `unique` counts the words that agree on
+        # it. A diagonal can be negative, hence the offset.
         links.append((longest * len(sequences) + other) * diagonals + diagonal + diagonals // 2)
     link, agreeing = torch.cat(links).unique(return_counts=True)
     pair = link[agreeing >= needed] // diagonals
@@ -90,11 +96,11 @@ def cluster_by_mmseqs(
     """Group numbers of proteins linked by an alignment that MMseqs2 finds.
 
     A link is an alignment with E ≤ 10⁻³, at least `min_identity` and covering `min_coverage` of
-    both proteins. Numbers count from 0 in order of first appearance. Takes minutes for 20,000
-    proteins on 2 cores, and the square.
+    both proteins. Numbers count from 0 in order of first appearance. It takes minutes for 20,000
+    proteins on 2 cores, and grows with the square of their number.
 
-    Raises FileNotFoundError when `mmseqs` is not on the PATH and RuntimeError, with its words, when
-    it fails.
+    Raises FileNotFoundError when `mmseqs` is not on the PATH and RuntimeError, with its message,
+    when it fails.
     """
     program = shutil.which("mmseqs")
     if program is None:
@@ -106,7 +112,7 @@ def cluster_by_mmseqs(
         fasta, result = Path(folder, "proteins.fasta"), Path(folder, "result")
         fasta.write_text("".join(f">{i}\n{sequence}\n" for i, sequence in enumerate(sequences)))
         options = f"--min-seq-id {min_identity} -c {min_coverage} -s 6 -e 0.001 -v 1"
-        # These make the groups the connected components of all links that were found.
+        # With these options the groups are the connected components of all links that were found.
         options += " --single-step-clustering 1 --cluster-mode 1"
         command = [program, "easy-cluster", str(fasta), str(result), str(Path(folder, "work"))]
         command += options.split()
@@ -126,8 +132,8 @@ def cluster_by_mmseqs(
 def merge_groups(fine: Sequence[int], coarse: Sequence[int]) -> list[int]:
     """The finest grouping that separates neither a group of `fine` nor one of `coarse`.
 
-    Clusters and families found in two searches need not nest; the families that this returns
-    contain whole clusters.
+    Clusters and families from two separate searches need not be nested; the families that this
+    returns contain whole clusters.
     """
     offset = max(fine, default=-1) + 1
     edges = torch.tensor([list(fine), [offset + group for group in coarse]], dtype=torch.int64)
@@ -173,7 +179,9 @@ def _components(edges: Int64[Tensor, "2 edges"], count: int) -> Int64[Tensor, " 
         least = torch.minimum(labels[edges[0]], labels[edges[1]])
         hooked = labels.clone()
         for end in edges:
+            # Hooking: the root at each end of an edge takes the smaller label of both ends.
             hooked.scatter_reduce_(0, labels[end], least, "amin")
+        # Pointer jumping: every label is replaced by the label of its label, so chains halve.
         hooked = hooked[hooked]
         if torch.equal(hooked, labels):
             return labels

@@ -1,4 +1,4 @@
-"""Proteins out of FASTA files, plain or gzipped, with every defect named by file and line."""
+"""Proteins from FASTA files, plain or gzipped. Errors name the file and the line of each defect."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def read_fasta(paths: str | Path | Iterable[str | Path]) -> Iterator[FastaRecord
 
 
 def distinct_records(records: Iterable[FastaRecord]) -> list[FastaRecord]:
-    """The records without repeated sequences, of which the first record stays."""
+    """The records without repeated sequences: of each sequence the first record."""
     first: dict[str, FastaRecord] = {}
     for record in records:
         first.setdefault(record.sequence, record)
@@ -65,7 +65,8 @@ def _read_file(path: Path) -> Iterator[FastaRecord]:
     found_any = False
     with _open_text(path) as handle:
         for title, letters in SimpleFastaParser(_checked_lines(path, handle, headers)):
-            # The parser has read one header further by now; the oldest is this record's.
+            # The parser has already read the next header; the oldest in the queue is that of this
+            # record.
             header_line = headers.pop(0)
             found_any = True
             identifier, _, description = title.partition(" ")
@@ -103,8 +104,8 @@ def _open_text(path: Path) -> TextIOWrapper:
             "with gzip."
         )
     opener = gzip.open if is_gzip else open
-    # A description in another encoding does no harm; in a sequence the replacement sign is an
-    # illegal letter.
+    # A description in another encoding does no harm. In a sequence, the replacement sign is
+    # rejected as an illegal letter.
     return opener(path, "rt", encoding="utf-8-sig", errors="replace")
 
 

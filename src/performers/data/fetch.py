@@ -80,7 +80,7 @@ def fetch_proteins(
     report: called with a line of text before each step that takes time.
 
     Returns the card. Raises FileExistsError rather than overwrite, FileNotFoundError for a missing
-    file or program, ValueError for a bad option or file, RuntimeError with the words of a program
+    file or program, ValueError for a bad option or file, RuntimeError with the message of a program
     that failed. Nothing is written until everything is computed.
     """
     output = Path(output)
@@ -192,10 +192,10 @@ def write_proteins(
 ) -> dict[str, object]:
     """Write FASTA.gz with `Cluster=… Family=…` after each description, and its card.
 
-    Returns the card. The same proteins give the same bytes. Neither file is ever there in part.
+    Returns the card. The same proteins give the same bytes. No file is ever left incomplete.
     """
     fasta = io.BytesIO()
-    # Without a time and a file name in its header, equal contents give equal files.
+    # Its header has no time and no file name, so that equal contents give equal files.
     with gzip.GzipFile("", "wb", 9, fasta, mtime=0) as compressed:
         for record, cluster, family in zip(records, clusters, families, strict=True):
             header = f"{record.identifier} {record.description}".strip()
@@ -272,7 +272,7 @@ SOURCES = {
 
 
 def card_path(output: Path) -> Path:
-    """Where the card of a data set lies: beside it, under the same name."""
+    """The path of the card of a data set: beside it, with the same name."""
     if not output.name.endswith(".fasta.gz"):
         raise ValueError(f"the output must be named NAME.fasta.gz, got {output.name!r}.")
     return output.with_name(output.name.removesuffix(".fasta.gz") + ".json")

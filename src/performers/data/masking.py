@@ -5,9 +5,9 @@ The collators turn items of a `TokenDataset` into the batch a transformers model
 the right.
 
 Which positions are masked is a function of (seed, epoch, the tokens of the row) and of nothing
-else: not of the batch a row comes in, of its neighbours, of the worker, the rank or the number of
-steps before it. A run that resumes therefore masks exactly as the run that was never stopped, and
-two models are evaluated on the same positions.
+else: not of the batch, the neighboring rows, the worker, the rank or the number of steps before.
+Therefore a resumed run masks exactly as an uninterrupted run, and two models are evaluated on the
+same positions.
 
 Source: Choromanski et al. 2021, Appendix A.1 and C; Devlin et al. 2019, Section 3.1 (15 %,
 80/10/10).
@@ -86,7 +86,7 @@ class CausalCollator:
         return (EOS_TOKEN_ID, *AMINO_ACID_IDS)
 
     def set_epoch(self, epoch: int) -> None:
-        """Nothing is drawn at random here, so every epoch is the same."""
+        """Does nothing: this collator draws nothing at random, so all epochs are the same."""
 
     def __call__(self, items: Sequence[Batch]) -> Batch:
         input_ids, attention_mask = pad(items, self.pad_to_multiple_of)
@@ -95,7 +95,7 @@ class CausalCollator:
         return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
 
 
-# What turns items of a dataset into a batch, and knows which tokens it scores.
+# A collator turns items of a dataset into a batch, and knows which tokens it scores.
 Collator = MaskedCollator | CausalCollator
 
 
@@ -124,10 +124,10 @@ def mask_tokens(
     """BERT's masking, a function of (seed, epoch, the row's tokens): masked input ids and labels.
 
     Each token of `token_ids`, the upper end of the vocabulary, is chosen with probability
-    `mask_rate`, independently. A chosen one becomes <mask> (80 %), a random one of `token_ids`
-    (10 %) or stays (10 %); its label is what it was. Special tokens are never chosen. A row always
-    has at least one label (the position nearest to being chosen), so that no batch is without a
-    loss.
+    `mask_rate`, independently. A chosen one becomes <mask> (80 %), a random one of `token_ids` (10
+    %) or stays (10 %); its label is what it was. Special tokens are never chosen. Every row has at
+    least one label, if need be the position that came nearest to being chosen, so that every batch
+    has a loss.
 
     Source: Devlin et al. 2019, Section 3.1.
     """
@@ -136,6 +136,7 @@ def mask_tokens(
 
     may_be_chosen = input_ids >= token_ids.start
     choice = choice.masked_fill(~may_be_chosen, torch.inf)
+    # The smallest number of a row is always chosen: a row has at least one label.
     chosen = may_be_chosen & ((choice < mask_rate) | (choice == choice.amin(dim=1, keepdim=True)))
 
     masked_ids = input_ids.masked_fill(chosen & (action < 0.8), MASK_TOKEN_ID)
@@ -144,9 +145,9 @@ def mask_tokens(
     return masked_ids, input_ids.masked_fill(~chosen, NOT_SCORED)
 
 
-# A torch.Generator per row would need a loop over rows and could not be seeded by the row itself. A
-# counter-based generator has no state: the bits of position i are a hash of (row key, i). The hash
-# is SplitMix64 (Steele, Lea and Flood 2014), whose 64-bit arithmetic wraps around exactly as
+# A torch.Generator for each row would need a Python loop over rows. A counter-based generator has
+# no state: the bits of position i are a hash of (row key, i), computed for all rows at once. The
+# hash is SplitMix64 (Steele, Lea and Flood 2014), whose 64-bit arithmetic wraps around exactly as
 # torch's int64 does.
 _GOLDEN_GAMMA = 0x9E3779B97F4A7C15 - 2**64
 
@@ -156,6 +157,7 @@ def _random_bits(
 ) -> Int64[Tensor, "batch length"]:
     position = torch.arange(1, input_ids.shape[1] + 1, device=input_ids.device) * _GOLDEN_GAMMA
     is_real = input_ids != PAD_TOKEN_ID
+    # A sum over real tokens, so that the amount of padding does not change the key of a row.
     content = (_mix(position + input_ids) * is_real).sum(dim=1, keepdim=True)
     run = torch.tensor([_as_int64(seed), epoch], device=input_ids.device)
     row_key = _mix(content + _mix(run[0] + _mix(run[1])))
@@ -170,7 +172,7 @@ def _mix(bits: Int64[Tensor, "*shape"]) -> Int64[Tensor, "*shape"]:
 
 
 def _shift_right(bits: Int64[Tensor, "*shape"], by: int) -> Int64[Tensor, "*shape"]:
-    """The shift of unsigned integers: torch's own copies the sign bit."""
+    """The shift of unsigned integers. torch's own shift copies the sign bit."""
     return (bits >> by) & ((1 << (64 - by)) - 1)
 
 
@@ -180,4 +182,5 @@ def _uniform(bits: Int64[Tensor, "*shape"]) -> Float64[Tensor, "*shape"]:
 
 
 def _as_int64(number: int) -> int:
+    # Python's integers have no bound; this wraps one around as int64 does.
     return (number + 2**63) % 2**64 - 2**63

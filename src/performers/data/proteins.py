@@ -6,7 +6,8 @@
           ──concatenate_sequences──► M K V … L <eos> M A … windows of length tokens
 
 Source: Choromanski et al. 2021, Appendix C.1. The paper splits at random and says that homologues
-may then stand on both sides; here no cluster does, unless the paper's split is asked for.
+may then be on both sides. Here no cluster is on both sides, unless `split_by` asks for the paper's
+split.
 """
 
 from __future__ import annotations
@@ -46,14 +47,14 @@ Source = str | Path | Sequence[str | Path]
 
 SPLITS = ("train", "valid", "test", "ood")
 
-# `performers data proteins` writes these at the end of a description, in the manner of UniProt's
-# OS= and GN=.
+# `performers data proteins` writes these at the end of a description, in the style of UniProt's OS=
+# and GN=.
 _GROUPS = re.compile(r"(?:^|\s)Cluster=(\S+) Family=(\S+)$")
 
 
 @dataclass(frozen=True)
 class Protein:
-    """A protein and the groups that a split keeps whole. A family contains whole clusters."""
+    """A protein, and its groups, which a split keeps whole. A family contains whole clusters."""
 
     identifier: str
     description: str
@@ -127,9 +128,9 @@ def read_proteins(source: Source = "sample") -> tuple[list[Protein], int]:
     """The distinct proteins of a source in file order, and how many repetitions were dropped.
 
     Clusters and families come from `Cluster=… Family=…` at the end of the descriptions, where
-    `performers data proteins` writes them. If any protein lacks them, or there are several files,
-    whose groups know nothing of each other, all are clustered afresh by shared words
-    (`cluster_by_kmers`), which sees close homologues only, and each cluster is its own family.
+    `performers data proteins` writes them. If any protein lacks them, or if there are several
+    files, whose groups are unrelated, all are clustered anew by shared words (`cluster_by_kmers`),
+    which finds close homologues only, and each cluster is its own family.
     """
     paths: Sequence[str | Path] = [source] if isinstance(source, str | Path) else source
     if source == "sample":
@@ -245,19 +246,22 @@ def _check_split(
 def _take_whole_groups(
     proteins: Sequence[Protein], group_of: Callable[[Protein], str], quota: float, seed: int
 ) -> tuple[list[Protein], list[Protein]]:
-    """Groups in the order of their hash, as long as they fit: what was taken and what was left."""
+    """Take groups in the order of their hash, as long as they fit. Returns what was taken and what
+    was left.
+    """
     groups = defaultdict(list)
     for protein in proteins:
         groups[group_of(protein)].append(protein)
     taken: list[Protein] = []
     left: list[Protein] = []
     for group in sorted(groups.values(), key=lambda group: _group_hash(group, seed)):
+        # A group that does not fit is left, and smaller groups after it may still fit.
         (taken if len(taken) + len(group) <= quota else left).extend(group)
     return taken, left
 
 
 def _group_hash(group: Sequence[Protein], seed: int) -> bytes:
-    # The hash of one member, not the least of all hashes, which would put large groups first.
+    # The hash of one member. The least hash of all members would put large groups first.
     return _hash(min(protein.sequence for protein in group), seed)
 
 

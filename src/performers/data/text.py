@@ -3,8 +3,8 @@
     book ──paragraphs──► unwrapped lines ──sentences──► "It is a truth universally acknowledged, …"
          ──train_vocabulary──► unigram SentencePiece pieces ──encode_text──► token ids
 
-Special tokens have the ids that they have for proteins, and pieces come after them, so that
-`crop_tokens`, `concatenate_tokens`, masking and the empirical baseline serve text as well.
+Special tokens have the same ids as for proteins, and pieces come after them. So `crop_tokens`,
+`concatenate_tokens`, masking and the empirical baseline work for text as well.
 
 Source: Choromanski et al. 2021, Appendix A.1.1.
 """
@@ -52,7 +52,7 @@ def paragraphs(book: str) -> list[str]:
 
 
 def sentences(book: str) -> list[str]:
-    """The sentences of a book, in order; no sentence goes over the end of a paragraph.
+    """The sentences of a book, in order. A sentence ends at the latest where its paragraph ends.
 
     >>> sentences('"Indeed!" said Mr. Weston. "Is he?"')
     ['"Indeed!" said Mr. Weston.', '"Is he?"']
@@ -71,8 +71,8 @@ def sentences(book: str) -> list[str]:
 def train_vocabulary(texts: Iterable[str], size: int) -> Tokenizer:
     """A unigram SentencePiece vocabulary (Kudo & Richardson 2018) of at most `size` tokens.
 
-    Spaces are part of the pieces: decoding gives the text back, but for characters that `texts` do
-    not contain, which become <unk>.
+    Spaces are part of the pieces, so decoding gives the text back, except for characters that
+    `texts` do not contain, which become <unk>.
 
     Raises ValueError if `size` leaves no room for pieces.
     """
@@ -110,6 +110,7 @@ def _canonical(tokenizer: Tokenizer) -> Tokenizer:
     special, pieces = scores[: len(SPECIAL_TOKENS)], scores[len(SPECIAL_TOKENS) :]
     lowest = min(score for _, score in pieces)
     kept = lowest + 0.0001 * sum(len(piece) == 1 for piece, _ in pieces)
+    # These characters all get the lowest score, and the sort below orders equal scores by name.
     level = [(p, lowest if len(p) == 1 and score <= kept else score) for p, score in pieces]
     rounded = [(piece, round(score, 6)) for piece, score in level]
     rounded.sort(key=lambda entry: (-entry[1], entry[0]))
@@ -119,7 +120,7 @@ def _canonical(tokenizer: Tokenizer) -> Tokenizer:
 
 
 def piece_ids(tokenizer: Tokenizer) -> range:
-    """The ids of the pieces, which are masked and scored; special tokens are not."""
+    """The ids of the pieces. These are masked and scored; special tokens are not."""
     return range(len(SPECIAL_TOKENS), tokenizer.get_vocab_size())
 
 

@@ -20,7 +20,8 @@ __all__ = ["TokenDataset", "concatenate_tokens", "crop_tokens"]
 class TokenDataset(Dataset[dict[str, Tensor]]):
     """Sequences of token ids; item i is `{"input_ids": Int64[Tensor, " length"]}`.
 
-    They lie end to end in one tensor, of bytes for proteins: 165 million residues take 165 MB.
+    They are stored end to end in one tensor, with a byte per token for proteins: 165 million
+    residues take 165 MB.
     """
 
     tokens: Integer[Tensor, " tokens"]

@@ -1,4 +1,4 @@
-"""What linear attention gets wrong on given queries, keys and values, and what less error costs."""
+"""The error of linear attention on given queries, keys and values, and what less of it costs."""
 
 from performers.diagnosis.comparison import COMPARED, compare, recommendation
 from performers.diagnosis.frontier import Frontier, Setting, measure_frontier

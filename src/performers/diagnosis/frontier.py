@@ -1,4 +1,4 @@
-"""What an error costs: every near field and number of projections, on given queries and keys."""
+"""What an error costs: a grid of near fields and projections, tried on given queries and keys."""
 
 from __future__ import annotations
 
@@ -27,24 +27,24 @@ __all__ = ["NUM_SINKS", "PROJECTIONS", "WINDOWS", "Frontier", "Setting", "measur
 WINDOWS = (None, 16, 32, 64, 128, 256)
 PROJECTIONS = (16, 32, 64, 128, 256)
 
-# Exact keys beside every near field: few, for they cost every query.
+# Exact keys beside every near field. There are few, because every query scores them.
 NUM_SINKS = 4
 
-# Rounds of which the median is the time of a setting.
+# The time of a setting is the median over this many rounds.
 ROUNDS = 5
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One way to attend: what it gets wrong and what it costs, the mean over layers.
+    """One way to attend, with its error and its cost, averaged over layers.
 
     `features`: "sharp" or "positive", as in `FavorOptions`.
     `window_size`: None for no near field. `num_projections`: 0 for the near field alone.
     `num_sinks`: exact keys for every query; none without a near field.
     `error`: ‖out − exact‖ / ‖exact‖, the mean over sequences and heads too.
     `operations`: of one head, counted by `theory.favor_operations`.
-    `is_on_frontier`: whether nothing that costs no more errs less, averaging and exact attention
-    included.
+    `is_on_frontier`: True if no setting of at most the same cost has a smaller error; averaging and
+    exact attention count as settings.
     `seconds`: of one sequence in the first layer, on this machine; on the frontier only.
     """
 
@@ -70,7 +70,7 @@ class Frontier:
 
     `settings`: the cheapest first. `length`: the keys of a sequence, of the longest layer.
     `statistics`: as they were given.
-    `averaging_error`: of uniform attention, what no setting should be worse than.
+    `averaging_error`: the error of uniform attention. A useful setting has a smaller one.
     `exact_operations`, `exact_seconds`: of exact attention, counted and timed alike.
     """
 
@@ -98,7 +98,7 @@ class Frontier:
         )
 
     def cost(self, setting: Setting) -> str:
-        """What a setting costs, as a sentence that hides nothing."""
+        """The cost of a setting in a sentence, beside that of exact attention."""
         ratio = setting.operations / self.exact_operations
         if ratio < 1:
             return f"{ratio:.2f} of the operations of exact attention at length {self.length}"
@@ -156,7 +156,7 @@ def measure_frontier(
 ) -> Frontier:
     """The errors and costs of a grid of settings on the self-attention of a model's layers.
 
-    `layers`: what `performers.convert.capture_attention` returns, or of your own making. Layers
+    `layers`: what `performers.convert.capture_attention` returns, or others of that type. Layers
     whose queries and keys differ in number are left out.
     `num_sinks`: exact keys for all beside a near field, see `favor_attention`.
     `statistics`: of sharp features. None: those of each sequence, and "calibrated" where attention
@@ -345,9 +345,10 @@ class _Layer:
 
 
 def _seconds(calls: Sequence[Callable[[], Tensor]]) -> list[float]:
-    """The median time of each call over rounds of all, so that what disturbs one disturbs all.
+    """The median time of each call. A round makes every call once, so that disturbances reach all
+    alike.
 
-    One thread on a CPU counts its own time, which other processes disturb less.
+    A single thread on a CPU is measured by CPU time, which other processes disturb less.
     """
     times: list[list[float]] = []
     for _ in range(ROUNDS + 1):  # the first is to warm up

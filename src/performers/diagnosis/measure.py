@@ -1,4 +1,4 @@
-"""Is m enough? What linear attention gets wrong on given queries, keys and values, and why."""
+"""Is m enough? The error of linear attention on given queries, keys and values, and its causes."""
 
 from __future__ import annotations
 

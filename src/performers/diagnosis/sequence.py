@@ -19,16 +19,17 @@ from performers.typing import FeatureMap
 
 __all__ = ["Sequence"]
 
-# The closed form takes length² numbers per query: it is averaged over this many, evenly spaced.
+# The closed form takes length² numbers per query, so it is averaged over this many queries, evenly
+# spaced.
 QUERIES = 8
 
 
 @dataclass(frozen=True)
 class Sequence:
-    """One sequence of a batch, and what can be asked about it; every answer has one row per head.
+    """One sequence of a batch. Its methods compute what `diagnose` reports, one row per head.
 
-    `query`, `key`, `value` and `mask` are as attention takes them, a batch of one. The rest is for
-    sums by definition, over real queries and keys alone, in float64.
+    `query`, `key`, `value` and `mask` are as attention takes them, a batch of one. The other fields
+    are for sums by definition: real queries and keys alone, in float64.
     """
 
     query: Float[Tensor, "1 heads query_length dim"]
@@ -78,9 +79,10 @@ class Sequence:
         distance = queries[:, None] - keys
         visible = distance >= 0 if is_causal else torch.ones_like(distance, dtype=torch.bool)
         near = torch.zeros_like(visible)
-        if window_size is not None:  # one query per key: the places of real tokens among themselves
+        if window_size is not None:  # self-attention: blocks are counted in real tokens alone
             block = torch.arange(len(keys), device=keys.device) // window_size
             near = visible & ((block[:, None] - block).abs() <= 1)
+        # Exact attention with all pairs, in float64: errors are measured against this.
         scores = real_query @ real_key.repeat_interleave(group, dim=0).mT * scale
         return cls(
             query=query,
@@ -150,7 +152,7 @@ class Sequence:
         query: Float[Tensor, "heads queries dim"],
         key: Float[Tensor, "heads keys dim"],
     ) -> Float[Tensor, " heads"]:
-        """The root of the mean of the closed form, relative, over evenly spaced queries."""
+        """The root of the closed form's mean over evenly spaced queries, relative to ‖exact‖."""
         count = len(self.queries)
         chosen = torch.linspace(0, count - 1, min(QUERIES, count)).long()
         squares = [
@@ -192,16 +194,21 @@ class Sequence:
         """(Σ_m u_m)² / Σ_m u_m², averaged over the queries that have an estimated key."""
         query_features, key_features = fitted.query_features(query), fitted.key_features(key)
         exponent = key_features.exponent()
+        # One frame per feature, the maximum over keys as in a softmax, which `weights` below adds
+        # again.
         frame = exponent.amax(dim=2, keepdim=True)
         parts = (exponent - frame).exp()
         if key_features.values is not None:
             parts = parts * key_features.values
         _, parts = self._by_head(query, parts)
+        # A 0/1 matrix in place of attention: each query sums the features of its estimated keys.
         parts = (self.visible & ~self.near).to(parts.dtype) @ parts  # [heads, queries, features]
-        # The factor of a whole query cancels in the ratio, and with it log_rows.
+        # A factor common to all features of a query cancels in the ratio. log_rows is such a
+        # factor.
         weights = frame.expand(-1, -1, query.shape[2], fitted.num_features)
         if query_features.log_values is not None:
             weights = weights + query_features.log_values
+        # The ratio does not change if all features of a query are divided by the largest.
         weights = (weights - weights.amax(dim=-1, keepdim=True)).exp()
         if query_features.values is not None:
             weights = weights * query_features.values
@@ -211,15 +218,16 @@ class Sequence:
         return _ratio(effective.sum(dim=1), (square > 0).sum(dim=1))
 
     def _rows(self) -> tuple[Tensor, Tensor]:
-        """Real queries and keys as φ takes them, the queries of a group one after the other."""
+        """Real queries and keys as φ takes them; those of one key head's queries in succession."""
         query, key = self.query[:, :, self.queries], self.key[:, :, self.keys]
         query = query.unflatten(1, (key.shape[1], -1)).flatten(2, 3)
         root = math.sqrt(self.scale)
         return query.double() * root, key.double() * root
 
     def _by_head(self, rows: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
-        """What belongs to such queries and keys as (heads, queries, ·) and (heads, keys, ·)."""
+        """Such queries and keys rearranged to (heads, queries, ·) and (heads, keys, ·)."""
         group = self.query.shape[1] // self.key.shape[1]
+        # [1, key_heads, group · queries, ·] → [key_heads · group, queries, ·]
         rows = rows.unflatten(2, (group, -1)).flatten(0, 2)
         return rows, keys[0].repeat_interleave(group, dim=0)
 

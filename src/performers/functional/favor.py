@@ -81,8 +81,9 @@ def favor_attention(
 
     `phi`: the feature map, e.g. `performers.SoftmaxFeatures(dim)`; only `phi.redraw()` changes it.
     `is_causal`: position i attends to j ≤ i; nothing it sees depends on later keys or values.
-    `key_padding_mask`: True = a real key. Masked keys are out of numerator and normalizer; a query
-    that sees no key returns zeros. Rows of padded queries hold what they saw; ignore them.
+    `key_padding_mask`: True = a real key. Masked keys count neither in the numerator nor in the
+    normalizer; a query that sees no key returns zeros. Outputs of padded queries mean nothing:
+    ignore them.
     `scale`: 1/√dim for softmax features, 1 for generalized kernels, unless given. Must be positive.
     `normalize`: False leaves out D⁻¹ (Appendix D.3); the output then is as large as φ makes it.
     `enable_gqa`: key heads may divide query heads; each key head serves a group of neighbors.
@@ -90,8 +91,8 @@ def favor_attention(
     block and of the neighboring ones exactly (causal: of the one before, and its own up to itself),
     so at least the window_size nearest on each side, and all others by φ, under one normalizer. A
     window of the whole length is exact attention. For positive features of softmax only.
-    `num_sinks`: the first so many real tokens are exact keys for every query that sees them, too.
-    `far`: False leaves out what is neither near nor a sink; φ is then not used.
+    `num_sinks`: the first real tokens, this many, are scored exactly by every query that sees them.
+    `far`: False leaves out all keys that are neither near nor sinks; φ is then not used.
     `initial_state`, `return_state`: continue a sequence. Prefill, chunked prefill and one-token
     decoding are this same call. With `return_state=True` the result is `(out, LinearState)`.
     `backend`: None chooses; "reference", "chunked", "landmarks" or "triton" is obeyed or refused.
@@ -143,7 +144,7 @@ def favor_attention(
 def without_sinks(
     key: Tensor, key_padding_mask: Tensor | None, num_sinks: int
 ) -> Bool[Tensor, "batch key_length"]:
-    """The keys that features are asked to estimate, of which alone they should learn."""
+    """The mask of the keys that φ has to estimate, the only ones that sharp features learn from."""
     if key_padding_mask is None:
         is_later = torch.arange(key.shape[2], device=key.device) >= num_sinks
         return is_later.expand(len(key), -1)

@@ -3,9 +3,9 @@
 Softmax kernel exp(x·y), Section 2.3 of the paper: `positive_features` (the + of FAVOR+),
 `hyperbolic_features`, `trigonometric_features`. Any other kernel, Section 2.2: `kernel_features`.
 
-All return `Features`, φ with its exponents kept apart; `.dense()` gives the plain φ. The
-temperature is the caller's: for softmax(QKᵀ/√dim) scale queries and keys by dim**-0.25, as
-`favor_attention` does.
+All return `Features`, which keep the exponents of φ apart from its values; `.dense()` gives φ
+itself. The temperature is the caller's: for softmax(QKᵀ/√dim) scale queries and keys by dim**-0.25,
+as `favor_attention` does.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def positive_features(
 
 
 def positive_side(omega: Float[Tensor, "num_projections dim"]) -> LogLinearSide:
-    """`positive_features`, not multiplied out."""
+    """`positive_features` before the product with ω."""
     return LogLinearSide(omega, -math.log(len(omega)) / 2)
 
 
@@ -66,7 +66,7 @@ def hyperbolic_features(
 
         φ(x) = exp(-‖x‖²/2) / √(2m) · (exp(ω₁·x), …, exp(ω_m·x), exp(-ω₁·x), …, exp(-ω_m·x))
 
-    Never a larger variance than `positive_features` of 2m independent projections.
+    The variance is never larger than that of `positive_features` with 2m independent projections.
 
     Cost: O(length · m · dim).  Source: Choromanski et al. 2021, Lemma 1 and Lemma 2.
     """
@@ -75,7 +75,7 @@ def hyperbolic_features(
 
 
 def hyperbolic_side(omega: Float[Tensor, "num_projections dim"]) -> LogLinearSide:
-    """`hyperbolic_features`, not multiplied out."""
+    """`hyperbolic_features` before the product with ω."""
     return positive_side(torch.cat([omega, -omega]))
 
 
@@ -87,8 +87,9 @@ def trigonometric_features(
 
         φ(x) = exp(‖x‖²/2) / √m · (sin ω₁·x, …, sin ω_m·x, cos ω₁·x, …, cos ω_m·x)
 
-    Unbiased, but of any sign: where exp(x·y) is small the variance is not, and the normalizer of
-    attention may vanish or turn negative. Kept to compare with; train with positive features.
+    The estimate is unbiased, but can have any sign. Where exp(x·y) is small its variance is not,
+    and the normalizer of attention may vanish or turn negative. These features exist for
+    comparison; train with positive features.
 
     Cost: O(length · m · dim).  Source: Choromanski et al. 2021, Section 2.3 (Eq. 5).
     """
@@ -109,9 +110,9 @@ def kernel_features(
 
         φ(x) = (f(ω₁·x) + ε, …, f(ω_m·x) + ε) / √m,    without ω:  φ(x) = f(x) + ε
 
-    `fn` is a name in `KERNELS`, any elementwise callable, or a `Kernel`. `epsilon` is the
-    paper's kernel epsilon: part of the kernel (it keeps ReLU features from vanishing together),
-    not of the arithmetic.
+    `fn` is a name in `KERNELS`, any elementwise callable, or a `Kernel`. `epsilon` is the paper's
+    kernel epsilon. It is a part of the kernel, which prevents that all ReLU features are 0; it is
+    not there for the arithmetic.
 
     Cost: O(length · m · dim).  Source: Choromanski et al. 2021, Section 2.2 and Appendix A.4.
     """
@@ -127,7 +128,7 @@ def kernel_features(
 
 
 def resolve_kernel(fn: str | Callable[[Tensor], Tensor] | Kernel) -> Kernel:
-    """The `Kernel` of a name or of a callable, of which nothing is assumed."""
+    """The `Kernel` with this name, or of a callable, about which nothing is assumed."""
     if isinstance(fn, Kernel):
         return fn
     if callable(fn):

@@ -45,7 +45,7 @@ def linear_attention(
 
     With `window_size`, the keys of a near field (`NearField`) are scored by exp(scale · q·k), not
     by κ: for positive features of the softmax kernel, and for one query per key. Without `far` the
-    others are left out.
+    other keys are left out.
 
     Returns the output and, with `return_state`, the state, else None.
 
@@ -77,7 +77,9 @@ def linear_attention(
     )
     near = None if window_size is None else NearField(window_size, num_sinks, far)
     batch, key_heads, _, value_dim = value.shape
+    # Sums stop growing in half precision after some hundred terms, so states are float32 at least.
     dtype = torch.promote_types(value.dtype, torch.float32)
+    # Without a far field there is nothing to sum: the state then has no features.
     width = phi.num_features if far else 0
     call = Call(phi, scale, is_causal, normalize, near, has_state, dtype)
     if initial_state is not None:
@@ -96,11 +98,15 @@ def linear_attention(
         key, value = key.masked_fill(absent, 0.0), value.masked_fill(absent, 0.0)
     chosen = choose_backend(backend, call, query, key, value)
     if near is not None and key.shape[2] == 0:
+        # There are no tokens. The output has no rows, but stays connected to the query for
+        # backward.
         out = query[..., :1].expand(*query.shape[:-1], value_dim)
         if state.near is None:
             state = replace(state, near=NearKeys.empty(key, value, near, pending=state))
         return out, state if return_state else None
+    # Autocast would round exponents to half precision.
     with torch.autocast(query.device.type, enabled=False):
+        # [batch, key_heads, group, length, dim]: the queries of a group share a key head.
         rows = query.unflatten(1, (key_heads, -1))
         out, last = BACKENDS[chosen].attend(call, rows, key, value, key_padding_mask, state)
     return out.flatten(1, 2).to(query.dtype), last if return_state else None

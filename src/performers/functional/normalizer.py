@@ -12,10 +12,10 @@ The estimate of the normalizer is unbiased; its logarithm is not (Jensen):
 
     E[log Ẑ] ≈ log Z − Var(Ẑ) / (2 Z²)
 
-So it is too small on average, by half the squared relative error of Ẑ while that is well below 1.
-Past that Ẑ misses the rare ω that make up its mean, and log Ẑ is too small nearly always. The error
-grows like exp(‖q + k‖²) / m, so keep the norms small or use `performers.SharpFeatures`;
-docs/kernels.md has the numbers.
+So log Ẑ is too small on average: by half the squared relative error of Ẑ, while that error is well
+below 1. If it is larger, the rare ω that dominate the mean of Ẑ are rarely drawn, and log Ẑ is
+nearly always too small. The error grows like exp(‖q + k‖²) / m, so keep the norms small or use
+`performers.SharpFeatures`; docs/kernels.md has the numbers.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ def absorb_keys(
     key_padding_mask: Bool[Tensor, "batch key_length"] | None = None,
     scale: float | None = None,
 ) -> LinearState:
-    """Σ_j φ(√scale · k_j), with one log-scale per feature: all that a normalizer asks of the keys.
+    """Σ_j φ(√scale · k_j), with one log-scale per feature: all that a normalizer needs of the keys.
 
     States of several key sets merge: `state.merge(other)`. `scale` is 1/√dim unless given.
 
-    Raises ValueError where φ is no nonnegative estimate of the softmax kernel.
+    Raises ValueError unless φ is a nonnegative estimate of the softmax kernel.
     Cost: O(key_length · num_features · dim) time, O(num_features) memory beside the keys.
     """
     _check_log_is_defined(phi)
@@ -76,10 +76,10 @@ def log_normalizer(
 
         log Ẑ_i = log Σ_m φ_m(√scale · q_i) Σ_j φ_m(√scale · k_j)
 
-    A state of batch size 1 serves queries of any batch size. Without a key it is −∞. The result is
-    float32, or float64 for float64 states. Bias: see the head of this file.
+    A state of batch size 1 serves queries of any batch size. It is −∞ for a state without keys. The
+    result is float32, or float64 for float64 states. Bias: see the head of this file.
 
-    Raises ValueError where φ is no nonnegative estimate of the softmax kernel.
+    Raises ValueError unless φ is a nonnegative estimate of the softmax kernel.
     Cost: O(query_length · num_features · dim), whatever the number of keys.
 
     >>> from performers import SoftmaxFeatures
@@ -92,11 +92,13 @@ def log_normalizer(
     """
     _check_log_is_defined(phi)
     scale = phi.default_scale if scale is None else scale
+    # The keys are in the state already, so this call has none. Statistics of the call are refused.
     phi = phi.fitted(query, query[:, :, :0], None, scale=scale, is_streaming=True)
     state = state.map(lambda part: part.expand(len(query), *part.shape[1:]))
 
     def read_tile(rows: Tensor, state: LinearState) -> Tensor:
         partial = read(state, phi.query_features(rows * math.sqrt(scale)))
+        # The sum is kept relative to a frame, a running maximum of exponents: log Ẑ adds it again.
         return (partial.normalizer.log() + partial.frame).squeeze(-1)
 
     with torch.autocast(query.device.type, enabled=False):
@@ -118,22 +120,24 @@ def approximate_cross_entropy(
         loss = log(1 + exp(log Ẑ_others − h·e_target)),    Ẑ_others = φ(h) · Σ_{j ≠ target} φ(e_j)
 
     The target's own term is exact in the numerator and in the normalizer, and only the sum over the
-    other tokens is estimated. So the loss is never negative. Were the target a part of the
-    estimate, which typically is too small, training would find a loss without a lower bound.
+    other tokens is estimated. So the loss is never negative. If the target were a part of the
+    estimate, which typically is too small, the loss would have no lower bound, and training would
+    exploit that.
 
     The estimate is differentiable in `hidden` and `output_embeddings`. It is too small on average
-    (see the head of this file): train with it, but report the exact cross entropy, and redraw φ as
-    training goes on, lest the weights learn to suit one ω. `SharpFeatures(statistics="call")`
-    measures hidden states and embeddings at every call and is the sharpest choice.
+    (see the head of this file): train with it, but report the exact cross entropy, and redraw φ
+    during training, because the weights would else adapt to the errors of one ω.
+    `SharpFeatures(statistics="call")` measures hidden states and embeddings at every call and is
+    the sharpest choice.
 
     `targets`: indices of rows of `output_embeddings`; those equal to `ignore_index` are left out.
     `reduction`: "mean" over the targets that count (NaN if there is none, as in torch), "sum", or
     "none". The loss is float32, or float64 for float64 inputs.
 
-    Raises ValueError or TypeError for shapes, targets and words that do not fit, or where φ is no
-    nonnegative estimate of the softmax kernel.
+    Raises ValueError or TypeError for shapes, targets and words that do not fit, and for a φ that
+    is not a nonnegative estimate of the softmax kernel.
     Cost: O((N + V) · num_features · dim) for N targets and V tokens, where exact logits cost
-    O(N · V · dim): it pays from num_features ≪ N·V/(N + V). Memory O((N + V) · dim), not N · V.
+    O(N · V · dim): it pays if num_features ≪ N·V/(N + V). Memory O((N + V) · dim), not N · V.
     """
     _check_log_is_defined(phi)
     check_choice("reduction", reduction, REDUCTIONS)
@@ -143,17 +147,20 @@ def approximate_cross_entropy(
 
     def losses_of(rows: Tensor, own_key: Tensor, state: LinearState) -> Tensor:
         frame = state.log_scale.unsqueeze(2)
+        # Everything is relative to the frames of the state, one per feature, and of the rows.
         weights, row_frame = read_weights(frame, phi.query_features(rows))
         own_features = phi.key_features(own_key)
         own = exp_difference(own_features.exponent(), frame)
         if own_features.values is not None:
             own = own * own_features.values
-        # Feature by feature no difference is below 0, but for rounding.
+        # The state holds the target's own key, so no difference is below 0 except by rounding.
         others = (weights * (state.normalizer.unsqueeze(2) - own).clamp(min=0)).sum(
             -1, keepdim=True
         )
+        # With a vocabulary of one token, or after underflow, the loss is log(1 + 0).
         has_others = others > 0
         log_others = others.where(has_others, 1.0).log() + row_frame
+        # log(1 + exp(x)) as softplus(x), which overflows nowhere.
         losses = F.softplus(log_others - (rows * own_key).sum(-1, keepdim=True))
         return losses.where(has_others, 0.0).flatten()
 
@@ -162,6 +169,7 @@ def approximate_cross_entropy(
         key = output_embeddings.to(dtype)[None, None]
         phi = phi.fitted(query, key, None, scale=1.0, is_streaming=False)
         state = absorb_keys(key, phi, scale=1.0)
+        # With indices of shape [counted] this gathers one key for each counted target.
         own_key = key[:, :, targets[counts]]
         rows, own_keys = query.split(QUERY_TILE, dim=2), own_key.split(QUERY_TILE, dim=2)
         parts = [recomputed(losses_of, *tile, state) for tile in zip(rows, own_keys, strict=True)]

@@ -32,11 +32,12 @@ def draw_projection(
 
     `kind`: "iid" rows are independent. The others take the rows of random orthogonal matrices, one
     independent matrix per block of `dim` rows, which lowers the variance of every estimator
-    (Theorem 2). "orthogonal" (R-ORF) draws them from the Haar measure, at no bias. "hadamard"
-    (H-ORF) and "givens" (G-ORF) multiply simple random rotations; first and second moments are
-    exact, higher ones have a small bias that vanishes as `dim` grows.
+    (Theorem 2). "orthogonal" (R-ORF) draws them from the Haar measure and leaves every estimate
+    unbiased. "hadamard" (H-ORF) and "givens" (G-ORF) multiply simple random rotations; first and
+    second moments are exact, higher ones have a small bias that vanishes as `dim` grows.
     `distribution`: "gaussian" gives rows the length of a Gaussian vector (chi with `dim` degrees of
-    freedom); "sphere" gives every row length √dim, the regularized softmax kernel SMREG.
+    freedom); "sphere" gives every row the length √dim, which estimates the regularized softmax
+    kernel SMREG.
 
     Drawn on the CPU in float64 and returned in float32, so that a seed means the same on every
     device.
@@ -52,7 +53,8 @@ def draw_projection(
     check_choice("kind of projection", kind, PROJECTIONS)
     check_choice("distribution", distribution, DISTRIBUTIONS)
     directions = PROJECTIONS[kind](num_projections, dim, generator)
-    # Hadamard directions may be wider than dim: they are drawn in the next power of two, then cut.
+    # Hadamard directions may be wider than dim: they are drawn with the next power of two, then
+    # cut.
     lengths = _draw_lengths(num_projections, directions.shape[1], distribution, generator)
     return (directions * lengths)[:, :dim].to(torch.float32)
 
@@ -66,7 +68,7 @@ def _draw_lengths(
 
 
 def _normal(rows: int, columns: int, generator: Generator | None) -> Tensor:
-    # device="cpu" by name: models are built under torch.device("meta") while weights load
+    # an explicit device: models are built under torch.device("meta") while weights load
     return torch.randn(rows, columns, generator=generator, dtype=torch.float64, device="cpu")
 
 
@@ -86,9 +88,10 @@ def _independent_directions(count: int, dim: int, generator: Generator | None) -
 def _haar_matrix(dim: int, generator: Generator | None) -> Tensor:
     """A Haar-distributed orthogonal matrix (Mezzadri 2007).
 
-    QR alone is not Haar: LAPACK's Q has a sign convention, so the first coordinate of its first row
-    would always be negative. Moving the signs of R's diagonal into Q makes the factorization
-    unique, and the uniqueness makes Q inherit the invariance of the Gaussian.
+    The Q of a QR factorization is not Haar-distributed: LAPACK fixes signs, so the first coordinate
+    of its first row would always be negative. Multiplying the columns of Q by the signs of R's
+    diagonal makes the factorization unique. A unique Q inherits the invariance of the Gaussian
+    matrix under rotations, which is the definition of Haar.
     """
     q, r = torch.linalg.qr(_normal(dim, dim, generator))
     return q * r.diagonal().sign()
@@ -96,16 +99,18 @@ def _haar_matrix(dim: int, generator: Generator | None) -> Tensor:
 
 def _orthogonal_directions(count: int, dim: int, generator: Generator | None) -> Tensor:
     blocks = [_haar_matrix(dim, generator) for _ in range(math.ceil(count / dim))]
+    # Rows of the last block may be left over. Any subset of Haar rows has the same distribution.
     return torch.cat(blocks)[:count]
 
 
 def _givens_directions(count: int, dim: int, generator: Generator | None) -> Tensor:
     """Rows of products of random Givens rotations and signs: orthogonal in every draw, nearly Haar.
 
-    A round pairs the coordinates at random and turns every pair by a uniform angle. For any row u
-    that brings Σᵢ E uᵢ⁴ nearer to Haar's value 3/(dim+2), by a factor below 3/4. After 6·log₂ dim
-    rounds the distance is a part of dim^(-1.5)/3 of that value: 0.07 % at dim 64. At dim 2 one
-    round is Haar already. The signs give both determinants.
+    A round pairs the coordinates at random and turns every pair by a uniform angle. For any row u,
+    each round shrinks the distance of Σᵢ E uᵢ⁴ from its value under Haar, 3/(dim+2), by a factor
+    below 3/4. After 6·log₂ dim rounds the relative distance is about dim^(-1.5)/3: 0.07 % at dim
+    64. At dim 2 a single round is Haar already. The random signs make both determinants, 1 and −1,
+    equally likely.
 
     Cost: O(count · dim · log dim), but in more steps than QR, which is faster at the dims of heads.
     Source: Choromanski et al. 2021, Appendix B.2; the mixing is that of Kac's random walk.
@@ -113,10 +118,12 @@ def _givens_directions(count: int, dim: int, generator: Generator | None) -> Ten
     blocks, pairs = math.ceil(count / dim), dim // 2
     rows = torch.diag_embed(_signs((blocks, dim), generator))
     for _ in range(math.ceil(6 * math.log2(dim))):
-        # Rows stay where the shuffle puts them: a permutation is orthogonal too.
+        # The shuffle need not be undone: a permutation is orthogonal too.
         rows = rows.take_along_dim(_uniform((blocks, dim, 1), generator).argsort(dim=1), dim=1)
         angles = 2 * math.pi * _uniform((blocks, pairs, 1), generator)
         cosine, sine = angles.cos(), angles.sin()
+        # After the shuffle, row i of the first half is paired with row i of the second half. An odd
+        # dim leaves one row without a partner.
         left, right, unpaired = rows.split([pairs, pairs, dim - 2 * pairs], dim=1)
         rows = torch.cat(
             [cosine * left - sine * right, sine * left + cosine * right, unpaired], dim=1
@@ -152,9 +159,10 @@ def _hadamard_directions(count: int, dim: int, generator: Generator | None) -> T
 
     H needs a power of two. For other dims the rows are orthogonal before they are cut to dim.
 
-    First and second moments are those of Haar rows exactly. A fourth moment is smaller than Haar's
-    by a part of 8/(3·dim²) at most (4 % at dim 8, 0.07 % at dim 64), in the direction of a
-    coordinate axis; below dim 8 there are too few signs for anything like a uniform direction.
+    First and second moments are exactly those of Haar rows. A fourth moment is smaller than Haar's
+    by at most the fraction 8/(3·dim²) (4 % at dim 8, 0.07 % at dim 64), which is reached in the
+    direction of a coordinate axis. Below dim 8 there are too few sign patterns for directions that
+    are nearly uniform.
 
     Source: Choromanski et al. 2021, Appendix B.2; Choromanski et al. 2017, "The Unreasonable
     Effectiveness of Structured Random Orthogonal Embeddings".
@@ -163,7 +171,7 @@ def _hadamard_directions(count: int, dim: int, generator: Generator | None) -> T
     blocks = math.ceil(count / width)
     signs = _signs((blocks, 3, width), generator)
     columns = torch.eye(width, dtype=torch.float64, device="cpu").expand(blocks, -1, -1)
-    for diagonals in signs.flip(1).unbind(1):  # the last is next to what it multiplies
+    for diagonals in signs.flip(1).unbind(1):  # from the right: D₃ multiplies first
         columns = walsh_hadamard_transform(columns * diagonals[:, None])
     return columns.mT.flatten(0, 1)[:count]
 

@@ -54,7 +54,8 @@ def attention_matrix(
 ) -> Float[Tensor, "batch heads query_length key_length"]:
     """The matrix that `favor_attention` with these arguments applies to its values: D⁻¹ Q′K′ᵀ.
 
-    To look at, not to compute with: it is quadratic in the length, which attention is not.
+    It is meant for looking at, not for computing with: unlike linear attention it is quadratic in
+    the length.
 
     Cost: O(query_length · key_length) memory.  Source: Choromanski et al. 2021, Appendix C.4.
     """

@@ -1,7 +1,7 @@
 """Sharper features of the softmax kernel: exact identities, and the best of a family of estimators.
 
-The variance of positive features grows like exp(‖q + k‖²). Three steps lower it, none changes what
-is estimated (DESIGN.md, Sharper than the paper):
+The variance of positive features grows like exp(‖q + k‖²). Three steps lower it without changing
+what is estimated (DESIGN.md, Sharper than the paper):
 
     shift     q·k = (q − a)·(k − b) + a·(k − b) + b·q, for any a and b
     balance   q·k = (M q)·(M⁻ᵀ k), for any invertible M
@@ -10,13 +10,15 @@ is estimated (DESIGN.md, Sharper than the paper):
 
 a and b are the means of queries and keys. M gives both the same diagonal covariance, which
 minimizes E‖q + k‖². A_i minimizes the expected variance of coordinate i, or of all together
-("isotropic", FAVOR++). A key counts by the attention that it receives: what attention sums up are
-the kernel values of such pairs, and they lie elsewhere than a query and a key at random.
+("isotropic", FAVOR++). In the moments a key is weighted by the attention that it receives:
+attention is dominated by pairs with large kernel values, and the keys of such pairs have another
+mean than all keys.
 
-The error of attention that is all estimated is not that of one kernel value: the normalizer divides
-out what the estimates of one query have in common. Of Cov ≈ (q + k)·(q + k'), the first order in
-the norms, only k·k' is left, so it pays to make queries longer than keys by M (`QUERY_RATIO`). It
-does not pay where exact scores of a window share the normalizer: beside them it does not cancel.
+Where all keys are estimated, the error of attention is smaller than that of one kernel value,
+because the normalizer divides out what the estimates of one query have in common. To first order in
+the norms the covariance of two estimates is (q + k)·(q + k'), of which only k·k' remains. So it
+pays to let M make queries longer than keys (`QUERY_RATIO`). It does not pay beside a window: exact
+scores in the normalizer have no errors, so the errors that the estimates share do not cancel.
 
 Source: Likhosherstov et al. 2022, "Chefs' random tables" (optimal positive features, Theorem 3.2);
 per coordinate, the idea of Likhosherstov et al. 2023, "Dense-exponential random features".
@@ -49,19 +51,20 @@ __all__ = [
 
 OPTIMAL = ("coordinate", "isotropic", "none")
 
-# Directions in which the data hardly vary are given this share of the mean variance.
+# Directions in which the data hardly vary get at least this share of the mean variance.
 VARIANCE_FLOOR = 1e-4
 
-# How many times as long as keys to make queries where all of attention is estimated. Best at weak
-# norms and at 1024 projections; with fewer projections a little more would be a little better.
+# Queries are made this many times as long as keys where all keys are estimated. Best at weak norms
+# and at 1024 projections; with fewer projections a little more would be a little better.
 QUERY_RATIO = 2.0
 
-# Statistics of a sequence are those of this many of its positions. A prime, so that evenly spaced
-# ones meet every phase of whatever is periodic in the sequence, such as the rows of an image.
+# The statistics of a sequence come from this many of its positions. It is a prime, so that evenly
+# spaced positions do not always hit the same phase of something periodic, such as a row of an
+# image.
 SAMPLED_POSITIONS = 997
 
-# With this many queries of a sequence the attention that keys receive is measured. All of them make
-# features of a pretrained model no sharper.
+# The attention that keys receive is measured with this many queries of a sequence. With all queries
+# the features of a pretrained model do not become sharper.
 SAMPLED_QUERIES = 32
 
 
@@ -71,9 +74,10 @@ def sampled(
     count: int = SAMPLED_POSITIONS,
 ) -> tuple[Float[Tensor, "batch heads sample dim"], Bool[Tensor, "batch sample"] | None]:
     """`count` positions of each sequence, evenly spaced among those that the mask shows, or all of
-    these where they are no more; and which of the sample are such positions, the others being 0.
+    these if there are no more than `count`. Returns the sample, in which unused places are 0, and a
+    mask of the places that are used.
 
-    Neither what the mask hides nor the other sequences of the batch change which they are.
+    The choice depends neither on what the mask hides nor on the other sequences of the batch.
     """
     length = x.shape[2]
     rank = torch.arange(min(count, length), device=x.device)
@@ -83,8 +87,9 @@ def sampled(
         return x.index_select(2, (2 * rank + 1) * length // (2 * count)), None
     shown = mask.sum(dim=1, keepdim=True)
     chosen = shown.clamp(max=count)
-    # the middle of each of `chosen` equal parts of the positions shown
+    # The shown positions are cut into `chosen` equal parts; this is the middle of each.
     place = (2 * rank + 1) * shown // (2 * chosen).clamp(min=1)
+    # A stable sort puts the shown positions first, in their order: `place` counts among these.
     index = (~mask).byte().argsort(dim=1, stable=True).gather(1, place)
     mask = rank < chosen
     x = x.take_along_dim(index[:, None, :, None], dim=2)
@@ -93,7 +98,7 @@ def sampled(
 
 @dataclass(frozen=True)
 class Moments:
-    """Number, weighted mean and covariance of vectors, per head; batches merge exactly."""
+    """Number, weighted mean and covariance of vectors, per head; two sets merge exactly."""
 
     count: Float[Tensor, "*#batch"]
     mean: Float[Tensor, "*batch dim"]
@@ -106,11 +111,11 @@ class Moments:
         mask: Bool[Tensor, "batch length"] | None = None,
         weight: Float[Tensor, "batch heads length"] | None = None,
     ) -> Moments:
-        """Moments of each head of each sequence, over the positions that the mask shows; the others
-        must be finite.
+        """Moments of each head of each sequence, over the positions that the mask shows. The hidden
+        positions must be finite, because they are multiplied by 0.
 
-        `weight`: how much each of these counts, on any scale. None: all the same. Sums are taken of
-        deviations from the mean, in float32 at least.
+        `weight`: the weight of each position, on any scale; None weighs all the same. The
+        covariance sums deviations from the mean, which avoids cancellation, in float32 or better.
         """
         x = x.detach().to(torch.promote_types(x.dtype, torch.float32))
         shown = x.new_ones(len(x), 1, x.shape[2], 1)
@@ -118,8 +123,11 @@ class Moments:
             shown = mask[:, None, :, None].to(x.dtype)
         share = shown if weight is None else shown * weight.detach().to(x.dtype).unsqueeze(-1)
         total = share.sum(dim=2, keepdim=True)
+        # Where nothing is shown all shares are 0, and so are mean and covariance.
         share = share / total.where(total > 0, 1.0)
         mean = share.mT @ x
+        # Half of the weight on each side, so that the product is symmetric and positive
+        # semidefinite up to rounding.
         half = (x - mean).mul_(share.sqrt())
         count = shown.sum(dim=2).squeeze(-1).expand(x.shape[:2])
         return cls(count, mean.squeeze(2), half.mT @ half)
@@ -158,18 +166,18 @@ def received_attention(
     key_mask: Bool[Tensor, "batch length"] | None = None,
     scale: float = 1.0,
 ) -> Float[Tensor, "batch heads length"]:
-    """Σ_i softmax_j(scale q_i·k_j) of each key j, over 32 queries: its weight in all outputs
-    together.
+    """Σ_i softmax_j(scale q_i·k_j): the weight of each key j in the outputs of 32 queries together.
 
     The queries are a sample of those that the mask shows. Hidden keys, which must be finite,
-    receive nothing. Attention is bidirectional: a causal mask makes no difference to how sharp the
-    features of causal attention become.
+    receive nothing. The attention is bidirectional, also for causal models: with a causal mask
+    their features would be no sharper.
 
     Cost: O(length · dim) per head, an eighth of what 256 features of the keys cost.
     """
     query, shown = sampled(query.detach(), query_mask, SAMPLED_QUERIES)
     scores = (query * scale) @ key.detach().mT
     if key_mask is not None:
+        # Not −∞: if all keys of a sequence are hidden, softmax of −∞ alone would be NaN.
         lowest = torch.finfo(scores.dtype).min
         scores = scores.masked_fill_(~key_mask[:, None, None, :], lowest)
     attention = scores.softmax(dim=-1)
@@ -179,10 +187,10 @@ def received_attention(
 
 
 class Reparametrization(NamedTuple):
-    """a, b, M, M⁻ᵀ and A of the module's docstring; leading dimensions are those of the heads.
+    """a, b, M, M⁻ᵀ and A of the module's docstring, with leading dimensions for the heads.
 
-    M and M⁻ᵀ undo each other only to the precision in which they are kept: that of the moments,
-    which is float64 for a calibration.
+    M and M⁻ᵀ cancel each other only up to rounding, so they are kept in the precision of the
+    moments, which is float64 for a calibration.
     """
 
     query_shift: Float[Tensor, "*batch dim"]
@@ -193,7 +201,7 @@ class Reparametrization(NamedTuple):
 
     @classmethod
     def identity(cls, *batch: int, dim: int) -> Reparametrization:
-        """The one that changes nothing: plain positive features."""
+        """The reparametrization that changes nothing, that is, plain positive features."""
         zeros = torch.zeros(*batch, dim, dtype=torch.float64, device="cpu")
         eye = torch.eye(dim, dtype=torch.float64, device="cpu").expand(*batch, dim, dim)
         return cls(zeros, zeros.clone(), eye.clone(), eye.clone(), zeros.clone())
@@ -208,14 +216,14 @@ def sharpen(
     optimal: str = "coordinate",
     query_ratio: float = 1.0,
 ) -> Reparametrization:
-    """The reparametrization that suits queries and keys with these moments.
+    """The reparametrization with the sharpest features for queries and keys with these moments.
 
     `query_ratio`: balance makes queries this many times as long as keys. 1 is best for kernel
-    values and beside a window, `QUERY_RATIO` for attention without one.
+    values and beside a window, `QUERY_RATIO` for attention without a window.
 
     `optimal`: "coordinate" (an A for each), "isotropic" (one A, FAVOR++) or "none" (A = 0, the
-    paper). Where nothing can be learned, from no data or data that do not vary, it is the identity:
-    any reparametrization is correct, only less sharp.
+    paper). Without data, or if the data do not vary, the result is the identity. Any
+    reparametrization gives an unbiased estimate; another one is only less sharp.
 
     Cost: one Cholesky and one eigendecomposition of dim × dim per head, in the precision of the
     moments.
@@ -230,16 +238,19 @@ def sharpen(
     query_map = key_map = eye.expand_as(query_covariance)
     if balance:
         query_map, key_map, is_found = _balancing_maps(query_covariance, key_covariance)
+        # (√r M q)·(M⁻ᵀ k / √r) is still q·k.
         query_map, key_map = query_map * query_ratio**0.5, key_map / query_ratio**0.5
+        # Data without any variance determine no M. Then M is the identity.
         is_found = is_found & (_mean_variance(queries) > 0) & (_mean_variance(keys) > 0)
         query_map = torch.where(is_found[..., None, None], query_map, eye)
         key_map = torch.where(is_found[..., None, None], key_map, eye)
-    # E(q_i + k_i)² of the mapped coordinates, queries and keys independent of each other
+    # E(q_i + k_i)² of each mapped coordinate, as if queries and keys were independent: the square
+    # of the mean, plus both variances.
     mean = _mapped(query_map, queries.mean - query_shift) + _mapped(key_map, keys.mean - key_shift)
     spread = mean.square()
     for matrix, covariance in ((query_map, queries.covariance), (key_map, keys.covariance)):
         variance = (matrix @ covariance * matrix).sum(dim=-1)  # the diagonal of M Σ Mᵀ
-        spread = spread + variance.clamp(min=0)  # rounding may leave the least below 0
+        spread = spread + variance.clamp(min=0)  # rounding may leave the smallest slightly below 0
     if optimal == "coordinate":
         exponent = optimal_exponent(spread, dim=1)
     elif optimal == "isotropic":
@@ -254,7 +265,7 @@ def optimal_exponent(spread: Float[Tensor, "*batch"], dim: int) -> Float[Tensor,
 
         A = (1 − 1/ρ) / 8,    ρ = (√((2s + d)² + 8ds) − 2s − d) / (4s)
 
-    A = 0 at s = 0, and falls without bound as s grows.
+    A is 0 at s = 0, and falls without bound as s grows.
 
     Source: Likhosherstov et al. 2022, Theorem 3.2.
     """
@@ -265,12 +276,13 @@ def optimal_exponent(spread: Float[Tensor, "*batch"], dim: int) -> Float[Tensor,
 
 @dataclass(frozen=True)
 class ReparametrizedFeatures:
-    """φ for the softmax kernel with a reparametrization: E[φ(q)·φ(k)] = exp(q·k) for each.
+    """φ for the softmax kernel with a reparametrization: E[φ(q)·φ(k)] = exp(q·k) for any
+    reparametrization.
 
     x of shape (batch, heads, length, dim) meets a reparametrization with leading dimensions
     (heads,) or (batch, heads). ω must be Gaussian: "sphere" has another expectation.
 
-    What features are computed from is made by the first call, and ready for those after it.
+    The first call prepares what features are computed from; later calls reuse it.
     """
 
     omega: Float[Tensor, "num_projections dim"]
@@ -317,15 +329,15 @@ class ReparametrizedFeatures:
         return self.key_side(x.dtype).log_linear(x).features()
 
     def query_side(self, dtype: torch.dtype) -> LogLinearSide:
-        """Of φ(q); the factor exp(b·q) of the shift goes to the row."""
+        """What φ(q) is computed from; the factor exp(b·q) of the shift belongs to the row."""
         return self._side("query", dtype)
 
     def key_side(self, dtype: torch.dtype) -> LogLinearSide:
-        """Of φ(k); the factor exp(a·(k − b)) of the shift goes to the row."""
+        """What φ(k) is computed from; the factor exp(a·(k − b)) of the shift belongs to the row."""
         return self._side("key", dtype)
 
     def _side(self, name: str, dtype: torch.dtype) -> LogLinearSide:
-        # each tile's graph is its own, and a compiler keeps what it has traced
+        # Every tile has a graph of its own, and a compiler keeps what it has traced.
         if self.omega.requires_grad or torch.compiler.is_compiling():
             return self._new_side(name, dtype)
         if (name, dtype) not in self._sides:
@@ -336,14 +348,16 @@ class ReparametrizedFeatures:
     def _new_side(self, name: str, dtype: torch.dtype) -> LogLinearSide:
         a, b, query_map, key_map, exponent = self.reparametrization
         stretch = (1 - 4 * exponent).sqrt()
+        # log of Π_i (1 − 4A_i)^¼ / √m, as stretch is √(1 − 4A).
         constant = stretch.log().sum(dim=-1) / 2 - math.log(len(self.omega)) / 2
         if name == "query":
-            # b·q = b·(q − a) + a·b, and a·b has its other half in the keys
+            # The factor exp(b·q): b·q = b·(q − a) + a·b, `linear` and a part of the constant.
             parts = a, b, query_map, constant + (a * b).sum(dim=-1)
         else:
             parts = b, a, key_map, constant
         shift, other_shift, matrix, constant = (part.to(dtype) for part in parts)
         stretch, omega = stretch.to(dtype).unsqueeze(-2), self.omega.to(dtype)
+        # The term Σ_i A_i ω_i² depends on the feature alone.
         tilt = exponent.to(dtype).unsqueeze(-2) @ omega.square().mT
         return LogLinearSide(
             directions=omega * stretch,
@@ -356,7 +370,10 @@ class ReparametrizedFeatures:
 
 
 def _regular(moments: Moments) -> Tensor:
-    """The covariance, shrunk toward a ball as if by one more vector, so that it can be inverted."""
+    """The covariance, shrunk toward a multiple of the identity so that it can be inverted.
+
+    The identity has the weight of one more vector among `count`.
+    """
     variance = _mean_variance(moments)
     share = (1 / (moments.count + 1)).clamp(min=VARIANCE_FLOOR)
     regular = (1 - share)[..., None, None] * moments.covariance
@@ -374,7 +391,8 @@ def _balancing_maps(
     query_covariance: Tensor, key_covariance: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """M and M⁻ᵀ with M Σ_q Mᵀ = M⁻ᵀ Σ_k M⁻¹, diagonal: MᵀM is the matrix geometric mean of Σ_q⁻¹
-    and Σ_k. And whether they were found: not where rounding has left Σ_q indefinite.
+    and Σ_k. Also returns whether they were found: they are not where rounding has left Σ_q
+    indefinite.
 
         Σ_q = C Cᵀ,    Cᵀ Σ_k C = U Λ Uᵀ,    M = Λ^¼ Uᵀ C⁻¹,    M⁻ᵀ = Λ^(−¼) Uᵀ Cᵀ
 
@@ -384,7 +402,7 @@ def _balancing_maps(
     """
     factor, failure = torch.linalg.cholesky_ex(query_covariance)
     values, axes = torch.linalg.eigh(factor.mT @ key_covariance @ factor)
-    # rounding may leave the least eigenvalues at or below 0
+    # rounding may leave the smallest eigenvalues at or below 0
     least = values.amax(dim=-1, keepdim=True) * torch.finfo(values.dtype).eps
     stretch = values.clamp(min=least).pow(0.25).unsqueeze(-1)
     query_map = stretch * torch.linalg.solve_triangular(factor, axes.mT, upper=False, left=False)

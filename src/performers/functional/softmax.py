@@ -21,7 +21,7 @@ def softmax_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Float[Tensor, "batch heads query_length value_dim"]:
-    """softmax(scale · QKᵀ) V, with the masks of `favor_attention`: a row without a key is 0.
+    """softmax(scale · QKᵀ) V with the masks of `favor_attention`; 0 for a query that sees no key.
 
     `scale` is 1/√dim unless given.
     Cost: O(query_length · key_length · dim).  Source: Choromanski et al. 2021, Eq. 1 and 2.
@@ -45,7 +45,7 @@ def softmax_attention(
     if is_causal:
         visible = visible.tril()
     sees_a_key = visible.any(dim=-1, keepdim=True)
-    # A row that sees nothing would be 0/0: let it see everything, then return 0.
+    # A query that sees no key would get 0/0: let it see every key, and set its output to 0 below.
     out = scaled_dot_product_attention(
         query, key, value, attn_mask=visible | ~sees_a_key, scale=scale, enable_gqa=enable_gqa
     )

@@ -1,7 +1,7 @@
-"""What one layer remembers while a sequence is generated: a linear state, all keys, or nothing.
+"""What a layer remembers while a sequence is generated: a linear state, all keys, or nothing.
 
 Each memory is a layer of a transformers `Cache` that knows how its mechanisms continue a sequence:
-`attend` takes queries, keys and values of the new positions alone.
+`attend` takes the queries, keys and values of the new positions only.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Memory(CacheLayerMixin):
 
 
 class Nothing(Memory):
-    """Memory of a mechanism in which no position sees another."""
+    """The memory of a mechanism in which no position sees another: none."""
 
     is_croppable = True
 
@@ -85,7 +85,7 @@ class Nothing(Memory):
 class LinearMemory(Memory):
     """Memory of linear attention: one `LinearState`, None before the first key."""
 
-    # What to do where a state would have to forget.
+    # What to do instead, where a state would have to forget.
     instead = "Generate without an assistant, or use a model with attention='exact'."
 
     def __init__(self) -> None:
@@ -131,6 +131,7 @@ class State(LinearMemory):
         """Attention of the new positions over all so far."""
         new_length = key.shape[2]
         if mask is not None:
+            # The mask covers the past too, which is in the state already.
             mask = mask[:, mask.shape[1] - new_length :]
         self.num_tokens += new_length
         out, self.state = mechanism.resume(query, key, value, mask, self.state)
@@ -148,7 +149,8 @@ class KeysAndValues(DynamicLayer):
         past_length = keys.shape[2] - key.shape[2]
         if key.shape[2] == 1:  # the last position sees every key, so no causal mask is needed
             return mechanism(query, keys, values, key_padding_mask=mask)
-        # Causal attention takes one query per key: rows of the past are computed and dropped.
+        # Causal attention takes one query per key, so several new positions need queries for the
+        # past as well; their outputs are dropped.
         queries = F.pad(query, (0, 0, past_length, 0))
         out = mechanism(queries, keys, values, is_causal=True, key_padding_mask=mask)
         return out[:, :, past_length:]

@@ -65,6 +65,7 @@ class PerformerAttention(nn.Module):
         Float[Tensor, "batch length hidden"], Float[Tensor, "batch heads length length"] | None
     ]:
         query, key, value = (
+            # [batch, length, heads · head_dim] → [batch, heads, length, head_dim]
             project(hidden).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
@@ -105,7 +106,9 @@ class PerformerMLP(nn.Module):
 
 
 class PerformerLayer(GradientCheckpointingLayer):
-    """One block; the norms come first, so that the residual path is never normalized."""
+    """One pre-norm block: norms come before the sublayers, so the residual path is never
+    normalized.
+    """
 
     def __init__(self, config: PerformerConfig, layer: int) -> None:
         super().__init__()
@@ -151,7 +154,8 @@ class PerformerPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, RandomFeatures):
-            # For a new model, or one whose checkpoint lacks ω; a loaded map never comes here.
+            # Only for a new model, or if the checkpoint has no ω: transformers calls this for
+            # missing weights.
             module.reset_parameters()
 
     def redraw_features(self, generator: Generator | None = None) -> None:
@@ -232,6 +236,7 @@ class PerformerModel(PerformerPreTrainedModel):
             )
             hidden_states.append(hidden)
             matrices.append(matrix)
+        # transformers' convention: the last of the hidden states is the normalized one.
         hidden_states[-1] = hidden = self.norm(hidden)
         return BaseModelOutputWithPast(
             last_hidden_state=hidden,
@@ -260,7 +265,7 @@ class PerformerModel(PerformerPreTrainedModel):
         if use_cache is None:
             use_cache = self.config.use_cache and is_causal and not self.training
         if self.training and any(layer.gradient_checkpointing for layer in self.layers):
-            use_cache = False  # the backward pass runs layers again, which would count keys twice
+            use_cache = False  # the backward pass would run layers again and count keys twice
         return PerformerCache(self.config) if use_cache and is_causal else None
 
 
@@ -312,7 +317,7 @@ class PerformerForMaskedLM(PerformerPreTrainedModel):
 
 
 class PerformerForCausalLM(PerformerPreTrainedModel, GenerationMixin):
-    """A causal Performer that predicts the next token; `generate()` carries a constant state."""
+    """A causal Performer that predicts the next token; `generate()` has a constant state."""
 
     _tied_weights_keys: ClassVar[dict[str, str]] = TIED
     accepts_loss_kwargs = True  # tells the Trainer to pass num_items_in_batch
@@ -370,7 +375,7 @@ class PerformerForCausalLM(PerformerPreTrainedModel, GenerationMixin):
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *arguments: Any
     ) -> None:
-        """Where transformers' `generate()` would make its own cache, of keys and values."""
+        """Called by `generate()`, which would otherwise make a cache of keys and values."""
         if generation_config.cache_implementation not in (None, "dynamic"):
             raise ValueError(
                 "a Performer generates with a PerformerCache and no other: got "
@@ -382,7 +387,9 @@ class PerformerForCausalLM(PerformerPreTrainedModel, GenerationMixin):
 
 
 def _with_is_decoder(config: PerformerConfig, is_decoder: bool) -> PerformerConfig:
-    """The config, with the direction that the head needs; the caller's own is left alone."""
+    """A copy of the config with the direction that the head needs; the caller's own does not
+    change.
+    """
     config = copy.deepcopy(config)
     config.is_decoder = is_decoder
     return config
@@ -391,7 +398,7 @@ def _with_is_decoder(config: PerformerConfig, is_decoder: bool) -> PerformerConf
 def _key_padding_mask(
     attention_mask: Tensor | None, batch: int, length: int
 ) -> Bool[Tensor, "batch length"] | None:
-    """transformers' attention_mask as a bool mask of real keys."""
+    """The attention_mask of transformers as a bool mask of real keys."""
     if attention_mask is None:
         return None
     if attention_mask.is_floating_point():
@@ -417,6 +424,7 @@ def _count_positions(
     length = past_length + embeddings.shape[1]
     if key_padding_mask is None:
         return torch.arange(past_length, length, device=embeddings.device).unsqueeze(0)
+    # The number of real tokens before each; −1 for padding on the left, which the clamp makes 0.
     counted = key_padding_mask.long().cumsum(dim=-1) - 1
     return counted.clamp(min=0)[:, past_length:]
 
@@ -428,14 +436,15 @@ def _cross_entropy(
 ) -> Float[Tensor, ""]:
     """Mean cross-entropy over labels other than −100; 0 where there is none, not 0/0.
 
-    The sum is divided by `num_items_in_batch` if the Trainer gives it: it multiplies the loss by
-    the number of processes, and only a loss over all of their labels comes out right.
+    The sum is divided by `num_items_in_batch` if the Trainer gives it. The Trainer multiplies the
+    loss by the number of processes, which is right only for a loss over the labels of all of them.
     """
     if logits.shape[:2] != labels.shape:
         raise ValueError(
             "labels must have one entry per logit: labels (shifted, for a causal model) are "
             f"{tuple(labels.shape)}, logits {tuple(logits.shape[:2])}."
         )
+    # In float32, because a sum of many losses in half precision would stop growing.
     total = F.cross_entropy(
         logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100, reduction="sum"
     )

@@ -1,4 +1,4 @@
-"""Where a token stands: rotary, learned or sinusoidal positions, by name.
+"""The positions of tokens: rotary, learned or sinusoidal, by name.
 
 Learned and sinusoidal positions are added to the token embeddings; rotary ones turn queries and
 keys, before the feature map sees them.
@@ -27,6 +27,8 @@ class Rotation(NamedTuple):
 
     def turn(self, x: Float[Tensor, "b h l d"]) -> Float[Tensor, "b h l d"]:
         """Turn coordinates (i, i + dim/2) of queries or keys; x keeps its dtype and its norm."""
+        # A rotation of each pair (x_i, x_{i + dim/2}), so lengths stay, and with them the quality
+        # of random features.
         first, second = x.chunk(2, dim=-1)
         turned = torch.cat(
             [first * self.cos - second * self.sin, second * self.cos + first * self.sin], dim=-1
@@ -35,7 +37,7 @@ class Rotation(NamedTuple):
 
 
 class Positions(nn.Module):
-    """What a kind of positions may do: add to the embeddings, or turn queries and keys."""
+    """A kind of positions: it may add to the embeddings, or turn queries and keys."""
 
     def add_to(
         self,
@@ -49,7 +51,7 @@ class Positions(nn.Module):
 
 
 class Rotary(Positions):
-    """Rotary positions: q_i·k_j depends on i − j alone, and no length is too long.
+    """Rotary positions: q_i·k_j depends on i − j alone. There is no largest length.
 
     Source: Su et al. 2021, "RoFormer", arXiv 2104.09864, Eq. 34.
     """
@@ -88,7 +90,7 @@ class Learned(Positions):
 
 
 class Sinusoidal(Positions):
-    """Fixed sines and cosines, beside embeddings scaled by √hidden_size to be of like size.
+    """Fixed sines and cosines, added to embeddings that are scaled by √hidden_size.
 
     Source: Vaswani et al. 2017, arXiv 1706.03762, Sections 3.4 and 3.5, the sines before the
     cosines.

@@ -19,13 +19,13 @@ __all__ = ["FavorAttention"]
 class FavorAttention(nn.MultiheadAttention):
     """torch.nn.MultiheadAttention with linear cost: the same words, parameters and `forward`.
 
-    A state dict of nn.MultiheadAttention loads: the feature map, the only addition, then stays as
-    it is.
+    It loads a state dict of nn.MultiheadAttention; the feature map, the only addition, then stays
+    as it is.
     `feature_map`: any `FeatureMap` for `dim = embed_dim // num_heads`; `SoftmaxFeatures(dim)`
     unless given.
 
-    What differs, because no attention matrix exists to change: `dropout` is not applied (said once,
-    by a warning), and `attn_mask` may only be the causal mask. `need_weights=True` (torch's
+    What differs, because no attention matrix exists to change: `dropout` is not applied (a warning
+    says so once), and `attn_mask` may only be the causal mask. `need_weights=True` (torch's
     default!) computes the implied matrix, which is quadratic in the length; pass False where the
     output alone is wanted.
 
@@ -103,8 +103,8 @@ class FavorAttention(nn.MultiheadAttention):
         visible = self._visible_keys(key_padding_mask)
         query, key, value = self._project_inputs(query, key, value)
         if is_causal and self.num_extra_keys:
-            # Extra keys come first here, so that every row sees them; each needs a query, dropped
-            # below.
+            # Extra keys come first here, so that every causal row sees them. Causal attention takes
+            # one query per key, so each extra key gets a query, whose output is dropped below.
             query = F.pad(query, (0, 0, self.num_extra_keys, 0))
         key, value, visible = self._with_extra_keys(key, value, visible)
         query, key, value = (
@@ -115,7 +115,7 @@ class FavorAttention(nn.MultiheadAttention):
         weights = None
         if need_weights:
             weights = attention_matrix(query, key, phi, is_causal, visible)
-            # torch appends its extra keys
+            # torch has its extra keys at the end, so their columns move there.
             weights = weights.roll(-self.num_extra_keys, dims=-1)
         if is_causal and self.num_extra_keys:
             out = out[:, :, self.num_extra_keys :]
@@ -131,8 +131,9 @@ class FavorAttention(nn.MultiheadAttention):
         self, state_dict: dict[str, Any], prefix: str, *arguments: Any
     ) -> None:
         own = self.feature_map.state_dict(prefix=f"{prefix}feature_map.")
+        # Without any entry of the feature map the checkpoint is one of nn.MultiheadAttention.
         if own.keys().isdisjoint(state_dict):
-            state_dict.update(own)  # the checkpoint is of nn.MultiheadAttention
+            state_dict.update(own)
         super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     @property
@@ -157,6 +158,7 @@ class FavorAttention(nn.MultiheadAttention):
     def _with_extra_keys(
         self, key: Tensor, value: Tensor, visible: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
+        # Extra keys go in front of the keys: [bias_k, zero, keys].
         if self.add_zero_attn:
             key, value = F.pad(key, (0, 0, 1, 0)), F.pad(value, (0, 0, 1, 0))
         if self.bias_k is not None and self.bias_v is not None:

@@ -1,4 +1,4 @@
-"""Feature maps as modules: they own ω, and say what a feature is to attention."""
+"""Feature maps as modules, which own ω."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class RandomFeatures(nn.Module):
     """A feature map that owns ω: a float32 buffer, saved with the weights, redrawn on demand.
 
     ω is a function of (seed, layer, num_redraws) alone, so it is the same on every rank and device.
-    It stays float32 under `.half()` and `.to(torch.bfloat16)`: 8 bits of mantissa in ω would turn
-    features of large inputs into other features.
+    It stays float32 under `.half()` and `.to(torch.bfloat16)`: with 8 bits of mantissa in ω, large
+    inputs would get clearly different features.
     """
 
     omega: Tensor | None
@@ -66,7 +66,7 @@ class RandomFeatures(nn.Module):
         scale: float,
         is_streaming: bool,
     ) -> FeatureMap:
-        """Itself: these features do not depend on the call.
+        """The map itself, because these features do not depend on the call.
 
         Raises ValueError for queries of another dim or on another device.
         """
@@ -86,6 +86,7 @@ class RandomFeatures(nn.Module):
 
     @torch.no_grad()
     def _draw(self, generator: Generator | None) -> None:
+        # Under torch.device("meta") there is no memory to draw into; the weights are loaded later.
         if self.omega is None or self.omega.is_meta:
             return
         if generator is None:
@@ -99,6 +100,8 @@ class RandomFeatures(nn.Module):
         self.omega.copy_(omega)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        # .half() and .to(dtype) cast every floating buffer. Those of φ are put back, on the new
+        # device.
         before = dict(self.named_buffers(recurse=False))
         super()._apply(fn, recurse)
         for name, buffer in before.items():
@@ -120,9 +123,8 @@ class SoftmaxFeatures(RandomFeatures):
 
     `estimator`: a row of `performers.nn.estimators`: "positive" (the paper's SM⁺), "hyperbolic"
     (SM^hyp+, twice the features), "trigonometric" (SM^trig: unstable, for comparison).
-    `projection`, `distribution`: see
-    `draw_projection`. Defaults are the paper's (Appendix A.3). `layer` sets layers of one model
-    apart under one seed.
+    `projection`, `distribution`: see `draw_projection`. Defaults are the paper's (Appendix A.3).
+    `layer` makes the layers of a model differ under one seed.
 
     Raises ValueError for unknown words or counts below 1.
 
@@ -175,7 +177,7 @@ class SoftmaxFeatures(RandomFeatures):
         return self.query_features(x)
 
     def query_side(self, dtype: torch.dtype) -> LogLinearSide:
-        """The features, not multiplied out, where `is_log_linear`."""
+        """The features before the product with ω, where `is_log_linear`."""
         assert self.omega is not None, "softmax features always have omega"
         side = ESTIMATORS[self.estimator].side
         assert side is not None, "only log-linear features are asked for their sides"
@@ -243,7 +245,7 @@ class KernelFeatures(RandomFeatures):
 
     @property
     def elementwise(self) -> Elementwise | None:
-        """The map, not multiplied out, where `fn` names a kernel with a derivative.
+        """The features before they are computed, where `fn` names a kernel with a derivative.
 
         A callable may hold parameters that learn, which only autograd knows.
         """
@@ -262,7 +264,7 @@ class KernelFeatures(RandomFeatures):
 
 
 def _warn_of_signs(what: str, remedy: str) -> None:
-    """Python shows it once for each place that makes such a map."""
+    """Python shows the warning once for each line that makes such a map."""
     warnings.warn(
         f"{what} can be negative, so the normalizer of attention may vanish or change sign and "
         f"outputs may be of any size: {remedy}, or attend with normalize=False.",
@@ -271,7 +273,7 @@ def _warn_of_signs(what: str, remedy: str) -> None:
 
 
 def _mixed(seed: int, layer: int, num_redraws: int) -> int:
-    """One 63-bit seed for three numbers, by SplitMix64, so that near seeds give unrelated draws."""
+    """One 63-bit seed from three numbers, by SplitMix64: similar numbers give unrelated seeds."""
     mixed = 0
     for number in (seed, layer, num_redraws):
         mixed = (mixed + number + 0x9E3779B97F4A7C15) % 2**64

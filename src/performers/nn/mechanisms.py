@@ -16,7 +16,7 @@ Output = Float[Tensor, "batch heads query_length value_dim"]
 
 
 class Favor(nn.Module):
-    """`favor_attention` with a feature map of its own, and a window of exact scores if asked."""
+    """`favor_attention` with its own feature map, and with a near field if given a window."""
 
     def __init__(
         self,

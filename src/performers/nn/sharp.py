@@ -1,4 +1,4 @@
-"""`SharpFeatures`: softmax features that learn where queries and keys lie."""
+"""`SharpFeatures`: softmax features that adapt to the means and covariances of queries and keys."""
 
 from __future__ import annotations
 
@@ -37,20 +37,20 @@ class _Ready(NamedTuple):
 
 
 class SharpFeatures(RandomFeatures):
-    """Positive features of the softmax kernel that suit the data: still unbiased, only sharper.
+    """Positive features of the softmax kernel that adapt to the data, for a lower variance.
 
     `statistics`: "calibrated" uses what `calibrate` has seen; before it has seen anything these are
     plain positive features. "call" takes the statistics of every call from its own queries and
-    keys, each sequence by itself: sharper still, but for bidirectional attention only, because the
-    statistics of a whole sequence tell its past about its future.
-    Either way they are taken from at most 997 positions of a sequence, evenly spaced.
+    keys, each sequence by itself: these are sharper, but for bidirectional attention only, because
+    the statistics of a whole sequence tell earlier positions about later ones. Either way they are
+    taken from at most 997 positions of a sequence, evenly spaced.
     `num_heads`: key heads; each has statistics of its own.
     `shift`, `balance`, `optimal`: the three steps of `performers.functional.sharp`, all on.
     `query_ratio`: how many times as long as keys balance makes queries. 1 is best beside a window
     and for the softmax normalizer, 2 for attention without a window.
 
     The statistics are buffers, saved with the weights, and keep their precision under `.half()`.
-    They are constants to differentiation: whatever they are, the estimate is unbiased.
+    Gradients do not flow through them, and need not: the estimate is unbiased whatever they are.
 
     Raises ValueError for unknown words or counts below 1.
     """
@@ -125,7 +125,7 @@ class SharpFeatures(RandomFeatures):
         key_padding_mask: Bool[Tensor, "batch key_length"] | None = None,
         scale: float | None = None,
     ) -> None:
-        """Learn from queries and keys as attention gets them; call it again with further batches.
+        """Learn from queries and keys as attention gets them; each call adds to the statistics.
 
         `key_padding_mask` hides the padded queries too where there is one query per key.
         Raises ValueError where a visible query or key is not finite, naming the head.
@@ -137,6 +137,7 @@ class SharpFeatures(RandomFeatures):
                 f"calibration needs keys with {self.num_heads} heads, which these features were "
                 f"made for: got {key.shape[1]}. Pass num_heads= to SharpFeatures."
             )
+        # Both sides are checked before either is changed, so that a refused batch leaves no trace.
         batch = {"query": queries.over_batch(), "key": keys.over_batch()}
         for side, new in batch.items():
             finite = new.covariance.isfinite().flatten(1).all(dim=1)
@@ -168,7 +169,7 @@ class SharpFeatures(RandomFeatures):
         scale: float,
         is_streaming: bool,
     ) -> FeatureMap:
-        """The features for one call: of the calibration, or of the call's own statistics."""
+        """The features for one call, from the calibration or from the call's own statistics."""
         check_feature_map(query, self.dim, self.num_redraws.device)
         if self.statistics == "calibrated":
             if self.num_heads not in (1, key.shape[1]):
@@ -240,8 +241,10 @@ class SharpFeatures(RandomFeatures):
     def _moments_of(
         self, query: Tensor, key: Tensor, key_padding_mask: Tensor | None, scale: float
     ) -> tuple[Moments, Moments]:
-        """Moments of scaled queries and keys per sequence and key head, from a sample of positions;
-        a group of queries is one set, and a key counts by the attention that it receives."""
+        """Moments of scaled queries and keys per sequence and key head, from a sample of positions.
+        The queries that share a key head are one set. Keys are weighted by the attention that they
+        receive.
+        """
         check_attention_inputs(
             query,
             key,
@@ -253,14 +256,19 @@ class SharpFeatures(RandomFeatures):
         )
         check_feature_map(query, self.dim, self.num_redraws.device)
         group = query.shape[1] // key.shape[1]
+        # With one query per key the mask of the keys is that of the queries, too. Else all queries
+        # are real.
         query_mask = key_padding_mask if query.shape[2] == key.shape[2] else None
         rows, query_mask = sampled(query.detach(), query_mask)
         keys, key_mask = sampled(key.detach(), key_padding_mask)
+        # [batch, key_heads, group · sample, dim]: all queries that meet a key head count as its
+        # queries.
         rows = rows.unflatten(1, (key.shape[1], group)).flatten(2, 3)
         if query_mask is not None:
             query_mask = query_mask.repeat(1, group)
         wide, root = torch.promote_types(query.dtype, torch.float32), math.sqrt(scale)
         rows, keys = rows.to(wide), keys.to(wide)
+        # Here `scale` goes into the scores. The moments get √scale on either side below.
         received = received_attention(rows, keys, query_mask, key_mask, scale)
         queries = Moments.of(rows, query_mask)
         return queries.scaled(root), Moments.of(keys, key_mask, received).scaled(root)
@@ -277,8 +285,11 @@ class SharpFeatures(RandomFeatures):
 
 
 def _finite(moments: Moments) -> Moments:
-    """Moments in which what is not finite counts as nothing learned; attention shows it anyway."""
-    # |Σ_ij| is at most the larger of Σ_ii and Σ_jj
+    """Moments with a count of 0 where they are not finite, so that φ stays plain there.
+
+    NaN and infinity in the inputs then appear in the output of attention and nowhere else.
+    """
+    # The diagonal is enough: |Σ_ij| is at most the larger of Σ_ii and Σ_jj.
     ok = moments.covariance.diagonal(dim1=-2, dim2=-1).isfinite().all(dim=-1)
     return Moments(
         moments.count * ok,

@@ -1,4 +1,4 @@
-"""On what a run was made, and how much memory it took."""
+"""The machine and the versions of a run, and the memory that it took."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class PeakMemory:
     """The most memory in use since this was made, beyond what was in use then, in bytes.
 
     On an accelerator this is what torch allocated. On a CPU it is the resident memory of the
-    process, whose high-water mark Linux resets on request; elsewhere it is not known (None).
+    process, whose high-water mark Linux resets on request; elsewhere it is unknown (None).
     """
 
     def __init__(self) -> None:

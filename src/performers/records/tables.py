@@ -8,7 +8,7 @@ __all__ = ["aligned", "markdown_table"]
 
 
 def aligned(rows: Sequence[Sequence[str]], right: bool = True) -> list[str]:
-    """One line per row, in columns; all but the first are set to the right if asked."""
+    """One line per row, in aligned columns; if `right`, all but the first are right-aligned."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join(

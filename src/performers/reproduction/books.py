@@ -124,7 +124,7 @@ class Books:
         return train_to_the_end(config, folder, build, self.train, self.valid, self.task)
 
     def build_model(self, model: Mapping[str, Any], seed: int) -> PerformerForMaskedLM:
-        """A model with fresh weights for this vocabulary."""
+        """A model with new random weights for this vocabulary."""
         return PerformerForMaskedLM(
             PerformerConfig(
                 **model, vocab_size=self.train.vocab_size, pad_token_id=PAD_TOKEN_ID, seed=seed
@@ -154,7 +154,8 @@ def _weights(model: PerformerForMaskedLM) -> dict[str, torch.Tensor]:
 def evaluations(trainer: TokenTrainer) -> list[tuple[int, float, float]]:
     """Step, accuracy and loss of each evaluation while it trained.
 
-    One per step: with `eval_on_start` a resumed training evaluates its first step once more.
+    There is one for each step, although with `eval_on_start` a resumed training evaluates its first
+    step again.
     """
     log = trainer.state.log_history
     by_step = {entry["step"]: entry for entry in log if "eval_loss" in entry}

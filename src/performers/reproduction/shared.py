@@ -1,4 +1,4 @@
-"""What several experiments need: books, and a folder in which a long one is gone on with."""
+"""What several experiments need: books, and a folder from which a long one can resume."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def read_texts(name: str, report: Callable[[str], None]) -> tuple[dict[str, str]
 def resumable_folder(name: str, config: DataclassInstance) -> Iterator[Path]:
     """A folder under runs/ for checkpoints, which the same experiment finds again if interrupted.
 
-    It belongs to this config alone, and is removed when the block ends without an error: what is
-    run again later starts afresh.
+    It belongs to this config alone, and is removed when the block ends without an error: a later
+    run starts anew.
     """
     digest = sha256(repr(config).encode()).hexdigest()[:8]
     folder = Path("runs", f"{name}-{digest}")

@@ -1,4 +1,4 @@
-"""What attention costs on this machine, in time and memory, beside what else one could use."""
+"""What attention costs on this machine, in time and memory, beside the alternatives."""
 
 from performers.speed.attention import run
 from performers.speed.model import peak_of_step, seconds_of_step

@@ -1,4 +1,4 @@
-"""One attention layer in every setting of `SETTINGS`, against what one would pick instead.
+"""One attention layer, in every setting of `SETTINGS`, compared with the alternatives.
 
 Nothing is timed before every setting has matched its definition in float64.
 """
@@ -62,9 +62,9 @@ MODELS: dict[str, dict[str, Any]] = {
 
 
 def run(plan: Plan, report: Callable[[str], None]) -> dict[str, Any]:
-    """All measurements of a plan, as JSON can hold them. `report` takes lines on how far it is.
+    """All measurements of a plan, as JSON can hold them. `report` gets lines of progress.
 
-    Raises ValueError for settings, dtypes and devices that are not there, before anything runs.
+    Raises ValueError for unknown settings, dtypes and devices, before anything runs.
     """
     device = torch.device(plan.device)
     if device.type == "cuda" and not torch.cuda.is_available():
@@ -142,10 +142,10 @@ def _step(attend: Mechanism, inputs: Sequence[Tensor]) -> None:
 
 
 def _correctness_row(plan: Plan, name: str, dtype_name: str, causal: bool) -> dict[str, Any]:
-    """How far a setting is from its definition. Raises RuntimeError if that is far.
+    """The error of a setting against its definition. Raises RuntimeError if it is large.
 
-    The definition takes a step of Python per query, so the length is small. A near field has three
-    blocks and a half: there are keys far of a query, and a block that is not full.
+    The definition takes a step of Python per query, so the length is small. A sequence with a near
+    field has three and a half blocks, so that some keys are far and one block is not full.
     """
     dtype, small = getattr(torch, dtype_name), replace(plan, batch=1, heads=1)
     window_size = SETTINGS[name].window_size
@@ -247,9 +247,10 @@ def _model_row(plan: Plan, causal: bool, length: int) -> dict[str, Any]:
 
 
 def _decoding_row(plan: Plan, context: int) -> dict[str, Any]:
-    """Seconds and bytes of one more token after `context` of them, every one of which was read.
+    """Seconds of one more token after `context` tokens that were all read, and bytes of what is
+    kept.
 
-    A turn of the clock is a burst of tokens, as in generation.
+    Each timing covers several tokens in succession, as in generation.
     """
     device = torch.device(plan.device)
     shape = (plan.batch, plan.heads, 1, plan.dim)

@@ -1,4 +1,4 @@
-"""One attention layer in every setting of `SETTINGS`, and what one would pick instead.
+"""One attention layer in every setting of `SETTINGS`, and the alternatives to it.
 
     exact               torch's scaled_dot_product_attention (flash attention on a GPU)
     identity            returns V: the floor that the paper calls X

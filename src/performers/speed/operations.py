@@ -1,7 +1,7 @@
 """How long a machine needs for the operations of attention alone, by the counts of `theory.cost`.
 
-Of causal attention without a near field the products inside a chunk are left out, which a
-recurrence has not.
+For causal attention without a near field, products inside a chunk are not counted, because a
+recurrence does not need them.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ class Operations:
         return Operations(self.products * count, self.exponentials * count)
 
     def with_backward(self) -> Operations:
-        """Of the forward and the backward pass, where these are those of the forward pass."""
+        """The operations of forward and backward together, from those of the forward pass."""
         return Operations(
             self.products * PRODUCTS_OF_TRAINING, self.exponentials * EXPONENTIALS_OF_TRAINING
         )
 
     def seconds(self, product_rate: float, exponential_rate: float | None) -> float:
-        """At so many operations per second. None: exponentials do not count."""
+        """The time at these operations per second; without their rate, exponentials take none."""
         seconds = self.products / product_rate
         return seconds + self.exponentials / exponential_rate if exponential_rate else seconds

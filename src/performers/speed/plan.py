@@ -26,10 +26,10 @@ class Plan:
     batch: int = 1
     heads: int = 8
     dim: int = 64
-    # Of the settings that do not say how many.
+    # Projections of the settings that do not fix their number.
     num_projections: int = 256
     repeats: int = 5
-    # Seconds of a step after which a mechanism is not tried at a greater length.
+    # If a step takes more seconds than this, the mechanism is not tried at greater lengths.
     patience: float = 10.0
     device: str = "cpu"
     seed: int = 0

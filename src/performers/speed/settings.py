@@ -34,12 +34,12 @@ class Layer(NamedTuple):
 
 @dataclass(frozen=True)
 class Setting:
-    """Features, and perhaps a near field beside them.
+    """A kind of features, with or without a near field.
 
-    `peers`: what estimates the same kernel in other libraries.
-    `num_projections`: of the setting; None where whoever benchmarks chooses them.
-    `is_exponential`, `is_mapped`: whether a feature is an exponential, and whether queries and keys
-    go through a matrix before they meet ω.
+    `peers`: mechanisms of other libraries that estimate the same kernel.
+    `num_projections`: fixed by the setting, or None for those of the benchmark's plan.
+    `is_exponential`: features are exponentials. `is_mapped`: queries and keys are multiplied by a
+    matrix before the product with ω.
     """
 
     features: Callable[[Layer], RandomFeatures]
@@ -74,7 +74,9 @@ def _relu(layer: Layer) -> RandomFeatures:
 
 
 def _sharp(layer: Layer) -> RandomFeatures:
-    """With the statistics of the call, which causal attention cannot use."""
+    """Sharp features with the statistics of the call, or calibrated ones for causal attention,
+    which cannot use the former.
+    """
     if layer.is_causal:
         return _calibrated(layer, query_ratio=2.0)
     phi = SharpFeatures(
@@ -84,7 +86,9 @@ def _sharp(layer: Layer) -> RandomFeatures:
 
 
 def _calibrated(layer: Layer, query_ratio: float = 1.0) -> RandomFeatures:
-    """On inputs like those of the benchmark; what is learned has no part in what a call costs."""
+    """Sharp features that were calibrated on inputs like those of the benchmark. The cost of a call
+    does not depend on what was learned.
+    """
     phi = SharpFeatures(layer.dim, layer.num_projections, layer.heads, query_ratio=query_ratio)
     phi = phi.to(layer.device)
     query, key = torch.randn(2, 1, layer.heads, 256, layer.dim, device=layer.device).unbind()

@@ -1,4 +1,4 @@
-"""What the numbers of a benchmark say: lines for a person, and where each setting begins to win."""
+"""The results of a benchmark in words, and from which length on each setting is faster."""
 
 from __future__ import annotations
 

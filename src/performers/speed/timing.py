@@ -1,5 +1,5 @@
-"""What a call costs: in seconds, all competitors in turn, and in memory, each in a process of its
-own.
+"""The cost of calls: seconds, measured in turn for all competitors, and memory, each in a process
+of its own.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ __all__ = [
     "peak_bytes",
 ]
 
-# What stands in a result where a number cannot.
+# What a result has instead of a number that could not be measured.
 OUT_OF_MEMORY = "out of memory"
 TOO_SLOW = "not tried"  # for it was too slow at a smaller size
 
@@ -47,7 +47,7 @@ def interleaved(
     Each round makes every call once, so what disturbs the machine for a while disturbs all alike.
     On a CPU with one thread it is CPU time, which other processes disturb less than the time of
     day; with more threads it is the time of day, and on a GPU the time of its own events. A call
-    that runs out of memory has that for a result, and the others go on.
+    that runs out of memory has that as its result, and the other calls continue.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
     failed: set[str] = set()
@@ -119,15 +119,15 @@ def exponential_rate(dtype: torch.dtype, device: torch.device) -> float | None:
 def peak_bytes(step: Callable[..., object], *arguments: object, device: torch.device) -> int | str:
     """The most memory that a call needed beyond what was in use before it.
 
-    On a CPU: the resident high-water mark of a fresh process, for which `step` and `arguments` must
-    be picklable. On a GPU: what its allocator gave out at most.
+    On a CPU this is the high-water mark of the resident memory of a new process, so `step` and
+    `arguments` must be picklable. On a GPU it is the most that its allocator gave out.
     """
     if device.type != "cpu":
         return _peak_bytes(device, step, *arguments)
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
         try:
             return fresh.submit(_peak_bytes, device, step, *arguments).result()
-        except BrokenProcessPool:  # killed by the system, which had no memory left
+        except BrokenProcessPool:  # the system kills a process when no memory is left
             return OUT_OF_MEMORY
 
 
@@ -147,7 +147,7 @@ def _peak_bytes(device: torch.device, step: Callable[..., object], *arguments: o
 
 @contextmanager
 def limited_memory(device: torch.device) -> Iterator[None]:
-    """Let an allocation fail that needs more memory than is free now, before the system swaps.
+    """Make an allocation fail if it needs more memory than is free now, before the system swaps.
 
     On a CPU; the allocator of a GPU fails by itself.
     """

@@ -1,7 +1,8 @@
 """Counted costs: floating-point operations of one head's forward pass, with no constant left out.
 
-A product of matrices (n, k) and (k, p) counts 2·n·k·p; exponentials, maxima and divisions, of which
-there is one for many products, count nothing. So these are floors, the same for every backend.
+A product of matrices (n, k) and (k, p) counts 2·n·k·p; exponentials, maxima and divisions are not
+counted, because there is one of them for many products. So the counts are lower bounds, the same
+for every backend.
 """
 
 from __future__ import annotations
@@ -49,9 +50,12 @@ def favor_operations(
 def near_pairs(length: int, window_size: int, is_causal: bool = False) -> int:
     """Pairs of a query and a key of its own or a neighboring block of `window_size` positions.
 
-    Causal: of its own or the one before; its own counts whole, as it is multiplied.
+    Causal: of its own block or the one before. The own block counts as a whole, because it is
+    multiplied as a whole and then masked.
     """
     full, rest = divmod(length, window_size)
     own = full * window_size**2 + rest**2
+    # Pairs with the block before: between full blocks, and between the last full block and the
+    # rest.
     beside = max(full - 1, 0) * window_size**2 + (window_size * rest if full else 0)
     return own + (1 if is_causal else 2) * beside

@@ -47,6 +47,7 @@ def orthogonality_gap(
     else:
         anticorrelation = poisson_mean(square_norms, lambda n: 1 - _sum_moments(n, dim))
     blocks, rest = divmod(num_projections, dim)
+    # Only rows of the same block are orthogonal to each other; pairs across blocks are independent.
     pairs = blocks * dim * (dim - 1) + rest * (rest - 1)
     return softmax_kernel(x, y).square() * anticorrelation * pairs / num_projections**2
 
@@ -94,5 +95,6 @@ def orthogonality_gap_bound_beautiful(
 
 def _sum_moments(n: Tensor, dim: int) -> Tensor:
     """ρ(n) for n = 0, 1, 2, …"""
+    # ρ(n)/ρ(n − 1) = (dim + n − 1)/(dim + 2(n − 1)): a running product, summed as logarithms.
     before = (n - 1).clamp(min=0)
     return torch.log1p(before / (dim + before)).cumsum(dim=0).neg().exp()

@@ -1,12 +1,12 @@
-"""What the errors of a kernel estimate do to the output of attention, to first order in 1/m.
+"""The error of the output of attention that errors of the kernel cause, to first order in 1/m.
 
 With κ̂_j = κ_j (1 + e_j) and p the exact attention weights of a query, out = Σ_j p_j v_j becomes
 
     out + Σ_j p_j e_j (v_j − out) + O(e²),    m E[e_j e_l] = J_jl − 1,
     J_jl = E[f(ω, q)² f(ω, k_j) f(ω, k_l)] / (κ_j κ_l)        (the joint moment)
 
-The errors of all keys come from the same ω, so it is J that decides, not the variances on its
-diagonal alone: an error that all keys share cancels in the normalizer.
+The errors of all keys come from the same ω. So the error of the output depends on all of J, not on
+the variances on its diagonal alone: an error that all keys share cancels in the normalizer.
 """
 
 from __future__ import annotations
@@ -62,10 +62,12 @@ def log_joint_moment_optimal(
 
     With one A for all coordinates and x = y this is the exponent of `mse_optimal_positive`.
     """
+    # log1p keeps the digits of small A.
     constant = (-4 * parameter).log1p() - (-8 * parameter).log1p() / 2
     weight = ((1 - 4 * parameter) / (1 - 8 * parameter)).unsqueeze(-2)
     sums = query.unsqueeze(-2) + key
     own = ((weight - 1) * sums.square()).sum(dim=-1) / 2
+    # √c on each factor of the product gives Σ_i c_i x_i y_i for all pairs of keys at once.
     both = _gram(sums * weight.sqrt()) + own.unsqueeze(-1) + own.unsqueeze(-2)
     return both + constant.sum(dim=-1)[..., None, None]
 
@@ -86,16 +88,18 @@ def mse_attention(
 
     `log_weights`: log p, −∞ for masked keys. `is_exact`: keys scored exactly (a near field).
 
-    The true error is bounded, out being an average of values, and this is not: where it is about
-    as large as the output itself or larger, it says only that m is too small.
+    The true error is bounded, because `out` is an average of values, but this formula is not. If it
+    gives about the size of the output or more, it only says that m is too small.
     """
     out = (log_weights.exp().unsqueeze(-2) @ value).squeeze(-2)
     deviation = value - out.unsqueeze(-2)
     if is_exact is not None:
         log_weights = log_weights.masked_fill(is_exact, -torch.inf)
+    # Summed as logarithms: J may overflow where p_j p_l is tiny, and their product does not.
     pairs = log_joint_moment + log_weights.unsqueeze(-1) + log_weights.unsqueeze(-2)
     second = (pairs.exp() * _gram(deviation)).sum(dim=(-2, -1))
     shared = (log_weights.exp().unsqueeze(-2) @ deviation).squeeze(-2)
+    # A variance is never below 0, except by rounding.
     return (second - shared.square().sum(dim=-1)).clamp(min=0) / num_projections
 
 
@@ -104,4 +108,5 @@ def _gram(x: Float[Tensor, "*batch keys dim"]) -> Float[Tensor, "*batch keys key
 
 
 def _log_cosh(x: Tensor) -> Tensor:
+    # log cosh x, without forming cosh x, which overflows.
     return x.abs() + (-2 * x.abs()).exp().log1p() - math.log(2)

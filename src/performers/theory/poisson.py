@@ -1,4 +1,4 @@
-"""Averages over a Poisson variable, which the power series of exp turn into."""
+"""Averages over a Poisson variable, as which the power series of exp can be written."""
 
 from __future__ import annotations
 
@@ -22,5 +22,6 @@ def poisson_mean(
     largest = float(rate.max())
     count = torch.arange(largest + 10 * largest**0.5 + 60, dtype=torch.float64, device=rate.device)
     rate64 = rate.to(torch.float64).unsqueeze(-1)
+    # As a logarithm, because rate^k and k! overflow; xlogy makes 0 · log 0 equal to 0.
     log_probability = torch.xlogy(count, rate64) - rate64 - torch.lgamma(count + 1)
     return (log_probability.exp() * values(count)).sum(dim=-1).to(rate.dtype)

@@ -1,4 +1,6 @@
-"""SMREG, the softmax kernel with every ω of length √dim, beside the softmax kernel (Theorem 1)."""
+"""SMREG, the softmax kernel with every ω of length √dim, compared with the softmax kernel (Theorem
+1).
+"""
 
 from __future__ import annotations
 
@@ -51,6 +53,7 @@ def regularized_ratio_bound(
     rate = (square_norms.to(torch.float64) / 2).unsqueeze(-1)
     largest = float(rate.max())
     level = torch.arange(largest + 10 * largest**0.5 + 60, dtype=torch.float64, device=rate.device)
+    # P[N ≤ l] of a Poisson variable is the regularized upper incomplete gamma function.
     probability = torch.special.gammaincc(level + 1, rate)
     return (_sphere_moments(level, dim) * probability).amax(dim=-1).to(square_norms.dtype)
 

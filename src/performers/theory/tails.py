@@ -25,7 +25,8 @@ def tail_bound_iid(
     theta: float,
     num_projections: int,
 ) -> Float[Tensor, "*batch"]:
-    """Lemma 4: the chance that a mean of m independent features exceeds `threshold`, from above.
+    """Lemma 4: an upper bound on the probability that a mean of m independent features exceeds
+    `threshold`.
 
         exp(−θ m a) M(θ)^m,    M(θ) = E exp(θ X) of one feature X,    any θ > 0
 
@@ -43,7 +44,7 @@ def tail_bound_orthogonal(
     mean_square_projection: Float[Tensor, "*batch"],
     dim: int,
 ) -> Float[Tensor, "*batch"]:
-    """Theorem 5: the same chance for orthogonal rows; strictly smaller, at every dim.
+    """Theorem 5: the same bound for orthogonal rows, which is strictly smaller at every dim.
 
         exp(−θ m a) (M(θ)^m − θ⁴ m (m − 1) / (4 (dim + 2)) · a₁⁴ (E(ω·z)²)²)
 
@@ -75,7 +76,7 @@ def regularized_tail_bound_iid(
 ) -> Float[Tensor, "*batch"]:
     """Theorem 3, first part: P[SMREG⁺ > threshold] is at most this, for any θ > 0.
 
-    Useful for thresholds above SMREG(x, y); the best θ is the caller's to find.
+    Useful for thresholds above SMREG(x, y). The caller has to find the best θ.
     Raises ValueError for dim 1.  Source: Choromanski et al. 2021, Theorem 3.
     """
     generating_function = regularized_moment_generating_function(x, y, theta)
@@ -126,4 +127,5 @@ def regularized_moment_generating_function(
     length = (dim * square_norm(x + y)).sqrt().unsqueeze(-1)
     log_scale = -(square_norm(x) + square_norm(y)).unsqueeze(-1) / 2
     feature = (log_scale + length * angles.cos()).exp()
+    # Dividing by the sum of the density normalizes it, so its constant is not needed.
     return ((theta * feature).exp() * density).sum(dim=-1) / density.sum()

@@ -23,8 +23,8 @@ def sufficient_projections(
 
     Theorem 7 has the same for any radial kernel: `mean_square_length` is σ = E‖ω‖², dim unless
     given; `largest_factor` is g*h*, the largest product of the factors that turn the radial kernel
-    into the attention kernel, h*² unless given. The constant is not stated by the theorems: the
-    growth with ε, R and dim is what this says, not a number to allocate.
+    into the attention kernel, h*² unless given. The theorems do not state the constant. So the
+    result shows how m grows with ε, R and dim; it is not a number of projections to use.
 
     Raises ValueError for numbers that are not positive.
     Source: Choromanski et al. 2021, Theorem 4 and Theorem 7 (Appendix F.5).

@@ -1,4 +1,4 @@
-"""What every formula is made of: squared lengths and the softmax kernel."""
+"""What the other formulas use: squared lengths and the softmax kernel."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which checkpoints are whole, and whether one fits the model that is to load it.
+"""Which checkpoints are complete, and which fit the model that is to load them.
 
 The Trainer writes a checkpoint file by file into its final place, so after a kill the newest
 folder may be a fragment. A checkpoint here is whole once it holds a seal, written last and in one
@@ -70,7 +70,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def is_whole(checkpoint: Path) -> bool:
-    """Whether every file that the seal lists is there in full."""
+    """True if every file that the seal lists is there, with its full size."""
     try:
         seal = json.loads((checkpoint / SEAL).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -82,7 +82,7 @@ def is_whole(checkpoint: Path) -> bool:
 
 
 def seconds_until(checkpoint: Path) -> float:
-    """Seconds of optimizer steps that a whole checkpoint has behind it."""
+    """Seconds of optimizer steps up to a whole checkpoint, from its seal."""
     return float(json.loads((checkpoint / SEAL).read_text(encoding="utf-8"))["seconds"])
 
 

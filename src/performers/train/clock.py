@@ -1,4 +1,4 @@
-"""Training for a given time: the seconds that a model has used, and what follows from them."""
+"""Training for a given time: a clock for optimizer steps, and a learning rate that follows it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ __all__ = ["NEVER", "SCHEDULES", "TrainingClock", "learning_rate_factor"]
 # A number of steps that no run reaches.
 NEVER = 10**12
 
-# How the learning rate falls from its peak, at x = the share of the time after the warmup.
+# The learning rate ÷ its peak, as a function of the share of the time after the warmup.
 SCHEDULES: dict[str, Callable[[float], float]] = {
     "constant": lambda x: 1.0,
     "constant_with_warmup": lambda x: 1.0,
@@ -55,7 +55,7 @@ class TrainingClock(TrainerCallback):
     `shares`: what the Trainer is to do (a field of `TrainerControl`) whenever such a share of the
     limit has passed, at the step that ends next.
 
-    The processes of torchrun go by the clock of the first, so that all stop at the same step.
+    The processes of torchrun all use the clock of the first, so that they stop at the same step.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class TrainingClock(TrainerCallback):
 
     @property
     def share(self) -> float:
-        """How much of the limit is used, at most 1; 0 without a limit."""
+        """The share of the limit that is used, at most 1; 0 without a limit."""
         return 0.0 if self.limit is None else min(self.seconds / self.limit, 1.0)
 
     def on_step_begin(
@@ -91,7 +91,8 @@ class TrainingClock(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        # Here and not at the end of the step: the learning rate of the next one is set between.
+        # This is not done at the end of the step, because the learning rate of the next step is set
+        # before that.
         self._share_before = self.share
         self.seconds += perf_counter() - self._started
         if self.limit is not None and PartialState().num_processes > 1:

@@ -1,4 +1,4 @@
-"""What a run is, as a YAML file that a person can read: `RunConfig` and how it is loaded.
+"""A run as a YAML file that a person can read: `RunConfig` and how it is loaded.
 
     task: masked-lm                  # predict hidden residues; causal-lm predicts the next one
     data: {source: sample, length: 256}
@@ -119,8 +119,9 @@ class RunConfig:
     `max_seconds`: train for this time, of the optimizer steps alone (see `TrainingClock`), in the
     place of trainer.max_steps. The learning rate then rises and falls with the time that is used:
     trainer.warmup_steps is a share of it, and trainer.logging_steps, eval_steps and save_steps may
-    be. How many steps fit in depends on the machine, so such a run is not repeatable to the bit, a
-    resumed one neither: it uses the time that its last checkpoint has left.
+    be. How many steps fit into this time depends on the machine, so such a run cannot be repeated
+    bit by bit, and neither can a resumed one, which uses the time that was left at its last
+    checkpoint.
     """
 
     task: str = "masked-lm"
@@ -134,11 +135,11 @@ class RunConfig:
 
     @property
     def attention(self) -> str:
-        """The mechanism that the run is about."""
+        """The mechanism of the run's own model."""
         return str(self.model["attention"])
 
     def with_attention(self, attention: str) -> RunConfig:
-        """The same run with another mechanism, without what only this one takes."""
+        """The same run with another mechanism, without the fields that only the first one takes."""
         model = {**self.model, "attention": attention}
         if not MECHANISMS[attention].takes_window:
             model.pop("window_size", None)
@@ -164,8 +165,8 @@ def load_config(config: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
 
     `overrides`: `key=value` with dotted keys; values are read as YAML.
 
-    Raises FileNotFoundError for a config that is not there, ValueError for everything in it that
-    cannot be meant.
+    Raises FileNotFoundError for a config that is not there, ValueError for a key or a value that
+    has no meaning.
 
     >>> load_config("demo", ["max_seconds=7"]).max_seconds
     7.0
@@ -254,7 +255,7 @@ def _checked(tree: Mapping[str, Any], source: str) -> RunConfig:
 
 
 def _check_time(max_seconds: float, trainer: Mapping[str, Any]) -> None:
-    """Refuse what has no meaning in a run that is as long as its time."""
+    """Refuse settings that have no meaning in a run with a limit of time."""
     if not 0 < max_seconds < math.inf:
         raise ValueError(f"max_seconds must be above 0 and finite, got {max_seconds}.")
     for key in ("max_steps", "num_train_epochs", "lr_scheduler_kwargs"):

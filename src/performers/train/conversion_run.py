@@ -1,4 +1,4 @@
-"""A conversion from end to end: a pretrained model attends by FAVOR+, and recovers what that cost.
+"""A conversion: a pretrained model is made to attend by FAVOR+, and trained to recover its quality.
 
     read text ─► choose a setting, then layers, then whether anything is far ─► calibrate
       ─► attention transfer ─► fine-tuning ─► save
@@ -7,7 +7,7 @@ out/
 ├── model.safetensors, config.json, …   for load_linearized; the exact model for from_pretrained
 ├── favor.safetensors                   what the feature maps have learned
 ├── conversion.json                     all numbers of the conversion
-└── checkpoints/                        what is gone on from; removed in the end
+└── checkpoints/                        to resume from; removed at the end
 """
 
 from __future__ import annotations
@@ -52,11 +52,11 @@ __all__ = ["REPORT", "Conversion", "ConversionConfig"]
 REPORT = "conversion.json"
 CHECKPOINTS = "checkpoints"
 
-# What settings are measured on, more of the text says little more: so many sequences to learn
-# from, and as many others.
+# Settings are measured on this many sequences, after calibration on as many others. More sequences
+# would hardly change the numbers.
 MEASURED_SEQUENCES = 2
 
-# What calibration measures of the text: more teaches little more.
+# Calibration reads this much of the text. More would hardly change the statistics.
 CALIBRATION_TOKENS = 8192
 
 # Whether a far field is worth its place is measured on so many, from the end of what is trained on,
@@ -66,13 +66,13 @@ FAR_TOKENS = 4096
 # Measuring these costs about as much as two steps of training at the default batch size.
 MOST_HELD_OUT = 16
 
-# Without these there is nothing to calibrate on, to train on and to hold out.
+# The fewest sequences with which there is something to calibrate on, to train on and to hold out.
 FEWEST_SEQUENCES = 4
 
 
 @dataclass(frozen=True)
 class ConversionConfig:
-    """What is converted, how, and how long it recovers.
+    """What is converted, how, and for how many steps it recovers.
 
     `options`: how attention is estimated. Sharp features are calibrated, unless `statistics` is
     "call".
@@ -80,10 +80,10 @@ class ConversionConfig:
     (`FavorOptions.within`), instead of the features, near field and number of projections among the
     options.
     `exact_layers`: this many layers stay exact, those that cost most (`layer_costs`). The setting
-    is chosen before, for all layers, because it costs less than exact attention.
-    `transfer_steps`, `steps`: of attention transfer and of fine-tuning; 0 leaves it out.
-    `lora_rank`: fine-tune matrices of this rank beside the weights instead of the weights; 0 does
-    not. Needs the package peft.
+    is chosen first, for all layers, because a better setting costs less than exact attention.
+    `transfer_steps`, `steps`: of attention transfer and of fine-tuning; 0 leaves that stage out.
+    `lora_rank`: fine-tune matrices of this rank beside the weights instead of the weights; 0
+    fine-tunes the weights themselves. Needs the package peft.
 
     Raises ValueError for numbers that are too small, ModuleNotFoundError without peft.
     """
@@ -119,12 +119,12 @@ class ConversionConfig:
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """In types that JSON has."""
+        """As types that JSON can hold."""
         return {**dataclasses.asdict(self), "options": self.options.to_dict()}
 
     @classmethod
     def from_dict(cls, written: Mapping[str, Any]) -> ConversionConfig:
-        """What `to_dict` gave, maybe in a version without some of the choices: their defaults."""
+        """From what `to_dict` gave. Choices that are missing there get their defaults."""
         return cls(**{**written, "options": FavorOptions.from_dict(written["options"])})
 
 
@@ -146,10 +146,11 @@ class Conversion:
         """Read the text, and check what can be checked before the model is touched.
 
         The last tenth of the text is held out, at most 16 sequences. With `force`, checkpoints in
-        the folder are removed and what else is there may be overwritten.
+        the folder are removed, and other files in it may be overwritten.
 
-        Raises ValueError or OSError for what cannot be used, and FileExistsError for an output
-        folder that holds something, unless `resume` or `force` allows it.
+        Raises ValueError or OSError for a model, text or number that cannot be used, and
+        FileExistsError for an output folder that is not empty, unless `resume` or `force` allows
+        it.
         """
         _check_output(config, output, resume, force)
         text = Path(config.text).read_text(encoding="utf-8")
@@ -185,15 +186,15 @@ class Conversion:
     def run(self, report: Callable[[str], None]) -> dict[str, Any]:
         """Convert, recover and save; writes and returns what conversion.json holds.
 
-        Interrupted at any moment, a conversion prepared with `resume=True` goes on from its last
-        checkpoint. Raises FloatingPointError where training diverged, and ValueError where no
-        setting is within the wanted error.
+        After an interruption at any moment, a conversion prepared with `resume=True` continues from
+        its last checkpoint. Raises FloatingPointError where training diverged, and ValueError where
+        no setting is within the wanted error.
         """
         place = self.output / CHECKPOINTS
         place.mkdir(parents=True, exist_ok=True)
         write_atomically(place / "config.json", _json(self.config.to_dict()))
         began = time.perf_counter()
-        found = place / "transferred.json"  # written after the model: it is whole
+        found = place / "transferred.json"  # written after the model, so the model is complete
         exact = self._load()
         if found.exists():
             record = json.loads(found.read_text(encoding="utf-8"))
@@ -231,8 +232,8 @@ class Conversion:
     def _convert(
         self, model: PreTrainedModel, report: Callable[[str], None]
     ) -> tuple[PreTrainedModel, PreTrainedModel, dict[str, Any]]:
-        """The model with its setting and its layers, calibrated, its attention transferred; the
-        teacher; and what was measured.
+        """The model with its setting and layers chosen, calibrated, and with its attention
+        transferred; the teacher; and the measurements.
         """
         options = self.config.options
         frontier = None
@@ -375,7 +376,7 @@ class Conversion:
         return [{"input_ids": batch.to(device)} for batch in rows.split(self.config.batch_size)]
 
     def _transfer_batches(self) -> list[dict[str, Tensor]]:
-        """One for each step of attention transfer; the sequences come round if they must."""
+        """A batch for each step of attention transfer; sequences repeat if there are too few."""
         count = self.config.transfer_steps * self.config.batch_size
         return self._batches(self.train[torch.arange(count) % len(self.train)])
 
@@ -393,8 +394,7 @@ def _check_output(config: ConversionConfig, output: Path, resume: bool, force: b
         )
     if resume and force:
         raise ValueError(
-            "a conversion is either gone on with or started again: give --resume or --force, not "
-            "both."
+            "a conversion is either resumed or started again: give --resume or --force, not both."
         )
     started = output / CHECKPOINTS / "config.json"
     if resume and started.exists():
@@ -422,7 +422,7 @@ def _device() -> torch.device:
 
 
 def _saved_dtype(model: str) -> torch.dtype:
-    """The precision in which the weights of a saved model lie."""
+    """The precision in which the weights of a model were saved."""
     return getattr(AutoConfig.from_pretrained(model), "dtype", None) or torch.float32
 
 

@@ -1,7 +1,7 @@
-"""Fine-tuning: all weights of a converted model learn to do again what the exact one did.
+"""Fine-tuning a converted model, so that it does again what the exact one did.
 
-Language models learn from their own task. An encoder has none: it learns the last hidden states of
-the exact model.
+Language models learn their own task. An encoder has no task of its own, so it learns the last
+hidden states of the exact model.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ MASK_RATE = 0.15
 
 @dataclass(frozen=True)
 class FineTuningTask:
-    """What a model does, how it is loaded for that, and what tells how well it does it.
+    """The task of a model: how the model is loaded for it, its loss, and its measure of quality.
 
     `measure`: the name of `quality`. An encoder's sentence embedding is the mean of its last hidden
     states, whose cosine to the exact embedding is measured.
@@ -151,11 +151,12 @@ def fine_tune(
 ) -> PreTrainedModel:
     """Fine-tune all weights with AdamW, the learning rate falling linearly after a short rise.
 
-    `lora_rank`: if above 0, what is trained is a product of two matrices of this rank beside the
-    weight of every linear layer, which is added to that weight in the end (Hu et al. 2022).
+    `lora_rank`: if above 0, a product of two matrices of this rank is trained beside the weight of
+    every linear layer, and added to that weight at the end (Hu et al. 2022).
 
-    Without dropout: an error is undone, nothing new is learned. Checkpoints go to `folder`; if it
-    has whole ones the last is resumed, to the same end. Trains in place; returns the model.
+    Dropout is off, because the model corrects an error and learns nothing new. Checkpoints go to
+    `folder`. If it has whole ones, training continues from the last, and ends with the same weights
+    as without the interruption. Trains in place; returns the model.
 
     Raises FloatingPointError where the loss is no longer finite.
     """
@@ -197,7 +198,7 @@ def fine_tune(
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(ProgressLine("recovery"))
-    # The Trainer would take one more step from the last.
+    # A Trainer that resumes at its last step would take one step more.
     if checkpoint is not None and _steps_done(checkpoint) >= steps:
         if lora_rank:
             adapter = load_file(checkpoint / "adapter_model.safetensors")
@@ -227,7 +228,7 @@ class FineTuningTrainer(Trainer):
 
 
 class _Items(Dataset):
-    """`count` items from rows that come round as often as needed, masked anew each time.
+    """`count` items from rows, which repeat as often as needed, and are masked anew each time.
 
     All steps are one epoch, so that an item is a function of its number and the seed.
     """

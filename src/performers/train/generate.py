@@ -72,7 +72,7 @@ class Generation:
 
     @torch.no_grad()
     def run(self) -> Iterator[str]:
-        """Lines of FASTA; what the model remembers has a constant size, however long they get."""
+        """Lines of FASTA. The state of the model has a constant size, however long they get."""
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         model = self.model.to(device)
         start = torch.cat([torch.tensor([BOS_TOKEN_ID]), encode(self.prompt)])[None].to(device)

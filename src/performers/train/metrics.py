@@ -26,7 +26,8 @@ def score_tokens(
     labels: Int[Tensor, "batch length"],
     shift: bool,
 ) -> Float[Tensor, "batch 3"]:
-    """Of each row: how many scored tokens are right, their Σ −log p in nats, how many there are.
+    """For each row: the number of right scored tokens, Σ −log p in nats, and the number of scored
+    tokens.
 
     `shift`: position i predicts label i + 1, the convention of causal models in transformers.
     """

@@ -15,8 +15,8 @@ class RedrawFeatures(TrainerCallback):
     """Calls `model.redraw_features()` after every `every` optimizer steps.
 
     ω and the number of redraws are buffers, so a checkpoint saved at such a step holds the new ω,
-    and a run resumed from it goes on with the same draws. ω is a function of (seed, layer,
-    number of redraws), so all ranks draw the same.
+    and a run resumed from it continues with the same draws. ω is a function of (seed, layer, number
+    of redraws), so all ranks draw the same.
 
     Source: Choromanski et al. 2021, Section 4.3 and Appendix A.6 ("redrawing").
     """

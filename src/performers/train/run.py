@@ -1,4 +1,4 @@
-"""A training run: a folder that fills up, can be left at any moment and continued to the same end.
+"""A training run: a folder of files, which can be resumed after an interruption at any moment.
 
 runs/demo/
 ├── config.yaml          the run, every key resolved
@@ -52,12 +52,12 @@ TITLES = {
 
 
 def holds_run(folder: Path) -> bool:
-    """Whether a run was ever started in the folder."""
+    """True if a run was ever started in the folder."""
     return (folder / "config.yaml").exists()
 
 
 def has_finished(folder: Path) -> bool:
-    """Whether the run in the folder has all its numbers."""
+    """True if the run in the folder has all its numbers."""
     return (folder / "metrics.json").exists()
 
 
@@ -72,7 +72,7 @@ class Run:
 
     @property
     def is_main_process(self) -> bool:
-        """Whether this is the process that writes, of those that torchrun started."""
+        """True in the one process, of those that torchrun started, that writes files."""
         return PartialState().is_main_process
 
     @classmethod
@@ -92,8 +92,8 @@ class Run:
                 with torch.device("meta"):
                     check_weights(checkpoint, build_model(one))
         data = load_proteins(**vars(config.data), seed=config.seed)
-        # Asking for the device starts the process group of torchrun. No rank writes into the folder
-        # before every rank has looked at it.
+        # Asking for the device starts the process group of torchrun. The barrier then makes every
+        # rank look at the folder before any rank writes into it.
         device = arguments[0].device
         state = PartialState()
         state.wait_for_everyone()
@@ -107,9 +107,10 @@ class Run:
     def train(self) -> dict[str, Any] | None:
         """Train the model and those it is compared with; writes and returns the metrics.
 
-        Under torchrun only the first process has them; the others return None. Interrupted at any
-        moment, a run prepared with `resume=True` goes on from the last whole checkpoint and ends
-        with the same numbers; one of `max_seconds` ends after the same time instead.
+        Under torchrun only the first process has them; the others return None. After an
+        interruption at any moment, a run prepared with `resume=True` continues from the last whole
+        checkpoint and ends with the same numbers. A run of `max_seconds` ends after the same time
+        of training instead.
         """
         self._warm_up()
         models = [
@@ -132,8 +133,8 @@ class Run:
     def _warm_up(self) -> None:
         """Take one step with a small model that is thrown away.
 
-        What torch and the Trainer load and keep when a process first trains would else be counted
-        as time and memory of the first model.
+        Otherwise the time and memory that torch and the Trainer need once, when a process first
+        trains, would be counted for the first model.
         """
         model_options = {**self.config.with_attention("identity").model, "num_hidden_layers": 1}
         model = build_model(replace(self.config, model=model_options)).to(self.device)
@@ -143,7 +144,7 @@ class Run:
         TensorBoardCallback()
 
     def _train_model(self, config: RunConfig, folder: Path) -> dict[str, Any]:
-        """Train one model to its end and score it, or read what was found before."""
+        """Train one model to its end and score it, or read the result of an earlier attempt."""
         result = folder / "result.json"
         if not result.exists():
             trainer = train_to_the_end(
@@ -158,7 +159,8 @@ class Run:
     def _score(self, trainer: TokenTrainer, folder: Path) -> dict[str, Any]:
         """Evaluate and save the model of the last checkpoint.
 
-        All of it is a function of that checkpoint, so that it can be interrupted as well.
+        Everything follows from that checkpoint, so that this can be interrupted and repeated as
+        well.
         """
         model = trainer.accelerator.unwrap_model(trainer.model)
         state, seconds = trainer.state, trainer.clock.seconds
@@ -187,7 +189,7 @@ class Run:
         return outcome
 
     def _evaluated(self) -> Iterator[tuple[str, TokenDataset]]:
-        """The splits that hold anything, the training set apart."""
+        """The splits to evaluate on: all that are not empty, except the training set."""
         for name in SPLITS[1:]:
             split: TokenDataset = getattr(self.data, name)
             if len(split):
@@ -227,7 +229,7 @@ def _configs(config: RunConfig) -> dict[str, RunConfig]:
 
 
 def _place(folder: Path, config: RunConfig, name: str) -> Path:
-    """Where the files of one model lie; the run's own model is at the top."""
+    """The folder of one model's files. The run's own model has the folder of the run."""
     return folder if name == config.attention else folder / "compare" / name
 
 

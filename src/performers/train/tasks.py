@@ -28,8 +28,9 @@ Model = PerformerForMaskedLM | PerformerForCausalLM
 class Task:
     """A model and its batches, which a seed determines.
 
-    `evaluation_collator`: the same batches, with labels only where an answer shows knowledge.
-    `shift`: whether the logits of a position belong to the label of the next one.
+    `evaluation_collator`: the same batches, with labels only where the input does not give the
+    answer.
+    `shift`: True if the logits of a position belong to the label of the next one.
     """
 
     model: type[Model]
@@ -39,11 +40,11 @@ class Task:
 
 
 class HiddenTokens(MaskedCollator):
-    """BERT's masking with labels at the masks alone.
+    """BERT's masking, with labels only where a token is hidden.
 
-    BERT also chooses tokens that it leaves as they are, or replaces by others. Those train a
-    model, but do not test it: one in ten answers would be right by copying the input, which beats
-    the empirical baseline by itself.
+    BERT also chooses tokens that it leaves as they are, or replaces by others. They help a model to
+    train, but do not test it: one in ten answers would be right by copying the input, which by
+    itself is better than the empirical baseline.
     """
 
     def __call__(self, items: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:

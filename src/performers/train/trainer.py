@@ -73,12 +73,12 @@ ACTIONS = {
 
 
 def _shares(trainer: Mapping[str, Any]) -> dict[str, float]:
-    """Those of the three intervals that are shares of the run, as in transformers: below 1."""
+    """The intervals, of three, that are shares of the run: those below 1, as in transformers."""
     return {key: trainer[key] for key in ACTIONS if 0 < (trainer.get(key) or 0) < 1}
 
 
 class TokenTrainer(Trainer):
-    """A Trainer that scores as the paper does and writes checkpoints that can be told apart.
+    """A Trainer that scores as the paper does, and seals its checkpoints when they are complete.
 
     `task`: that of the config, on proteins, unless given. `peak_memory`: bytes, see `PeakMemory`;
     None if nothing was trained.
@@ -121,7 +121,7 @@ class TokenTrainer(Trainer):
             callbacks=callbacks,
         )
         self.peak_memory: int | None = None
-        # It stays at epoch 0, so that every evaluation scores the same positions.
+        # This collator stays at epoch 0, so that every evaluation scores the same positions.
         self.evaluation_collator = task.evaluation_collator(config.seed)
         self.remove_callback(PrinterCallback)
         if not self.args.disable_tqdm:
@@ -154,14 +154,14 @@ class TokenTrainer(Trainer):
         return self.lr_scheduler
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Without a mask where nothing is padded: exact attention has a faster form then."""
+        """The loss, without a mask where nothing is padded: exact attention is then faster."""
         mask = inputs.get("attention_mask")
         if mask is not None and bool(mask.all()):
             inputs = {name: value for name, value in inputs.items() if name != "attention_mask"}
         return super().compute_loss(model, inputs, *args, **kwargs)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Every entry says after how many seconds of training it was made."""
+        """Adds to every entry the seconds of training so far."""
         super().log({**logs, "seconds": self.clock.seconds}, *args, **kwargs)
 
 
@@ -176,7 +176,7 @@ def train_to_the_end(
     """Train the model that `build` returns, from the last whole checkpoint if there is one.
 
     The trainer that is returned has the weights, the log (`state.log_history`) and the seconds
-    (`clock.seconds`) of the last checkpoint: an interrupted run ends as one that was not.
+    (`clock.seconds`) of the last checkpoint: an interrupted run ends as an uninterrupted one does.
     """
     # The Trainer has bars of its own; one for every file that is saved would break them up.
     disable_progress_bar()
@@ -191,7 +191,7 @@ def train_to_the_end(
     memory = PeakMemory()
     set_seed(config.seed)
     trainer = TokenTrainer(config, folder, build(), train, valid, seconds, task)
-    # The Trainer would take one more step from the last.
+    # A Trainer that resumes at its last step would take one step more.
     if checkpoint is None or not _has_ended(checkpoint, config.max_seconds):
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         trainer.peak_memory = memory.measure()

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 __all__ = ["attention_figure", "curves_figure"]
 
-# The model of the run first, then what it is compared with; told apart in gray print, too.
+# The first color is that of the run's own model. All can be told apart in gray print, too.
 COLORS = ("#1f5fbf", "#d1662b", "#3a8f6a", "#7b4fa3", "#8a6d1f")
 BASELINE_COLOR = "#6b7280"
 
@@ -46,8 +46,8 @@ def curves_figure(
 ) -> Figure:
     """Bits per character against seconds of training, and against tokens seen.
 
-    The first panel says what a model is worth for its time, the second for its data. Validation in
-    dots, training faint and smoothed, the empirical baseline as a dashed line.
+    The first panel compares models at equal time, the second at equal data. Validation in dots,
+    training faint and smoothed, the empirical baseline as a dashed line.
     `histories`: of each model the Trainer's log, entries with "seconds", "num_input_tokens_seen"
     and "loss" (training) or "eval_loss" (validation), in nats. `baseline`: "bits_per_character".
     """
@@ -70,7 +70,8 @@ def curves_figure(
         panels[1].set_xlabel("million tokens seen")
         panels[0].set_title("Bits per character (dots: validation, faint: training)")
         panels[1].set_title("The same against tokens")
-        # The first steps of a training lie far above everything that is to be told apart.
+        # Losses of the first steps are so large that, with them, the curves could not be told
+        # apart.
         low, high = min(shown), max(shown)
         panels[0].set_ylim(low - 0.1 * (high - low), high + 0.25 * (high - low))
         panels[0].legend()
@@ -87,7 +88,7 @@ def _curve(
 
 
 def _smoothed(values: Float[np.ndarray, " points"]) -> Float[np.ndarray, " points"]:
-    """Of every entry the mean with the `SMOOTHED` - 1 before it, as far as there are any."""
+    """The mean of every entry and the `SMOOTHED` - 1 entries before it, or as many as there are."""
     sums = np.concatenate([[0.0], values.cumsum()])
     ends = np.arange(1, len(values) + 1)
     starts = np.maximum(ends - SMOOTHED, 0)
@@ -99,7 +100,7 @@ def attention_figure(
 ) -> Figure:
     """The attention matrices of one sequence: a row of panels per layer, a panel per head.
 
-    Colors say how many times its even share an entry is (1/length, or 1/i in row i of a causal
+    Colors show entries as multiples of the even share (1/length, or 1/i in row i of a causal
     matrix, whose future is left gray), on one logarithmic scale for all panels of all figures.
     `layer_numbers` count from 0.
     """

@@ -39,8 +39,8 @@ SPLITS = {
 def write_report(run: Path) -> Path:
     """Write report.html and its PNGs into the run folder; returns the path of the page.
 
-    Reads metrics.json and, where a model left one, its attention.npz. The page holds its images
-    and styles itself and asks no network for anything.
+    Reads metrics.json and, where a model left one, its attention.npz. The page contains its images
+    and styles, and loads nothing from a network.
     """
     metrics = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
     models = metrics["models"]

@@ -139,10 +139,12 @@ def _contraction(
     epsilon: float,
     is_causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Output, normalizers of its rows, last state; (frames, normalizers, values) is the first one.
+    """Output, normalizers of its rows, last state; (frames, normalizers, values) is the first
+    state.
 
-    The normalizers are logarithms for `kind` "exp". Frames are not differentiated. One operator, so
-    that torch.compile(fullgraph=True) need not look inside.
+    The normalizers are logarithms for `kind` "exp". Frames, the running maxima of the exponents as
+    in an online softmax, are not differentiated. One operator, so that
+    torch.compile(fullgraph=True) need not look inside.
     """
     query, key, value = (_with_dense_rows(x) for x in (query, key, value))
     first = (frames.contiguous(), normalizers.contiguous(), values.contiguous())
@@ -226,7 +228,7 @@ def _contraction_backward(
     else:
         shares -= total_gradient * total
         query_rows = torch.where(total == 0, 0.0, 1 / total)
-    # The gradient of the last state is a state too: what it makes keys read.
+    # The gradient of the last state is itself a state of queries, which keys read.
     end_frames = (-last_frames).masked_fill(last_frames == -math.inf, -math.inf)
     end = (end_frames, -normalizer_gradient, values_gradient.contiguous())
     whole_rows = Rows(query, key, value, out_gradient, query_rows, key_rows, shares)
@@ -401,7 +403,7 @@ class Rows(NamedTuple):
 
 
 def _query_states(work: Contraction, rows: Rows, end: Sums, chunk: int) -> tuple[Sums, Sums]:
-    """The states that keys read: of the queries after every chunk, and of all."""
+    """The states that keys read in the backward pass: of queries after every chunk, and of all."""
     return _states(
         work, rows.query, rows.out_gradient, rows.query_rows, rows.shares, end, chunk,
         is_reverse=True,
@@ -559,10 +561,9 @@ def _split(work: Contraction, x: Tensor) -> int:
 
 
 def _segments(work: Contraction, key: Tensor) -> list[slice]:
-    """What causal attention does at a time: enough to fill the device with its chunks.
-
-    The states of a segment's chunks are all that it needs besides inputs and outputs: at any length
-    so many programs' worth of them.
+    """The parts that causal attention works on one after the other, each with enough chunks to keep
+    the device busy. Besides inputs and outputs, only the states of one segment's chunks are in
+    memory, so their number does not depend on the length.
     """
     length = key.shape[2]
     chunks = max(MIN_CHUNKS, _waves(key.device, SEGMENT_WAVES, key.shape[0] * key.shape[1]))

@@ -7,9 +7,10 @@ of key j in row i is P_ij = Σ_m u_im w_jm, and its gradient G_ij = dO_i·v_j �
     d log w_jm = w_jm Σ_i u_im G_ij = w_jm (v_j·R_m − T_m),        R_m = Σ_i u_im dO_i, T_m = Σ_i u_im δ_i
     dv_j       = Σ_i P_ij dO_i      = Σ_m w_jm R_m
 
-so that keys read a state (R, T) of the queries as queries read the state (S, Z) of the keys. In
-causal attention the sums over j end at i and those over i start at j: what is in the row's own
-chunk is summed as products of tiles, or term by term from the first rise on.
+So keys read a state (R, T), which sums over queries, in the same way as queries read the state (S,
+Z), which sums over keys. In causal attention the sums over j end at i and those over i start at j.
+Within the row's own chunk they are products of tiles, or sums term by term after a key that rises
+too far above the frame (the running maximum, as in an online softmax; see `tiles.chunk_frame`).
 """  # noqa: E501  # aligned formulas
 
 from typing import no_type_check

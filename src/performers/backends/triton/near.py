@@ -8,8 +8,9 @@
                absorb, scan    queries → the state of every block → what is far of every block
                key_gradient
 
-Far of a block is what comes two blocks before it or earlier, and in bidirectional attention two
-blocks after it or later. States of blocks live during a pass only.
+The far field of a block begins two blocks before it, and in bidirectional attention also two blocks
+after it. States of blocks exist during a pass only. Their frames are the running maxima of
+exponents, as in an online softmax.
 """
 
 from __future__ import annotations
@@ -216,7 +217,7 @@ def _near_backward(*arguments: Any) -> list[Tensor]:
         *work.sizes(), SINKS=SINKS, **work.options(),
     )  # fmt: skip
 
-    # The gradient of the last state is a state too: what it makes keys read.
+    # The gradient of the last state is itself a state of queries, which keys read.
     end_frames = (-last_frames).masked_fill(last_frames == -math.inf, -math.inf)
     end = (end_frames.unsqueeze(1), -d_normalizers.unsqueeze(1), d_values.unsqueeze(1))
     each = states_of_chunks(

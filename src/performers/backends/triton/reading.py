@@ -36,10 +36,10 @@ def read(
 ):  # fmt: skip
     """out_i = Σ_m w_im S_m / Σ_m w_im Z_m, and the denominator (its logarithm for KIND "exp").
 
-    A program has one tile of queries of one head and goes over all features. The frame of a row,
-    the largest exponent so far, moves on as in a softmax over blocks. In causal attention the state
-    is that of the keys before the chunk, and Σ_m φ_m(q_i) φ_m(k_j) for the keys of the chunk is
-    summed along, in the same frame.
+    A program has one tile of queries of one head and goes over all features. The frame of a row is
+    the largest exponent so far, the running maximum of an online softmax. In causal attention the
+    state is that of the keys before the chunk, and Σ_m φ_m(q_i) φ_m(k_j) for the keys of the chunk
+    is summed along, in the same frame.
     """
     tile = tl.program_id(0)
     start = tile * ROWS
@@ -86,6 +86,8 @@ def read(
             if IS_CAUSAL:
                 rise = first_rise(exponents, feature_frame, inside, ROWS)
                 if rise < ROWS:
+                    # Rows from the rise on need a frame that no key up to them exceeds: a running
+                    # maximum over keys.
                     highest = tl.associative_scan(exponents, 0, larger)
                     highest = tl.maximum(highest, feature_frame[None, :])
                     top = tl.where(position[:, None] >= rise, logits + highest, top)
@@ -109,6 +111,8 @@ def read(
                 scores *= decay[:, None]
                 if rise < ROWS:
                     new_scores = tl.where(position[:, None] >= rise, 0.0, new_scores)
+                    # Term by term, where products of tiles would overflow: one key at a time, with
+                    # its own exponents.
                     for number in range(ROWS):
                         exponent = row_of(exponents, number, ROWS)[None, :] + logits
                         terms = tl.exp(exponent - finite(frame)[:, None])

@@ -1,8 +1,9 @@
-"""Kernels that make states of rows, and join them.
+"""Kernels that sum rows into states, and add states up.
 
-Keys with values become the states that queries read. In the backward pass queries, with the
-gradients of their outputs for values, become the states that keys read: the same sums, the other
-way round.
+Keys with their values are summed into the states that queries read. In the backward pass the roles
+are exchanged: queries, with the gradients of their outputs in the place of values, are summed into
+states that keys read. The sums of a feature are kept relative to a frame: the largest exponent in
+them, as the running maximum of an online softmax. States are added in the larger frame.
 """
 
 from typing import no_type_check

@@ -6,7 +6,9 @@ The weight of feature m in row i is the factor that i has in Σ_m φ_m(q_i) φ_m
                            row: what features of a key share, or −log of the normalizer
     KIND "relu", "elu+1":  (f(x_i·ω_m) + ε) · row_i          row: 1, or 1 / normalizer
 
-A row that is not there, a masked key, has row −∞ or 0. Features past the last have no weight.
+A row that does not exist, or a masked key, has row −∞ or 0. Features past the last have no weight.
+A frame is the exponent relative to which the sums of a feature are kept, as the running maximum of
+an online softmax. It cancels in the output.
 """
 
 from typing import no_type_check
@@ -152,7 +154,7 @@ def weights_of(logits, rows, frame, inside, epsilon, KIND: tl.constexpr):
 @triton.jit
 @no_type_check
 def slopes_of(logits, rows, frame, inside, epsilon, KIND: tl.constexpr):
-    """[R, M]: what the weights grow by with the logits."""
+    """[R, M]: the derivatives of the weights by the logits."""
     if KIND == "exp":
         return weights_of(logits, rows, frame, inside, epsilon, KIND)
     else:
@@ -164,8 +166,9 @@ def slopes_of(logits, rows, frame, inside, epsilon, KIND: tl.constexpr):
 def chunk_frame(state_frame, exponents, rows, ROWS: tl.constexpr):
     """[M]: the frame for the products within a causal chunk, from its exponents [R, M].
 
-    That of the state joined with the first key, which every row sees. A chunk that starts with
-    masked keys and no state takes its first real key's: the rows before that see nothing at all.
+    It is the maximum of the state's frame and the exponent of the first key, which every row sees.
+    A chunk that starts with masked keys and has no state takes the exponent of its first real key,
+    because the rows before that key see nothing at all.
     """
     position = tl.arange(0, ROWS)
     first = tl.min(tl.where(rows > -float("inf"), position, ROWS), axis=0)
