@@ -24,6 +24,8 @@ from typer.testing import CliRunner
 
 from performers import load_linearized
 from performers.cli import app
+from performers.convert.capture import text_windows
+from performers.convert.fidelity import measure_fidelity
 from performers.train import conversion_run, fine_tuning
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "to", "be", "or", "not", "that", "is"]
@@ -41,6 +43,7 @@ MODELS = {
 }
 SMALL = (
     "--num-projections", 16, "--length", 31, "--batch-size", 3, "--transfer-steps", 4, "--steps", 5,
+    "--far",
 )  # fmt: skip
 
 
@@ -121,6 +124,44 @@ def test_no_recovery_stops_after_calibration_and_leaves_the_weights_alone(saved,
     assert 0.5 < cosine < 0.9999
     layers = converted.encoder.layer
     assert all(layer.attention.self.favor.is_calibrated for layer in layers)
+
+
+@pytest.mark.parametrize(
+    ("kind", "asked"),
+    [*((kind, ()) for kind in MODELS), ("encoder", ("--far",)), ("encoder", ("--no-far",))],
+)
+def test_the_far_field_stays_where_it_brings_the_model_closer_to_the_exact_one(
+    kind, asked, saved, text, tmp_path
+):
+    build, auto_class = MODELS[kind]
+    folder, output = saved(build()), tmp_path / "converted"
+    options = [option for option in SMALL if option != "--far"]
+    result = run(
+        folder, "--data", text, "--output", output, *options, "--window", 3, "--no-recovery", *asked
+    )
+    assert result.exit_code == 0, result.output
+    record = json.loads((output / "conversion.json").read_text())
+    if asked:
+        assert record["options"]["far"] is (asked == ("--far",))
+        assert record["far_field"] is None
+    else:
+        found = {name: fidelity["distance"] for name, fidelity in record["far_field"].items()}
+        closest = min(found, key=found.get)
+        assert record["options"]["far"] is (closest == "estimated")
+        assert found["estimated"] != found["left out"]
+    # what is saved is what was chosen
+    model, exact = load_linearized(auto_class, output), auto_class.from_pretrained(folder)
+    held_out = record["stages"]["calibrated"]["fidelity"]["distance"]
+    assert held_out == pytest.approx(distance_on_held_out(model, exact, text), rel=0.02)
+
+
+def distance_on_held_out(model, exact, text):
+    """Of the last tenth of the sequences of 31 tokens, as the conversion cuts them."""
+    rows = text_windows(
+        AutoTokenizer.from_pretrained(exact.config.name_or_path), text.read_text(), 31
+    )
+    held_out = rows[-max(1, len(rows) // 10) :]
+    return measure_fidelity(model, exact.eval(), [{"input_ids": held_out}]).distance
 
 
 def test_the_layer_that_costs_most_stays_exact_and_the_config_names_the_others(

@@ -216,6 +216,7 @@ EFFECTS: dict[str, dict[str, Call | Shown]] = {
         "statistics": convert("--statistics call", "options.statistics", "call", "linearize"),
         "window": convert("", "options.window_size", 3, "linearize"),
         "sinks": convert("--sinks 5", "options.num_sinks", 5, "linearize"),
+        "far": convert("--no-far", "options.far", False, "linearize"),
         "exact_layers": convert("--exact-layers 1", "num_exact", 1, "choose_layers"),
         "length": convert("", "length", 23, "text_windows"),
         "batch_size": convert(f"--batch-size 3 {TRAINED}", "batch_size", 3, "fine_tune"),

@@ -16,6 +16,11 @@ if TYPE_CHECKING:
 
 __all__ = ["convert"]
 
+# What `Fidelity` counts, in a table.
+FIDELITY = {
+    "distance": "distance of the model to the exact one",
+    "agreement": "positions with its likeliest token",
+}
 # Options that a command with --resume does not repeat.
 RESTART = ("--force", "--resume")
 
@@ -54,6 +59,14 @@ def convert(
             min=0,
             help="Beside a window the first so many keys are scored exactly, too. That of "
             "FavorOptions unless given.",
+        ),
+    ] = None,
+    far: Annotated[
+        bool | None,
+        typer.Option(
+            "--far/--no-far",
+            help="Estimate the keys beyond the window and the sinks, or leave them out. Unless "
+            "given, whichever keeps the model closer to the exact one.",
         ),
     ] = None,
     exact_layers: Annotated[
@@ -113,7 +126,12 @@ def convert(
     from performers.train.conversion_run import Conversion, ConversionConfig
 
     with one_line_errors():
-        measured = {"features": features, "window_size": window, "num_projections": num_projections}
+        measured = {
+            "features": features,
+            "window_size": window,
+            "num_projections": num_projections,
+            "far": far,
+        }
         config = ConversionConfig(
             model=model,
             text=str(data),
@@ -165,6 +183,10 @@ def _table(record: Mapping[str, Any]) -> str:
     for name, error in record["averaging"].items():
         cells = (found["layers"][name] for found in stages.values())
         rows.append([name, f"{error:.3f}", *(f"{cell:.3f}" for cell in cells)])
+    for number in ("distance", "agreement"):
+        found = [stage["fidelity"][number] for stage in stages.values()]
+        if None not in found:
+            rows.append([FIDELITY[number], "", *(f"{x:.4f}" for x in found)])
     quality = (f"{found['quality']:.4f}" for found in stages.values())
     rows.append([f"{record['measure']} (exact: {record['exact']:.4f})", "", *quality])
     return "\n".join(aligned(rows))

@@ -9,6 +9,7 @@ from performers.convert.attention_transfer import (
 from performers.convert.cache import FavorCache
 from performers.convert.calibration import calibrate
 from performers.convert.capture import capture_attention, capture_text, read_captured
+from performers.convert.fidelity import Fidelity, measure_fidelity
 from performers.convert.interface import register
 from performers.convert.linearize import linearize, load_linearized, restore
 from performers.convert.mixed import choose_layers, layer_costs
@@ -19,6 +20,7 @@ __all__ = [
     "Captured",
     "FavorCache",
     "FavorOptions",
+    "Fidelity",
     "averaging_errors",
     "calibrate",
     "capture_attention",
@@ -29,6 +31,7 @@ __all__ = [
     "layer_errors",
     "linearize",
     "load_linearized",
+    "measure_fidelity",
     "read_captured",
     "register",
     "restore",

@@ -50,6 +50,8 @@ class FavorOptions:
     near field; None is 128, or 0 for features that cannot be combined with exact scores: kernels
     and trigonometric ones. `num_sinks` None is 4 in a near field, because trained models put
     attention that they have no use for on the first tokens.
+    `far` None is True, but `performers convert` measures both and leaves the far field out where
+    the model is closer to the exact one without it.
     `layers`: numbers of the layers that are converted, the others stay exact. None: all, other than
     the sliding-window layers of models that also have layers without a window.
     `exact_heads`: query heads of converted layers that stay exact, by the number of the layer. They
@@ -64,7 +66,7 @@ class FavorOptions:
     statistics: str | None = None
     window_size: int | None = None
     num_sinks: int | None = None
-    far: bool = True
+    far: bool | None = None
     layers: Sequence[int] | None = None
     exact_heads: Mapping[int, Sequence[int]] = field(default_factory=dict, hash=False)
     seed: int = 0
@@ -92,7 +94,7 @@ class FavorOptions:
                     f"features in {_with_windows()}, got "
                     f"{self.features!r} with window_size={self.window_size}. Pass window_size=0."
                 )
-        if not self.window_size and (self.num_sinks or not self.far):
+        if not self.window_size and (self.num_sinks or self.far is False):
             raise ValueError(
                 "num_sinks and far=False belong to an exact near field, and there is none: got "
                 f"num_sinks={self.num_sinks!r}, far={self.far!r}, features={self.features!r}. Pass "
@@ -170,7 +172,11 @@ class FavorOptions:
         """The words of `favor_attention` for the near field; none where there is none."""
         if not self.window_size:
             return {}
-        return {"window_size": self.window_size, "num_sinks": self.num_sinks, "far": self.far}
+        return {
+            "window_size": self.window_size,
+            "num_sinks": self.num_sinks,
+            "far": self.far is not False,
+        }
 
     def converts(self, number: int, layer_types: Sequence[str]) -> bool:
         """True if FAVOR+ takes the place of attention in the layer of this number.

@@ -1,7 +1,7 @@
 """A conversion: a pretrained model is made to attend by FAVOR+, and trained to recover its quality.
 
-    read text ─► choose a setting, then layers ─► calibrate ─► attention transfer ─► fine-tuning
-      ─► save
+    read text ─► choose a setting, then layers, then whether anything is far ─► calibrate
+      ─► attention transfer ─► fine-tuning ─► save
 
 out/
 ├── model.safetensors, config.json, …   for load_linearized; the exact model for from_pretrained
@@ -37,6 +37,7 @@ from performers.convert.attention_transfer import (
 )
 from performers.convert.calibration import calibrate
 from performers.convert.capture import capture_attention, text_windows
+from performers.convert.fidelity import measure_fidelity
 from performers.convert.linearize import linearize, load_linearized
 from performers.convert.mixed import choose_layers, layer_costs
 from performers.convert.options import FavorOptions
@@ -57,6 +58,10 @@ MEASURED_SEQUENCES = 2
 
 # Calibration reads this much of the text. More would hardly change the statistics.
 CALIBRATION_TOKENS = 8192
+
+# Whether a far field is worth its place is measured on so many, from the end of what is trained on,
+# where calibration does not reach in a long text.
+FAR_TOKENS = 4096
 
 # Measuring these costs about as much as two steps of training at the default batch size.
 MOST_HELD_OUT = 16
@@ -240,6 +245,7 @@ class Conversion:
             options, costs = self._choose_layers(model, options, report)
         self._linearize(model, options)
         teacher = exact_copy(model)
+        options, far_field = self._choose_far(model, teacher, options, report)
         record: dict[str, Any] = {
             "created_with": describe_environment(),
             "config": self.config.to_dict(),
@@ -247,6 +253,7 @@ class Conversion:
             "sequences": {"train": len(self.train), "held_out": len(self.held_out)},
             "frontier": None if frontier is None else dataclasses.asdict(frontier),
             "cost_by_layer": costs,
+            "far_field": far_field,
             "averaging": averaging_errors(model, teacher, self._batches(self.held_out)),
             "measure": self.task.measure,
             "exact": self._quality(teacher, teacher),
@@ -297,9 +304,39 @@ class Conversion:
         chosen = dataclasses.replace(options, layers=layers)
         return chosen, {str(number): cost for number, cost in costs.items()}
 
+    def _choose_far(
+        self,
+        model: PreTrainedModel,
+        teacher: PreTrainedModel,
+        options: FavorOptions,
+        report: Callable[[str], None],
+    ) -> tuple[FavorOptions, dict[str, Any] | None]:
+        """The options with a far field or without, whichever leaves the converted model closer to
+        the exact one, and the fidelity of both; as they are where that was asked for.
+
+        A model bears what is missing better than an estimate with a heavy tail, and no error of a
+        single layer shows it.
+        """
+        if options.far is not None or not options.window_size:
+            return options, None
+        batches = self._batches(self.train[-max(1, FAR_TOKENS // self.config.length) :])
+        estimated = measure_fidelity(model, teacher, batches)
+        chosen = dataclasses.replace(options, far=False)
+        self._linearize(model, chosen)
+        alone = measure_fidelity(model, teacher, batches)
+        if estimated.distance < alone.distance:
+            chosen = dataclasses.replace(options, far=True)
+            self._linearize(model, chosen)
+        report(f"with an estimated far field: {estimated}")
+        report(f"with the near field alone: {alone}")
+        report("chosen: " + ("the estimate" if chosen.far else "nothing far, which costs less"))
+        found = {"estimated": estimated, "left out": alone}
+        return chosen, {name: dataclasses.asdict(fidelity) for name, fidelity in found.items()}
+
     def _linearize(self, model: PreTrainedModel, options: FavorOptions) -> None:
         linearize(model, options)
-        if options.features == SHARP and options.statistics != "call":
+        learns = options.features == SHARP and options.statistics != "call"
+        if learns and options.far is not False:
             sequences = self.train[: max(1, CALIBRATION_TOKENS // self.config.length)]
             calibrate(model, self._batches(sequences))
 
@@ -314,10 +351,15 @@ class Conversion:
         """Add to the record how far the layers and the whole are from exact, on held-out text."""
         layers = layer_errors(model, teacher, self._batches(self.held_out))
         quality = self._quality(model, teacher)
-        record["stages"][stage] = {"layers": layers, "quality": quality}
+        fidelity = measure_fidelity(model, teacher, self._batches(self.held_out))
+        record["stages"][stage] = {
+            "layers": layers,
+            "quality": quality,
+            "fidelity": dataclasses.asdict(fidelity),
+        }
         report(
-            f"{stage}: mean error of the layers {_mean(layers):.3f}, "
-            f"{self.task.measure} {quality:.4f}"
+            f"{stage}: {fidelity}; {self.task.measure} {quality:.4f}, mean error of the layers "
+            f"{_mean(layers):.3f}"
         )
 
     def _quality(self, model: PreTrainedModel, teacher: PreTrainedModel) -> float:
