@@ -169,7 +169,7 @@ def test_a_key_may_come_again_in_another_section_and_under_a_merged_one(tmp_path
     assert kwargs == {"hidden_size": 8, "length": 9}
 
 
-@pytest.mark.parametrize("text", ["[" * 3000 + "]" * 3000, "{a: " * 3000 + "}" * 3000])
+@pytest.mark.parametrize("text", ["[" * 3000 + "]" * 3000, "{a: " * 999 + "}" * 999])
 def test_a_yaml_that_is_too_deep_is_refused(config_file, tmp_path, text):
     (tmp_path / "deep.yaml").write_text(f"data: {text}")
     with pytest.raises(ValueError, match=r"deep.yaml: a YAML text must not be nested deeper"):

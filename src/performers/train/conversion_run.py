@@ -365,7 +365,7 @@ def _check_output(config: ConversionConfig, output: Path, resume: bool, force: b
         written = read_json(started, remedy)
         try:
             before, given = ConversionConfig.from_dict(written).to_dict(), config.to_dict()
-        except (TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"{started} describes no conversion: {error}. {remedy}") from error
         for name in given:
             if before[name] != given[name]:
