@@ -17,6 +17,7 @@ __all__ = [
     "check_near_field",
     "check_omega",
     "check_same_near_field",
+    "check_seed",
     "check_state",
 ]
 
@@ -25,6 +26,12 @@ def check_count(name: str, count: object, least: int = 1) -> None:
     """Raise unless a count such as `num_projections` is a whole number of at least `least`."""
     if not isinstance(count, int) or isinstance(count, bool) or count < least:
         raise ValueError(f"{name} must be a whole number of at least {least}, got {count!r}.")
+
+
+def check_seed(seed: object) -> None:
+    """A seed that every generator takes; NumPy's is the narrowest."""
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**32:
+        raise ValueError(f"seed must be a whole number from 0 to {2**32 - 1}, got {seed!r}.")
 
 
 def check_choice(what: str, word: object, choices: Collection[str]) -> None:

@@ -3,6 +3,7 @@
 import inspect
 import json
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from performers.cli import app
 from performers.cli.app import COMMANDS, GROUPS
 from performers.data.vocabulary import STANDARD_AMINO_ACIDS
 from performers.models import MECHANISMS
-from performers.train import shipped_configs
+from performers.train import UnsavedError, shipped_configs
 
 # Modules of performers.cli that are no commands.
 SHARED = {"__init__", "__main__", "app", "errors"}
@@ -154,6 +155,25 @@ def test_a_finished_run_is_shown_without_training(trained, config):
     assert result.stdout.startswith(table)
 
 
+def test_a_run_whose_numbers_are_damaged_says_which_file(trained, config, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(trained[0], folder)
+    (folder / "metrics.json").write_text("{")
+    message = refused("train", config, "--output", folder, "--if-exists", "show")
+    assert f"{folder}/metrics.json must be a JSON file" in message
+    assert "Delete it" in message
+    assert f"{folder}/metrics.json must be a JSON file" in refused("report", folder)
+
+
+def test_a_run_that_cannot_be_written_is_one_line(config, tmp_path, monkeypatch):
+    def full(self):
+        raise UnsavedError("checkpoint-5 could not be written: the disk is full.")
+
+    monkeypatch.setattr("performers.train.Run.train", full)
+    message = refused("train", config, "--output", tmp_path / "run")
+    assert "checkpoint-5 could not be written" in message
+
+
 def test_an_interrupted_run_says_how_to_go_on_and_can(config, tmp_path, monkeypatch):
     def interrupt(self):
         raise KeyboardInterrupt
@@ -181,10 +201,14 @@ def test_an_interrupted_run_says_how_to_go_on_and_can(config, tmp_path, monkeypa
         (["evaluate", "absent", "absent.fasta"], "must be a run with a finished model/"),
         (["generate", "absent"], "must be a run with a finished model/"),
         (["generate", "absent", "--temperature", "-1"], "temperature must be at least 0"),
+        (["generate", "absent", "--temperature", "nan"], "at least 0 and finite, got nan"),
         (["generate", "absent", "--prompt", "MK1"], "got '1' at position 3"),
         (["generate", "absent", "--prompt", "MKV", "--length", "3"], "must exceed that of the"),
         (["report", "absent"], "absent"),
         (["reproduce", "figure-22"], "Did you mean 'figure-2'?"),
+        (["train", "demo", "seed=-1"], "seed must be a whole number from 0 to 4294967295"),
+        (["train", "demo", "trainer.learning_rate=.nan"], "must be at least 0 and finite, got nan"),
+        (["train", "demo", "trainer.fp16=true"], "trainer.fp16 needs an accelerator"),
         (["data", "proteins", "x.fasta.gz", "--source", "swisprot"], "Did you mean 'swissprot'?"),
     ],
 )

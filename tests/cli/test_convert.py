@@ -264,6 +264,7 @@ def test_an_interrupted_conversion_goes_on_to_the_same_end(
 
     monkeypatch.setattr(fine_tuning.FineTuningTrainer, "compute_loss", count)
     result = run(folder, "--output", parts, *options, "--resume")
+    assert "is finished" in refused(folder, "--output", parts, *options, "--resume")
     assert result.exit_code == 0, result.output
     assert len(steps) == 5 - last
     assert ("after attention transfer" in result.stderr) is (stop_at == "transfer")
@@ -278,8 +279,21 @@ def test_choices_that_a_started_conversion_did_not_know_are_the_defaults():
     assert conversion_run.ConversionConfig.from_dict(written) == config
 
 
+@pytest.mark.parametrize("written", ["{", "[]", "{}", '{"model": "m", "options": 3}'])
+def test_a_conversion_whose_options_are_damaged_says_which_file(tmp_path, written):
+    path = tmp_path / "out" / "checkpoints" / "config.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(written)
+    config = conversion_run.ConversionConfig(model="path", text="book.txt")
+    with pytest.raises(ValueError, match=rf"(?s){path} .*Start again with --force"):
+        conversion_run.Conversion.prepare(config, tmp_path / "out", resume=True)
+
+
 class StopInStepFour(TrainerCallback):
     """Stands in for ctrl-c; there are five steps, and a checkpoint after each."""
+
+    def __init__(self, remedy):
+        assert "trainer." not in remedy  # a conversion has no such options
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == 4:
@@ -301,6 +315,8 @@ def test_what_cannot_be_converted_is_refused_before_the_model_is_touched(saved, 
     assert "unknown features" in refused(*given, *options, "--features", "sharpe")
     assert "is the model itself" in refused(*given, "--output", folder, "--force")
     assert "learning_rate must be above 0" in refused(*given, *options, "--learning-rate", 0)
+    assert "finite, got nan" in refused(*given, *options, "--transfer-learning-rate", "nan")
+    assert "seed must be a whole number from 0" in refused(*given, *options, "--seed", -1)
     line = refused(*given, *options, "--exact-layers", 2)
     assert "must leave a layer to convert: this model has 2, and 2 would stay exact" in line
     assert "give --resume or --force, not both" in refused(*given, *options, "--resume", "--force")

@@ -104,9 +104,15 @@ def test_a_saved_config_comes_back_equal(tiny_config, tmp_path):
         ("num_projections", 0, "num_projections must be a whole number of at least 1, got 0"),
         ("num_hidden_layers", "6", "num_hidden_layers must be a whole number of at least 1"),
         ("vocab_size", 2.5, "vocab_size must be a whole number"),
-        ("num_attention_heads", 7, "num_attention_heads must divide hidden_size: got 7 and 24"),
+        (
+            "num_attention_heads",
+            7,
+            "num_attention_heads must divide hidden_size: got 7 and 24. Or pass head_dim",
+        ),
         ("num_key_value_heads", 2, "num_key_value_heads must divide num_attention_heads: got 2"),
-        ("num_attention_heads", 8, "must be even, got 24 / 8 = 3"),
+        ("num_attention_heads", 8, "must be even, got 3 (hidden_size 24, num_attention_heads 8)"),
+        ("head_dim", 5, "must be even, got 5"),
+        ("head_dim", 0, "head_dim must be a whole number of at least 1, got 0"),
         ("hidden_dropout_prob", 1.0, "hidden_dropout_prob must be at least 0 and below 1"),
         ("layer_norm_eps", "1e-5", "layer_norm_eps must be a number, got '1e-5'. In YAML write"),
         ("kernel_epsilon", -1.0, "kernel_epsilon must be at least 0"),
@@ -254,3 +260,27 @@ def test_a_mechanism_refuses_what_it_cannot_be_built_from(tiny_config, monkeypat
     tiny_config(attention="toy", num_projections=7)
     with pytest.raises(ValueError, match="at most 7"):
         tiny_config(attention="toy", num_projections=8)
+
+
+def test_heads_of_another_dim_attend_as_the_equation_says(tiny_model):
+    """softmax(QKᵀ/√head_dim)V between projections of heads · head_dim, key heads shared."""
+    model = tiny_model(PerformerForCausalLM, attention="exact", head_dim=10, num_key_value_heads=1)
+    layer, hidden = model.performer.layers[0].attention, torch.randn(2, 11, 24)
+    query, key, value = (
+        project(hidden).unflatten(-1, (-1, 10)).transpose(1, 2)
+        for project in (layer.q_proj, layer.k_proj, layer.v_proj)
+    )
+    assert (query.shape[1], key.shape[1]) == (3, 1)
+    logits = (query @ key.mT) / 10**0.5
+    future = torch.ones(11, 11, dtype=torch.bool).triu(1)
+    out = logits.masked_fill(future, -torch.inf).softmax(-1) @ value
+    expected = layer.out_proj(out.transpose(1, 2).flatten(2))
+    torch.testing.assert_close(layer(hidden, None, None, None, False)[0], expected)
+
+
+def test_heads_of_another_dim_remember_what_they_read(tiny_model, tokens):
+    model = tiny_model(PerformerForCausalLM, head_dim=10, num_key_value_heads=1)
+    cache, steps = PerformerCache(model.config), []
+    for token in tokens.split(1, dim=1):
+        steps.append(model(token, past_key_values=cache).logits)
+    torch.testing.assert_close(torch.cat(steps, 1), model(tokens).logits, rtol=1e-4, atol=1e-4)

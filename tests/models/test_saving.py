@@ -140,3 +140,15 @@ def test_one_seed_gives_one_omega_and_another_seed_another(tiny_config):
     )
     assert torch.equal(first[0], same[0])
     assert not torch.equal(first[0], other[0])
+
+
+@pytest.mark.parametrize("attention", sorted(MECHANISMS))
+def test_heads_of_another_dim_are_saved_and_loaded(tiny_model, tokens, tmp_path, attention):
+    model = tiny_model(PerformerForMaskedLM, attention=attention, head_dim=10)
+    shapes = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
+    for name, shape in (("q_proj", (30, 24)), ("k_proj", (30, 24)), ("out_proj", (24, 30))):
+        assert shapes[f"performer.layers.1.attention.{name}.weight"] == shape
+    model.save_pretrained(tmp_path)
+    again = PerformerForMaskedLM.from_pretrained(tmp_path)
+    assert again.config.head_dim == 10
+    assert torch.equal(again(tokens).logits, model(tokens).logits)

@@ -4,15 +4,18 @@ import json
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from performers.models import PerformerConfig, PerformerForMaskedLM
 from performers.train.checkpoints import (
     SEAL,
+    UnsavedError,
     check_weights,
     is_whole,
     last_whole_checkpoint,
     load_model,
     remove_fragments,
+    saving,
     write_atomically,
 )
 
@@ -53,6 +56,25 @@ def test_a_file_that_is_gone_breaks_the_seal(tmp_path):
     path = checkpoint(tmp_path, 5)
     (path / "weights").unlink()
     assert last_whole_checkpoint(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    "seal",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"\xff",
+        b"[" * 99999,
+        b'{"seconds": 1}',
+        b'{"files": {}, "seconds": null}',
+        b'{"files": 3, "seconds": 1}',
+    ],
+)
+def test_a_damaged_seal_leaves_the_checkpoint_before_it_the_last(tmp_path, seal):
+    whole, broken = checkpoint(tmp_path, 5), checkpoint(tmp_path, 10)
+    (broken / SEAL).write_bytes(seal)
+    assert last_whole_checkpoint(tmp_path) == whole
 
 
 def test_steps_are_compared_as_numbers(tmp_path):
@@ -126,3 +148,36 @@ def test_damaged_weights_are_refused_by_name(saved):
 def test_a_folder_without_a_model_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="must be a run with a finished model"):
         load_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "must be a JSON file, and is damaged"),
+        ("[]", "must hold a JSON object, got list"),
+        ("{}", "must hold one of .*but holds nothing"),
+        ('{"architectures": 3}', "must hold one of .*but holds nothing"),
+        (
+            '{"architectures": ["PerformerForMaskedLM"], "hidden_size": "wide"}',
+            "describes no Performer: .*hidden_size",
+        ),
+    ],
+)
+def test_a_damaged_config_is_refused_by_name(saved, text, words):
+    (saved / "model" / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=f"{saved}/model.*{words}"):
+        load_model(saved)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("iostream error"),
+        OSError(28, "No space left on device"),
+        SafetensorError("I/O error"),
+    ],
+)
+def test_what_cannot_be_written_is_said_with_its_place_and_how_to_go_on(tmp_path, error):
+    words = rf"checkpoint-5 could not be written: .*{error.args[-1]}.* MiB free: .*--resume"
+    with pytest.raises(UnsavedError, match=words), saving(tmp_path / "checkpoint-5"):
+        raise error

@@ -79,6 +79,10 @@ def test_a_config_survives_being_written_and_read(config_file, tmp_path):
         ("seed.deep=3", "sets a key inside 'seed', which holds one value"),
         ("seed", "an override must be key=value"),
         ("data.source=[", "must be YAML"),
+        ("data.source=[3]", "data.source must be a list of words, got .3."),
+        ("compare=[[exact]]", "compare must be a list of words"),
+        ("model.dtype=bfloat16", "model.dtype is not to be set: .*trainer.bf16=true"),
+        ("model.id2label={}", "model.id2label is not to be set: it is transformers'"),
     ],
 )
 def test_a_wrong_key_or_value_is_named(config_file, override, words):
@@ -138,6 +142,46 @@ def test_a_file_that_is_no_config_is_refused(tmp_path, text):
     path.write_text(text)
     with pytest.raises(ValueError, match=r"wrong.yaml must be a YAML"):
         load_config(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "lines"),
+    [
+        ("trainer: {max_steps: 3}\nmodel: {}\ntrainer: {learning_rate: 1}", "trainer", (1, 3)),
+        ("model:\n  hidden_size: 8\n  attention: exact\n  hidden_size: 9", "hidden_size", (2, 4)),
+        ("data: {length: 7,\n  length: 9}", "length", (1, 2)),
+        ("compare: [{a: 1, b: 2}, {a: 1,\n'a': 2}]", "a", (1, 2)),
+    ],
+)
+def test_a_key_that_is_given_twice_is_refused_with_both_lines(tmp_path, text, key, lines):
+    path = tmp_path / "twice.yaml"
+    path.write_text(text)
+    words = f"twice.yaml: .*{key!r} is given in line {lines[0]} and in line {lines[1]}"
+    with pytest.raises(ValueError, match=words):
+        load_config(path)
+
+
+def test_a_key_may_come_again_in_another_section_and_under_a_merged_one(tmp_path):
+    text = "model: &m {hidden_size: 16}\ndata: {length: 7}\n"
+    path = tmp_path / "merged.yaml"
+    path.write_text(text + "trainer: {lr_scheduler_kwargs: {<<: *m, hidden_size: 8, length: 9}}")
+    kwargs = load_config(path).trainer["lr_scheduler_kwargs"]
+    assert kwargs == {"hidden_size": 8, "length": 9}
+
+
+@pytest.mark.parametrize("text", ["[" * 3000 + "]" * 3000, "{a: " * 999 + "}" * 999])
+def test_a_yaml_that_is_too_deep_is_refused(config_file, tmp_path, text):
+    (tmp_path / "deep.yaml").write_text(f"data: {text}")
+    with pytest.raises(ValueError, match=r"deep.yaml: a YAML text must not be nested deeper"):
+        load_config(tmp_path / "deep.yaml")
+    with pytest.raises(ValueError, match=r"a YAML text must not be nested deeper"):
+        load_config(config_file, [f"data={text}"])
+
+
+def test_heads_of_another_dim_are_a_choice_of_the_model(config_file):
+    config = load_config(config_file, ["model.head_dim=10"])
+    assert model_config(config).head_dim == 10
+    assert model_config(load_config(config_file)).head_dim == 6
 
 
 def test_yaml_floats_without_a_dot_are_numbers(config_file):

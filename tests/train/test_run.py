@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from performers.data.masking import NOT_SCORED, MaskedCollator
 from performers.data.vocabulary import MASK_TOKEN_ID
-from performers.train import Run, has_finished, load_config
+from performers.train import Run, UnsavedError, has_finished, load_config
 from performers.train.checkpoints import is_whole, last_whole_checkpoint
 from performers.train.redraw import RedrawFeatures
 from performers.train.tasks import build_model
@@ -232,6 +233,64 @@ def test_a_checkpoint_that_does_not_fit_is_refused_before_work(whole_run, config
     (folder / "config.yaml").write_text(config.to_yaml())
     with pytest.raises(ValueError, match=r"does not match its config: .*17.* in the checkpoint"):
         Run.prepare(config, folder, resume=True)
+
+
+def copy_of(run, folder):
+    """The run without its data sets' largest files: what `prepare` looks at."""
+    shutil.copytree(run, folder, ignore=shutil.ignore_patterns("tensorboard", "model"))
+    return folder
+
+
+@pytest.mark.parametrize("name", ["processes", "devices_per_process"])
+def test_resuming_on_another_number_of_processes_is_refused_by_name(
+    whole_run, config_file, tmp_path, name
+):
+    folder = copy_of(whole_run[0], tmp_path / "run")
+    path = folder / "environment.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), name: 2}))
+    words = f"as many {name.replace('_', ' ')} as it was started on: it was 2 and is 1"
+    with pytest.raises(ValueError, match=words):
+        Run.prepare(load_config(config_file), folder, resume=True)
+    path.write_text(json.dumps({**json.loads(path.read_text()), name: 1}))
+    assert Run.prepare(load_config(config_file), folder, resume=True).environment[name] == 1
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "environment.json",
+        "config.yaml",
+        "result.json",
+        "compare/exact/result.json",
+        "checkpoints/checkpoint-17/trainer_state.json",
+    ],
+)
+@pytest.mark.parametrize("text", ["{", "[]"])
+def test_a_damaged_file_of_a_run_is_named_before_work(whole_run, config_file, tmp_path, name, text):
+    folder = copy_of(whole_run[0], tmp_path / "run")
+    path = folder / name
+    if "checkpoint-17" in name:  # of the size that is sealed
+        text = text.ljust(path.stat().st_size)
+    path.write_text(text)
+    with pytest.raises(ValueError, match=str(path)):
+        Run.prepare(load_config(config_file), folder, resume=True)
+
+
+def test_a_run_whose_disk_is_full_keeps_its_last_checkpoint(config_file, tmp_path, monkeypatch):
+    config, folder = load_config(config_file, ["compare=[]"]), tmp_path / "run"
+    run, save = Run.prepare(config, folder), torch.save
+
+    def full(tree, path, *args):
+        if "checkpoint-10" in str(path):
+            raise RuntimeError("[enforce fail at inline_container.cc:659] . iostream error")
+        save(tree, path, *args)
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(UnsavedError, match=r"run/checkpoints/checkpoint-10 could not be written"):
+        run.train()
+    monkeypatch.undo()
+    assert last_whole_checkpoint(folder / "checkpoints").name == "checkpoint-5"
+    Run.prepare(config, folder, resume=True)
 
 
 def test_nothing_is_created_when_the_data_is_wrong(config_file, tmp_path):

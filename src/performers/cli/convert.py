@@ -123,6 +123,7 @@ def convert(
 
         performers convert path/to/model --data book.txt --output converted --resume
     """
+    from performers.train.checkpoints import UnsavedError
     from performers.train.conversion_run import Conversion, ConversionConfig
 
     with one_line_errors():
@@ -149,7 +150,10 @@ def convert(
         )
         conversion = Conversion.prepare(config, output, resume=resume, force=force)
     command = ["performers", *(word for word in sys.argv[1:] if word not in RESTART)]
-    with one_line_errors((FloatingPointError, ValueError)), saying_how_to_resume(command):
+    with (
+        one_line_errors((FloatingPointError, ValueError, UnsavedError)),
+        saying_how_to_resume(command),
+    ):
         record = conversion.run(lambda line: typer.echo(line, err=True))
     from performers.viz.conversion import conversion_figure
     from performers.viz.files import save_figure

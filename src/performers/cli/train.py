@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -50,7 +49,14 @@ def train(
 
         torchrun --nproc-per-node 2 -m performers.cli train demo --output runs/two
     """
-    from performers.train import Run, has_finished, holds_run, load_config, results_table
+    from performers.train import (
+        Run,
+        UnsavedError,
+        has_finished,
+        holds_run,
+        load_config,
+        results_table,
+    )
 
     folder = output or Path("runs") / Path(config).stem
     with one_line_errors():
@@ -61,7 +67,7 @@ def train(
             resume = True
         run = Run.prepare(load_config(config, overrides or []), folder, resume=resume)
     again = ["performers", "train", config, *(overrides or []), "--output", str(folder)]
-    with one_line_errors((FloatingPointError,)), saying_how_to_resume(again):
+    with one_line_errors((FloatingPointError, UnsavedError)), saying_how_to_resume(again):
         metrics = run.train()
     if metrics is None:  # another rank writes the report
         return
@@ -74,12 +80,16 @@ def train(
 
 def _print_results(folder: Path) -> None:
     """The table of a finished run, whose report is drawn if it is missing."""
+    from performers.records import read_json
     from performers.train import results_table
 
     report = folder / "report.html"
+    with one_line_errors():
+        remedy = "Delete it, and train --resume writes it anew."
+        metrics = read_json(folder / "metrics.json", remedy)
     if not report.exists():
         from performers.viz import write_report
 
         write_report(folder)
-    typer.echo(results_table(json.loads((folder / "metrics.json").read_text(encoding="utf-8"))))
+    typer.echo(results_table(metrics))
     typer.echo(f"\nThis run is finished. Report: {report}")

@@ -55,6 +55,8 @@ class PerformerConfig(PerformerFields):
     exactly, see `favor_attention`.
     `position`: "rotary", "learned" (limited to `max_position_embeddings`) or "sinusoidal";
     `rope_theta` is the base of both rotary and sinusoidal wavelengths.
+    `head_dim`: of queries, keys and values; hidden_size / num_attention_heads unless given. With
+    another the projections lead from hidden_size to num_attention_heads · head_dim and back.
     `num_key_value_heads`: fewer than `num_attention_heads` for grouped-query attention.
     `is_decoder`: causal attention. PerformerForCausalLM and PerformerForMaskedLM set it themselves.
     `hidden_dropout_prob` drops embeddings and the outputs of sublayers; attention weights are
@@ -65,6 +67,8 @@ class PerformerConfig(PerformerFields):
 
     >>> PerformerConfig(hidden_size=128, num_attention_heads=4).head_dim
     32
+    >>> PerformerConfig(hidden_size=128, num_attention_heads=6, head_dim=64).head_dim
+    64
     >>> PerformerConfig.named("protein", attention="performer-positive").num_hidden_layers
     36
     """
@@ -81,6 +85,11 @@ class PerformerConfig(PerformerFields):
     def __post_init__(self, **unclaimed: Any) -> None:
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None:
+            for name in ("hidden_size", "num_attention_heads"):
+                check_count(name, getattr(self, name))
+            self._check_divisible("hidden_size", "num_attention_heads")
+            self.head_dim = self.hidden_size // self.num_attention_heads
         unclaimed = in_current_words({**unclaimed, "attention": self.attention})
         self.attention = unclaimed.pop("attention")
         super().__post_init__(**unclaimed)
@@ -103,6 +112,7 @@ class PerformerConfig(PerformerFields):
             "num_hidden_layers",
             "num_attention_heads",
             "num_key_value_heads",
+            "head_dim",
             "intermediate_size",
             "max_position_embeddings",
             "num_projections",
@@ -126,13 +136,13 @@ class PerformerConfig(PerformerFields):
                     "window_size puts exact softmax scores beside estimated ones: it needs "
                     f"attention in {windowed}, got attention={self.attention!r}."
                 )
-        self._check_divisible("hidden_size", "num_attention_heads")
         self._check_divisible("num_attention_heads", "num_key_value_heads")
+        assert self.head_dim is not None, "chosen when the config is made"
         if self.position == "rotary" and self.head_dim % 2:
             raise ValueError(
-                "rotary positions turn pairs of coordinates: hidden_size / num_attention_heads "
-                f"must be even, got {self.hidden_size} / {self.num_attention_heads} = "
-                f"{self.head_dim}."
+                "rotary positions turn pairs of coordinates: head_dim, hidden_size / "
+                f"num_attention_heads unless given, must be even, got {self.head_dim} "
+                f"(hidden_size {self.hidden_size}, num_attention_heads {self.num_attention_heads})."
             )
         if self.position == "sinusoidal" and self.hidden_size % 2:
             raise ValueError(
@@ -156,6 +166,7 @@ class PerformerConfig(PerformerFields):
         if getattr(self, whole) % getattr(self, part):
             raise ValueError(
                 f"{part} must divide {whole}: got {getattr(self, part)} and {getattr(self, whole)}."
+                + (" Or pass head_dim." if whole == "hidden_size" else "")
             )
 
     def _check_number(self, name: str, lowest: float, below: float = float("inf")) -> None:

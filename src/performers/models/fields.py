@@ -22,6 +22,7 @@ class PerformerFields(PreTrainedConfig):
     num_hidden_layers: int = 6
     num_attention_heads: int = 8
     num_key_value_heads: int | None = None
+    head_dim: int | None = None
     intermediate_size: int = 2048
     max_position_embeddings: int = 8192
     hidden_act: str = "gelu"
@@ -44,7 +45,3 @@ class PerformerFields(PreTrainedConfig):
     seed: int = 0
     position: str = "rotary"
     rope_theta: float = 10000.0
-
-    @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.num_attention_heads

@@ -47,6 +47,7 @@ def performer(features: str) -> Mechanism:
     """FAVOR+ with the features of this name, a word of `performers.nn.words`."""
 
     def build(config: PerformerFields, layer: int) -> Favor:
+        assert config.head_dim is not None, "a config has chosen it"
         phi = build_features(
             features,
             config.head_dim,

@@ -46,12 +46,14 @@ class PerformerAttention(nn.Module):
         super().__init__()
         self.layer = layer
         self.is_causal = config.is_decoder
+        assert config.head_dim is not None, "a config has chosen it"
         self.head_dim = config.head_dim
+        query_size = config.num_attention_heads * config.head_dim
         key_size = (config.num_key_value_heads or config.num_attention_heads) * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.q_proj = nn.Linear(config.hidden_size, query_size)
         self.k_proj = nn.Linear(config.hidden_size, key_size)
         self.v_proj = nn.Linear(config.hidden_size, key_size)
-        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.out_proj = nn.Linear(query_size, config.hidden_size)
         self.mechanism = MECHANISMS[config.attention].build(config, layer)
 
     def forward(

@@ -58,6 +58,7 @@ class Rotary(Positions):
 
     def __init__(self, config: PerformerFields) -> None:
         super().__init__()
+        assert config.head_dim is not None, "a config has chosen it"
         self.dim = config.head_dim
         self.theta = config.rope_theta
 

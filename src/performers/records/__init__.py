@@ -2,6 +2,7 @@
 
 from performers.records.documents import with_block, write_block
 from performers.records.environment import PeakMemory, describe_environment
+from performers.records.files import read_json
 from performers.records.tables import aligned, markdown_table
 
 __all__ = [
@@ -9,6 +10,7 @@ __all__ = [
     "aligned",
     "describe_environment",
     "markdown_table",
+    "read_json",
     "with_block",
     "write_block",
 ]

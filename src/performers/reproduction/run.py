@@ -8,10 +8,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from performers.checks import check_choice
-from performers.records import describe_environment, write_block
+from performers.records import describe_environment, read_json, write_block
 from performers.reproduction.protocol import (
     SCALES,
     Experiment,
@@ -82,7 +82,7 @@ class Reproduction:
                 f"nothing was saved at this scale: there is no {path}. "
                 f"Run it with: performers reproduce {self.folder.name} --scale {scale}"
             )
-        return cast("dict[str, Any]", json.loads(path.read_text(encoding="utf-8")))
+        return read_json(path, f"Measure again: performers reproduce {self.folder.name}.")
 
     def _results_text(self, record: dict[str, Any]) -> str:
         scale, environment = record["scale"], record["environment"]

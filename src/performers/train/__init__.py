@@ -2,6 +2,7 @@
 convert` with a pretrained model, from Python.
 """
 
+from performers.train.checkpoints import UnsavedError
 from performers.train.config import DataConfig, RunConfig, load_config, shipped_configs
 from performers.train.conversion_run import Conversion, ConversionConfig
 from performers.train.evaluate import Evaluation
@@ -17,6 +18,7 @@ __all__ = [
     "Generation",
     "Run",
     "RunConfig",
+    "UnsavedError",
     "has_finished",
     "holds_run",
     "load_config",

@@ -10,6 +10,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +21,21 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from performers.models import PerformerConfig
+from performers.records.files import read_json
 from performers.train.clock import TrainingClock
 from performers.train.tasks import TASKS, Model
 
 __all__ = [
     "SealCheckpoints",
+    "UnsavedError",
     "check_weights",
     "is_whole",
     "last_whole_checkpoint",
     "load_model",
     "remove_fragments",
+    "saving",
     "seconds_until",
+    "steps_of",
     "write_atomically",
 ]
 
@@ -59,31 +65,68 @@ class SealCheckpoints(TrainerCallback):
             write_atomically(folder / SEAL, json.dumps(seal, indent=1))
 
 
+class UnsavedError(OSError):
+    """What was to be kept could not be written, for example because the disk is full."""
+
+
+@contextmanager
+def saving(path: Path) -> Iterator[None]:
+    """Where `path` is written: errors of the disk, however a library words them, say so.
+
+    Raises UnsavedError.
+    """
+    try:
+        yield
+    except UnsavedError:
+        raise
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch's archives: RuntimeError
+        place = path if path.is_dir() else path.parent
+        free = shutil.disk_usage(place).free if place.is_dir() else 0
+        raise UnsavedError(
+            f"{path} could not be written: {error}. The disk has {free / 2**20:,.0f} MiB free: "
+            "make room, and go on with --resume. Every whole checkpoint is kept."
+        ) from error
+
+
 def write_atomically(path: Path, text: str) -> None:
-    """Write so that a kill at any moment leaves the old file or the new one, never a part."""
+    """Write so that a kill at any moment leaves the old file or the new one, never a part.
+
+    Raises UnsavedError.
+    """
     partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    with saving(path):
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
 
 
 def is_whole(checkpoint: Path) -> bool:
-    """True if every file that the seal lists is there, with its full size."""
+    """True if every file that the seal lists is there, with its full size. A damaged seal proves
+    nothing."""
     try:
-        seal = json.loads((checkpoint / SEAL).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        seal = read_json(checkpoint / SEAL, remedy="")
+        return float(seal["seconds"]) >= 0 and all(
+            (checkpoint / name).is_file() and (checkpoint / name).stat().st_size == size
+            for name, size in seal["files"].items()
+        )
+    except (FileNotFoundError, ValueError, TypeError, KeyError, AttributeError):
         return False
-    return all(
-        (checkpoint / name).is_file() and (checkpoint / name).stat().st_size == size
-        for name, size in seal["files"].items()
-    )
 
 
 def seconds_until(checkpoint: Path) -> float:
     """Seconds of optimizer steps up to a whole checkpoint, from its seal."""
-    return float(json.loads((checkpoint / SEAL).read_text(encoding="utf-8"))["seconds"])
+    return float(read_json(checkpoint / SEAL, remedy="")["seconds"])
+
+
+def steps_of(checkpoint: Path) -> tuple[int, int]:
+    """How many optimizer steps lead to a whole checkpoint, and of how many in all."""
+    state = read_json(
+        checkpoint / "trainer_state.json",
+        remedy=f"Delete {checkpoint} and resume from the checkpoint before it, with --resume.",
+    )
+    return int(state["global_step"]), int(state["max_steps"])
 
 
 def last_whole_checkpoint(folder: Path) -> Path | None:
@@ -134,20 +177,28 @@ def load_model(checkpoint: Path) -> tuple[Model, str]:
     Raises FileNotFoundError if there is none, ValueError if its weights and config disagree.
     """
     folder = checkpoint / "model" if (checkpoint / "model").is_dir() else checkpoint
+    path = folder / "config.json"
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = read_json(path, remedy="Take that of a checkpoint of the run, or save it anew.")
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"{checkpoint} must be a run with a finished model/, or a folder that "
             "save_pretrained wrote: it has no config.json."
         ) from error
     named = {task.model.__name__: name for name, task in TASKS.items()}
-    architecture = (config.get("architectures") or ["nothing"])[0]
+    architectures = config.get("architectures")
+    architecture = (
+        str(architectures[0]) if isinstance(architectures, list) and architectures else "nothing"
+    )
     if architecture not in named:
         raise ValueError(f"{folder} must hold one of {sorted(named)}, but holds {architecture}.")
     task = named[architecture]
+    try:
+        model_config = PerformerConfig.from_pretrained(folder)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} describes no Performer: {error}") from error
     with torch.device("meta"):
-        check_weights(folder, TASKS[task].model(PerformerConfig.from_pretrained(folder)))
+        check_weights(folder, TASKS[task].model(model_config))
     return TASKS[task].model.from_pretrained(folder).eval(), task
 
 

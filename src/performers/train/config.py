@@ -27,22 +27,28 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from transformers import TrainingArguments
+from transformers import PreTrainedConfig, TrainingArguments
 
-from performers.checks import check_choice
+from performers.checks import check_choice, check_seed
 from performers.models import MECHANISMS, PerformerConfig
 from performers.models.mechanisms import in_current_words
 from performers.train.clock import SCHEDULES
+from performers.train.options import REFUSED_OPTIONS, TRAINER_OPTIONS, Served
 
-__all__ = ["TASKS", "DataConfig", "RunConfig", "load_config", "shipped_configs"]
+__all__ = ["TASKS", "DataConfig", "RunConfig", "load_config", "read_yaml", "shipped_configs"]
 
 CONFIGS = Path(__file__).parent / "configs"
 
 TASKS = ("masked-lm", "causal-lm")
 
-# Keys that the run itself sets, with what to do instead.
+# Keys that a run does not leave open, with what to do instead.
 SET_BY_THE_RUN = {
     "model": {
+        **dict.fromkeys(
+            (entry.name for entry in dataclasses.fields(PreTrainedConfig)),
+            "it is transformers', and says nothing about a Performer",
+        ),
+        "dtype": "weights learn in float32, and trainer.bf16=true multiplies in bfloat16",
         "vocab_size": "the vocabulary is that of the amino acids",
         "pad_token_id": "it is the vocabulary's",
         "bos_token_id": "it is the vocabulary's",
@@ -50,19 +56,7 @@ SET_BY_THE_RUN = {
         "is_decoder": "write task: causal-lm",
         "seed": "write seed at the top level",
     },
-    "trainer": {
-        "output_dir": "use --output",
-        "resume_from_checkpoint": "use --resume",
-        "seed": "write seed at the top level",
-        "data_seed": "write seed at the top level",
-        "save_strategy": "checkpoints are written every trainer.save_steps steps and at the end",
-        "save_only_model": "a run is resumed from the optimizer's state as well",
-        "ignore_data_skip": "a resumed run goes on with the data where it stopped",
-        "batch_eval_metrics": "metrics are always summed batch by batch",
-        "load_best_model_at_end": "the report is about the last step of every model",
-        "push_to_hub": "push the model/ folder of the run yourself",
-        "report_to": "TensorBoard events are always in the tensorboard/ folder of the run",
-    },
+    "trainer": REFUSED_OPTIONS,
 }
 
 # The paper's hyperparameters (Appendix A.2). Its Adam decays weights apart from the gradient, which
@@ -172,11 +166,7 @@ def load_config(config: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
     7.0
     """
     path = _find(config)
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        where = " ".join(str(error).split())
-        raise ValueError(f"{path} must be a YAML file: {where}") from error
+    tree = read_yaml(path)
     if not isinstance(tree, dict):
         raise ValueError(
             f"{path} must be a YAML mapping such as 'task: masked-lm', got {type(tree).__name__}."
@@ -184,6 +174,63 @@ def load_config(config: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
     for override in overrides:
         _apply(tree, override)
     return _checked(tree, str(path))
+
+
+def read_yaml(path: Path) -> Any:
+    """What a YAML file says. Raises ValueError, naming the file, for one that is not YAML."""
+    try:
+        return _parse(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        where = " ".join(str(error).split())
+        raise ValueError(f"{path} must be a YAML file: {where}") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _parse(text: str) -> Any:
+    """The value of a YAML text in which no mapping has a key twice: YAML would take the last.
+
+    Raises yaml.YAMLError, and ValueError for what is YAML and is refused.
+    """
+    loader = yaml.SafeLoader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _check_keys_differ(node)
+        return loader.construct_document(node)
+    except RecursionError:
+        raise ValueError(
+            "a YAML text must not be nested deeper than its reader can follow. A config has two "
+            "levels: sections, and their keys."
+        ) from None
+    finally:
+        loader.dispose()
+
+
+def _check_keys_differ(root: yaml.Node) -> None:
+    seen: set[int] = set()  # an alias is its anchor's node, which may even hold itself
+    waiting = [root]
+    while waiting:
+        node = waiting.pop()
+        if id(node) in seen or isinstance(node, yaml.ScalarNode):
+            continue
+        seen.add(id(node))
+        if isinstance(node, yaml.SequenceNode):
+            waiting += node.value
+            continue
+        lines: dict[str, int] = {}
+        for key, value in node.value:
+            waiting += [key, value]
+            line = key.start_mark.line + 1
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            if key.value in lines:
+                raise ValueError(
+                    f"a key must be given once, and {key.value!r} is given in line "
+                    f"{lines[key.value]} and in line {line}. Take one of the two away."
+                )
+            lines[key.value] = line
 
 
 def _find(config: str | Path) -> Path:
@@ -215,8 +262,8 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         if not isinstance(tree, dict):
             raise ValueError(f"{override!r} sets a key inside {parent!r}, which holds one value.")
     try:
-        tree[last] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        tree[last] = _parse(text)
+    except (yaml.YAMLError, ValueError) as error:
         raise ValueError(f"the value in {override!r} must be YAML: {error}") from error
 
 
@@ -237,6 +284,7 @@ def _checked(tree: Mapping[str, Any], source: str) -> RunConfig:
     check_choice("task", config.task, TASKS)
     for attention in config.compare:
         check_choice("attention in compare", attention, MECHANISMS)
+    check_seed(config.seed)
     if config.redraw_every < 0:
         raise ValueError(f"redraw_every must be at least 0 (0 = never), got {config.redraw_every}.")
     if config.data.length < 2:
@@ -245,12 +293,6 @@ def _checked(tree: Mapping[str, Any], source: str) -> RunConfig:
         raise ValueError("data.valid_fraction must be above 0: the curves of a run need a set.")
     if config.max_seconds is not None:
         _check_time(config.max_seconds, trainer)
-    limit = trainer["save_total_limit"]
-    if limit is not None and limit < 2:
-        raise ValueError(
-            f"trainer.save_total_limit must be at least 2, got {limit}: while a checkpoint is "
-            "being written, the one before it is the only whole one."
-        )
     return config
 
 
@@ -287,6 +329,9 @@ def _section(owner: type, given: object, name: str, source: str) -> dict[str, An
             hint = f"Did you mean {near[0]!r}?" if near else f"See the fields of {owner.__name__}."
             raise ValueError(f"unknown key {dotted!r} in {source}. {hint}")
         checked[str(key)] = _typed(value, _annotation(owner, key), dotted)
+        row = TRAINER_OPTIONS.get(key) if name == "trainer" else None
+        if isinstance(row, Served):
+            row.check(dotted, checked[key])
     return checked
 
 
@@ -324,6 +369,8 @@ def _typed(value: object, annotation: Any, key: str) -> Any:
         if option is type(None) and value is None:
             return None
         if isinstance(option, type) and type(value) is option:
+            if isinstance(value, list) and not all(isinstance(item, str) for item in value):
+                raise ValueError(f"{key} must be a list of words, got {value!r}.")
             return value
     if float in plain and isinstance(value, int | str) and not isinstance(value, bool):
         try:

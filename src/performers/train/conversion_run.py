@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import math
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -28,7 +29,7 @@ from torch import Tensor
 from torch.utils.data import default_collate
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
-from performers.checks import check_count
+from performers.checks import check_count, check_seed
 from performers.convert.attention_transfer import (
     averaging_errors,
     exact_copy,
@@ -44,7 +45,8 @@ from performers.convert.options import FavorOptions
 from performers.diagnosis import Frontier, measure_frontier
 from performers.nn.words import SHARP
 from performers.records.environment import describe_environment
-from performers.train.checkpoints import write_atomically
+from performers.records.files import read_json
+from performers.train.checkpoints import saving, write_atomically
 from performers.train.fine_tuning import FineTuningTask, fine_tune, fine_tuning_task
 
 __all__ = ["REPORT", "Conversion", "ConversionConfig"]
@@ -105,13 +107,14 @@ class ConversionConfig:
     def __post_init__(self) -> None:
         check_count("length", self.length)
         check_count("batch_size", self.batch_size)
+        check_seed(self.seed)
         for name in ("exact_layers", "transfer_steps", "steps", "lora_rank"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}.")
         for name in ("error", "transfer_learning_rate", "learning_rate"):
             number = getattr(self, name)
-            if number is not None and not number > 0:
-                raise ValueError(f"{name} must be above 0, got {number}.")
+            if number is not None and not 0 < number < math.inf:
+                raise ValueError(f"{name} must be above 0 and finite, got {number}.")
         if self.lora_rank and importlib.util.find_spec("peft") is None:
             raise ModuleNotFoundError(
                 "lora_rank needs peft, which is not installed. Install it with: pip install "
@@ -197,13 +200,14 @@ class Conversion:
         found = place / "transferred.json"  # written after the model, so the model is complete
         exact = self._load()
         if found.exists():
-            record = json.loads(found.read_text(encoding="utf-8"))
+            record = read_json(found, remedy="Delete it, and --resume converts the model again.")
             teacher = exact_copy(linearize(exact, FavorOptions.from_dict(record["options"])))
             model = load_linearized(type(exact), place / "transferred", dtype=torch.float32)
             model = model.to(exact.device)
         else:
             model, teacher, record = self._convert(exact, report)
-            model.save_pretrained(place / "transferred")
+            with saving(place / "transferred"):
+                model.save_pretrained(place / "transferred")
             record["seconds"] = round(time.perf_counter() - began, 1)
             write_atomically(found, _json(record))
         if self.config.steps:
@@ -223,8 +227,9 @@ class Conversion:
             )
             record["seconds"] = round(record["seconds"] + time.perf_counter() - began, 1)
             self._measure("after fine-tuning", model, teacher, record, report)
-        model.to(_saved_dtype(self.config.model)).save_pretrained(self.output)
-        self.tokenizer.save_pretrained(self.output)
+        with saving(self.output):
+            model.to(_saved_dtype(self.config.model)).save_pretrained(self.output)
+            self.tokenizer.save_pretrained(self.output)
         write_atomically(self.output / REPORT, _json(record))
         shutil.rmtree(place)
         return record
@@ -398,8 +403,12 @@ def _check_output(config: ConversionConfig, output: Path, resume: bool, force: b
         )
     started = output / CHECKPOINTS / "config.json"
     if resume and started.exists():
-        written = json.loads(started.read_text(encoding="utf-8"))
-        before, given = ConversionConfig.from_dict(written).to_dict(), config.to_dict()
+        remedy = "Start again with --force."
+        written = read_json(started, remedy)
+        try:
+            before, given = ConversionConfig.from_dict(written).to_dict(), config.to_dict()
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"{started} describes no conversion: {error}. {remedy}") from error
         for name in given:
             if before[name] != given[name]:
                 raise ValueError(
@@ -408,6 +417,11 @@ def _check_output(config: ConversionConfig, output: Path, resume: bool, force: b
                     "with --force."
                 )
         return
+    if resume and (output / REPORT).exists():
+        raise FileExistsError(
+            f"the conversion in {output} is finished, and there is nothing to go on with. Load it "
+            "with performers.load_linearized, or start again with --force."
+        )
     if not force and output.exists() and (not output.is_dir() or any(output.iterdir())):
         hint = "Add --resume to go on with it, or --force" if started.exists() else "Add --force"
         what = "an unfinished conversion" if started.exists() else "something"

@@ -6,7 +6,6 @@ hidden states of the exact model.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +41,8 @@ from performers.train.checkpoints import (
     SealCheckpoints,
     last_whole_checkpoint,
     remove_fragments,
+    saving,
+    steps_of,
 )
 from performers.train.clock import TrainingClock
 from performers.train.trainer import ProgressLine, StopWhenDiverged
@@ -192,14 +193,18 @@ def fine_tune(
             report_to="none",
         ),
         train_dataset=_Items(task, rows, tokenizer, steps * batch_size, seed),
-        callbacks=[clock, SealCheckpoints(clock), StopWhenDiverged()],
+        callbacks=[
+            clock,
+            SealCheckpoints(clock),
+            StopWhenDiverged("Start again with a lower learning_rate."),
+        ],
     )
     trainer.task, trainer.teacher = task, teacher
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(ProgressLine("recovery"))
     # A Trainer that resumes at its last step would take one step more.
-    if checkpoint is not None and _steps_done(checkpoint) >= steps:
+    if checkpoint is not None and steps_of(checkpoint)[0] >= steps:
         if lora_rank:
             adapter = load_file(checkpoint / "adapter_model.safetensors")
             set_peft_model_state_dict(trained, adapter)
@@ -215,6 +220,10 @@ class FineTuningTrainer(Trainer):
 
     task: FineTuningTask
     teacher: PreTrainedModel
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        with saving(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"):
+            super()._save_checkpoint(*args, **kwargs)
 
     def compute_loss(
         self,
@@ -246,8 +255,3 @@ class _Items(Dataset):
         row = self.rows[number % len(self.rows)]
         (item,) = self.task.examples(row[None], self.tokenizer, self.seed + number)
         return item
-
-
-def _steps_done(checkpoint: Path) -> int:
-    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    return int(state["global_step"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,8 +56,8 @@ class Generation:
         """
         check_count("count", count)
         check_count("length", length)
-        if temperature < 0:
-            raise ValueError(f"temperature must be at least 0, got {temperature:g}.")
+        if not 0 <= temperature < math.inf:
+            raise ValueError(f"temperature must be at least 0 and finite, got {temperature:g}.")
         encode(prompt)
         if len(prompt) >= length:
             raise ValueError(

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -26,23 +26,30 @@ import torch
 import yaml
 from accelerate import PartialState
 from torch.optim import AdamW
+from transformers import TrainingArguments
 from transformers.integrations import TensorBoardCallback
 
 from performers.data.baseline import EmpiricalBaseline
 from performers.data.proteins import SPLITS, ProteinSplits, load_proteins
 from performers.data.tokens import TokenDataset
 from performers.records.environment import describe_environment
+from performers.records.files import read_json
 from performers.train.attention import save_attention_maps
 from performers.train.checkpoints import (
     check_weights,
     last_whole_checkpoint,
+    saving,
+    steps_of,
     write_atomically,
 )
-from performers.train.config import RunConfig
+from performers.train.config import RunConfig, read_yaml
+from performers.train.options import check_arguments
 from performers.train.tasks import TASKS, build_model, model_config
 from performers.train.trainer import TokenTrainer, train_to_the_end, training_arguments
 
 __all__ = ["Run", "has_finished", "holds_run"]
+
+RESCORED = "Delete it: with --resume the model is scored again, from its last checkpoint."
 
 TITLES = {
     "valid": "Validation, clusters held out",
@@ -69,6 +76,7 @@ class Run:
     folder: Path
     data: ProteinSplits
     device: torch.device
+    environment: dict[str, Any]
 
     @property
     def is_main_process(self) -> bool:
@@ -84,25 +92,32 @@ class Run:
         although `resume` is not set.
         """
         configs = _configs(config)
-        arguments = [training_arguments(c, folder) for c in configs.values()]
+        arguments = training_arguments(config, folder)
+        check_arguments(arguments)
         _check_folder(config, folder, resume)
+        environment = _environment(arguments)
+        _check_processes(folder, environment)
         for name, one in configs.items():
-            checkpoint = last_whole_checkpoint(_place(folder, config, name) / "checkpoints")
+            place = _place(folder, config, name)
+            if (place / "result.json").exists():
+                read_json(place / "result.json", RESCORED)
+            checkpoint = last_whole_checkpoint(place / "checkpoints")
             if checkpoint is not None:
+                steps_of(checkpoint)
                 with torch.device("meta"):
                     check_weights(checkpoint, build_model(one))
         data = load_proteins(**vars(config.data), seed=config.seed)
         # Asking for the device starts the process group of torchrun. The barrier then makes every
         # rank look at the folder before any rank writes into it.
-        device = arguments[0].device
+        device = arguments.device
         state = PartialState()
         state.wait_for_everyone()
         if state.is_main_process:
             folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(folder / "environment.json", _json(environment))
             write_atomically(folder / "config.yaml", config.to_yaml())
-            write_atomically(folder / "environment.json", _json(describe_environment()))
         state.wait_for_everyone()
-        return cls(config, folder, data, device)
+        return cls(config, folder, data, device, environment)
 
     def train(self) -> dict[str, Any] | None:
         """Train the model and those it is compared with; writes and returns the metrics.
@@ -122,7 +137,7 @@ class Run:
         metrics = {
             "created": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
             "config": self.config.to_dict(),
-            "environment": describe_environment() | {"processes": PartialState().num_processes},
+            "environment": self.environment,
             "data": self._describe_data(),
             "baseline": self._evaluate_baseline(),
             "models": models,
@@ -154,7 +169,7 @@ class Run:
             if self.is_main_process:
                 write_atomically(result, _json(outcome))
             PartialState().wait_for_everyone()
-        return json.loads(result.read_text(encoding="utf-8"))
+        return read_json(result, RESCORED)
 
     def _score(self, trainer: TokenTrainer, folder: Path) -> dict[str, Any]:
         """Evaluate and save the model of the last checkpoint.
@@ -182,8 +197,10 @@ class Run:
         }
         if self.is_main_process:
             shutil.rmtree(folder / "model", ignore_errors=True)
-            model.save_pretrained(folder / "model")
-            protein = save_attention_maps(model, folder / "attention.npz")
+            with saving(folder / "model"):
+                model.save_pretrained(folder / "model")
+            with saving(folder / "attention.npz"):
+                protein = save_attention_maps(model, folder / "attention.npz")
             file = (folder / "attention.npz").relative_to(self.folder).as_posix()
             outcome["attention_maps"] = {"file": file, "protein": protein}
         return outcome
@@ -246,7 +263,13 @@ def _check_folder(config: RunConfig, folder: Path, resume: bool) -> None:
             f"the output folder {folder} already holds a run. Add --resume to go on with it, or "
             "choose another folder with --output."
         )
-    saved = _flat(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")))
+    written = read_yaml(folder / "config.yaml")
+    if not isinstance(written, dict):
+        raise ValueError(
+            f"{folder / 'config.yaml'} must be the config of the run, got "
+            f"{type(written).__name__}. Write it anew, or choose another folder with --output."
+        )
+    saved = _flat(written)
     given = _flat(yaml.safe_load(config.to_yaml()))
     for key in sorted(saved.keys() | given.keys()):
         if saved.get(key) != given.get(key):
@@ -254,6 +277,33 @@ def _check_folder(config: RunConfig, folder: Path, resume: bool) -> None:
                 f"the run in {folder} does not match the config: {key} was "
                 f"{saved.get(key, 'not set')!r} and is {given.get(key, 'not set')!r}. Resume with "
                 f"the config {folder / 'config.yaml'}, or choose another folder with --output."
+            )
+
+
+def _environment(arguments: TrainingArguments) -> dict[str, Any]:
+    """On what the run is made, and by how many processes and devices."""
+    return describe_environment() | {
+        "processes": arguments.world_size,
+        "devices_per_process": max(1, arguments.n_gpu),
+    }
+
+
+def _check_processes(folder: Path, environment: Mapping[str, Any]) -> None:
+    """Refuse to go on with other batches: each process takes its own, of a size that is fixed.
+
+    Dropout and the order of the sums would be others too where the batches are cut to fit.
+    """
+    path = folder / "environment.json"
+    if not path.exists():
+        return
+    saved = read_json(path, "Delete it if the run is gone on with by as many processes as before.")
+    for name in ("processes", "devices_per_process"):
+        if saved.get(name, environment[name]) != environment[name]:
+            raise ValueError(
+                f"the run in {folder} must be gone on with on as many {name.replace('_', ' ')} as "
+                f"it was started on: it was {saved[name]} and is {environment[name]}, and a step "
+                "would be of another number of sequences. Start torchrun with the same "
+                "--nproc-per-node, or choose another folder with --output."
             )
 
 

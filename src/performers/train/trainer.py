@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 from collections.abc import Callable, Mapping
@@ -33,7 +32,9 @@ from performers.train.checkpoints import (
     SealCheckpoints,
     last_whole_checkpoint,
     remove_fragments,
+    saving,
     seconds_until,
+    steps_of,
 )
 from performers.train.clock import NEVER, TrainingClock, learning_rate_factor
 from performers.train.config import RunConfig
@@ -104,7 +105,9 @@ class TokenTrainer(Trainer):
             self.clock,
             SealCheckpoints(self.clock),
             SetMaskingEpoch(collator),
-            StopWhenDiverged(),
+            StopWhenDiverged(
+                "Start again with a lower trainer.learning_rate or with trainer.warmup_steps."
+            ),
         ]
         if config.redraw_every:
             callbacks.append(RedrawFeatures(config.redraw_every))
@@ -160,6 +163,10 @@ class TokenTrainer(Trainer):
             inputs = {name: value for name, value in inputs.items() if name != "attention_mask"}
         return super().compute_loss(model, inputs, *args, **kwargs)
 
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        with saving(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"):
+            super()._save_checkpoint(*args, **kwargs)
+
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds to every entry the seconds of training so far."""
         super().log({**logs, "seconds": self.clock.seconds}, *args, **kwargs)
@@ -184,7 +191,7 @@ def train_to_the_end(
     state = PartialState()
     if state.is_main_process:
         for fragment in remove_fragments(checkpoints):
-            print(f"Removed {fragment}: it was only half written.", file=sys.stderr)
+            print(f"Removed {fragment}: it was not whole.", file=sys.stderr)
     state.wait_for_everyone()
     checkpoint = last_whole_checkpoint(checkpoints)
     seconds = 0.0 if checkpoint is None else seconds_until(checkpoint)
@@ -204,10 +211,10 @@ def train_to_the_end(
 
 
 def _has_ended(checkpoint: Path, max_seconds: float | None) -> bool:
+    done, planned = steps_of(checkpoint)
     if max_seconds is not None:
         return seconds_until(checkpoint) >= max_seconds
-    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    return bool(state["global_step"] >= state["max_steps"])
+    return done >= planned
 
 
 class SetMaskingEpoch(TrainerCallback):
@@ -229,8 +236,11 @@ class SetMaskingEpoch(TrainerCallback):
 class StopWhenDiverged(TrainerCallback):
     """Ends a run whose loss is no longer a number, before such weights are saved.
 
-    Raises FloatingPointError.
+    `remedy`: a sentence, what to try instead. Raises FloatingPointError.
     """
+
+    def __init__(self, remedy: str) -> None:
+        self.remedy = remedy
 
     def on_log(
         self,
@@ -243,8 +253,7 @@ class StopWhenDiverged(TrainerCallback):
         loss = (logs or {}).get("loss", 0.0)
         if not math.isfinite(loss):
             raise FloatingPointError(
-                f"training diverged: the loss is {loss} at step {state.global_step}. Start again "
-                "with a lower trainer.learning_rate or with trainer.warmup_steps."
+                f"training diverged: the loss is {loss} at step {state.global_step}. {self.remedy}"
             )
 
 

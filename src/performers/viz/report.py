@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import html
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from string import Template
@@ -14,6 +13,7 @@ import numpy as np
 import yaml
 from matplotlib.figure import Figure
 
+from performers.records import read_json
 from performers.viz.figures import attention_figure, curves_figure
 
 __all__ = ["write_report"]
@@ -42,7 +42,7 @@ def write_report(run: Path) -> Path:
     Reads metrics.json and, where a model left one, its attention.npz. The page contains its images
     and styles, and loads nothing from a network.
     """
-    metrics = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
+    metrics = read_json(run / "metrics.json", "Delete it, and train --resume writes it anew.")
     models = metrics["models"]
     curves = curves_figure(
         {model["attention"]: model["history"] for model in models},
