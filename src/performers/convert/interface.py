@@ -85,7 +85,8 @@ def favor(
         past_length = memory.num_tokens - key.shape[2]  # the memory has counted these keys already
         seen = keys_seen(module, query, key, attention_mask, past_length=past_length, **options)
         has_state = layer is not None and layer.number not in layer.options.exact_heads
-        if not has_state or memory.number != layer_number(module) or not seen.is_causal:
+        is_causal = seen.is_causal or query.shape[2] == 1  # the last position sees every key
+        if not has_state or memory.number != layer_number(module) or not is_causal:
             raise ValueError(_foreign_cache(_name(module)))
         if wants_weights and past_length:
             raise ValueError(
@@ -292,7 +293,7 @@ def _keys_of_pairs(mask: Tensor, shape: tuple[int, ...], prefers_causal: bool) -
         return keys_of_pairs(mask, prefers_causal=prefers_causal)
     hidden = is_hidden(mask) if mask.is_floating_point() else None
     if hidden is None:
-        return "it adds numbers other than 0 and those that hide, at most -1e4"
+        return "it adds, or learns to add, numbers other than 0 and those that hide, at most -1e4"
     return keys_of_pairs(~hidden, prefers_causal=prefers_causal)
 
 

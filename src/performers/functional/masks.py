@@ -23,9 +23,11 @@ class Seen(NamedTuple):
 
 
 def is_hidden(mask: Tensor) -> Bool[Tensor, "*shape"] | None:
-    """Where an additive mask hides, None if it adds something other than 0 elsewhere: a bias."""
+    """Where an additive mask hides, None for a bias: one that adds something other than 0
+    elsewhere, or learns to.
+    """
     hidden = mask <= HIDING
-    return hidden if bool((hidden | (mask == 0)).all()) else None
+    return hidden if not mask.requires_grad and bool((hidden | (mask == 0)).all()) else None
 
 
 def keys_of_pairs(

@@ -250,7 +250,9 @@ class FavorAttention(nn.MultiheadAttention):
             return "it does not have this shape"
         hidden = by_pair if attn_mask.dtype == torch.bool else is_hidden(by_pair)
         if hidden is None:
-            return "it adds numbers other than 0 and those that hide, at most -1e4"
+            return (
+                "it adds, or learns to add, numbers other than 0 and those that hide, at most -1e4"
+            )
         return keys_of_pairs(~hidden, prefers_causal=False)
 
 
