@@ -435,11 +435,66 @@ def test_a_window_longer_than_the_input_is_no_window(exact_estimates):
     torch.testing.assert_close(outputs_of(model, inputs), expected, rtol=1e-4, atol=1e-5)
 
 
+# What people make of visible pairs, (batch, 1, length, length): transformers hands it on untouched.
+FORMS = {
+    "bool": lambda visible: visible,
+    "by head": lambda visible: visible.repeat(1, 4, 1, 1),
+    "lowest number": lambda visible: torch.zeros(visible.shape).masked_fill(
+        ~visible, torch.finfo(torch.float32).min
+    ),
+    "-1e9": lambda visible: (~visible).float() * -1e9,
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", ["Llama", "GPT-2", "BERT"])
+def test_a_mask_of_pairs_that_says_padding_and_causality_is_read(name, form):
+    model = MODELS[name]()
+    model.set_attn_implementation("favor")
+    inputs = inputs_for(model)
+    expected = outputs_of(model, inputs)
+    mask = inputs["attention_mask"].bool()
+    visible = mask[:, None, None]
+    if name != "BERT":
+        visible = visible & torch.ones(13, 13, dtype=torch.bool).tril()
+    positions = torch.arange(13)[None]
+    out = model(**inputs | {"attention_mask": FORMS[form](visible), "position_ids": positions})
+    out = out[0][mask]
+    assert torch.equal(out, outputs_of(model, inputs | {"position_ids": positions}))
+    torch.testing.assert_close(out, expected)  # left padding moves nothing else
+
+
+def test_a_mask_of_pairs_of_new_positions_continues_a_sequence():
+    model = llama()
+    performers.linearize(model)
+    ids = inputs_for(model)["input_ids"]
+    visible = torch.ones(1, 1, 13, 13, dtype=torch.bool).tril().repeat(2, 1, 1, 1)
+    visible[0, ..., :3] = False
+    expected = model(ids, attention_mask=visible, use_cache=False).logits
+    cache = performers.FavorCache(model.config)
+    outs = [
+        model(
+            ids[:, start:end],
+            attention_mask=visible[..., start:end, :end],
+            past_key_values=cache,
+        ).logits
+        for start, end in ((0, 7), (7, 12), (12, 13))
+    ]
+    torch.testing.assert_close(torch.cat(outs, dim=1)[:, 3:], expected[:, 3:], rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.usefixtures("without_shape_checks")
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"attention_mask": torch.ones(2, 1, 13, 13)}, "got a mask of pairs, torch.float32"),
+        (
+            {"attention_mask": torch.ones(2, 1, 13, 13)},
+            r"mask of pairs, torch.float32 \(2, 1, 13, 13\), and it adds, or learns",
+        ),
+        (
+            {"attention_mask": torch.ones(2, 1, 13, 13, dtype=torch.bool).tril().triu(-4)},
+            "and it is not causality and padding: of sequence 0, query 5 does not see key 0",
+        ),
         (
             {
                 "attention_mask": None,

@@ -1,32 +1,83 @@
-"""Sums stay float32, and training keeps nothing of the size of the features."""
+"""Sums stay float32, under autocast too, and training keeps nothing of the size of the features."""
 
+import copy
 import gc
+import itertools
+from contextlib import nullcontext
 
 import pytest
 import torch
-from cases import inputs
+from cases import calibrated, inputs
+from torch.nn import functional as F
 
-from performers import KernelFeatures, SoftmaxFeatures, favor_attention
+from performers import KernelFeatures, SharpFeatures, SoftmaxFeatures, favor_attention
+from performers.functional import absorb_keys, log_normalizer, softmax_attention
 
 CAUSAL = (False, True)
 
 
+MAPS = {
+    "positive": SoftmaxFeatures(5, 11),
+    "relu": KernelFeatures(5, 11),
+    "calibrated": calibrated(5, 11),
+    "of the call": SharpFeatures(5, 11, num_heads=3, statistics="call"),
+}
+
+
 @pytest.mark.parametrize("is_causal", CAUSAL)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("features", [SoftmaxFeatures, KernelFeatures])
-def test_autocast_does_not_touch_the_sums(features, dtype, is_causal):
-    phi = features(5, 11)
-    tensors = [x.requires_grad_() for x in inputs(dtype=dtype)]
-    plain = favor_attention(*tensors, phi, is_causal, enable_gqa=True)
-    plain_gradients = torch.autograd.grad(plain.sum(), tensors)
+@pytest.mark.parametrize("name", MAPS)
+def test_autocast_casts_the_inputs_and_touches_no_sum(name, is_causal):
+    phi = MAPS[name]
+    if is_causal and name == "of the call":
+        phi = MAPS["positive"]
+    query, key, value = inputs()
+    # As rotary embeddings and linear layers leave them.
+    tensors = [x.requires_grad_() for x in (query, key, value.bfloat16())]
+    cast = [x.detach().bfloat16().requires_grad_() for x in tensors]
+    options = {"is_causal": is_causal, "enable_gqa": True}
+    expected = favor_attention(*cast, phi, **options)
+    gradients = torch.autograd.grad(expected.sum(), cast)
+    phi = copy.deepcopy(phi)  # what it keeps between calls is made under autocast
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        out = favor_attention(*tensors, phi, is_causal, enable_gqa=True)
-        _, state = favor_attention(*tensors, phi, is_causal, enable_gqa=True, return_state=True)
-    gradients = torch.autograd.grad(out.sum(), tensors)
-    assert state.values.dtype == torch.float32
-    assert torch.equal(out, plain)
-    for one, other in zip(gradients, plain_gradients, strict=True):
-        assert torch.equal(one, other)
+        out = favor_attention(*tensors, phi, **options)
+        if name != "of the call":
+            _, state = favor_attention(*tensors, phi, **options, return_state=True)
+            assert state.values.dtype == torch.float32
+    assert torch.equal(out, expected)
+    for one, other in zip(torch.autograd.grad(out.sum(), tensors), gradients, strict=True):
+        assert torch.equal(one.bfloat16(), other)
+
+
+def test_features_asked_for_under_autocast_do_not_round_those_after_it():
+    x = torch.randn(2, 3, 7, 5)
+    expected = calibrated(5, 11).key_features(x).log_values
+    phi = calibrated(5, 11)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        phi.key_features(x)
+    assert torch.equal(phi.key_features(x).log_values, expected)
+
+
+@pytest.mark.usefixtures("without_shape_checks")
+def test_autocast_takes_the_dtypes_that_it_takes_for_torchs_attention():
+    """All of them, cast to its own, but for float64, which it leaves as it is."""
+    tensors, phi = inputs(key_heads=6), SoftmaxFeatures(5, 11)
+    dtypes = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for mixed in itertools.product(dtypes, repeat=3):
+            cast = [x.to(dtype) for x, dtype in zip(tensors, mixed, strict=True)]
+            is_refused = torch.float64 in mixed and len(set(mixed)) > 1
+            with pytest.raises(RuntimeError) if is_refused else nullcontext():
+                expected = F.scaled_dot_product_attention(*cast).dtype
+            for attend in (softmax_attention, lambda *x: favor_attention(*x, phi)):
+                with pytest.raises(TypeError, match="one dtype") if is_refused else nullcontext():
+                    assert attend(*cast).dtype == expected
+
+
+def test_a_logarithm_of_a_sum_is_not_rounded_by_autocast():
+    phi, key = SoftmaxFeatures(5, 11), torch.randn(1, 1, 7, 5)
+    expected = log_normalizer(key, phi, absorb_keys(key, phi))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(log_normalizer(key, phi, absorb_keys(key, phi)), expected)
 
 
 def bytes_kept(length: int, num_features: int, is_causal: bool, window_size: int | None) -> int:

@@ -218,15 +218,19 @@ def test_copies_and_pickles_give_the_same_output():
         assert torch.equal(copied(x, x, x)[0], attention(x, x, x)[0])
 
 
+# Of an even number of heads: torch's fused path leaves odd ones alone.
+WIDTH = 20
+
+
 class TestInsideTorch:
     """Torch's encoder has a fused exact path for evaluation, which must not replace ours."""
 
     @pytest.fixture
     def layer(self) -> nn.TransformerEncoderLayer:
-        layer = nn.TransformerEncoderLayer(EMBED, HEADS, 17, dropout=0.0, batch_first=True)
+        layer = nn.TransformerEncoderLayer(WIDTH, 4, 17, dropout=0.0, batch_first=True)
         # Few features, so that the exact answer would be told apart.
         layer.self_attn = FavorAttention(
-            EMBED, HEADS, batch_first=True, feature_map=SoftmaxFeatures(5, 2)
+            WIDTH, 4, batch_first=True, feature_map=SoftmaxFeatures(DIM, 2)
         )
         return layer
 
@@ -239,7 +243,7 @@ class TestInsideTorch:
     @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, torch.enable_grad])
     def test_a_layer_uses_our_attention(self, layer, training, context):
         layer.train(training)
-        x = 3 * torch.randn(BATCH, LENGTH, EMBED)
+        x = 3 * torch.randn(BATCH, LENGTH, WIDTH)
         padding = torch.arange(LENGTH) >= torch.tensor([[9], [11]])
         causal = nn.Transformer.generate_square_subsequent_mask(LENGTH)
         with context():
@@ -252,12 +256,26 @@ class TestInsideTorch:
                 layer(x, causal, is_causal=True), self.by_hand(layer, x, attn_mask=causal)
             )
 
-    def test_a_stack_uses_our_attention(self, layer):
-        x = 3 * torch.randn(BATCH, LENGTH, EMBED)
+    def test_copies_of_a_layer_use_our_attention(self, layer):
+        x = 3 * torch.randn(BATCH, LENGTH, WIDTH)
+        for copied in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+            with torch.no_grad():
+                torch.testing.assert_close(copied.eval()(x), self.by_hand(layer, x))
+
+    @pytest.mark.parametrize("is_ready", [False, True])
+    @pytest.mark.filterwarnings("ignore:.*nested tensors is in prototype stage")
+    def test_a_stack_uses_our_attention(self, layer, is_ready):
+        """A stack takes the padding out of what it evaluates: attention gets a nested tensor."""
+        x = 3 * torch.randn(BATCH, LENGTH, WIDTH)
         padding = torch.arange(LENGTH) >= torch.tensor([[9], [11]])
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch says that it will not nest its tensors
-            stack = nn.TransformerEncoder(layer, 2).eval()
+        if is_ready:
+            exact = nn.TransformerEncoderLayer(WIDTH, 4, 17, dropout=0.0, batch_first=True)
+            stack = nn.TransformerEncoder(exact, 2)
+            for one in stack.layers:
+                one.self_attn = copy.deepcopy(layer.self_attn)
+        else:
+            stack = nn.TransformerEncoder(layer, 2)
+        stack.eval()
         expected = x
         for one in stack.layers:
             expected = self.by_hand(one, expected, key_padding_mask=padding)
@@ -265,10 +283,151 @@ class TestInsideTorch:
             out = stack(x, src_key_padding_mask=padding)
         torch.testing.assert_close(out[~padding], expected[~padding])
 
+    @pytest.mark.filterwarnings("ignore:.*nested tensors is in prototype stage")
+    @pytest.mark.parametrize("is_causal", [False, True])
+    def test_a_whole_transformer_is_the_same(self, is_causal):
+        theirs = nn.Transformer(EMBED, HEADS, 2, 2, 17, dropout=0.0, batch_first=True)
+        for parameter in theirs.parameters():
+            nn.init.normal_(parameter, std=0.1)
+        ours = copy.deepcopy(theirs)
+        for module in list(ours.modules()):
+            for name, child in list(module.named_children()):
+                if isinstance(child, nn.MultiheadAttention):
+                    favor = FavorAttention(
+                        EMBED, HEADS, batch_first=True, feature_map=TaylorFeatures()
+                    )
+                    favor.load_state_dict(child.state_dict())
+                    setattr(module, name, favor)
+        source, target = torch.randn(BATCH, KEY_LENGTH, EMBED), torch.randn(BATCH, LENGTH, EMBED)
+        padding = torch.arange(KEY_LENGTH) >= torch.tensor([[5], [7]])
+        options = {"src_key_padding_mask": padding, "memory_key_padding_mask": padding}
+        if is_causal:
+            options["tgt_mask"] = nn.Transformer.generate_square_subsequent_mask(LENGTH)
+        for training, context in ((True, torch.enable_grad), (False, torch.no_grad)):
+            with context():
+                expected = theirs.train(training)(source, target, **options)
+                out = ours.train(training)(source, target, **options)
+            torch.testing.assert_close(out, expected, rtol=0, atol=1e-3)
+
     def test_it_trains(self, layer):
         layer.train()
-        layer(torch.randn(BATCH, LENGTH, EMBED)).square().sum().backward()
+        layer(torch.randn(BATCH, LENGTH, WIDTH)).square().sum().backward()
         assert layer.self_attn.in_proj_weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("kdim", [None, 7])
+def test_its_weights_can_be_drawn_again_as_torch_draws_them(kdim):
+    theirs, ours = pair(kdim=kdim)
+    for module in (theirs, ours):
+        torch.manual_seed(1)
+        module._reset_parameters()
+    for name, weight in theirs.named_parameters():
+        assert torch.equal(ours.get_parameter(name), weight)
+
+
+class TestAdapters:
+    """What changes the weights of nn.MultiheadAttention changes ours alike."""
+
+    def test_lora_is_that_of_exact_attention(self):
+        peft = pytest.importorskip("peft")
+        lora = peft.LoraConfig(
+            target_modules=["attention"], r=11, lora_alpha=1, init_lora_weights=False
+        )
+        x, results = torch.randn(BATCH, LENGTH, EMBED), []
+        for module in pair(batch_first=True):
+            torch.manual_seed(1)
+            model = peft.get_peft_model(nn.ModuleDict({"attention": module}), lora)
+            out, weights = model.base_model.model["attention"](x, x, x)
+            out.square().sum().backward()
+            learned = [p.grad for name, p in model.named_parameters() if "lora_" in name]
+            merged, _ = model.merge_and_unload()["attention"](x, x, x)
+            results.append((out, weights, merged, *learned))
+        assert len(results[0]) == 3 + 4  # A and B, of the input's projections and of the output's
+        assert_same(results[0][:3], results[1][:3])
+        for theirs, ours in zip(results[0][3:], results[1][3:], strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0.02, atol=1e-3)
+            assert ours.abs().sum() > 0
+
+    def test_linear_layers_around_it_can_be_quantized(self):
+        _, ours = pair(batch_first=True)
+        model = nn.Sequential(nn.TransformerEncoderLayer(EMBED, HEADS, 17, batch_first=True)).eval()
+        model[0].self_attn = ours.eval()
+        x = torch.randn(BATCH, LENGTH, EMBED)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch moves quantization to another package
+            quantized = torch.ao.quantization.quantize_dynamic(model, {nn.Linear})
+        assert isinstance(quantized[0].self_attn, FavorAttention)
+        with torch.no_grad():
+            torch.testing.assert_close(quantized(x), model(x), rtol=0, atol=0.05)
+
+
+def additive(hidden: Tensor, number: float, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.zeros(hidden.shape, dtype=dtype).masked_fill(hidden, number)
+
+
+# What people make of hidden pairs, (batch, length, length).
+LOWEST = torch.finfo(torch.float32).min
+FORMS = {
+    "bool by head": lambda hidden: hidden.repeat_interleave(HEADS, dim=0),
+    "-inf by head": lambda hidden: additive(hidden, -torch.inf).repeat_interleave(HEADS, dim=0),
+    "bool 4-D": lambda hidden: hidden[:, None],
+    "lowest number 4-D": lambda hidden: additive(hidden, LOWEST)[:, None],
+    "-1e9 4-D by head": lambda hidden: additive(hidden, -1e9)[:, None].repeat(1, HEADS, 1, 1),
+    "-1e4 in half precision": lambda hidden: additive(hidden, -1e4, torch.float16)[:, None],
+}
+
+
+class TestMasksOfPairs:
+    @pytest.mark.parametrize("form", FORMS)
+    @pytest.mark.parametrize("is_causal", [False, True])
+    def test_causality_and_padding_are_read_in_every_form(self, form, is_causal):
+        _, ours = pair(batch_first=True)
+        x = torch.randn(BATCH, LENGTH, EMBED)
+        causal = torch.ones(LENGTH, LENGTH, dtype=torch.bool).triu(1)
+        for start, end in ((0, LENGTH), (2, LENGTH), (0, 7)):
+            position = torch.arange(LENGTH)
+            padding = ((position < start) | (position >= end)).repeat(BATCH, 1)
+            padding[1] = False
+            hidden = padding[:, None] | (causal & is_causal)
+            expected, _ = ours(x, x, x, padding, attn_mask=causal if is_causal else None)
+            # Some hide what padded queries see, too: nobody reads their outputs.
+            for mask in (hidden, hidden | padding[:, :, None]):
+                out, _ = ours(x, x, x, attn_mask=FORMS[form](mask))
+                assert torch.equal(out, expected)
+
+    @pytest.mark.parametrize("number", [-torch.inf, LOWEST, -1e9, -1e4])
+    def test_whatever_hides_in_torch_hides_here(self, number):
+        theirs, ours = pair(batch_first=True)
+        x = torch.randn(BATCH, LENGTH, EMBED)
+        mask = torch.full((LENGTH, LENGTH), number).triu(1)
+        padding = additive(torch.arange(LENGTH) >= torch.tensor([[9], [11]]), number)
+        for options in ({"attn_mask": mask}, {"key_padding_mask": padding}):
+            assert_same(theirs(x, x, x, **options), ours(x, x, x, **options))
+
+    @pytest.mark.parametrize(
+        ("change", "words"),
+        [
+            (lambda hidden: hidden.triu(2), "of sequence 0, query 0 sees key 1"),
+            (lambda hidden: hidden.mT, "not padding: of sequence 0, query 1 does not see key 0"),
+            (lambda hidden: hidden | hidden.mT.tril(-3), "query 3 does not see key 0"),
+            (lambda hidden: hidden.index_fill(1, torch.tensor(4), True), "query 4 does not see"),
+            (lambda hidden: torch.stack([hidden, hidden & False, hidden], 1), "between heads"),
+            (lambda hidden: hidden.float(), "it adds, or learns to add"),
+            (lambda hidden: torch.randn(hidden.shape), "it adds, or learns to add"),
+            (lambda hidden: additive(hidden, -5.0), "it adds, or learns to add"),
+            (lambda hidden: torch.zeros(hidden.shape, requires_grad=True), "it adds, or learns"),
+            (lambda hidden: additive(hidden, torch.nan), "it adds, or learns to add"),
+            (lambda hidden: hidden[:, :5], "it does not have this shape"),
+        ],
+    )  # fmt: skip
+    @pytest.mark.usefixtures("without_shape_checks")
+    def test_others_are_refused_with_the_cause(self, change, words):
+        _, ours = pair(batch_first=True)
+        x = torch.randn(BATCH, LENGTH, EMBED)
+        mask = change(torch.ones(BATCH, LENGTH, LENGTH, dtype=torch.bool).triu(1))
+        mask = mask[:, None] if mask.ndim == 3 else mask
+        with pytest.raises(ValueError, match=f"attn_mask must be None or the causal mask.*{words}"):
+            ours(x, x, x, attn_mask=mask)
 
 
 class TestErrors:
@@ -277,22 +436,6 @@ class TestErrors:
             attention = FavorAttention(EMBED, HEADS, dropout=0.1)
         x = torch.randn(LENGTH, BATCH, EMBED)
         assert torch.equal(attention(x, x, x)[0], attention(x, x, x)[0])
-
-    @pytest.mark.parametrize(
-        "mask",
-        [
-            torch.ones(LENGTH, LENGTH, dtype=torch.bool).triu(2),
-            torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril(-1),
-            torch.randn(LENGTH, LENGTH),
-            torch.ones(LENGTH, LENGTH).triu(1),
-            torch.ones(BATCH * HEADS, LENGTH, LENGTH, dtype=torch.bool).triu(1),
-        ],
-        ids=["wider", "backward", "bias", "float without -inf", "by head"],
-    )
-    def test_masks_without_a_linear_form_are_refused(self, mask):
-        x = torch.randn(LENGTH, BATCH, EMBED)
-        with pytest.raises(ValueError, match="attn_mask must be None or the causal mask of shape"):
-            FavorAttention(EMBED, HEADS)(x, x, x, attn_mask=mask)
 
     def test_a_padding_bias_is_refused(self):
         x = torch.randn(LENGTH, BATCH, EMBED)

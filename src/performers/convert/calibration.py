@@ -136,7 +136,7 @@ def _calibrate(
     learners = _learners.get()
     site = learners.sites.get(module)
     if site is not None:
-        mask = keys_seen(module, key, attention_mask, **options).key_padding_mask
+        mask = keys_seen(module, query, key, attention_mask, **options).key_padding_mask
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         learners.learn(site, query, key, mask, scale)
     out = attend_exactly(module, query, key, value, attention_mask, scaling, **options)

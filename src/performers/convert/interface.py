@@ -11,10 +11,10 @@ these are `favor` and `favor_mask`. Which modules ask it is in `performers.conve
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedConfig
 from transformers.masking_utils import (
@@ -30,6 +30,7 @@ from performers.convert.layer import FavorLayer, drop_keys
 from performers.convert.options import FAVOR, FavorOptions
 from performers.convert.plain_attention import check_architecture, other_attention, refusal
 from performers.convert.sites import is_converted, is_cross_attention, layer_number
+from performers.functional.masks import Seen, is_hidden, keys_of_pairs
 from performers.functional.readout import implied_matrix
 
 __all__ = ["attend_exactly", "favor", "favor_layer", "favor_mask", "keys_seen", "register"]
@@ -76,15 +77,16 @@ def favor(
     def attend(value: Tensor) -> Tensor:
         if layer is None:
             return attend_exactly(module, query, key, value, attention_mask, scaling, **options)
-        seen = keys_seen(module, key, attention_mask, **options)
+        seen = keys_seen(module, query, key, attention_mask, **options)
         return layer(query, key, value, **seen._asdict(), scale=scaling)
 
     wants_weights = _wants_weights(options)
     if memory is not None:
         past_length = memory.num_tokens - key.shape[2]  # the memory has counted these keys already
-        seen = keys_seen(module, key, attention_mask, past_length=past_length, **options)
+        seen = keys_seen(module, query, key, attention_mask, past_length=past_length, **options)
         has_state = layer is not None and layer.number not in layer.options.exact_heads
-        if not has_state or memory.number != layer_number(module) or not seen.is_causal:
+        is_causal = seen.is_causal or query.shape[2] == 1  # the last position sees every key
+        if not has_state or memory.number != layer_number(module) or not is_causal:
             raise ValueError(_foreign_cache(_name(module)))
         if wants_weights and past_length:
             raise ValueError(
@@ -128,15 +130,9 @@ def attend_exactly(
     return out.transpose(1, 2)
 
 
-class Seen(NamedTuple):
-    """Which keys the queries of a call see, as `favor_attention` takes it."""
-
-    key_padding_mask: Bool[Tensor, "batch key_length"] | None
-    is_causal: bool
-
-
 def keys_seen(
     module: nn.Module,
+    query: Float[Tensor, "batch heads query_length dim"],
     key: Float[Tensor, "batch key_heads key_length dim"],
     attention_mask: Tensor | None,
     *,
@@ -151,7 +147,9 @@ def keys_seen(
     Without a mask the keyword says it, or else the module, as with transformers' own functions.
     `past_length`: the number of keys before these, where a state has taken their place.
 
-    Raises ValueError for windows shorter than the keys and for masks of pairs.
+    A mask of pairs of the caller's own may be causality and padding in other words.
+
+    Raises ValueError for windows shorter than the keys and for other masks of pairs.
     """
     key_length = past_length + key.shape[2]
     if sliding_window is not None and sliding_window < key_length:
@@ -166,13 +164,18 @@ def keys_seen(
         return Seen(attention_mask[:, -key.shape[2] :], is_causal=True)
     if attention_mask.dtype == torch.bool and attention_mask.shape[1:-1] == (1, 1):
         return Seen(attention_mask[:, 0, 0, -key.shape[2] :], is_causal=False)
-    raise ValueError(
-        f"{_name(module)} got a mask of pairs, {attention_mask.dtype} "
-        f"{tuple(attention_mask.shape)}: a window shorter than the input, a bias, packed sequences "
-        "or a mask of your own. FAVOR+ sees padding, (batch, length), and causality. Pass a "
-        "two-dimensional attention_mask, keep such layers exact with FavorOptions(layers=...), or "
-        "use another attn_implementation."
-    )
+    shape = (len(query), -1, query.shape[2], key_length)
+    pairs = _keys_of_pairs(attention_mask, shape, _is_causal(module, is_causal))
+    if isinstance(pairs, str):
+        raise ValueError(
+            f"{_name(module)} got a mask of pairs, {attention_mask.dtype} "
+            f"{tuple(attention_mask.shape)}, and {pairs}: a window shorter than the input, a bias, "
+            "packed sequences or a mask of your own. FAVOR+ sees padding, (batch, length), and "
+            "causality. Pass a two-dimensional attention_mask, keep such layers exact with "
+            "FavorOptions(layers=...), or use another attn_implementation."
+        )
+    mask = pairs.key_padding_mask
+    return Seen(None if mask is None else mask[:, -key.shape[2] :], pairs.is_causal)
 
 
 def favor_mask(
@@ -274,6 +277,24 @@ def _new_layer(module: nn.Module) -> FavorLayer | None:
 def _is_causal(module: nn.Module, is_causal: bool | None) -> bool:
     """What a call without a mask says: the keyword, or else the module."""
     return bool(getattr(module, "is_causal", True)) if is_causal is None else is_causal
+
+
+def _keys_of_pairs(mask: Tensor, shape: tuple[int, ...], prefers_causal: bool) -> Seen | str:
+    """What a mask of the caller's own says, which transformers hands on untouched; or why FAVOR+
+    cannot see so. `shape` has −1 for the heads.
+    """
+    if torch.compiler.is_compiling():
+        return "a compiled model cannot look into it"
+    try:
+        mask = mask.expand(shape)
+    except RuntimeError:
+        return "it is not (batch, heads, query_length, key_length)"
+    if mask.dtype == torch.bool:
+        return keys_of_pairs(mask, prefers_causal=prefers_causal)
+    hidden = is_hidden(mask) if mask.is_floating_point() else None
+    if hidden is None:
+        return "it adds, or learns to add, numbers other than 0 and those that hide, at most -1e4"
+    return keys_of_pairs(~hidden, prefers_causal=prefers_causal)
 
 
 def _wants_weights(options: dict[str, Any]) -> bool:

@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from performers.checks import check_attention_inputs
+from performers.functional.autocast import autocast_inputs
 from performers.functional.linear import linear_attention
 from performers.typing import FeatureMap, LinearState
 
@@ -97,6 +98,9 @@ def favor_attention(
     decoding are this same call. With `return_state=True` the result is `(out, LinearState)`.
     `backend`: None chooses; "reference", "chunked", "landmarks" or "triton" is obeyed or refused.
 
+    Under torch.autocast the inputs are cast as those of torch's `scaled_dot_product_attention` are,
+    and all sums stay float32.
+
     Dropout of attention weights has no linear-time form: drop the output instead.
 
     Raises ValueError or TypeError for shapes, dtypes, devices and words that do not fit.
@@ -110,6 +114,7 @@ def favor_attention(
     torch.Size([2, 4, 1000, 64])
     """
     scale = phi.default_scale if scale is None else scale
+    query, key, value = autocast_inputs(query, key, value)
     if far:
         is_streaming = is_causal or return_state or initial_state is not None
         estimated = key_padding_mask
@@ -120,7 +125,8 @@ def favor_attention(
                 enable_gqa=enable_gqa, scale=scale,
             )  # fmt: skip
             estimated = without_sinks(key, key_padding_mask, num_sinks)
-        phi = phi.fitted(query, key, estimated, scale=scale, is_streaming=is_streaming)
+        with torch.autocast(query.device.type, enabled=False):  # φ learns from sums, too
+            phi = phi.fitted(query, key, estimated, scale=scale, is_streaming=is_streaming)
     out, state = linear_attention(
         query,
         key,

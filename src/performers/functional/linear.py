@@ -15,6 +15,7 @@ from performers.checks import (
     check_same_near_field,
     check_state,
 )
+from performers.functional.autocast import autocast_inputs
 from performers.typing import FeatureMap, LinearState, NearField, NearKeys, is_log_linear
 
 __all__ = ["linear_attention"]
@@ -50,11 +51,13 @@ def linear_attention(
     Returns the output and, with `return_state`, the state, else None.
 
     φ is applied tile by tile inside the backend, so features are never stored. Sums and states are
-    float32 (float64 for float64 inputs), under autocast too; the output has the dtype of `query`.
+    float32 (float64 for float64 inputs), under autocast too, which casts the inputs and nothing
+    else; the output has the dtype of `query`.
 
     Cost: O(length · num_features · value_dim) time, O(length · (dim + value_dim)) memory.
     Source: Choromanski et al. 2021, Section 2.5.1 and Algorithm 1.
     """
+    query, key, value = autocast_inputs(query, key, value)
     check_attention_inputs(
         query,
         key,

@@ -54,15 +54,16 @@ def absorb_keys(
     """
     _check_log_is_defined(phi)
     no_query, no_value = key[:, :, :0], key[..., :0]
-    _, state = favor_attention(
-        no_query,
-        key,
-        no_value,
-        phi,
-        key_padding_mask=key_padding_mask,
-        scale=scale,
-        return_state=True,
-    )
+    with torch.autocast(key.device.type, enabled=False):  # which keeps logarithms of sums exact
+        _, state = favor_attention(
+            no_query,
+            key,
+            no_value,
+            phi,
+            key_padding_mask=key_padding_mask,
+            scale=scale,
+            return_state=True,
+        )
     return state
 
 

@@ -341,7 +341,9 @@ class ReparametrizedFeatures:
         if self.omega.requires_grad or torch.compiler.is_compiling():
             return self._new_side(name, dtype)
         if (name, dtype) not in self._sides:
-            with torch.inference_mode(False):  # or training could not use what decoding has made
+            device = self.omega.device.type
+            # Or training could not use what decoding has made, nor float32 what autocast rounded.
+            with torch.inference_mode(False), torch.autocast(device, enabled=False):
                 self._sides[name, dtype] = self._new_side(name, dtype)
         return self._sides[name, dtype]
 

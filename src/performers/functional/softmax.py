@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from performers.checks import check_attention_inputs
+from performers.functional.autocast import autocast_inputs
 
 __all__ = ["softmax_attention"]
 
@@ -26,6 +27,7 @@ def softmax_attention(
     `scale` is 1/√dim unless given.
     Cost: O(query_length · key_length · dim).  Source: Choromanski et al. 2021, Eq. 1 and 2.
     """
+    query, key, value = autocast_inputs(query, key, value)
     check_attention_inputs(
         query,
         key,

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from performers.functional import attention_matrix, favor_attention
+from performers.functional.masks import Seen, is_hidden, keys_of_pairs
 from performers.nn.feature_maps import SoftmaxFeatures
 from performers.typing import FeatureMap
 
@@ -25,9 +26,10 @@ class FavorAttention(nn.MultiheadAttention):
     unless given.
 
     What differs, because no attention matrix exists to change: `dropout` is not applied (a warning
-    says so once), and `attn_mask` may only be the causal mask. `need_weights=True` (torch's
-    default!) computes the implied matrix, which is quadratic in the length; pass False where the
-    output alone is wanted.
+    says so once), and `attn_mask` may only say causality and padding, in any form: bool, or
+    additive with −∞ or another number of at most −1e4. `need_weights=True` (torch's default!)
+    computes the implied matrix, which is quadratic in the length; pass False where the output alone
+    is wanted. While compiling, is_causal=True is believed without a look at the mask.
 
     >>> attention = FavorAttention(64, 4, batch_first=True)
     >>> x = torch.randn(2, 100, 64)
@@ -70,9 +72,7 @@ class FavorAttention(nn.MultiheadAttention):
                 stacklevel=2,
             )
         self.feature_map = feature_map or SoftmaxFeatures(self.head_dim).to(device=device)
-        # nn.TransformerEncoderLayer replaces the attention of an evaluated layer by its own fused
-        # exact kernel unless this reads False.
-        self._qkv_same_embed_dim = False
+        self.register_forward_pre_hook(_must_be_called)
 
     def forward(
         self,
@@ -92,6 +92,11 @@ class FavorAttention(nn.MultiheadAttention):
         (length, embed_dim). Returns the output and, with `need_weights`, the implied matrix,
         averaged over heads or not.
         """
+        if query.is_nested:
+            return self._forward_nested(
+                query, key, value, key_padding_mask, need_weights, attn_mask,
+                average_attn_weights, is_causal,
+            )  # fmt: skip
         is_batched = query.ndim == 3
         if not is_batched:
             query, key, value = (x.unsqueeze(0) for x in (query, key, value))
@@ -99,8 +104,10 @@ class FavorAttention(nn.MultiheadAttention):
                 key_padding_mask = key_padding_mask.unsqueeze(0)
         elif not self.batch_first:
             query, key, value = (x.transpose(0, 1) for x in (query, key, value))
-        is_causal = self._is_causal(attn_mask, is_causal, query.shape[1], key.shape[1])
-        visible = self._visible_keys(key_padding_mask)
+        visible, is_causal = self._seen(attn_mask, is_causal, query, key)
+        if key_padding_mask is not None:
+            unpadded = self._visible_keys(key_padding_mask)
+            visible = unpadded if visible is None else visible & unpadded
         query, key, value = self._project_inputs(query, key, value)
         if is_causal and self.num_extra_keys:
             # Extra keys come first here, so that every causal row sees them. Causal attention takes
@@ -127,6 +134,32 @@ class FavorAttention(nn.MultiheadAttention):
             return out.squeeze(0), None if weights is None else weights.squeeze(0)
         return out if self.batch_first else out.transpose(0, 1), weights
 
+    def _forward_nested(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None,
+        *options: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Self-attention of sequences without padding: nn.TransformerEncoder takes it out of
+        batches that it evaluates. The implied matrix is that of the padded batch.
+        """
+        is_self_attention = query is key is value and key_padding_mask is None
+        if not is_self_attention or query.layout != torch.strided or not self.batch_first:
+            raise ValueError(
+                "a nested tensor must be query, key and value at once, of the layout torch.strided "
+                "and with batch_first=True, without a key_padding_mask. Else pass "
+                "query.to_padded_tensor(0.0) and a key_padding_mask."
+            )
+        lengths = [len(sequence) for sequence in query.unbind()]
+        x = query.to_padded_tensor(0.0)
+        position = torch.arange(x.shape[1], device=x.device)
+        padding = position >= torch.tensor(lengths, device=x.device).unsqueeze(1)
+        out, weights = self.forward(x, x, x, padding, *options)
+        rows = [row[:length] for row, length in zip(out, lengths, strict=True)]
+        return torch.nested.as_nested_tensor(rows), weights
+
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *arguments: Any
     ) -> None:
@@ -144,7 +177,7 @@ class FavorAttention(nn.MultiheadAttention):
     def _project_inputs(
         self, query: Tensor, key: Tensor, value: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        if self.kdim == self.vdim == self.embed_dim:
+        if self._qkv_same_embed_dim:
             weights = self.in_proj_weight.chunk(3)
         else:
             weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
@@ -170,40 +203,62 @@ class FavorAttention(nn.MultiheadAttention):
             visible = F.pad(visible, (self.num_extra_keys, 0), value=True)
         return key, value, visible
 
-    def _visible_keys(self, key_padding_mask: Tensor | None) -> Tensor | None:
-        if key_padding_mask is None:
-            return None
+    @staticmethod
+    def _visible_keys(key_padding_mask: Tensor) -> Tensor:
         if key_padding_mask.dtype == torch.bool:
             return ~key_padding_mask
         # nn.TransformerEncoder hands on its bool mask as floats: 0 for a key, -inf for padding.
-        padding = key_padding_mask == -torch.inf
-        if not (padding | (key_padding_mask == 0)).all():
+        padding = is_hidden(key_padding_mask)
+        if padding is None:
             raise ValueError(
-                "key_padding_mask must be bool (True = padding) or hold only 0 and -inf: "
-                "other additive biases have no linear-time form."
+                "key_padding_mask must be bool (True = padding) or hold only 0 and -inf, or other "
+                "numbers of at most -1e4: other additive biases have no linear-time form."
             )
         return ~padding
 
-    @staticmethod
-    def _is_causal(
-        attn_mask: Tensor | None, is_causal: bool, query_length: int, key_length: int
-    ) -> bool:
+    def _seen(self, attn_mask: Tensor | None, is_causal: bool, query: Tensor, key: Tensor) -> Seen:
+        """What an attn_mask says: padding, causality or both."""
+        (batch, query_length), key_length = query.shape[:2], key.shape[1]
         if attn_mask is None:
             if is_causal:
                 raise ValueError(
                     "is_causal=True is a hint about attn_mask, as in nn.MultiheadAttention: pass "
                     "attn_mask=nn.Transformer.generate_square_subsequent_mask(length) with it."
                 )
-            return False
-        if attn_mask.ndim == 2 and attn_mask.shape == (query_length, key_length):
-            hidden = attn_mask if attn_mask.dtype == torch.bool else attn_mask == -torch.inf
-            nothing_added = attn_mask.dtype == torch.bool or bool((attn_mask[~hidden] == 0).all())
-            if nothing_added and torch.equal(hidden, torch.ones_like(hidden).triu(1)):
-                return True
-            if nothing_added and not hidden.any():
-                return False
-        raise ValueError(
-            "attn_mask must be None or the causal mask of shape (query_length, key_length) = "
-            f"{(query_length, key_length)}: got {tuple(attn_mask.shape)} with other "
-            "entries. Arbitrary masks have no linear-time form; use key_padding_mask for padding."
-        )
+            return Seen(None, is_causal=False)
+        if is_causal and torch.compiler.is_compiling():
+            return Seen(None, is_causal=True)  # a graph cannot depend on what a mask holds
+        seen = self._read(attn_mask, batch, query_length, key_length)
+        if isinstance(seen, str):
+            raise ValueError(
+                "attn_mask must be None or the causal mask, with padding or without, of shape "
+                f"(query_length, key_length) = {(query_length, key_length)}, with (batch · "
+                f"num_heads) or (batch, num_heads) before it or not: got {tuple(attn_mask.shape)}, "
+                f"and {seen}. Arbitrary masks have no linear-time form; use key_padding_mask for "
+                "padding."
+            )
+        return seen
+
+    def _read(
+        self, attn_mask: Tensor, batch: int, query_length: int, key_length: int
+    ) -> Seen | str:
+        rows = (batch, self.num_heads)
+        by_pair = attn_mask
+        if attn_mask.ndim == 3 and len(attn_mask) == batch * self.num_heads:
+            by_pair = attn_mask.unflatten(0, rows)
+        try:
+            by_pair = by_pair.expand(*rows, query_length, key_length)
+        except RuntimeError:
+            return "it does not have this shape"
+        hidden = by_pair if attn_mask.dtype == torch.bool else is_hidden(by_pair)
+        if hidden is None:
+            return (
+                "it adds, or learns to add, numbers other than 0 and those that hide, at most -1e4"
+            )
+        return keys_of_pairs(~hidden, prefers_causal=False)
+
+
+def _must_be_called(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+    """Nothing, before each call. nn.TransformerEncoderLayer evaluates attention by a fused exact
+    kernel of its own, from the weights alone, unless a hook says that there is more to it.
+    """

@@ -172,7 +172,8 @@ class SharpFeatures(RandomFeatures):
         """The features for one call, from the calibration or from the call's own statistics."""
         check_feature_map(query, self.dim, self.num_redraws.device)
         if self.statistics == "calibrated":
-            if self.num_heads not in (1, key.shape[1]):
+            # Not `in`: to a compiler with dynamic shapes, a tuple does not hold equal numbers.
+            if self.num_heads != 1 and self.num_heads != key.shape[1]:
                 raise ValueError(
                     f"these features were made for {self.num_heads} key heads and key has "
                     f"{key.shape[1]}. Pass num_heads= to SharpFeatures."

@@ -1,0 +1,69 @@
+"""Masks of pairs of positions, as others write them, read as causality and padding."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+__all__ = ["Seen", "is_hidden", "keys_of_pairs"]
+
+# An additive mask hides by −∞, by the least number of its dtype, by −1e9 or by −1e4, which half
+# precision can hold: exp of any of these is 0 in every dtype.
+HIDING = -1e4
+
+
+class Seen(NamedTuple):
+    """Which keys the queries of a call see, as `favor_attention` takes it."""
+
+    key_padding_mask: Bool[Tensor, "batch key_length"] | None
+    is_causal: bool
+
+
+def is_hidden(mask: Tensor) -> Bool[Tensor, "*shape"] | None:
+    """Where an additive mask hides, None for a bias: one that adds something other than 0
+    elsewhere, or learns to.
+    """
+    hidden = mask <= HIDING
+    return hidden if not mask.requires_grad and bool((hidden | (mask == 0)).all()) else None
+
+
+def keys_of_pairs(
+    visible: Bool[Tensor, "batch heads query_length key_length"], *, prefers_causal: bool
+) -> Seen | str:
+    """The padding, and whether causality, that leave just these pairs visible; or in words why
+    there are none.
+
+    The queries are the last of the sequence that the keys are. A padded query, whose own key is
+    hidden from all, may also see nothing. `prefers_causal` decides where both readings hold, as
+    they do for one query.
+
+    Cost: O(batch · heads · query_length · key_length), as the mask itself.
+    """
+    pairs = visible[:, 0]
+    if not bool((visible == pairs.unsqueeze(1)).all()):
+        return "it differs between heads"
+    query_length, key_length = pairs.shape[1:]
+    offset = key_length - query_length
+    is_real = pairs.any(dim=1)
+    is_free = torch.zeros_like(pairs[:, :, 0])
+    if offset >= 0:
+        is_free = ~is_real[:, offset:] & ~pairs.any(dim=2)
+    earlier = torch.ones_like(pairs[0]).tril(offset)
+    unexplained = []
+    for is_causal in (prefers_causal, not prefers_causal):
+        expected = is_real.unsqueeze(1) & earlier if is_causal else is_real.unsqueeze(1)
+        wrong = (pairs != expected) & ~is_free.unsqueeze(2)
+        if not bool(wrong.any()):
+            return Seen(None if bool(is_real.all()) else is_real, is_causal)
+        unexplained.append((is_causal, wrong))
+    # The reading that explains more tells more of what is wrong.
+    is_causal, wrong = min(unexplained, key=lambda reading: int(reading[1].sum()))
+    row, query, key = wrong.nonzero()[0].tolist()
+    reading = "causality and padding" if is_causal else "padding"
+    return (
+        f"it is not {reading}: of sequence {row}, query {query} "
+        f"{'sees' if pairs[row, query, key] else 'does not see'} key {key}"
+    )
