@@ -1,4 +1,9 @@
-"""No NaN at any norm, and no epsilon: attention returns averages of the values, always."""
+"""No NaN at any norm, and no epsilon: attention returns averages of the values, always.
+
+NaN comes out only where it went in, and there it does come out.
+"""
+
+import itertools
 
 import pytest
 import torch
@@ -46,6 +51,16 @@ def test_features_of_any_sign_stay_finite(norms, is_causal, backend, names):
         phi = FEATURE_MAPS[name](5, 11)
         out = favor_attention(query, key, value, phi, is_causal, enable_gqa=True, backend=backend)
         assert out.isfinite().all(), name
+
+
+@every_call_with_maps_of(FEATURE_MAPS)
+def test_nan_reaches_every_row_that_meets_it(is_causal, backend, names):
+    for name, place in itertools.product(names, (0, 1, 2)):
+        tensors = inputs(heads=3)
+        tensors[place][:, :, 13] = torch.nan
+        out = favor_attention(*tensors, FEATURE_MAPS[name](5, 11), is_causal, backend=backend)
+        rows = slice(13, 14) if place == 0 else slice(13 if is_causal else 0, None)
+        assert out[:, :, rows].isnan().all(), (name, place)
 
 
 @pytest.mark.parametrize("is_causal", CAUSAL)

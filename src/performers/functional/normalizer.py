@@ -152,10 +152,10 @@ def approximate_cross_entropy(
         others = (weights * (state.normalizer.unsqueeze(2) - own).clamp(min=0)).sum(
             -1, keepdim=True
         )
-        has_others = others > 0
-        log_others = others.where(has_others, 1.0).log() + row_frame
+        has_none = others == 0  # never of NaN, which has to reach the loss
+        log_others = others.masked_fill(has_none, 1.0).log() + row_frame
         losses = F.softplus(log_others - (rows * own_key).sum(-1, keepdim=True))
-        return losses.where(has_others, 0.0).flatten()
+        return losses.masked_fill(has_none, 0.0).flatten()
 
     with torch.autocast(hidden.device.type, enabled=False):
         query = hidden[counts].to(dtype)[None, None]
