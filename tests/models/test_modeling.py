@@ -313,6 +313,8 @@ def test_learned_positions_end_where_the_table_ends(tiny_model, tokens):
         (torch.zeros(3, 11), "must be bool or whole numbers.*got torch.float32"),
         (torch.ones(3, 1, 11, 11, dtype=torch.long), r"= \(3, 11\).*got \(3, 1, 11, 11\)"),
         (torch.ones(3, 10, dtype=torch.long), r"= \(3, 11\).*got \(3, 10\)"),
+        (torch.arange(11).expand(3, 11) // 4, "1 for a real token and 0 for padding, got 2"),
+        (torch.full((3, 11), -1), "1 for a real token and 0 for padding, got -1"),
     ],
 )
 def test_other_masks_than_one_bit_per_token_are_refused(tiny_model, tokens, mask, words):

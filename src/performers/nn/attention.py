@@ -173,6 +173,12 @@ class FavorAttention(nn.MultiheadAttention):
             return None
         if key_padding_mask.dtype == torch.bool:
             return ~key_padding_mask
+        if not key_padding_mask.is_floating_point():
+            raise TypeError(
+                "key_padding_mask must be bool with True for padding, got "
+                f"{key_padding_mask.dtype}. From an attention mask with 1 for a real token write "
+                "attention_mask == 0."
+            )
         # nn.TransformerEncoder hands on its bool mask as floats: 0 for a key, -inf for padding.
         padding = key_padding_mask == -torch.inf
         if not (padding | (key_padding_mask == 0)).all():
