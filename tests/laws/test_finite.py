@@ -7,7 +7,7 @@ import itertools
 
 import pytest
 import torch
-from cases import FEATURE_MAPS, MASKS, NONNEGATIVE, NORMS, every_call_with_maps_of, inputs
+from cases import FEATURE_MAPS, MASKS, NONNEGATIVE, NORMS, backends, every_call_with_maps_of, inputs
 
 from performers import KernelFeatures, SoftmaxFeatures, favor_attention
 
@@ -29,6 +29,21 @@ def test_outputs_lie_among_the_values_at_any_norm(norms, dtype, is_causal, backe
         out = favor_attention(query, key, value, phi, is_causal, enable_gqa=True, backend=backend)
         assert (out >= low - slack * low.abs()).all(), name  # false for NaN as well
         assert (out <= high + slack * high.abs()).all(), name
+
+
+@pytest.mark.parametrize("window_size", [None, 4])
+@pytest.mark.parametrize("size", [1e14, 1e17, 1e18])
+def test_up_to_the_overflow_of_squares_every_backend_finds_the_largest_logit(size, window_size):
+    query, key, value = inputs(heads=3)
+    query, key = size * query, size * key
+    for name in ("positive", "sharp"):
+        phi = FEATURE_MAPS[name](5, 11)
+        calls = {"window_size": window_size, "key_padding_mask": MASKS["left"](23)}
+        wide = (x.double() for x in (query, key, value))
+        expected = favor_attention(*wide, phi, backend="reference", **calls).float()
+        for backend in backends(name, has_near_field=window_size is not None):
+            out = favor_attention(query, key, value, phi, backend=backend, **calls)
+            torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5, msg=f"{name} {backend}")
 
 
 @every_call_with_maps_of(NONNEGATIVE)
