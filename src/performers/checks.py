@@ -10,6 +10,7 @@ from torch import Tensor
 
 __all__ = [
     "check_attention_inputs",
+    "check_attention_mask",
     "check_choice",
     "check_count",
     "check_feature_map",
@@ -153,6 +154,25 @@ def check_key_padding_mask(mask: Tensor | None, key: Tensor) -> None:
     if mask.device != key.device:
         raise ValueError(
             f"key_padding_mask must be on the device of key: {mask.device} and {key.device}."
+        )
+
+
+def check_attention_mask(name: str, mask: Tensor) -> None:
+    """A mask of tokens in numbers has 1 for a real one and 0 for padding.
+
+    Nothing is checked where numbers cannot be asked for: while compiling, on the meta device, and
+    of a batch of `torch.func.vmap`.
+    """
+    if mask.dtype == torch.bool or torch.compiler.is_compiling() or mask.is_meta:
+        return
+    if torch._C._functorch.is_batchedtensor(mask):
+        return
+    other = (mask != 0) & (mask != 1)
+    if other.any():
+        raise ValueError(
+            f"{name} must be 1 for a real token and 0 for padding, got {mask[other][0].item()}. "
+            "Give each of packed sequences, which segment ids tell apart, a row of its own; of an "
+            "additive mask pass mask == 0."
         )
 
 

@@ -425,3 +425,12 @@ except ValueError as error:
 performers.favor_attention(x, x, x, performers.SoftmaxFeatures(4))
 """
     assert reason in fresh_python(code, blocked=blocked)
+
+
+@pytest.mark.parametrize("name", ["positive", "relu", "elu+1"])
+def test_nan_in_a_query_or_a_key_reaches_every_row_that_meets_it(name):
+    query, key, value = (x.detach() for x in inputs())
+    query[:, :, 3, 2] = key[:, :, 5, 2] = torch.nan
+    out = attend([query, key, value], feature_map(name), True)
+    assert out[:, :, 3].isnan().all()
+    assert out[:, :, 5:].isnan().all()

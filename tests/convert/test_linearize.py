@@ -273,6 +273,19 @@ def test_what_does_not_fit_is_refused_before_the_model_is_touched(model, options
 
 
 @pytest.mark.usefixtures("without_shape_checks")
+@pytest.mark.usefixtures("without_shape_checks")
+@pytest.mark.parametrize("build", [bert, llama])
+@pytest.mark.parametrize("positional", [False, True])
+def test_segment_ids_are_no_mask(build, positional):
+    model = linearize(build(), SMALL)
+    ids = inputs_for(model)["input_ids"]
+    segments = torch.arange(ids.shape[1]).expand_as(ids) // 5
+    for converted in (model, copy.deepcopy(model)):
+        with pytest.raises(ValueError, match="1 for a real token and 0 for padding, got 2"):
+            converted(*[ids, segments]) if positional else converted(ids, attention_mask=segments)
+        outputs_of(restore(converted), {"input_ids": ids, "attention_mask": segments})  # its own
+
+
 def test_what_is_no_model_of_transformers_is_refused():
     with pytest.raises(TypeError, match=r"got Linear\. Of a wrapped model pass the one inside"):
         linearize(nn.Linear(3, 5))

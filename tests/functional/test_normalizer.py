@@ -220,6 +220,28 @@ def test_without_targets_there_is_no_loss():
     assert approximate_cross_entropy(hidden, tokens, nothing, phi).isnan()  # as in torch
 
 
+@pytest.mark.parametrize("name", ["positive", "hyperbolic", "sharp"])
+def test_a_hidden_vector_of_nan_has_a_loss_of_nan_and_the_others_keep_theirs(name):
+    hidden, tokens, targets = hidden_and_tokens()
+    phi = features(name, data=(hidden[None, None], tokens[None, None]))
+    expected = approximate_cross_entropy(hidden, tokens, targets, phi, reduction="none")
+    hidden[3, 1] = expected[3] = torch.nan
+    losses = approximate_cross_entropy(hidden, tokens, targets, phi, reduction="none")
+    torch.testing.assert_close(losses, expected, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", ["positive", "hyperbolic", "sharp"])
+@pytest.mark.parametrize("count", [1, 13])
+def test_an_embedding_of_nan_makes_every_loss_nan_as_in_torch(name, count):
+    hidden, tokens, targets = hidden_and_tokens()
+    tokens, targets = tokens[:count], targets % count
+    phi = features(name, data=(hidden[None, None], tokens[None, None]))
+    tokens[count // 2, 2] = torch.nan
+    losses = approximate_cross_entropy(hidden, tokens, targets, phi, reduction="none")
+    exact = torch.nn.functional.cross_entropy(hidden @ tokens.T, targets, reduction="none")
+    assert losses.isnan().tolist() == exact.isnan().tolist() == [True] * len(hidden)
+
+
 @pytest.mark.parametrize("norm", [0.0, 1.0])  # at 0 the others are 0 without any rounding
 def test_a_vocabulary_of_one_token_has_no_loss(norm):
     hidden = torch.randn(LENGTH, DIM, requires_grad=True)

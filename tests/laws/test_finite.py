@@ -1,8 +1,13 @@
-"""No NaN at any norm, and no epsilon: attention returns averages of the values, always."""
+"""No NaN at any norm, and no epsilon: attention returns averages of the values, always.
+
+NaN comes out only where it went in, and there it does come out.
+"""
+
+import itertools
 
 import pytest
 import torch
-from cases import FEATURE_MAPS, MASKS, NONNEGATIVE, NORMS, every_call_with_maps_of, inputs
+from cases import FEATURE_MAPS, MASKS, NONNEGATIVE, NORMS, backends, every_call_with_maps_of, inputs
 
 from performers import KernelFeatures, SoftmaxFeatures, favor_attention
 
@@ -26,6 +31,21 @@ def test_outputs_lie_among_the_values_at_any_norm(norms, dtype, is_causal, backe
         assert (out <= high + slack * high.abs()).all(), name
 
 
+@pytest.mark.parametrize("window_size", [None, 4])
+@pytest.mark.parametrize("size", [1e14, 1e17, 1e18])
+def test_up_to_the_overflow_of_squares_every_backend_finds_the_largest_logit(size, window_size):
+    query, key, value = inputs(heads=3)
+    query, key = size * query, size * key
+    for name in ("positive", "sharp"):
+        phi = FEATURE_MAPS[name](5, 11)
+        calls = {"window_size": window_size, "key_padding_mask": MASKS["left"](23)}
+        wide = (x.double() for x in (query, key, value))
+        expected = favor_attention(*wide, phi, backend="reference", **calls).float()
+        for backend in backends(name, has_near_field=window_size is not None):
+            out = favor_attention(query, key, value, phi, backend=backend, **calls)
+            torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5, msg=f"{name} {backend}")
+
+
 @every_call_with_maps_of(NONNEGATIVE)
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float16])
 @pytest.mark.parametrize("norms", ["1", "10", "growing", "huge then tiny"])
@@ -46,6 +66,16 @@ def test_features_of_any_sign_stay_finite(norms, is_causal, backend, names):
         phi = FEATURE_MAPS[name](5, 11)
         out = favor_attention(query, key, value, phi, is_causal, enable_gqa=True, backend=backend)
         assert out.isfinite().all(), name
+
+
+@every_call_with_maps_of(FEATURE_MAPS)
+def test_nan_reaches_every_row_that_meets_it(is_causal, backend, names):
+    for name, place in itertools.product(names, (0, 1, 2)):
+        tensors = inputs(heads=3)
+        tensors[place][:, :, 13] = torch.nan
+        out = favor_attention(*tensors, FEATURE_MAPS[name](5, 11), is_causal, backend=backend)
+        rows = slice(13, 14) if place == 0 else slice(13 if is_causal else 0, None)
+        assert out[:, :, rows].isnan().all(), (name, place)
 
 
 @pytest.mark.parametrize("is_causal", CAUSAL)

@@ -33,12 +33,6 @@ MODELS = [
     for name, options in kinds.items()
 ]
 every_model = pytest.mark.parametrize(("model_class", "mechanism"), MODELS)
-# Axes that are taken from the statistics of a call have no sign, so with sharp attention rounding
-# may lead to other features, which estimate the same as well.
-every_model_but_sharp = pytest.mark.parametrize(
-    ("model_class", "mechanism"),
-    [model for model in MODELS if model.values[1]["attention"] != "performer-sharp"],
-)
 
 
 def torch_encoder(model: PerformerModel) -> nn.TransformerEncoder:
@@ -176,7 +170,7 @@ def test_in_an_identity_model_no_position_sees_another(tiny_model, tokens):
     assert same.sum(dim=1).tolist() == [10, 10, 10]
 
 
-@every_model_but_sharp
+@every_model
 @pytest.mark.parametrize("position", POSITIONS)
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_never_reaches_the_output(
@@ -313,6 +307,8 @@ def test_learned_positions_end_where_the_table_ends(tiny_model, tokens):
         (torch.zeros(3, 11), "must be bool or whole numbers.*got torch.float32"),
         (torch.ones(3, 1, 11, 11, dtype=torch.long), r"= \(3, 11\).*got \(3, 1, 11, 11\)"),
         (torch.ones(3, 10, dtype=torch.long), r"= \(3, 11\).*got \(3, 10\)"),
+        (torch.arange(11).expand(3, 11) // 4, "1 for a real token and 0 for padding, got 2"),
+        (torch.full((3, 11), -1), "1 for a real token and 0 for padding, got -1"),
     ],
 )
 def test_other_masks_than_one_bit_per_token_are_refused(tiny_model, tokens, mask, words):

@@ -442,6 +442,12 @@ class TestErrors:
         with pytest.raises(ValueError, match=r"must be bool .* or hold only 0 and -inf"):
             FavorAttention(EMBED, HEADS)(x, x, x, key_padding_mask=torch.randn(BATCH, LENGTH))
 
+    @pytest.mark.parametrize("number", [0, 1, 2])
+    def test_a_padding_mask_of_whole_numbers_is_refused(self, number):
+        x, mask = torch.randn(LENGTH, BATCH, EMBED), torch.full((BATCH, LENGTH), number)
+        with pytest.raises(TypeError, match=r"must be bool with True for padding, got torch.int64"):
+            FavorAttention(EMBED, HEADS)(x, x, x, key_padding_mask=mask)
+
     def test_a_hint_without_its_mask_is_refused(self):
         x = torch.randn(LENGTH, BATCH, EMBED)
         with pytest.raises(ValueError, match="is_causal=True is a hint about attn_mask"):

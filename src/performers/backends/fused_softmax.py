@@ -31,8 +31,9 @@ from performers.backends.derivatives import refuse_second_derivative
 
 __all__ = ["HAS_BFLOAT16", "HIDDEN", "fused_softmax"]
 
-# What stands for −∞ in a logit, since 0 · ∞ is NaN. A power of 2, which bfloat16 holds exactly.
-HIDDEN = -(2.0**100)
+# What stands for −∞ in a logit, since 0 · ∞ is NaN. A power of 2, which bfloat16 holds exactly, and
+# below every logit that is not about to overflow: it must not be taken for one of those.
+HIDDEN = -(2.0**125)
 
 HEADS = 8  # in one matrix product
 SHORT_SIDE = 1024  # as many queries, or keys, are not split
@@ -120,8 +121,7 @@ class _Product:
             if self.curvature:
                 square = buffers.copied("wide", key, number).square_()
                 square = square.sum(dim=-1, keepdim=True)
-                # Hidden keys stay at HIDDEN, which bfloat16 holds exactly.
-                number = (number - self.curvature * square).clamp(min=HIDDEN)
+                number = number - self.curvature * square
             numbers = [*_number_parts(number, self.dtype), _ones(key, self.dtype)]
             # [k number 1], the right factor of [q 1 −shift] · [k number 1].
             columns = buffers.joined("keys", [key.to(self.dtype), *numbers])

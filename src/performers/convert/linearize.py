@@ -14,15 +14,18 @@ favor.safetensors.
 from __future__ import annotations
 
 from collections import defaultdict
+from inspect import signature
 from pathlib import Path
 from types import MethodType
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
+from performers.checks import check_attention_mask
 from performers.convert.cache import PREPARE_CACHE, generate_in_constant_memory
 from performers.convert.interface import favor_layer
 from performers.convert.layer import FavorLayer
@@ -41,6 +44,8 @@ NOTE = (
 # Attributes of a converted model, beside the children of its attention modules: what attention it
 # had, as (configuration, implementation).
 BEFORE = "attention_before_favor"
+# And the hook that looks at its masks, before transformers makes bools of them.
+MASKS = "masks_before_favor"
 
 # What from_pretrained may be told about where a file is.
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
@@ -123,6 +128,9 @@ def _linearize(sites: Sites, options: FavorOptions) -> None:
         raise
     # Trainers save by this method too; it also writes what was learned.
     model.save_pretrained = MethodType(_save_pretrained, model)
+    setattr(
+        model, MASKS, model.base_model.register_forward_pre_hook(_check_masks, with_kwargs=True)
+    )
     generate_in_constant_memory(model)
     _write(sites, options, tensors=None)
     for site in sites:
@@ -146,11 +154,27 @@ def _restore(sites: Sites) -> None:
         vars(config).pop(FAVOR, None)
     for method in ("save_pretrained", PREPARE_CACHE):
         vars(model).pop(method, None)
+    if hasattr(model, MASKS):
+        vars(model).pop(MASKS).remove()
     for config, implementation in vars(model).pop(BEFORE, []):
         # The public setter would set the parts of this configuration too, which may differ.
         config._attn_implementation_internal = implementation
     if model.config._attn_implementation == FAVOR:  # switched without linearize
         sites.switch(model.get_correct_attn_implementation(None))
+
+
+def _check_masks(model: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+    """Masks of tokens, but not once more for each token, which a GPU would have to wait for."""
+    if torch.compiler.is_compiling():
+        return
+    given = dict(zip(signature(model.forward).parameters, arguments, strict=False)) | options
+    tokens = given.get("decoder_input_ids", given.get("input_ids"))
+    if isinstance(tokens, Tensor) and tokens.shape[-1] == 1:
+        return
+    for name in ("attention_mask", "decoder_attention_mask"):
+        mask = given.get(name)
+        if isinstance(mask, Tensor) and mask.ndim == 2:
+            check_attention_mask(name, mask)
 
 
 def _save_pretrained(

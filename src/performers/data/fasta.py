@@ -16,7 +16,8 @@ from performers.data.vocabulary import LEGAL_LETTERS
 __all__ = ["FastaRecord", "distinct_records", "read_fasta"]
 
 _GZIP_MAGIC = b"\x1f\x8b"
-_ILLEGAL = re.compile(f"[^{LEGAL_LETTERS}]")
+# Of a sequence as written: some letters of other alphabets become legal ones in upper case.
+_ILLEGAL = re.compile(f"[^{LEGAL_LETTERS}{LEGAL_LETTERS.lower()}]")
 
 
 class FastaRecord(NamedTuple):
@@ -70,7 +71,7 @@ def _read_file(path: Path) -> Iterator[FastaRecord]:
             header_line = headers.pop(0)
             found_any = True
             identifier, _, description = title.partition(" ")
-            sequence = letters.upper().removesuffix("*")
+            sequence = letters.removesuffix("*")
             where = f"{path}, line {header_line}"
             if not identifier:
                 raise ValueError(
@@ -87,7 +88,7 @@ def _read_file(path: Path) -> Iterator[FastaRecord]:
                     f"{path}, line {line}: {illegal.group()!r} in {identifier!r} is no amino acid. "
                     f"Proteins are written with {LEGAL_LETTERS}; write X for an unknown one."
                 )
-            yield FastaRecord(identifier, description.strip(), sequence)
+            yield FastaRecord(identifier, description.strip(), sequence.upper())
     if not found_any:
         raise ValueError(
             f"{path}: the file is empty. Give a FASTA file: '>name' lines, each with a sequence."

@@ -158,12 +158,13 @@ def approximate_cross_entropy(
         others = (weights * (state.normalizer.unsqueeze(2) - own).clamp(min=0)).sum(
             -1, keepdim=True
         )
-        # With a vocabulary of one token, or after underflow, the loss is log(1 + 0).
-        has_others = others > 0
-        log_others = others.where(has_others, 1.0).log() + row_frame
+        # With a vocabulary of one token, or after underflow, the loss is log(1 + 0). NaN is not 0, and
+        # has to reach the loss.
+        has_none = others == 0
+        log_others = others.masked_fill(has_none, 1.0).log() + row_frame
         # log(1 + exp(x)) as softplus(x), which overflows nowhere.
         losses = F.softplus(log_others - (rows * own_key).sum(-1, keepdim=True))
-        return losses.where(has_others, 0.0).flatten()
+        return losses.masked_fill(has_none, 0.0).flatten()
 
     with torch.autocast(hidden.device.type, enabled=False):
         query = hidden[counts].to(dtype)[None, None]

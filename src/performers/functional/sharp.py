@@ -270,7 +270,7 @@ def optimal_exponent(spread: Float[Tensor, "*batch"], dim: int) -> Float[Tensor,
     Source: Likhosherstov et al. 2022, Theorem 3.2.
     """
     # 1/ρ = 4s / (√… − 2s − d) = (√… + 2s + d) / (2d), without the cancellation at small s
-    root = ((2 * spread + dim).square() + 8 * dim * spread).sqrt()
+    root = torch.hypot(2 * spread + dim, (8 * dim * spread).sqrt())
     return (1 - (root + 2 * spread + dim) / (2 * dim)) / 8
 
 
@@ -394,21 +394,27 @@ def _balancing_maps(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """M and M⁻ᵀ with M Σ_q Mᵀ = M⁻ᵀ Σ_k M⁻¹, diagonal: MᵀM is the matrix geometric mean of Σ_q⁻¹
     and Σ_k. Also returns whether they were found: they are not where rounding has left Σ_q
-    indefinite.
+    indefinite, or where numbers are so large that their product overflows.
 
         Σ_q = C Cᵀ,    Cᵀ Σ_k C = U Λ Uᵀ,    M = Λ^¼ Uᵀ C⁻¹,    M⁻ᵀ = Λ^(−¼) Uᵀ Cᵀ
 
-    Both covariances become Λ^½.
+    Both covariances become Λ^½. An axis, a column of U, has no sign of its own. It gets the one that
+    makes the sum of cubes of its components positive, so that rounding does not turn it, nor with
+    it every feature: padding and the rest of a batch change the order of sums.
 
     Source: Laub et al. 1987, which balances the two Gramians of a control system so.
     """
     factor, failure = torch.linalg.cholesky_ex(query_covariance)
-    values, axes = torch.linalg.eigh(factor.mT @ key_covariance @ factor)
+    product = factor.mT @ key_covariance @ factor
+    is_found = (failure == 0) & product.isfinite().flatten(-2).all(dim=-1)
+    values, axes = torch.linalg.eigh(product.where(is_found[..., None, None], 0.0))
+    # Of the two signs of an axis the same one for all roundings, unless its cubes add up to 0.
+    axes = axes * torch.where(axes.pow(3).sum(dim=-2, keepdim=True) < 0, -1.0, 1.0)
     # rounding may leave the smallest eigenvalues at or below 0
     least = values.amax(dim=-1, keepdim=True) * torch.finfo(values.dtype).eps
     stretch = values.clamp(min=least).pow(0.25).unsqueeze(-1)
     query_map = stretch * torch.linalg.solve_triangular(factor, axes.mT, upper=False, left=False)
-    return query_map, (factor @ axes).mT / stretch, failure == 0
+    return query_map, (factor @ axes).mT / stretch, is_found
 
 
 def _mapped(matrix: Tensor, vector: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from transformers.modeling_outputs import (
 )
 from transformers.utils.generic import can_return_tuple
 
+from performers.checks import check_attention_mask
 from performers.functional import implied_matrix
 from performers.models.cache import PerformerCache
 from performers.models.config import PerformerConfig
@@ -221,7 +222,7 @@ class PerformerModel(PerformerPreTrainedModel):
                 "keep them. Pass the whole sequence with use_cache=False."
             )
         batch, length = inputs_embeds.shape[:2]
-        key_padding_mask = _key_padding_mask(attention_mask, batch, past_length + length)
+        key_padding_mask = _key_padding_mask(attention_mask, batch, past_length, length)
         if position_ids is None:
             position_ids = _count_positions(key_padding_mask, past_length, inputs_embeds)
 
@@ -398,8 +399,8 @@ def _with_is_decoder(config: PerformerConfig, is_decoder: bool) -> PerformerConf
 
 
 def _key_padding_mask(
-    attention_mask: Tensor | None, batch: int, length: int
-) -> Bool[Tensor, "batch length"] | None:
+    attention_mask: Tensor | None, batch: int, past_length: int, length: int
+) -> Bool[Tensor, "batch past_and_length"] | None:
     """The attention_mask of transformers as a bool mask of real keys."""
     if attention_mask is None:
         return None
@@ -408,12 +409,15 @@ def _key_padding_mask(
             "attention_mask must be bool or whole numbers, 1 for a real token and 0 for padding, "
             f"got {attention_mask.dtype}. An additive mask has no linear-time form."
         )
-    if attention_mask.shape != (batch, length):
+    shape = (batch, past_length + length)
+    if attention_mask.shape != shape:
         raise ValueError(
-            f"attention_mask must be (batch, length) = {(batch, length)}, the cached positions "
+            f"attention_mask must be (batch, length) = {shape}, the cached positions "
             f"included, got {tuple(attention_mask.shape)}. Masks of pairs of positions have no "
             "linear-time form."
         )
+    if length > 1 or past_length == 0:  # not once more for each token, which a GPU would wait for
+        check_attention_mask("attention_mask", attention_mask)
     return attention_mask.bool()
 
 

@@ -207,6 +207,12 @@ class FavorAttention(nn.MultiheadAttention):
     def _visible_keys(key_padding_mask: Tensor) -> Tensor:
         if key_padding_mask.dtype == torch.bool:
             return ~key_padding_mask
+        if not key_padding_mask.is_floating_point():
+            raise TypeError(
+                "key_padding_mask must be bool with True for padding, got "
+                f"{key_padding_mask.dtype}. From an attention mask with 1 for a real token write "
+                "attention_mask == 0."
+            )
         # nn.TransformerEncoder hands on its bool mask as floats: 0 for a key, -inf for padding.
         padding = is_hidden(key_padding_mask)
         if padding is None:

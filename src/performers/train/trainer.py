@@ -159,7 +159,7 @@ class TokenTrainer(Trainer):
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """The loss, without a mask where nothing is padded: exact attention is then faster."""
         mask = inputs.get("attention_mask")
-        if mask is not None and bool(mask.all()):
+        if mask is not None and bool((mask == 1).all()):
             inputs = {name: value for name, value in inputs.items() if name != "attention_mask"}
         return super().compute_loss(model, inputs, *args, **kwargs)
 

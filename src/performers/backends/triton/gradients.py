@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 
 from performers.backends.triton.tiles import (
+    at_most,
     chunk_frame,
     column_of,
     finite,
@@ -112,7 +113,7 @@ def query_gradient(
                         sees = (position >= rise) & (position >= number)
                         exponent = row_of(exponents, number, ROWS)[None, :] + shown
                         exponent = tl.where(sees[:, None], exponent, -float("inf"))
-                        terms = tl.exp(tl.minimum(exponent, 0.0))
+                        terms = tl.exp(at_most(exponent, 0.0))
                         d_logits += terms * column_of(pairs, number, ROWS)[:, None]
             else:
                 d_logits = slopes * (found + product(pairs, key_weights, OPERAND, PRECISION))
@@ -216,7 +217,7 @@ def key_gradient(
                             exponent = row_of(query_logits + rows[:, None], number, ROWS)
                             exponent = exponent[None, :] + shown
                             exponent = tl.where(seen[:, None], exponent, -float("inf"))
-                            terms = tl.exp(tl.minimum(exponent, 0.0))
+                            terms = tl.exp(at_most(exponent, 0.0))
                             d_logits += terms * column_of(pairs, number, ROWS)[:, None]
                             here = position[None, :] == number
                             parts += tl.where(here, tl.sum(terms, axis=1)[:, None], 0.0)

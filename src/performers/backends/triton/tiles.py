@@ -119,12 +119,19 @@ def finite(frame):
 
 @triton.jit
 @no_type_check
+def at_most(x, most):
+    """The smaller of both, and NaN for NaN, which `tl.minimum` by itself takes for no number."""
+    return tl.minimum(x, most, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+@no_type_check
 def value_of(logits, epsilon, KIND: tl.constexpr):
     """f + ε of kernels without an exponent."""
     if KIND == "relu":
-        return tl.maximum(logits, 0.0) + epsilon
+        return tl.where(logits < 0, 0.0, logits) + epsilon
     else:
-        return tl.where(logits > 0, logits + 1, tl.exp(tl.minimum(logits, 0.0))) + epsilon
+        return tl.where(logits > 0, logits + 1, tl.exp(at_most(logits, 0.0))) + epsilon
 
 
 @triton.jit
@@ -134,7 +141,7 @@ def slope_of(logits, KIND: tl.constexpr):
     if KIND == "relu":
         return tl.where(logits > 0, 1.0, 0.0)
     else:
-        return tl.where(logits > 0, 1.0, tl.exp(tl.minimum(logits, 0.0)))
+        return tl.where(logits > 0, 1.0, tl.exp(at_most(logits, 0.0)))
 
 
 @triton.jit
@@ -146,7 +153,7 @@ def weights_of(logits, rows, frame, inside, epsilon, KIND: tl.constexpr):
     """
     if KIND == "exp":
         exponents = logits + rows[:, None] + tl.where(inside, frame, -float("inf"))[None, :]
-        return tl.exp(tl.minimum(exponents, 0.0))
+        return tl.exp(at_most(exponents, 0.0))
     else:
         return tl.where(inside[None, :], value_of(logits, epsilon, KIND) * rows[:, None], 0.0)
 
@@ -196,7 +203,7 @@ def key_weights_of(logits, rows, frame, inside, epsilon, KIND: tl.constexpr):
     """[R, M]: weights of a chunk's keys below its frame. Past a rise they are not used."""
     if KIND == "exp":
         above = logits + rows[:, None] - finite(frame)[None, :]
-        return tl.where(inside[None, :], tl.exp(tl.minimum(above, MAX_RISE)), 0.0)
+        return tl.where(inside[None, :], tl.exp(at_most(above, MAX_RISE)), 0.0)
     else:
         return weights_of(logits, rows, frame, inside, epsilon, KIND)
 
@@ -292,4 +299,4 @@ def joined(
 @no_type_check
 def shares_of(logits, rows):
     """e^(logit + row), a share: no exponent is above 0 but by rounding."""
-    return tl.exp(tl.minimum(logits + rows[:, None], 0.0))
+    return tl.exp(at_most(logits + rows[:, None], 0.0))
