@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from performers.backends import BACKENDS, choose_backend
+from performers.backends import BACKENDS, Call, choose_backend
 from performers.functional import KERNELS
 from performers.nn import KernelFeatures, RandomFeatures, SharpFeatures, SoftmaxFeatures
 from performers.nn.estimators import ESTIMATORS
@@ -52,13 +52,13 @@ def backends(
     """
     phi, x = FEATURE_MAPS[name](5, 3), torch.zeros(1, 1, 2, 5)
     near = NearField(window_size=1) if has_near_field else None
-    call = {"is_causal": is_causal, "near": near, "has_state": has_state}
-    chosen = choose_backend(None, x, x, x, phi, **call)
+    call = Call(phi, 1.0, is_causal, True, near, has_state, torch.float32)
+    chosen = choose_backend(None, call, x, x, x)
     served: list[str | None] = [None]
     for backend in BACKENDS:
         if backend not in ("triton", chosen):
             try:
-                served.append(choose_backend(backend, x, x, x, phi, **call))
+                served.append(choose_backend(backend, call, x, x, x))
             except ValueError:  # it refuses, in words that tests/functional/test_errors.py reads
                 continue
     return tuple(served)
