@@ -810,18 +810,22 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
 @torch.library.custom_op(
     "performers::block_attention_backward",
     mutates_args=(),
-    schema=f"({SCHEMA}, Tensor[] found, Tensor[] gradients, bool with_directions) -> Tensor[]",
+    # no lists of tensors: PyTorch cannot batch those (`is_grads_batched=True`)
+    schema=f"({SCHEMA}, Tensor out, Tensor log_sum, Tensor last_mass, Tensor last_average, "
+    "Tensor out_gradient, Tensor log_sum_gradient, Tensor last_mass_gradient, "
+    f"Tensor last_average_gradient, bool with_directions) -> ({', '.join(['Tensor'] * 10)})",
 )
-def _block_attention_backward(*arguments: Any) -> list[Tensor]:
-    *of_problem, found, gradients, with_directions = arguments
-    problem = Problem(*of_problem)
-    return backward(problem, BlockAttention(*found), BlockAttention(*gradients), with_directions)
+def _block_attention_backward(*arguments: Any) -> tuple[Tensor, ...]:
+    *of_problem, with_directions = arguments
+    problem, outputs = Problem(*of_problem[:-8]), of_problem[-8:]
+    found, gradients = BlockAttention(*outputs[:4]), BlockAttention(*outputs[4:])
+    return tuple(backward(problem, found, gradients, with_directions))
 
 
 @_block_attention_backward.register_fake
-def _(*arguments: Any) -> list[Tensor]:
-    problem = Problem(*arguments[:-3])
-    return [torch.empty_like(getattr(problem, name)) for name in DIFFERENTIABLE]
+def _(*arguments: Any) -> tuple[Tensor, ...]:
+    problem = Problem(*arguments[:-9])
+    return tuple(torch.empty_like(getattr(problem, name)) for name in DIFFERENTIABLE)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -851,7 +855,7 @@ def _differentiate(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, 
     problem = Problem(*inputs, *ctx.numbers)
     places = {name: index for index, name in enumerate(Problem._fields)}
     with_directions = any(ctx.needs_input_grad[places[name]] for name in SHARED)
-    found_gradients = _block_attention_backward(*problem, list(found), full, with_directions)
+    found_gradients = _block_attention_backward(*problem, *found, *full, with_directions)
     result: list[Tensor | None] = [None] * len(problem)
     for name, gradient in zip(DIFFERENTIABLE, found_gradients, strict=True):
         if with_directions or name not in SHARED:
