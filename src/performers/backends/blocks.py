@@ -30,8 +30,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from performers.backends.buffers import CAPABILITIES, buffers, slices
-from performers.backends.derivatives import refuse_second_derivative
+from performers.backends.derivatives import is_differentiated, is_transformed, plain_gradients
 from performers.backends.fused_softmax import HIDDEN
+from performers.backends.reference import absorb, exact_partial, read
+from performers.typing import LinearState, LogLinearSide
 
 __all__ = ["BlockAttention", "Problem", "block_attention"]
 
@@ -693,6 +695,88 @@ def backward(
     return list(of.values())
 
 
+def plain(*arguments: Any) -> BlockAttention:
+    """The operator as a formula, a block of queries at a time."""
+    problem = Problem(*arguments)
+    dtype, root, nothing = problem.average.dtype, math.sqrt(problem.scale), -torch.inf
+    group, length = problem.query.shape[1:3]
+    size = min(problem.window_size, length)
+    count = -(-length // size)
+    place = torch.arange(length, device=problem.query.device)
+
+    def one(x: Tensor | None) -> Tensor | None:
+        """A head as a batch of one key head."""
+        return None if x is None else x.unsqueeze(1)
+
+    query = problem.query.to(dtype) * root
+    key, sink_key = (x.to(dtype).unsqueeze(1) * root for x in (problem.key, problem.sink_key))
+    value, sink_value = (x.to(dtype).unsqueeze(1) for x in (problem.value, problem.sink_value))
+    query_side = LogLinearSide(
+        problem.query_directions.unsqueeze(1), 0.0, problem.tilt, one(problem.query_shift),
+        one(problem.query_matrix), one(problem.query_linear),
+    )  # fmt: skip
+    key_side = LogLinearSide(
+        problem.key_directions.unsqueeze(1), 0.0, None, one(problem.key_shift),
+        one(problem.key_matrix), one(problem.key_linear),
+    )  # fmt: skip
+
+    def absorbed(state: LinearState, block: int) -> LinearState:
+        rows = slice(block * size, (block + 1) * size)
+        features = key_side.log_linear(key[:, :, rows]).features()
+        mask = None if problem.hidden_far is None else ~problem.hidden_far[:, rows]
+        return absorb(state, features, value[:, :, rows], mask)
+
+    has_features = problem.average.shape[-2] > 0
+    frame = problem.log_mass.detach()
+    is_empty = frame <= HIDDEN / 2
+    mass = (problem.log_mass - frame).exp().masked_fill(is_empty, 0.0)
+    sums = (frame.masked_fill(is_empty, nothing), mass, problem.average * mass.unsqueeze(-1))
+    first = LinearState(*(x.unsqueeze(1) for x in sums))
+    nobody = LinearState.empty(*first.values.shape, device=frame.device, dtype=dtype)
+    before, after = [first], [nobody]
+    for block in range(count if has_features else 0):
+        before.append(absorbed(before[-1], block))
+        after.append(absorbed(after[-1], count - 1 - block))  # of so many blocks from the end
+
+    outputs = []
+    for block in range(count):
+        own = slice(block * size, min((block + 1) * size, length))
+        near = slice(max(0, (block - 1) * size), (block + (1 if problem.is_causal else 2)) * size)
+        rows = query[:, :, own].flatten(1, 2).unsqueeze(1)
+        row_place = place[own].repeat(group)[:, None]
+        visible = torch.ones_like(problem.key[:, None, None, near, 0], dtype=torch.bool)
+        if problem.hidden_near is not None:
+            visible = ~problem.hidden_near[:, None, None, near]
+        if problem.is_causal:
+            visible = visible & (place[near] <= row_place)
+        masks = row_place >= problem.sink_start[:, None, None], visible
+        mask = torch.cat([x.expand(-1, 1, len(row_place), -1) for x in masks], dim=-1)
+        keys, values = (
+            torch.cat([sinks, x[:, :, near]], dim=2)
+            for sinks, x in ((sink_key, key), (sink_value, value))
+        )
+        partial = exact_partial(rows, keys, values, mask)
+        if has_features:
+            far = before[max(0, block - 1)]
+            if not problem.is_causal:
+                far = far.merge(after[max(0, count - 2 - block)])
+            partial = partial.merge(read(far, query_side.log_linear(rows).features()))
+        is_blind = partial.normalizer == 0
+        total = partial.normalizer.masked_fill(is_blind, 1.0)
+        log_sum = (total.log() + partial.frame).masked_fill(is_blind, HIDDEN)
+        found = (partial.numerator / total, log_sum)
+        outputs.append([x.squeeze(1).unflatten(1, (group, -1)) for x in found])
+    out, log_sum = (torch.cat(parts, dim=2) for parts in zip(*outputs, strict=True))
+    out = out.to(problem.query.dtype)
+    if not has_features:
+        return BlockAttention(out, log_sum, problem.log_mass, problem.average)
+    last = before[-1].map(lambda part: part.squeeze(1))
+    is_empty = last.normalizer == 0
+    total = last.normalizer.masked_fill(is_empty, 1.0)
+    log_mass = (total.log() + last.log_scale).masked_fill(is_empty, HIDDEN)
+    return BlockAttention(out, log_sum, log_mass, last.values / total.unsqueeze(-1))
+
+
 SCHEMA = (
     "Tensor query, Tensor key, Tensor value, Tensor? hidden_near, Tensor? hidden_far, "
     "Tensor sink_key, Tensor sink_value, Tensor sink_start, "
@@ -726,18 +810,22 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
 @torch.library.custom_op(
     "performers::block_attention_backward",
     mutates_args=(),
-    schema=f"({SCHEMA}, Tensor[] found, Tensor[] gradients, bool with_directions) -> Tensor[]",
+    # no lists of tensors: PyTorch cannot batch those (`is_grads_batched=True`)
+    schema=f"({SCHEMA}, Tensor out, Tensor log_sum, Tensor last_mass, Tensor last_average, "
+    "Tensor out_gradient, Tensor log_sum_gradient, Tensor last_mass_gradient, "
+    f"Tensor last_average_gradient, bool with_directions) -> ({', '.join(['Tensor'] * 10)})",
 )
-def _block_attention_backward(*arguments: Any) -> list[Tensor]:
-    *of_problem, found, gradients, with_directions = arguments
-    problem = Problem(*of_problem)
-    return backward(problem, BlockAttention(*found), BlockAttention(*gradients), with_directions)
+def _block_attention_backward(*arguments: Any) -> tuple[Tensor, ...]:
+    *of_problem, with_directions = arguments
+    problem, outputs = Problem(*of_problem[:-8]), of_problem[-8:]
+    found, gradients = BlockAttention(*outputs[:4]), BlockAttention(*outputs[4:])
+    return tuple(backward(problem, found, gradients, with_directions))
 
 
 @_block_attention_backward.register_fake
-def _(*arguments: Any) -> list[Tensor]:
-    problem = Problem(*arguments[:-3])
-    return [torch.empty_like(getattr(problem, name)) for name in DIFFERENTIABLE]
+def _(*arguments: Any) -> tuple[Tensor, ...]:
+    problem = Problem(*arguments[:-9])
+    return tuple(torch.empty_like(getattr(problem, name)) for name in DIFFERENTIABLE)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -746,9 +834,20 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.save_for_backward(*inputs[:-3], *output)
 
 
+def _plain_gradients(
+    ctx: Any, inputs: tuple[Any, ...], gradients: tuple[Tensor | None, ...]
+) -> tuple[Tensor | None, ...]:
+    """Gradients through the formula."""
+    names = zip(Problem._fields, ctx.needs_input_grad, strict=True)
+    needed = [need and name in DIFFERENTIABLE for name, need in names]
+    return plain_gradients(plain, (*inputs, *ctx.numbers), needed, gradients)
+
+
 def _differentiate(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors  # once: activation checkpointing unpacks them a single time
     inputs, found = saved[:-4], saved[-4:]
+    if is_differentiated():
+        return _plain_gradients(ctx, inputs, gradients)
     full = [
         torch.zeros_like(x) if gradient is None else gradient
         for gradient, x in zip(gradients, found, strict=True)
@@ -756,7 +855,7 @@ def _differentiate(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, 
     problem = Problem(*inputs, *ctx.numbers)
     places = {name: index for index, name in enumerate(Problem._fields)}
     with_directions = any(ctx.needs_input_grad[places[name]] for name in SHARED)
-    found_gradients = _block_attention_backward(*problem, list(found), full, with_directions)
+    found_gradients = _block_attention_backward(*problem, *found, *full, with_directions)
     result: list[Tensor | None] = [None] * len(problem)
     for name, gradient in zip(DIFFERENTIABLE, found_gradients, strict=True):
         if with_directions or name not in SHARED:
@@ -765,13 +864,12 @@ def _differentiate(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, 
 
 
 _block_attention.register_autograd(_differentiate, setup_context=_keep)
-_block_attention_backward.register_autograd(refuse_second_derivative("a near field"))
 
 
 def block_attention(problem: Problem) -> BlockAttention:
-    """What the module's docstring describes, for tensors of any device; differentiable once.
+    """What the module's docstring describes, for tensors of any device; differentiable.
 
     Cost per token and head: 4·dim operations per near key and sink, 8·num_features·dim for what is
     far, 4·dim² for sides with a matrix (`theory.cost.favor_operations`).
     """
-    return BlockAttention(*_block_attention(*problem))
+    return BlockAttention(*(plain if is_transformed() else _block_attention)(*problem))

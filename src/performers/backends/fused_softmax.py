@@ -27,7 +27,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from performers.backends.buffers import CAPABILITIES, buffers, slices
-from performers.backends.derivatives import refuse_second_derivative
+from performers.backends.derivatives import is_differentiated, is_transformed, plain_gradients
 
 __all__ = ["HAS_BFLOAT16", "HIDDEN", "fused_softmax"]
 
@@ -57,12 +57,13 @@ def fused_softmax(
     value: Float[Tensor, "batch heads keys value_dim"],
     curvature: float = 0.0,
 ) -> tuple[Float[Tensor, "batch heads rows value_dim"], Float[Tensor, "batch heads rows 1"]]:
-    """out, in the precision of `query`, and lse, in that of `bias`; both differentiable, once.
+    """out, in the precision of `query`, and lse, in that of `bias`; both differentiable.
 
     Products are in bfloat16 where query or key is, with sums, shifts and numbers in float32.
     """
     flat = (x.flatten(0, 1) for x in (query, key, bias, value))
-    out, log_sum = _fused_softmax(*flat, curvature)
+    operator = _plain if is_transformed() else _fused_softmax
+    out, log_sum = operator(*flat, curvature)
     return out.unflatten(0, query.shape[:2]), log_sum.unflatten(0, query.shape[:2])
 
 
@@ -205,6 +206,21 @@ def _tile_sizes(heads: int, rows: int, keys: int, dtype: torch.dtype) -> tuple[i
     return (longer, short) if rows > keys else (short, longer)
 
 
+def _plain(
+    query: Tensor, key: Tensor, bias: Tensor, value: Tensor, curvature: float
+) -> tuple[Tensor, Tensor]:
+    """The operator as a formula, all weights at once."""
+    dtype = bias.dtype
+    key, number = key.to(dtype), bias
+    if curvature:
+        square = key.square().sum(dim=-1, keepdim=True)
+        number = (bias - curvature * square).clamp(min=HIDDEN)
+    logits = query.to(dtype) @ key.mT + number.mT
+    log_sum = (logits * math.log(2)).logsumexp(dim=-1, keepdim=True) / math.log(2)
+    weights = (logits - log_sum).exp2()
+    return (weights @ value.to(dtype)).to(query.dtype), log_sum
+
+
 def _add(whole: Tensor, part: Tensor, is_first: bool) -> None:
     if is_first:
         whole.copy_(part)
@@ -340,6 +356,9 @@ def _differentiate(
     ctx: Any, out_gradient: Tensor | None, log_sum_gradient: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors  # once: activation checkpointing unpacks them a single time
+    if is_differentiated():
+        arguments, gradients = (*saved[:4], ctx.curvature), (out_gradient, log_sum_gradient)
+        return plain_gradients(_plain, arguments, ctx.needs_input_grad, gradients)
     out, log_sum = saved[4:]
     if out_gradient is None:
         out_gradient = torch.zeros_like(out)
@@ -353,8 +372,3 @@ def _differentiate(
 
 
 _fused_softmax.register_autograd(_differentiate, setup_context=_keep)
-
-
-_fused_softmax_backward.register_autograd(
-    refuse_second_derivative("fused softmax attention", "chunked")
-)

@@ -28,12 +28,13 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from performers.backends import plain
 from performers.backends.buffers import CAPABILITIES, buffers, slices
 from performers.backends.call import Call
-from performers.backends.derivatives import refuse_second_derivative
-from performers.backends.reference import SIGNED_STABILIZER
+from performers.backends.derivatives import is_differentiated, is_transformed, plain_gradients
+from performers.backends.reference import SIGNED_STABILIZER, absorb, read
 from performers.kernels import KERNELS
-from performers.typing import Elementwise, LinearState
+from performers.typing import Elementwise, Features, LinearState
 
 __all__ = ["attend"]
 
@@ -66,7 +67,8 @@ def attend(
     # Without exponents every frame but that of an empty state is 0.
     frame = torch.zeros_like(state.log_scale)
     before = state.rescaled(frame)
-    out, _, normalizer, values = _kernel_attention(
+    operator = _plain if is_transformed() else _kernel_attention
+    out, _, normalizer, values = operator(
         query.flatten(0, 1),
         key.flatten(0, 1),
         value.flatten(0, 1),
@@ -247,6 +249,50 @@ def _kernel_attention(
     return out, rates, *sums
 
 
+def _plain(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    directions: Tensor | None,
+    presence: Tensor | None,
+    normalizer: Tensor,
+    values: Tensor,
+    kernel: str,
+    epsilon: float,
+    root: float,
+    is_causal: bool,
+    normalize: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The operator as a formula, all features at once."""
+    row, dtype = KERNELS[kernel], values.dtype
+    factor = 1.0 if directions is None else 1 / math.sqrt(len(directions))
+
+    def features(x: Tensor) -> Tensor:
+        """Of rows [heads, rows, dim], a head as a batch of one key head."""
+        projected = x.to(dtype) * root
+        if directions is not None:
+            projected = projected @ directions.mT
+        return ((row.fn(projected) + epsilon) * factor).unsqueeze(1)
+
+    of_keys, wide = features(key), value.to(dtype).unsqueeze(1)
+    if presence is not None:
+        of_keys = of_keys * presence.unsqueeze(1)
+    queries, keys = Features(features(query.flatten(1, 2))), Features(of_keys)
+    frame = torch.zeros_like(normalizer)
+    state = LinearState(*(x.unsqueeze(1) for x in (frame, normalizer, values)))
+    if is_causal:
+        partial, state = plain.causal(state, queries, keys, wide, None)
+    else:
+        state = absorb(state, keys, wide, None)
+        partial = read(state, queries)
+    rates = torch.full_like(partial.normalizer, factor)
+    if normalize:
+        rates = rates * _inverse(partial.normalizer, row.is_nonnegative)
+    out = partial.numerator * (rates / factor)
+    out, rates = (x.squeeze(1).unflatten(1, query.shape[1:3]) for x in (out, rates))
+    return out.to(query.dtype), rates, state.normalizer.squeeze(1), state.values.squeeze(1)
+
+
 def _inverse(normalizer: Tensor, is_nonnegative: bool) -> Tensor:
     """D⁻¹ as `reference.Partial.output` has it."""
     if is_nonnegative:
@@ -395,19 +441,23 @@ def _(
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)
-    *parts, normalizer, values = inputs[:7]
     out, rates, *after = output
     *ctx.settings, ctx.normalize = inputs[7:]
     ctx.mark_non_differentiable(rates)
-    # Causal: backward sums up S again from the start. Bidirectional: it needs only all of S.
-    sums = (normalizer, values) if ctx.settings[-1] else after
-    ctx.save_for_backward(*parts, *sums, out, rates)
+    # Causal: backward sums up S again from the start. Bidirectional: it needs all of S.
+    is_causal = ctx.settings[-1]
+    ctx.save_for_backward(*inputs[:7], *([] if is_causal else after), out, rates)
 
 
 def _differentiate(
     ctx: Any, out: Tensor | None, _: Any, normalizer: Tensor | None, values: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors  # once: activation checkpointing unpacks them a single time
+    if is_differentiated():
+        arguments = (*saved[:7], *ctx.settings, ctx.normalize)
+        gradients_of = (out, None, normalizer, values)
+        return plain_gradients(_plain, arguments, ctx.needs_input_grad, gradients_of)
+    saved = (*saved[:5], *saved[-4:])
     gradients = [
         torch.zeros_like(saved[index]) if gradient is None else gradient
         for index, gradient in ((-2, out), (-4, normalizer), (-3, values))
@@ -421,8 +471,3 @@ def _differentiate(
 
 
 _kernel_attention.register_autograd(_differentiate, setup_context=_keep)
-
-
-_kernel_attention_backward.register_autograd(
-    refuse_second_derivative("attention with a named kernel")
-)

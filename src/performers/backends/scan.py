@@ -28,10 +28,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from performers.backends.derivatives import refuse_second_derivative
+from performers.backends import plain
+from performers.backends.derivatives import is_differentiated, is_transformed, plain_gradients
 from performers.backends.reference import Partial
 from performers.backends.tiles import MAX_RISE, exponent_at, rows_below
-from performers.typing import LinearState, LogLinear, exp_difference
+from performers.typing import Features, LinearState, LogLinear, exp_difference
 
 __all__ = ["scan"]
 
@@ -54,7 +55,8 @@ def scan(
     if key_mask is not None:
         log_rows = log_rows.masked_fill(~key_mask[:, None, :, None], -torch.inf)
     query, query_directions = _flattened(queries, batch, heads)
-    both, frame, log_scale, sums, *_ = _exponential_scan(
+    operator = _plain if is_transformed() else _exponential_scan
+    both, frame, log_scale, sums, *_ = operator(
         query.unflatten(1, (-1, length)),
         query_directions,
         *_flattened(keys, batch, heads),
@@ -207,6 +209,31 @@ def _chunks(start: int, stop: int, chunk_size: int) -> Iterator[slice]:
 def _segment(num_features: int, chunk_size: int) -> int:
     """Positions between the states that are kept: whole chunks, about `num_features`."""
     return max(1, num_features // chunk_size) * chunk_size
+
+
+def _plain(
+    query: Tensor,
+    query_directions: Tensor,
+    key: Tensor,
+    key_directions: Tensor,
+    log_rows: Tensor,
+    value: Tensor,
+    log_scale: Tensor,
+    sums: Tensor,
+    *_: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The first four outputs of the operator as a formula, in frames of its own."""
+    # a head as a batch of one key head
+    queries = Features(log_values=(query.flatten(1, 2) @ query_directions.mT).unsqueeze(1))
+    keys = Features(
+        log_values=(key @ key_directions.mT).unsqueeze(1), log_rows=log_rows.unsqueeze(1)
+    )
+    state = LinearState(*(x.unsqueeze(1) for x in (log_scale, sums[..., -1], sums[..., :-1])))
+    partial, after = plain.causal(state, queries, keys, value[..., :-1].unsqueeze(1), None)
+    both = torch.cat([partial.numerator, partial.normalizer], dim=-1)
+    sums = torch.cat([after.values, after.normalizer.unsqueeze(-1)], dim=-1)
+    both, frame = (part.squeeze(1).unflatten(1, query.shape[1:3]) for part in (both, partial.frame))
+    return both, frame, after.log_scale.squeeze(1), sums.squeeze(1)
 
 
 @torch.library.custom_op(
@@ -406,8 +433,25 @@ def _(
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)
-    *parts, _, _, ctx.chunk_size, _ = inputs
+    *parts, ctx.chunk_size, _ = inputs
     ctx.save_for_backward(*parts, *output[4:])
+
+
+def _plain_gradients(
+    ctx: Any, inputs: tuple[Tensor, ...], both: Tensor | None, sums: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """Gradients through the formula, of outputs in the frames that the operator had."""
+    with torch.no_grad():
+        _, frames, log_scale, *_ = _exponential_scan(*inputs, ctx.chunk_size, False)
+
+    def in_frames(*inputs: Tensor) -> tuple[Tensor, Tensor]:
+        own, own_frames, own_log_scale, own_sums = _plain(*inputs)
+        decay = exp_difference(own_log_scale.detach(), log_scale).unsqueeze(-1)
+        return own * exp_difference(own_frames.detach(), frames), own_sums * decay
+
+    is_log_scale = 6
+    needed = [need and index != is_log_scale for index, need in enumerate(ctx.needs_input_grad[:8])]
+    return *plain_gradients(in_frames, inputs, needed, (both, sums)), None, None
 
 
 def _differentiate(
@@ -415,14 +459,16 @@ def _differentiate(
 ) -> tuple[Tensor | None, ...]:
     """The gradients by the operator above; frames and log-scales are never differentiated."""
     saved = ctx.saved_tensors  # once: activation checkpointing unpacks them a single time
-    query, value, states = (saved[index] for index in (0, 5, 7))
+    if is_differentiated():
+        return _plain_gradients(ctx, saved[:8], both, sums)
+    query, value, states = saved[0], saved[5], saved[9]
     if both is None:
         both = value.new_zeros(*query.shape[:3], value.shape[-1])
     if sums is None:
         sums = torch.zeros_like(states[0])
     with_directions = ctx.needs_input_grad[1] or ctx.needs_input_grad[3]
     *gradients, sums = _exponential_scan_backward(
-        both, sums, *saved, ctx.chunk_size, with_directions
+        both, sums, *saved[:6], *saved[8:], ctx.chunk_size, with_directions
     )
     if not with_directions:
         gradients[1] = gradients[3] = None
@@ -430,6 +476,3 @@ def _differentiate(
 
 
 _exponential_scan.register_autograd(_differentiate, setup_context=_keep)
-
-
-_exponential_scan_backward.register_autograd(refuse_second_derivative("the causal scan"))

@@ -12,9 +12,12 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from performers.backends import plain
 from performers.backends.call import Call
+from performers.backends.derivatives import is_transformed
 from performers.backends.reference import (
     Partial,
+    absorb,
     key_exponent,
     key_weights,
     read_weights,
@@ -65,6 +68,8 @@ def causal_chunk(
     group, length = query.shape[2:4]
     query_features = call.phi.query_features(call.scaled(query.flatten(2, 3)))
     key_features = call.phi.key_features(call.scaled(key))
+    if is_transformed():  # whose passes cannot depend on the data
+        return plain.causal(state, query_features, key_features, value.to(call.dtype), key_mask)
     value_one = F.pad(value.to(call.dtype), (0, 1), value=1.0)  # [V 1]: both sums in one product
     exponent = key_exponent(key_features, key_mask)
     has_exponents = key_features.log_values is not None or key_features.log_rows is not None
@@ -118,6 +123,8 @@ def absorb_one(
     key_mask: Bool[Tensor, "batch 1"] | None,
 ) -> LinearState:
     """`absorb` for a single key, the step of decoding, which touches the state only once."""
+    if is_transformed():  # which cannot write into a state that all examples share
+        return absorb(state, features, value, key_mask)
     exponent = key_exponent(features, key_mask)
     log_scale = torch.maximum(state.log_scale, exponent.detach().squeeze(2))
     weights = key_weights(exponent, log_scale.unsqueeze(2), features)
@@ -163,8 +170,11 @@ def rows_of_a_piece(key: Float[Tensor, "batch key_heads length dim"], dtype: tor
 
 
 def recomputed(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Call a function; the backward pass computes its intermediate results again."""
-    if not torch.is_grad_enabled():
+    """Call a function; the backward pass computes its intermediate results again.
+
+    Transforms of `torch.func`, which have no hooks on saved tensors, keep them.
+    """
+    if not torch.is_grad_enabled() or is_transformed():
         return function(*arguments)
     return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
 

@@ -158,8 +158,8 @@ def approximate_cross_entropy(
         others = (weights * (state.normalizer.unsqueeze(2) - own).clamp(min=0)).sum(
             -1, keepdim=True
         )
-        # With a vocabulary of one token, or after underflow, the loss is log(1 + 0). NaN is not 0, and
-        # has to reach the loss.
+        # With a vocabulary of one token, or after underflow, the loss is log(1 + 0). NaN is not 0,
+        # and has to reach the loss.
         has_none = others == 0
         log_others = others.masked_fill(has_none, 1.0).log() + row_frame
         # log(1 + exp(x)) as softplus(x), which overflows nowhere.

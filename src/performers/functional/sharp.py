@@ -398,9 +398,9 @@ def _balancing_maps(
 
         Σ_q = C Cᵀ,    Cᵀ Σ_k C = U Λ Uᵀ,    M = Λ^¼ Uᵀ C⁻¹,    M⁻ᵀ = Λ^(−¼) Uᵀ Cᵀ
 
-    Both covariances become Λ^½. An axis, a column of U, has no sign of its own. It gets the one that
-    makes the sum of cubes of its components positive, so that rounding does not turn it, nor with
-    it every feature: padding and the rest of a batch change the order of sums.
+    Both covariances become Λ^½. An axis, a column of U, has no sign of its own. It gets the one
+    that makes the sum of cubes of its components positive. So rounding does not turn it around,
+    and with it every feature: padding and the rest of a batch change the order of sums.
 
     Source: Laub et al. 1987, which balances the two Gramians of a control system so.
     """
@@ -408,7 +408,6 @@ def _balancing_maps(
     product = factor.mT @ key_covariance @ factor
     is_found = (failure == 0) & product.isfinite().flatten(-2).all(dim=-1)
     values, axes = torch.linalg.eigh(product.where(is_found[..., None, None], 0.0))
-    # Of the two signs of an axis the same one for all roundings, unless its cubes add up to 0.
     axes = axes * torch.where(axes.pow(3).sum(dim=-2, keepdim=True) < 0, -1.0, 1.0)
     # rounding may leave the smallest eigenvalues at or below 0
     least = values.amax(dim=-1, keepdim=True) * torch.finfo(values.dtype).eps

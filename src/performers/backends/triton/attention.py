@@ -24,7 +24,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from performers.backends.call import Call
-from performers.backends.derivatives import refuse_second_derivative
+from performers.backends.derivatives import refuse_second_derivative, refuse_transforms
 from performers.backends.triton import decoding, gradients, reading, states
 from performers.backends.triton.config import OPERANDS, Config, config_for
 from performers.backends.triton.maps import KernelMap, for_heads, mapped, numbers
@@ -75,6 +75,7 @@ def contract(
     else:
         scale = (state.log_scale - key_constant).exp()
         first = (state.log_scale, state.normalizer * scale, state.values * scale.unsqueeze(-1))
+    refuse_transforms("the Triton backend")
     out, total, frames, normalizers, values = _contraction(
         rows.unflatten(2, query.shape[2:4]).flatten(1, 2),
         keys,

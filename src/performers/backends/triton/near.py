@@ -23,7 +23,7 @@ import triton
 from torch import Tensor
 
 from performers.backends.blocks import BlockAttention, Problem
-from performers.backends.derivatives import refuse_second_derivative
+from performers.backends.derivatives import refuse_second_derivative, refuse_transforms
 from performers.backends.fused_softmax import HIDDEN
 from performers.backends.triton import near_kernels
 from performers.backends.triton.attention import Contraction, Sums, row_products, states_of_chunks
@@ -59,6 +59,7 @@ def block_attention(problem: Problem) -> BlockAttention:
     frame = problem.log_mass.detach()
     is_empty = frame <= HIDDEN / 2
     mass = (problem.log_mass - frame).exp().masked_fill(is_empty, 0.0)
+    refuse_transforms("the Triton backend")
     out, log_sum, frame, mass, values = _near(
         problem.query,
         keys,
