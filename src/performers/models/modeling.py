@@ -22,10 +22,10 @@ from transformers.modeling_outputs import (
 )
 from transformers.utils.generic import can_return_tuple
 
-from performers.checks import check_attention_mask
 from performers.functional import implied_matrix
 from performers.models.cache import PerformerCache
 from performers.models.config import PerformerConfig
+from performers.models.masks import count_positions, padding_mask
 from performers.models.mechanisms import MECHANISMS
 from performers.models.positions import POSITIONS, Rotation
 from performers.nn import RandomFeatures
@@ -222,9 +222,9 @@ class PerformerModel(PerformerPreTrainedModel):
                 "keep them. Pass the whole sequence with use_cache=False."
             )
         batch, length = inputs_embeds.shape[:2]
-        key_padding_mask = _key_padding_mask(attention_mask, batch, past_length, length)
+        key_padding_mask = padding_mask(attention_mask, batch, past_length, length)
         if position_ids is None:
-            position_ids = _count_positions(key_padding_mask, past_length, inputs_embeds)
+            position_ids = count_positions(key_padding_mask, past_length, inputs_embeds)
 
         hidden = self.dropout(self.positions.add_to(inputs_embeds, position_ids))
         rotation = self.positions.rotation(position_ids)
@@ -396,43 +396,6 @@ def _with_is_decoder(config: PerformerConfig, is_decoder: bool) -> PerformerConf
     config = copy.deepcopy(config)
     config.is_decoder = is_decoder
     return config
-
-
-def _key_padding_mask(
-    attention_mask: Tensor | None, batch: int, past_length: int, length: int
-) -> Bool[Tensor, "batch past_and_length"] | None:
-    """The attention_mask of transformers as a bool mask of real keys."""
-    if attention_mask is None:
-        return None
-    if attention_mask.is_floating_point():
-        raise TypeError(
-            "attention_mask must be bool or whole numbers, 1 for a real token and 0 for padding, "
-            f"got {attention_mask.dtype}. An additive mask has no linear-time form."
-        )
-    shape = (batch, past_length + length)
-    if attention_mask.shape != shape:
-        raise ValueError(
-            f"attention_mask must be (batch, length) = {shape}, the cached positions "
-            f"included, got {tuple(attention_mask.shape)}. Masks of pairs of positions have no "
-            "linear-time form."
-        )
-    if length > 1 or past_length == 0:  # not once more for each token, which a GPU would wait for
-        check_attention_mask("attention_mask", attention_mask)
-    return attention_mask.bool()
-
-
-def _count_positions(
-    key_padding_mask: Bool[Tensor, "batch past_and_length"] | None,
-    past_length: int,
-    embeddings: Float[Tensor, "batch length hidden"],
-) -> Int[Tensor, "rows length"]:
-    """0, 1, 2, … over real tokens, so that padding on the left moves no position."""
-    length = past_length + embeddings.shape[1]
-    if key_padding_mask is None:
-        return torch.arange(past_length, length, device=embeddings.device).unsqueeze(0)
-    # The number of real tokens before each; −1 for padding on the left, which the clamp makes 0.
-    counted = key_padding_mask.long().cumsum(dim=-1) - 1
-    return counted.clamp(min=0)[:, past_length:]
 
 
 def _cross_entropy(
