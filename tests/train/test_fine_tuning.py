@@ -2,10 +2,18 @@
 
 import copy
 
+import pytest
 import torch
 from tiny_models import WORDS, bert
 
-from performers.train.fine_tuning import ENCODER, fine_tune
+from performers.models import PerformerConfig
+from performers.train.fine_tuning import ENCODER, fine_tune, fine_tuning_task
+
+
+@pytest.mark.parametrize("name", ["PerformerForCausalLM", "PerformerForMaskedLM"])
+def test_a_performer_is_not_converted_again(name):
+    with pytest.raises(ValueError, match="this one is a Performer already"):
+        fine_tuning_task(PerformerConfig(architectures=[name]))
 
 
 def test_a_model_that_equals_its_teacher_is_left_as_it_is(tmp_path):

@@ -37,6 +37,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from performers.convert.modes import evaluating
+from performers.models import PerformerConfig
 from performers.train.checkpoints import (
     SealCheckpoints,
     last_whole_checkpoint,
@@ -122,8 +123,13 @@ TASKS_OF = {
 def fine_tuning_task(config: PreTrainedConfig) -> FineTuningTask:
     """What a saved model does, by the class that its config names.
 
-    Raises ValueError for encoder-decoders and for other heads.
+    Raises ValueError for encoder-decoders, for other heads, and for Performers.
     """
+    if isinstance(config, PerformerConfig):
+        raise ValueError(
+            "a model that is converted must attend exactly, and this one is a Performer already. "
+            "Train it as it is, with transformers' Trainer."
+        )
     architecture = (config.architectures or ["a model without a name"])[0]
     if not config.is_encoder_decoder:
         for task, names in TASKS_OF.items():
