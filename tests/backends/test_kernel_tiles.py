@@ -141,14 +141,6 @@ def test_it_is_a_lawful_operator(has_directions, is_causal):
     )
 
 
-def test_a_second_derivative_is_refused_and_told_where_to_find_it():
-    query, key, value = inputs()
-    out = favor_attention(query, key, value, KernelFeatures(5, 11), enable_gqa=True)
-    (gradient,) = torch.autograd.grad(out.square().sum(), query, create_graph=True)
-    with pytest.raises(RuntimeError, match='backend="reference"'):
-        torch.autograd.grad(gradient.sum(), key)
-
-
 ONE_GRAPH = """
 import torch
 from performers import KernelFeatures, favor_attention

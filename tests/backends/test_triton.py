@@ -354,12 +354,24 @@ torch.testing.assert_close(gradient, true)
 """)
 
 
+@pytest.mark.parametrize("near", [{}, {"window_size": 2}])
+def test_forward_mode_and_transforms_are_refused(near):
+    phi, (query, key, value) = feature_map("positive", 7), [x.detach() for x in inputs(5)]
+
+    def total(query):
+        out = favor_attention(query, key, value, phi, enable_gqa=True, backend="triton", **near)
+        return out.sum()
+
+    with pytest.raises(RuntimeError, match=r'forward mode and torch.func pass backend="chunked"'):
+        torch.func.jvp(total, (query,), (query,))
+
+
 def test_second_derivatives_are_refused():
     phi, tensors = feature_map("positive", 7), inputs(5)
     (gradient,) = torch.autograd.grad(
         attend(tensors, phi, False).square().sum(), tensors[:1], create_graph=True
     )
-    with pytest.raises(RuntimeError, match=r'first derivative only.*backend="reference"'):
+    with pytest.raises(RuntimeError, match=r'first derivative only.*backend="chunked"'):
         gradient.sum().backward()
 
 
