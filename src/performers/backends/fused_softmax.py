@@ -61,9 +61,11 @@ def fused_softmax(
 
     Products are in bfloat16 where query or key is, with sums, shifts and numbers in float32.
     """
-    flat = (x.flatten(0, 1) for x in (query, key, bias, value))
     operator = _plain if is_transformed() else _fused_softmax
-    out, log_sum = operator(*flat, curvature)
+    flat_query, flat_key, flat_bias, flat_value = (
+        x.flatten(0, 1) for x in (query, key, bias, value)
+    )
+    out, log_sum = operator(flat_query, flat_key, flat_bias, flat_value, curvature)
     return out.unflatten(0, query.shape[:2]), log_sum.unflatten(0, query.shape[:2])
 
 
@@ -214,7 +216,7 @@ def _plain(
     key, number = key.to(dtype), bias
     if curvature:
         square = key.square().sum(dim=-1, keepdim=True)
-        number = (bias - curvature * square).clamp(min=HIDDEN)
+        number = bias - curvature * square
     logits = query.to(dtype) @ key.mT + number.mT
     log_sum = (logits * math.log(2)).logsumexp(dim=-1, keepdim=True) / math.log(2)
     weights = (logits - log_sum).exp2()
