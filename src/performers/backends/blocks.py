@@ -32,6 +32,7 @@ from torch.nn import functional as F
 from performers.backends.buffers import CAPABILITIES, buffers, slices
 from performers.backends.derivatives import is_differentiated, is_transformed, plain_gradients
 from performers.backends.fused_softmax import HIDDEN
+from performers.backends.plain import state_of_heads
 from performers.backends.reference import absorb, exact_partial, read
 from performers.typing import LinearState, LogLinearSide
 
@@ -698,7 +699,7 @@ def backward(
 def plain(*arguments: Any) -> BlockAttention:
     """The operator as a formula, a block of queries at a time."""
     problem = Problem(*arguments)
-    dtype, root, nothing = problem.average.dtype, math.sqrt(problem.scale), -torch.inf
+    dtype, root = problem.average.dtype, math.sqrt(problem.scale)
     group, length = problem.query.shape[1:3]
     size = min(problem.window_size, length)
     count = -(-length // size)
@@ -730,8 +731,8 @@ def plain(*arguments: Any) -> BlockAttention:
     frame = problem.log_mass.detach()
     is_empty = frame <= HIDDEN / 2
     mass = (problem.log_mass - frame).exp().masked_fill(is_empty, 0.0)
-    sums = (frame.masked_fill(is_empty, nothing), mass, problem.average * mass.unsqueeze(-1))
-    first = LinearState(*(x.unsqueeze(1) for x in sums))
+    frame, sums = frame.masked_fill(is_empty, -torch.inf), problem.average * mass.unsqueeze(-1)
+    first = state_of_heads(frame, mass, sums)
     nobody = LinearState.empty(*first.values.shape, device=frame.device, dtype=dtype)
     before, after = [first], [nobody]
     for block in range(count if has_features else 0):

@@ -60,8 +60,8 @@ def fused_softmax(
 
     Products are in bfloat16 where query or key is, with sums, shifts and numbers in float32.
     """
-    flat = (x.flatten(0, 1) for x in (query, key, bias, value))
     operator = _plain if is_transformed() else _fused_softmax
+    flat = (query.flatten(0, 1), key.flatten(0, 1), bias.flatten(0, 1), value.flatten(0, 1))
     out, log_sum = operator(*flat, curvature)
     return out.unflatten(0, query.shape[:2]), log_sum.unflatten(0, query.shape[:2])
 

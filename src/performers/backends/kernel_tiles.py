@@ -276,8 +276,7 @@ def _plain(
     if presence is not None:
         of_keys = of_keys * presence.unsqueeze(1)
     queries, keys = Features(features(query.flatten(1, 2))), Features(of_keys)
-    frame = torch.zeros_like(normalizer)
-    state = LinearState(*(x.unsqueeze(1) for x in (frame, normalizer, values)))
+    state = plain.state_of_heads(torch.zeros_like(normalizer), normalizer, values)
     if is_causal:
         partial, state = plain.causal(state, queries, keys, wide, None)
     else:

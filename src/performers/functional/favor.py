@@ -98,9 +98,9 @@ def favor_attention(
 
     Dropout of attention weights has no linear-time form: drop the output instead.
 
-    Differentiable in all ways of PyTorch, in query, key, value, ω and the sums of a state: backward,
-    forward mode, `torch.func` (`jvp`, `jacrev`, `vmap(grad(…))`) and second derivatives. All but a
-    plain backward pass goes through slower formulas, which keep features; "triton" refuses it.
+    Differentiable in all ways of PyTorch, in query, key, value, ω and the sums of a state:
+    backward(), forward mode, `torch.func` (`jvp`, `jacrev`, `vmap(grad(…))`), second derivatives.
+    All but backward() goes through slower formulas, which keep features; "triton" refuses it.
 
     Raises ValueError or TypeError for shapes, dtypes, devices and words that do not fit.
     Cost: O(length · num_features · dim) time, O(length · dim) memory.
