@@ -32,6 +32,7 @@ from torch.nn import functional as F
 from performers.backends.buffers import CAPABILITIES, buffers, slices
 from performers.backends.derivatives import is_differentiated, is_transformed, plain_gradients
 from performers.backends.fused_softmax import HIDDEN
+from performers.backends.plain import state_of_heads
 from performers.backends.reference import absorb, exact_partial, read
 from performers.typing import LinearState, LogLinearSide
 
@@ -698,7 +699,7 @@ def backward(
 def plain(*arguments: Any) -> BlockAttention:
     """The operator as a formula, a block of queries at a time."""
     problem = Problem(*arguments)
-    dtype, root, nothing = problem.average.dtype, math.sqrt(problem.scale), -torch.inf
+    dtype, root = problem.average.dtype, math.sqrt(problem.scale)
     group, length = problem.query.shape[1:3]
     size = min(problem.window_size, length)
     count = -(-length // size)

@@ -18,7 +18,7 @@ from torch import Tensor
 from performers.backends.reference import Partial, absorb, key_exponent, read
 from performers.typing import Features, LinearState, exp_difference
 
-__all__ = ["causal"]
+__all__ = ["causal", "state_of_heads"]
 
 CHUNK = 16
 
@@ -51,6 +51,15 @@ def causal(
         state = absorb(state, own_keys, own_value, mask)
     joined = (torch.cat(parts, dim=3).flatten(2, 3) for parts in zip(*partials, strict=True))
     return Partial(*joined), state
+
+
+def state_of_heads(
+    log_scale: Float[Tensor, "heads num_features"],
+    normalizer: Float[Tensor, "heads num_features"],
+    values: Float[Tensor, "heads num_features value_dim"],
+) -> LinearState:
+    """A state of what operators have, each head as a sequence with one key head."""
+    return LinearState(log_scale.unsqueeze(1), normalizer.unsqueeze(1), values.unsqueeze(1))
 
 
 def _chunks(features: Features, length: int) -> list[Features]:
