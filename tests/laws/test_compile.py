@@ -1,0 +1,68 @@
+"""torch.compile(fullgraph=True) and torch.export: one graph, for lengths that change as well."""
+
+import pytest
+
+# In a fresh process, because jaxtyping's import hook leaves traces that cannot be compiled.
+CODE = """
+import torch
+from performers import SharpFeatures, SoftmaxFeatures, favor_attention
+
+torch.manual_seed(0)
+PHI = {phi}
+if isinstance(PHI, SharpFeatures):
+    PHI.calibrate(torch.randn(1, 4, 50, 5), torch.randn(1, 4, 50, 5))
+
+
+def inputs(length):
+    return torch.randn(3, 2, 4, length, 5).requires_grad_().unbind()
+
+
+def attend(query, key, value):
+    return favor_attention(query, key, value, PHI, **{words})
+
+
+class Attend(torch.nn.Module):
+    def forward(self, query, key, value):
+        return attend(query, key, value)
+
+"""
+
+COMPILED = """
+compiled = torch.compile(attend, fullgraph=True, dynamic={is_dynamic}, backend="aot_eager")
+for length in (23, 37):
+    tensors = inputs(length)
+    out, expected = compiled(*tensors), attend(*tensors)
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+    both = (torch.autograd.grad(x.square().sum(), tensors) for x in (out, expected))
+    for one, other in zip(*both):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+"""
+
+EXPORTED = """
+shapes = [{{2: torch.export.Dim("length", min=2, max=512)}}] * 3
+exported = torch.export.export(Attend(), inputs(23), dynamic_shapes=shapes).module()
+for length in (23, 37):
+    tensors = inputs(length)
+    torch.testing.assert_close(exported(*tensors), attend(*tensors))
+"""
+
+HEADS = "SharpFeatures(5, 11, num_heads=4)"
+WORDS = [{}, {"is_causal": True}, {"window_size": 3}, {"window_size": 3, "is_causal": True}]
+
+
+def test_features_of_several_heads_compile_for_every_length(fresh_python):
+    fresh_python((CODE + COMPILED).format(phi=HEADS, words={}, is_dynamic=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("is_dynamic", [False, True])
+@pytest.mark.parametrize("words", WORDS, ids=str)
+@pytest.mark.parametrize("phi", ["SoftmaxFeatures(5, 11)", HEADS])
+def test_attention_compiles_whole(fresh_python, phi, words, is_dynamic):
+    fresh_python((CODE + COMPILED).format(phi=phi, words=words, is_dynamic=is_dynamic))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", WORDS[:2], ids=str)
+def test_it_exports_with_a_dynamic_length(fresh_python, words):
+    fresh_python((CODE + EXPORTED).format(phi="SoftmaxFeatures(5, 11)", words=words))
