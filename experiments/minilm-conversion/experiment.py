@@ -77,7 +77,10 @@ def options(config: Config) -> dict[str, dict[str, Any]]:
         "sharp": {"statistics": "call"},
         f"sharp{CALIBRATED}": {"statistics": "calibrated"},
     }
-    near = {f"{title}, window {config.window}": {**kind, **window} for title, kind in kinds.items()}
+    near = {
+        f"{title}, window {config.window}": {**kind, **window, "far": True}
+        for title, kind in kinds.items()
+    }
     alone = {f"nothing far, window {config.window}": {**window, "far": False}}
     return {title: {**kind, "window_size": 0} for title, kind in kinds.items()} | near | alone
 
