@@ -731,11 +731,8 @@ def plain(*arguments: Any) -> BlockAttention:
     frame = problem.log_mass.detach()
     is_empty = frame <= HIDDEN / 2
     mass = (problem.log_mass - frame).exp().masked_fill(is_empty, 0.0)
-    first = LinearState(
-        frame.masked_fill(is_empty, nothing).unsqueeze(1),
-        mass.unsqueeze(1),
-        (problem.average * mass.unsqueeze(-1)).unsqueeze(1),
-    )
+    sums = problem.average * mass.unsqueeze(-1)
+    first = state_of_heads(frame.masked_fill(is_empty, -torch.inf), mass, sums)
     nobody = LinearState.empty(*first.values.shape, device=frame.device, dtype=dtype)
     before, after = [first], [nobody]
     for block in range(count if has_features else 0):

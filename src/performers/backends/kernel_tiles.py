@@ -278,8 +278,7 @@ def _plain(
     if presence is not None:
         of_keys = of_keys * presence.unsqueeze(1)
     queries, keys = Features(features(query.flatten(1, 2))), Features(of_keys)
-    normalizer = normalizer.unsqueeze(1)
-    state = LinearState(torch.zeros_like(normalizer), normalizer, values.unsqueeze(1))
+    state = plain.state_of_heads(torch.zeros_like(normalizer), normalizer, values)
     if is_causal:
         partial, state = plain.causal(state, queries, keys, wide, None)
     else:

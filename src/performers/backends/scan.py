@@ -228,8 +228,7 @@ def _plain(
     keys = Features(
         log_values=(key @ key_directions.mT).unsqueeze(1), log_rows=log_rows.unsqueeze(1)
     )
-    sums = sums.unsqueeze(1)
-    state = LinearState(log_scale.unsqueeze(1), sums[..., -1], sums[..., :-1])
+    state = plain.state_of_heads(log_scale, sums[..., -1], sums[..., :-1])
     partial, after = plain.causal(state, queries, keys, value[..., :-1].unsqueeze(1), None)
     both = torch.cat([partial.numerator, partial.normalizer], dim=-1)
     sums = torch.cat([after.values, after.normalizer.unsqueeze(-1)], dim=-1)
