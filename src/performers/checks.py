@@ -16,10 +16,15 @@ __all__ = [
     "check_feature_map",
     "check_key_padding_mask",
     "check_near_field",
+    "check_near_keys",
     "check_omega",
     "check_same_near_field",
     "check_state",
 ]
+
+
+# Of the keys and values that a state keeps, which are allocated ahead.
+MOST_NEAR_BYTES = 16 * 2**30
 
 
 def check_count(name: str, count: object, least: int = 1) -> None:
@@ -208,6 +213,20 @@ def check_near_field(
             "a bidirectional window neither takes nor gives a state: what is near would depend on "
             "keys that were not kept, or are still to come. Pass is_causal=True, or "
             "initial_state=None and return_state=False."
+        )
+
+
+def check_near_keys(window_size: int | None, num_sinks: int, key: Tensor, value: Tensor) -> None:
+    """What a state of a near field keeps of keys and values is not absurdly much."""
+    assert window_size is not None, "only near fields keep keys"
+    number = key.shape[0] * key.shape[1] * (2 * window_size + num_sinks)
+    size = number * (key.shape[3] * key.element_size() + value.shape[3] * value.element_size())
+    if size > MOST_NEAR_BYTES:
+        raise ValueError(
+            f"a state keeps the keys and values of two blocks and the sinks, however short the "
+            f"sequence: with window_size={window_size} and num_sinks={num_sinks} these are "
+            f"{size / 2**30:,.0f} GiB, and at most {MOST_NEAR_BYTES // 2**30} are kept. Take a "
+            "smaller window, or for exact attention softmax_attention and a cache of keys."
         )
 
 

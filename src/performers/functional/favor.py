@@ -144,6 +144,7 @@ def without_sinks(
     key: Tensor, key_padding_mask: Tensor | None, num_sinks: int
 ) -> Bool[Tensor, "batch key_length"]:
     """The keys that features are asked to estimate, of which alone they should learn."""
+    num_sinks = min(num_sinks, key.shape[2])  # for a number that a tensor could not hold
     if key_padding_mask is None:
         is_later = torch.arange(key.shape[2], device=key.device) >= num_sinks
         return is_later.expand(len(key), -1)

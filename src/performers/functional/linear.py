@@ -12,6 +12,7 @@ from performers.backends import BACKENDS, Call, choose_backend
 from performers.checks import (
     check_attention_inputs,
     check_near_field,
+    check_near_keys,
     check_same_near_field,
     check_state,
 )
@@ -76,6 +77,12 @@ def linear_attention(
         has_state=has_state,
     )
     near = None if window_size is None else NearField(window_size, num_sinks, far)
+    if near is not None and has_state:
+        check_near_keys(window_size, num_sinks, key, value)
+    elif near is not None and not torch.compiler.is_compiling():  # where lengths are symbols
+        # A block, and the first tokens, are no longer than all of them.
+        length = max(1, key.shape[2])
+        near = NearField(min(near.window_size, length), min(num_sinks, length), far)
     batch, key_heads, _, value_dim = value.shape
     dtype = torch.promote_types(value.dtype, torch.float32)
     width = phi.num_features if far else 0
