@@ -15,6 +15,7 @@ __all__ = [
     "check_count",
     "check_feature_map",
     "check_key_padding_mask",
+    "check_made_by",
     "check_near_field",
     "check_near_keys",
     "check_omega",
@@ -242,6 +243,16 @@ def check_same_near_field(
         raise ValueError(
             f"initial_state was made with {of_state}, and this call has {of_call}: pass what made "
             "it, or begin the sequence anew with initial_state=None."
+        )
+
+
+def check_made_by(what: str, made: object, asked: object) -> None:
+    """The sums of a state are of these features, at this scale, as far as both are known."""
+    if made is not None and asked is not None and made != asked:
+        raise ValueError(
+            f"{what} must have been made by the same features and scale: its sums are of another "
+            "feature map, or phi has been redrawn, calibrated or loaded since, or scale= differs. "
+            "Pass the feature map and scale that made it, or begin anew, without a state."
         )
 
 

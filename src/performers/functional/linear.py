@@ -11,12 +11,13 @@ from torch import Tensor
 from performers.backends import BACKENDS, Call, choose_backend
 from performers.checks import (
     check_attention_inputs,
+    check_made_by,
     check_near_field,
     check_near_keys,
     check_same_near_field,
     check_state,
 )
-from performers.typing import FeatureMap, LinearState, NearField, NearKeys, is_log_linear
+from performers.typing import FeatureMap, LinearState, Maker, NearField, NearKeys, is_log_linear
 
 __all__ = ["linear_attention"]
 
@@ -97,6 +98,11 @@ def linear_attention(
         state = LinearState.empty(
             batch, key_heads, width, value_dim, device=value.device, dtype=dtype
         )
+    is_known = has_state and far and not torch.compiler.is_compiling()
+    made_by = Maker.of(phi, scale) if is_known else None
+    if is_known:
+        check_made_by("initial_state", state.made_by, made_by)
+        state = replace(state, made_by=made_by)
     if key_padding_mask is not None:
         # Masked keys weigh 0, but 0 · NaN is NaN, and padding may hold anything.
         absent = ~key_padding_mask[:, None, :, None]
@@ -110,6 +116,8 @@ def linear_attention(
     with torch.autocast(query.device.type, enabled=False):
         rows = query.unflatten(1, (key_heads, -1))
         out, last = BACKENDS[chosen].attend(call, rows, key, value, key_padding_mask, state)
+    if is_known:
+        last = replace(last, made_by=made_by)
     return out.flatten(1, 2).to(query.dtype), last if return_state else None
 
 

@@ -24,6 +24,7 @@ per coordinate, the idea of Likhosherstov et al. 2023, "Dense-exponential random
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -33,6 +34,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from performers.checks import check_choice
+from performers.functional.fingerprint import fingerprint
 from performers.typing import FeatureMap, Features, LogLinearSide
 
 __all__ = [
@@ -279,6 +281,11 @@ class ReparametrizedFeatures:
         default_factory=dict, init=False, repr=False, compare=False
     )
 
+    @functools.cached_property
+    def fingerprint(self) -> tuple[object, ...] | None:
+        """See `performers.functional.fingerprint`."""
+        return fingerprint("sharp", (self.omega, *self.reparametrization))
+
     @property
     def num_features(self) -> int:
         return len(self.omega)
@@ -379,9 +386,9 @@ def _balancing_maps(
 
         Σ_q = C Cᵀ,    Cᵀ Σ_k C = U Λ Uᵀ,    M = Λ^¼ Uᵀ C⁻¹,    M⁻ᵀ = Λ^(−¼) Uᵀ Cᵀ
 
-    Both covariances become Λ^½. An axis, a column of U, has no sign of its own. It gets the one that
-    makes the sum of cubes of its components positive, so that rounding does not turn it, nor with
-    it every feature: padding and the rest of a batch change the order of sums.
+    Both covariances become Λ^½. An axis, a column of U, has no sign of its own. It gets the one
+    that makes the sum of cubes of its components positive, so that rounding does not turn it, nor
+    with it every feature: padding and the rest of a batch change the order of sums.
 
     Source: Laub et al. 1987, which balances the two Gramians of a control system so.
     """
