@@ -15,12 +15,18 @@ __all__ = [
     "check_count",
     "check_feature_map",
     "check_key_padding_mask",
+    "check_made_by",
     "check_near_field",
+    "check_near_keys",
     "check_omega",
     "check_same_near_field",
     "check_seed",
     "check_state",
 ]
+
+
+# Of the keys and values that a state keeps, which are allocated ahead.
+MOST_NEAR_BYTES = 16 * 2**30
 
 
 def check_count(name: str, count: object, least: int = 1) -> None:
@@ -218,6 +224,20 @@ def check_near_field(
         )
 
 
+def check_near_keys(window_size: int | None, num_sinks: int, key: Tensor, value: Tensor) -> None:
+    """What a state of a near field keeps of keys and values is not absurdly much."""
+    assert window_size is not None, "only near fields keep keys"
+    number = key.shape[0] * key.shape[1] * (2 * window_size + num_sinks)
+    size = number * (key.shape[3] * key.element_size() + value.shape[3] * value.element_size())
+    if size > MOST_NEAR_BYTES:
+        raise ValueError(
+            f"a state keeps the keys and values of two blocks and the sinks, however short the "
+            f"sequence: with window_size={window_size} and num_sinks={num_sinks} these are "
+            f"{size / 2**30:,.0f} GiB, and at most {MOST_NEAR_BYTES // 2**30} are kept. Take a "
+            "smaller window, or for exact attention softmax_attention and a cache of keys."
+        )
+
+
 def check_same_near_field(
     made: Mapping[str, object] | None, asked: Mapping[str, object] | None
 ) -> None:
@@ -230,6 +250,16 @@ def check_same_near_field(
         raise ValueError(
             f"initial_state was made with {of_state}, and this call has {of_call}: pass what made "
             "it, or begin the sequence anew with initial_state=None."
+        )
+
+
+def check_made_by(what: str, made: object, asked: object) -> None:
+    """The sums of a state are of these features, at this scale, as far as both are known."""
+    if made is not None and asked is not None and made != asked:
+        raise ValueError(
+            f"{what} must have been made by the same features and scale: its sums are of another "
+            "feature map, or phi has been redrawn, calibrated or loaded since, or scale= differs. "
+            "Pass the feature map and scale that made it, or begin anew, without a state."
         )
 
 

@@ -31,6 +31,7 @@ __all__ = [
     "LogLinear",
     "LogLinearMap",
     "LogLinearSide",
+    "Maker",
     "NearField",
     "NearKeys",
     "elementwise",
@@ -315,6 +316,23 @@ class NearKeys:
 
 
 @dataclass(frozen=True)
+class Maker:
+    """The features, and their scale, that the sums of a state are of.
+
+    No tuple and no word: torch.compile would make a graph for each of those.
+    """
+
+    features: tuple[object, ...]
+    scale: float
+
+    @classmethod
+    def of(cls, phi: FeatureMap, scale: float) -> Maker | None:
+        """None for features that have no `fingerprint`, as functions of one's own may have none."""
+        features = getattr(phi, "fingerprint", None)
+        return None if features is None else cls(features, scale)
+
+
+@dataclass(frozen=True)
 class LinearState:
     """All that linear attention remembers of the keys and values it has seen.
 
@@ -332,6 +350,9 @@ class LinearState:
     (value_dim + 2) numbers per head at any length; with a near field twice as many, and two blocks
     of keys and values.
 
+    `made_by`: whose sums these are; other features or another scale are refused. None, which goes
+    with all: a state that is empty, was made while compiling, or by features without identity.
+
     Source: [V 1], Buf and the prefix sums G^PS of Choromanski et al. 2021, Section 2.5.1 and
     Appendix B.
     """
@@ -340,6 +361,7 @@ class LinearState:
     normalizer: Float[Tensor, "batch key_heads num_features"]
     values: Float[Tensor, "batch key_heads num_features value_dim"]
     near: NearKeys | None = None
+    made_by: Maker | None = None
 
     @classmethod
     def empty(
@@ -393,11 +415,20 @@ class LinearState:
                 "states with a window cannot merge: their recent keys are near for one sequence "
                 "only. Merge states made with window_size=None."
             )
+        makers = self.made_by, other.made_by
+        if not torch.compiler.is_compiling() and None not in makers and makers[0] != makers[1]:
+            raise ValueError(
+                "states can merge only if the same features at the same scale made both: sums over "
+                "one draw of ω and over another have nothing in common. Make both with one phi."
+            )
         # In the larger frame neither side can overflow; the smaller one may vanish, as it should.
         log_scale = torch.maximum(self.log_scale, other.log_scale)
         mine, theirs = self.rescaled(log_scale), other.rescaled(log_scale)
         return LinearState(
-            log_scale, mine.normalizer + theirs.normalizer, mine.values + theirs.values
+            log_scale,
+            mine.normalizer + theirs.normalizer,
+            mine.values + theirs.values,
+            made_by=self.made_by or other.made_by,
         )
 
     def index_select(self, index: Int[Tensor, " chosen"]) -> LinearState:
@@ -432,4 +463,5 @@ class LinearState:
             function(self.normalizer),
             function(self.values),
             None if self.near is None else self.near.map(function),
+            self.made_by,
         )

@@ -120,6 +120,28 @@ def in_pieces(cuts, tensors, phi, mask, **options):
 PIECES = {"two": [5], "some empty": [0, 7, 7, 20], "tokens": list(range(1, 23))}
 
 
+@every_backend
+@every_mode
+def test_a_window_of_any_size_costs_what_one_of_the_whole_length_does(is_causal, backend):
+    tensors, phi, mask = inputs(heads=3), feature_map(), MASKS["left"](23)
+    options = {"is_causal": is_causal, "key_padding_mask": mask, "backend": backend}
+    expected = favor_attention(*tensors, phi, window_size=23, num_sinks=23, **options)
+    for size in (10**9, 10**30):
+        out = favor_attention(*tensors, phi, window_size=size, num_sinks=size, **options)
+        assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("size", [{"window_size": 10**9}, {"window_size": 1, "num_sinks": 10**9}])
+def test_a_state_of_absurdly_many_keys_is_refused(size):
+    # In the tests' 2 sequences of 3 heads a key and a value are 12 numbers: 48 bytes.
+    with pytest.raises(ValueError, match=r"keys and values of two blocks .* are (536|268) GiB"):
+        favor_attention(*inputs(heads=3), feature_map(), True, return_state=True, **size)
+    out, _ = favor_attention(
+        *inputs(heads=3), feature_map(), True, window_size=10**5, return_state=True
+    )
+    assert out.isfinite().all()
+
+
 @every_field
 @pytest.mark.parametrize("mask", ["no mask", "left", "holes"])
 def test_pieces_with_carried_state_equal_the_whole(mask, field):

@@ -1,6 +1,8 @@
 """A state is all that later queries need: prefill, decoding and merging equal one call."""
 
+import copy
 import itertools
+import pickle
 
 import pytest
 import torch
@@ -42,10 +44,9 @@ def assert_same_state(state: LinearState, other: LinearState) -> None:
     """Equal sums, whatever the frame."""
     frame = torch.maximum(state.log_scale, other.log_scale)
     for mine, theirs in zip(
-        vars(state.rescaled(frame)).values(), vars(other.rescaled(frame)).values(), strict=True
+        state.rescaled(frame).parts().values(), other.rescaled(frame).parts().values(), strict=True
     ):
-        if mine is not None:
-            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
 
 
 @every_backend
@@ -120,8 +121,8 @@ def test_the_state_is_float32_and_of_constant_size(dtype):
     sizes = set()
     for length in (1, 23):
         _, state = continued(inputs(length, dtype=dtype), phi, [])
-        assert {part.dtype for part in vars(state).values() if part is not None} == {torch.float32}
-        storages = [p.untyped_storage() for p in vars(state).values() if p is not None]
+        assert {part.dtype for part in state.parts().values()} == {torch.float32}
+        storages = [p.untyped_storage() for p in state.parts().values()]
         sizes.add(sum({s.data_ptr(): s.nbytes() for s in storages}.values()))
     assert len(sizes) == 1
 
@@ -148,7 +149,7 @@ def test_a_detached_state_cuts_the_graph():
     tensors = tuple(x.requires_grad_() for x in inputs())
     _, state = continued(tensors, phi, [])
     assert state.values.requires_grad
-    assert not any(part.requires_grad for part in vars(state.detach()).values() if part is not None)
+    assert not any(part.requires_grad for part in state.detach().parts().values())
 
 
 def test_prefill_and_decoding_equal_the_parallel_run_after_8192_tokens(monkeypatch):
@@ -173,3 +174,46 @@ def test_the_sums_of_many_tokens_do_not_stall():
     token = (x[:, :, :1] for x in (query, key, value))
     out = favor_attention(*token, phi, is_causal=True, initial_state=state)
     torch.testing.assert_close(out, torch.ones_like(out), rtol=0, atol=0)
+
+
+def other_features(name: str) -> dict[str, object]:
+    """Maps of equal width whose features are others, by what makes them so."""
+    same = {"redrawn": FEATURE_MAPS[name](5, 11), "loaded": FEATURE_MAPS[name](5, 11)}
+    same["redrawn"].redraw()
+    changed = {
+        part: x + 1 if part == "omega" else x for part, x in same["loaded"].state_dict().items()
+    }
+    same["loaded"].load_state_dict(changed)
+    return same
+
+
+@pytest.mark.parametrize("name", ["positive", "relu", "sharp"])
+def test_a_state_of_other_features_is_refused(name):
+    tensors = inputs(heads=3)
+    phi = FEATURE_MAPS[name](5, 11)
+    options = {"is_causal": True, "return_state": True}
+    _, state = favor_attention(*tensors, phi, **options)
+    moved = state.detach().to("cpu").index_select(torch.tensor([1, 0])).repeat_interleave(1)
+    for kept in (state, moved, pickle.loads(pickle.dumps(state.detach()))):
+        for same in (phi, copy.deepcopy(phi), FEATURE_MAPS[name](5, 11)):
+            favor_attention(*tensors, same, initial_state=kept, **options)
+        for other in other_features(name).values():
+            with pytest.raises(ValueError, match="initial_state must have been made by the same"):
+                favor_attention(*tensors, other, initial_state=kept, **options)
+        with pytest.raises(ValueError, match="or scale= differs"):
+            favor_attention(*tensors, phi, initial_state=kept, scale=0.3, **options)
+    _, other = favor_attention(*tensors, other_features(name)["redrawn"], **options)
+    with pytest.raises(ValueError, match="can merge only if the same features"):
+        state.merge(other)
+    phi.redraw()
+    with pytest.raises(ValueError, match="initial_state must have been made by the same"):
+        favor_attention(*tensors, phi, initial_state=state, **options)
+
+
+def test_a_state_of_an_earlier_calibration_is_refused():
+    tensors = inputs(heads=3)
+    phi = FEATURE_MAPS["sharp"](5, 11)
+    _, state = favor_attention(*tensors, phi, True, return_state=True)
+    phi.calibrate(tensors[0][:, :1], tensors[1][:, :1])
+    with pytest.raises(ValueError, match="redrawn, calibrated or loaded since"):
+        favor_attention(*tensors, phi, True, initial_state=state)

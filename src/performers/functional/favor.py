@@ -155,6 +155,7 @@ def without_sinks(
     key: Tensor, key_padding_mask: Tensor | None, num_sinks: int
 ) -> Bool[Tensor, "batch key_length"]:
     """The mask of the keys that φ has to estimate, the only ones that sharp features learn from."""
+    num_sinks = min(num_sinks, key.shape[2])  # for a number that a tensor could not hold
     if key_padding_mask is None:
         is_later = torch.arange(key.shape[2], device=key.device) >= num_sinks
         return is_later.expand(len(key), -1)

@@ -11,12 +11,14 @@ from torch import Tensor
 from performers.backends import BACKENDS, Call, choose_backend
 from performers.checks import (
     check_attention_inputs,
+    check_made_by,
     check_near_field,
+    check_near_keys,
     check_same_near_field,
     check_state,
 )
 from performers.functional.autocast import autocast_inputs
-from performers.typing import FeatureMap, LinearState, NearField, NearKeys, is_log_linear
+from performers.typing import FeatureMap, LinearState, Maker, NearField, NearKeys, is_log_linear
 
 __all__ = ["linear_attention"]
 
@@ -79,6 +81,12 @@ def linear_attention(
         has_state=has_state,
     )
     near = None if window_size is None else NearField(window_size, num_sinks, far)
+    if near is not None and has_state:
+        check_near_keys(window_size, num_sinks, key, value)
+    elif near is not None and not torch.compiler.is_compiling():  # where lengths are symbols
+        # A block, and the first tokens, are no longer than all of them.
+        length = max(1, key.shape[2])
+        near = NearField(min(near.window_size, length), min(num_sinks, length), far)
     batch, key_heads, _, value_dim = value.shape
     # Sums stop growing in half precision after some hundred terms, so states are float32 at least.
     dtype = torch.promote_types(value.dtype, torch.float32)
@@ -95,6 +103,11 @@ def linear_attention(
         state = LinearState.empty(
             batch, key_heads, width, value_dim, device=value.device, dtype=dtype
         )
+    is_known = has_state and far and not torch.compiler.is_compiling()
+    made_by = Maker.of(phi, scale) if is_known else None
+    if is_known:
+        check_made_by("initial_state", state.made_by, made_by)
+        state = replace(state, made_by=made_by)
     if key_padding_mask is not None:
         # Masked keys weigh 0, but 0 · NaN is NaN, and padding may hold anything.
         absent = ~key_padding_mask[:, None, :, None]
@@ -112,6 +125,8 @@ def linear_attention(
         # [batch, key_heads, group, length, dim]: the queries of a group share a key head.
         rows = query.unflatten(1, (key_heads, -1))
         out, last = BACKENDS[chosen].attend(call, rows, key, value, key_padding_mask, state)
+    if is_known:
+        last = replace(last, made_by=made_by)
     return out.flatten(1, 2).to(query.dtype), last if return_state else None
 
 

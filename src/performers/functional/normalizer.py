@@ -29,9 +29,9 @@ from torch.nn import functional as F
 
 from performers.backends.reference import read, read_weights
 from performers.backends.tiles import recomputed
-from performers.checks import check_choice
+from performers.checks import check_choice, check_made_by
 from performers.functional.favor import favor_attention
-from performers.typing import FeatureMap, LinearState, exp_difference
+from performers.typing import FeatureMap, LinearState, Maker, exp_difference
 
 __all__ = ["absorb_keys", "approximate_cross_entropy", "log_normalizer"]
 
@@ -95,6 +95,8 @@ def log_normalizer(
     scale = phi.default_scale if scale is None else scale
     # The keys are in the state already, so this call has none. Statistics of the call are refused.
     phi = phi.fitted(query, query[:, :, :0], None, scale=scale, is_streaming=True)
+    if not torch.compiler.is_compiling():
+        check_made_by("state", state.made_by, Maker.of(phi, scale))
     state = state.map(lambda part: part.expand(len(query), *part.shape[1:]))
 
     def read_tile(rows: Tensor, state: LinearState) -> Tensor:

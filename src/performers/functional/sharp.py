@@ -26,6 +26,7 @@ per coordinate, the idea of Likhosherstov et al. 2023, "Dense-exponential random
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -35,6 +36,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from performers.checks import check_choice
+from performers.functional.fingerprint import fingerprint
 from performers.typing import FeatureMap, Features, LogLinearSide
 
 __all__ = [
@@ -290,6 +292,11 @@ class ReparametrizedFeatures:
     _sides: dict[tuple[str, torch.dtype], LogLinearSide] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
+
+    @functools.cached_property
+    def fingerprint(self) -> tuple[object, ...] | None:
+        """See `performers.functional.fingerprint`."""
+        return fingerprint("sharp", (self.omega, *self.reparametrization))
 
     @property
     def num_features(self) -> int:

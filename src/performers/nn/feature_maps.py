@@ -12,6 +12,7 @@ from torch import Generator, Tensor, nn
 
 from performers.checks import check_choice, check_count, check_feature_map
 from performers.functional.features import Kernel, kernel_features, resolve_kernel
+from performers.functional.fingerprint import fingerprint
 from performers.functional.projections import DISTRIBUTIONS, PROJECTIONS, draw_projection
 from performers.nn.estimators import ESTIMATORS
 from performers.typing import Elementwise, FeatureMap, Features, LogLinearSide
@@ -29,6 +30,8 @@ class RandomFeatures(nn.Module):
 
     omega: Tensor | None
     num_redraws: Tensor
+    # ω, its version, and the fingerprint of both
+    _known: tuple[Tensor, int, tuple[object, ...] | None] | None = None
 
     def __init__(
         self,
@@ -73,6 +76,22 @@ class RandomFeatures(nn.Module):
         check_feature_map(query, self.dim, self.num_redraws.device)
         phi: FeatureMap = self  # type: ignore[assignment]  # subclasses have the features
         return phi
+
+    @property
+    def fingerprint(self) -> tuple[object, ...] | None:
+        """See `performers.functional.fingerprint`. Made again only when ω has changed."""
+        omega = self.omega
+        if omega is None or torch.compiler.is_compiling() or omega.is_inference():
+            return fingerprint(self._kind(), () if omega is None else (omega,))
+        known = self._known
+        if known is None or known[0] is not omega or known[1] != omega._version:
+            known = omega, omega._version, fingerprint(self._kind(), (omega,))
+            self._known = known
+        return known[2]
+
+    def _kind(self) -> tuple[object, ...]:
+        """What else than ω tells these features from others."""
+        return (type(self).__name__,)
 
     def reset_parameters(self) -> None:
         """Draw the first ω of this seed and layer."""
@@ -165,6 +184,9 @@ class SoftmaxFeatures(RandomFeatures):
     def is_nonnegative(self) -> bool:
         return ESTIMATORS[self.estimator].is_nonnegative
 
+    def _kind(self) -> tuple[object, ...]:
+        return *super()._kind(), self.estimator
+
     @property
     def is_log_linear(self) -> bool:
         return ESTIMATORS[self.estimator].side is not None
@@ -242,6 +264,10 @@ class KernelFeatures(RandomFeatures):
     @property
     def is_nonnegative(self) -> bool:
         return self.kernel.is_nonnegative
+
+    def _kind(self) -> tuple[object, ...]:
+        # A callable has no identity that lasts: of two of them, ω alone is compared.
+        return *super()._kind(), self.fn if isinstance(self.fn, str) else None, self.epsilon
 
     @property
     def elementwise(self) -> Elementwise | None:

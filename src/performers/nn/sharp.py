@@ -189,6 +189,11 @@ class SharpFeatures(RandomFeatures):
         sharpened = self._sharpened(_finite(queries), _finite(keys))
         return ReparametrizedFeatures(self.omega, sharpened)
 
+    @property
+    def fingerprint(self) -> tuple[object, ...] | None:
+        """That of the calibrated features."""
+        return self._calibrated().fingerprint
+
     def query_features(self, x: Float[Tensor, "*batch length dim"]) -> Features:
         return self.query_side(x.dtype).log_linear(x).features()
 
