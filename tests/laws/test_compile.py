@@ -50,6 +50,7 @@ HEADS = "SharpFeatures(5, 11, num_heads=4)"
 WORDS = [{}, {"is_causal": True}, {"window_size": 3}, {"window_size": 3, "is_causal": True}]
 
 
+@pytest.mark.slow
 def test_features_of_several_heads_compile_for_every_length(fresh_python):
     fresh_python((CODE + COMPILED).format(phi=HEADS, words={}, is_dynamic=True))
 
