@@ -85,8 +85,10 @@ def favor(
         past_length = memory.num_tokens - key.shape[2]  # the memory has counted these keys already
         seen = keys_seen(module, query, key, attention_mask, past_length=past_length, **options)
         has_state = layer is not None and layer.number not in layer.options.exact_heads
-        is_causal = seen.is_causal or query.shape[2] == 1  # the last position sees every key
-        if not has_state or memory.number != layer_number(module) or not is_causal:
+        # A single query, the last position, sees every key; an encoder's keys are not its own.
+        is_causal = seen.is_causal or query.shape[2] == 1
+        is_own = memory.number == layer_number(module) and query.shape[2] == key.shape[2]
+        if not (has_state and is_own and is_causal):
             raise ValueError(_foreign_cache(_name(module)))
         if wants_weights and past_length:
             raise ValueError(
