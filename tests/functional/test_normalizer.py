@@ -99,7 +99,7 @@ def test_the_scale_of_attention_is_the_default():
 def test_it_is_finite_at_every_norm(norm, dtype):
     query, key = queries_and_keys(norm=norm, dtype=dtype)
     phi = features("positive")
-    found = log_normalizer(query, phi, absorb_keys(key, phi), scale=1.0)
+    found = log_normalizer(query, phi, absorb_keys(key, phi, scale=1.0), scale=1.0)
     assert found.dtype == torch.float32
     assert found.isfinite().all()
 
