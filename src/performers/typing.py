@@ -23,7 +23,6 @@ from torch import Tensor
 
 __all__ = [
     "Attention",
-    "Captured",
     "Elementwise",
     "FeatureMap",
     "Features",
@@ -56,21 +55,6 @@ def exp_difference(
     difference = exponent - frame.clamp(min=torch.finfo(frame.dtype).min)
     # exp2 costs a CPU a quarter of what exp does.
     return (difference * math.log2(math.e)).exp2()
-
-
-@dataclass(frozen=True)
-class Captured:
-    """One call of attention in a model. Sequences are whole, so there is no padding to mask.
-
-    `scale`: None is 1/√dim.
-    """
-
-    name: str
-    query: Float[Tensor, "batch heads query_length dim"]
-    key: Float[Tensor, "batch key_heads key_length dim"]
-    value: Float[Tensor, "batch key_heads key_length value_dim"]
-    scale: float | None
-    is_causal: bool
 
 
 class Features(NamedTuple):
@@ -317,10 +301,7 @@ class NearKeys:
 
 @dataclass(frozen=True)
 class Maker:
-    """The features, and their scale, that the sums of a state are of.
-
-    No tuple and no word: torch.compile would make a graph for each of those.
-    """
+    """The features, and their scale, that the sums of a state are of."""
 
     features: tuple[object, ...]
     scale: float
@@ -339,10 +320,9 @@ class LinearState:
         normalizer_m = Σ_j φ_m(k_j) e^(−log_scale_m)
         values_m     = Σ_j φ_m(k_j) v_j e^(−log_scale_m)
 
-    with one log-scale per feature, which is at least the largest exponent seen, so that every sum
-    stays in range. An empty state has log_scale −∞. The log-scale is a frame (see
-    `exp_difference`), as the running maximum of an online softmax is. It cancels, so it is never
-    differentiated.
+    with one log-scale per feature, at least the largest exponent seen, so that every sum stays in
+    range; −∞ in an empty state. The log-scale is a frame (see `exp_difference`), as the running
+    maximum of an online softmax is. It cancels, so it is never differentiated.
 
     One object serves prefix sums, prefill and decoding, and ranks of a sequence-parallel group,
     because states merge associatively. With a near field (`window_size=`) the sums are those of the

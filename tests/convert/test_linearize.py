@@ -28,9 +28,9 @@ from performers import FavorOptions, SharpFeatures, calibrate, linearize, load_l
 from performers.convert.layer import FavorLayer
 from performers.convert.linearize import converted_layers
 from performers.diagnosis import measure_frontier
+from performers.diagnosis.captured import Captured
 from performers.functional import attention_matrix, softmax_attention
 from performers.nn.words import FEATURES
-from performers.typing import Captured
 
 SMALL = FavorOptions(num_projections=17, window_size=0, seed=3)
 

@@ -8,8 +8,8 @@ import torch
 
 from performers import SharpFeatures, favor_attention, softmax_attention
 from performers.diagnosis import measure_frontier
+from performers.diagnosis.captured import Captured
 from performers.theory import exact_operations
-from performers.typing import Captured
 
 DIM, LENGTH = 8, 131
 

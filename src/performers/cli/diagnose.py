@@ -15,7 +15,7 @@ from performers.cli.errors import one_line_errors
 
 if TYPE_CHECKING:
     from performers.diagnosis import Diagnosis, Frontier
-    from performers.typing import Captured
+    from performers.diagnosis.captured import Captured
 
 __all__ = ["diagnose"]
 

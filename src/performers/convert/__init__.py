@@ -14,7 +14,7 @@ from performers.convert.interface import register
 from performers.convert.linearize import linearize, load_linearized, restore
 from performers.convert.mixed import choose_layers, layer_costs
 from performers.convert.options import FavorOptions
-from performers.typing import Captured
+from performers.diagnosis.captured import Captured
 
 __all__ = [
     "Captured",

@@ -21,7 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from performers.convert.modes import evaluating
 from performers.convert.plain_attention import other_attention
-from performers.typing import Captured
+from performers.diagnosis.captured import Captured
 
 __all__ = ["capture_attention", "capture_text", "read_captured", "text_windows"]
 

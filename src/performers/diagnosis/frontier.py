@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from performers.checks import check_choice, check_count
+from performers.diagnosis.captured import Captured
 from performers.functional.favor import favor_attention, without_sinks
 from performers.functional.sharp import QUERY_RATIO
 from performers.functional.softmax import softmax_attention
@@ -19,7 +20,6 @@ from performers.nn.feature_maps import SoftmaxFeatures
 from performers.nn.sharp import STATISTICS, SharpFeatures
 from performers.records import aligned
 from performers.theory.cost import exact_operations, favor_operations
-from performers.typing import Captured
 
 __all__ = ["NUM_SINKS", "PROJECTIONS", "WINDOWS", "Frontier", "Setting", "measure_frontier"]
 
