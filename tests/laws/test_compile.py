@@ -64,6 +64,5 @@ def test_attention_compiles_whole(fresh_python, phi, words, is_dynamic):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("words", WORDS[:2], ids=str)
-def test_it_exports_with_a_dynamic_length(fresh_python, words):
-    fresh_python((CODE + EXPORTED).format(phi="SoftmaxFeatures(5, 11)", words=words))
+def test_bidirectional_attention_exports_with_a_dynamic_length(fresh_python):
+    fresh_python((CODE + EXPORTED).format(phi="SoftmaxFeatures(5, 11)", words={}))
