@@ -301,7 +301,10 @@ class NearKeys:
 
 @dataclass(frozen=True)
 class Maker:
-    """The features, and their scale, that the sums of a state are of."""
+    """The features, and their scale, that the sums of a state are of.
+
+    Not a NamedTuple, for each of which torch.compile would make another graph.
+    """
 
     features: tuple[object, ...]
     scale: float

@@ -173,7 +173,8 @@ def _step(
     visible = (slot <= 0) & (slot >= near.num_sinks - count)
     row = call.scaled(query.squeeze(3))
     wide_keys, wide_values = keys.to(dtype), values.to(dtype)
-    logits = (row * call.root) @ wide_keys.mT
+    exact_row = row * call.root  # times keys that are not scaled
+    logits = exact_row @ wide_keys.mT
     parts = [(logits.masked_fill(~visible, -torch.inf), wide_values)]
     sink_key, sink_value = earlier.sink_key, earlier.sink_value
     if near.num_sinks:
@@ -183,7 +184,7 @@ def _step(
             is_own = is_own & key_mask[:, None, None]
         sink_key = torch.where(is_own, key.to(sink_key.dtype), sink_key)
         sink_value = torch.where(is_own, value.to(sink_value.dtype), sink_value)
-        logits = (row * call.root) @ sink_key.to(dtype).mT
+        logits = exact_row @ sink_key.to(dtype).mT
         parts.append((logits.masked_fill(sink > count, -torch.inf), sink_value.to(dtype)))
     if near.far:
         exponent = call.phi.query_features(row).exponent() + state.log_scale.unsqueeze(2)
