@@ -37,6 +37,7 @@ def linear_attention(
     window_size: int | None = None,
     num_sinks: int = 0,
     far: bool = True,
+    far_limit: float | None = None,
     initial_state: LinearState | None = None,
     return_state: bool = False,
     backend: str | None = None,
@@ -48,7 +49,7 @@ def linear_attention(
 
     With `window_size`, the keys of a near field (`NearField`) are scored by exp(scale · q·k), not
     by κ: for positive features of the softmax kernel, and for one query per key. Without `far` the
-    other keys are left out.
+    other keys are left out; `far_limit` bounds their weight by a multiple of what is near.
 
     Returns the output and, with `return_state`, the state, else None.
 
@@ -74,19 +75,22 @@ def linear_attention(
         window_size,
         num_sinks,
         far,
+        far_limit,
         query,
         key,
         estimates_softmax=phi.is_softmax and is_log_linear(phi),
         is_causal=is_causal,
         has_state=has_state,
     )
-    near = None if window_size is None else NearField(window_size, num_sinks, far)
+    near = None if window_size is None else NearField(window_size, num_sinks, far, far_limit)
     if near is not None and has_state:
         check_near_keys(window_size, num_sinks, key, value)
     elif near is not None and not torch.compiler.is_compiling():  # where lengths are symbols
         # A block, and the first tokens, are no longer than all of them.
         length = max(1, key.shape[2])
-        near = NearField(min(near.window_size, length), min(num_sinks, length), far)
+        near = near._replace(
+            window_size=min(near.window_size, length), num_sinks=min(num_sinks, length)
+        )
     batch, key_heads, _, value_dim = value.shape
     # Sums stop growing in half precision after some hundred terms, so states are float32 at least.
     dtype = torch.promote_types(value.dtype, torch.float32)
@@ -95,7 +99,8 @@ def linear_attention(
     call = Call(phi, scale, is_causal, normalize, near, has_state, dtype)
     if initial_state is not None:
         made = initial_state.near_field()
-        check_same_near_field(made and made._asdict(), near and near._asdict())
+        asked = near and near._replace(far_limit=None)  # which is of queries, not of a state
+        check_same_near_field(made and made._asdict(), asked and asked._asdict())
         shapes = _state_shapes(key, value, width, near)
         check_state(initial_state.parts(), shapes, dtype, value.device)
         state = initial_state
