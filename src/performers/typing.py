@@ -238,14 +238,12 @@ class NearField(NamedTuple):
     The position of a token is the number of real tokens before it, and its block is position //
     window_size. Near a query are the keys of its own block and of the neighboring ones (causal: of
     the one before, and its own up to itself), and the first `num_sinks` tokens. The others are
-    estimated by φ; without `far` they are left out. With `far_limit` they get at most this multiple
-    of the weight of the keys that are near.
+    estimated by φ; without `far` they are left out.
     """
 
     window_size: int
     num_sinks: int = 0
     far: bool = True
-    far_limit: float | None = None
 
 
 @dataclass(frozen=True)

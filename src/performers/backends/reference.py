@@ -165,8 +165,8 @@ def _attend_near(
         if near.far:
             far = absorb(state, features, value, seen & ~is_near)
             estimated_far = read(far, call.phi.query_features(row))
-            if near.far_limit is not None:
-                estimated_far, _ = estimated_far.limited(partial, near.far_limit)
+            if call.far_limit is not None:
+                estimated_far, _ = estimated_far.limited(partial, call.far_limit)
             partial = partial.merge(estimated_far)
         outputs.append(partial.output(call).unsqueeze(3))
     out = slots.tokens(torch.cat(outputs, dim=3))

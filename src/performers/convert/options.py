@@ -45,11 +45,11 @@ class FavorOptions:
     `statistics`: where sharp features learn, see `SharpFeatures`. None: from `calibrate` once that
     was called; before that, bidirectional attention learns from each call, and causal attention
     learns nothing and uses plain positive features.
-    `window_size`, `num_sinks`, `far`: the exact near field, and whether the other keys are
-    estimated, see `favor_attention`. Cross-attention has no near field. A `window_size` of 0 is no
-    near field; None is 128, or 0 for features that cannot be combined with exact scores: kernels
-    and trigonometric ones. `num_sinks` None is 4 in a near field, because trained models put
-    attention that they have no use for on the first tokens.
+    `window_size`, `num_sinks`, `far`, `far_limit`: the exact near field, and whether the other keys
+    are estimated and what they weigh at most, see `favor_attention`. Cross-attention has no near
+    field. A `window_size` of 0 is no near field; None is 128, or 0 for features that cannot be
+    combined with exact scores: kernels and trigonometric ones. `num_sinks` None is 4 in a near
+    field, because trained models put attention that they have no use for on the first tokens.
     `far` None is True, but `performers convert` measures both and leaves the far field out where
     the model is closer to the exact one without it.
     `layers`: numbers of the layers that are converted, the others stay exact. None: all, other than

@@ -82,25 +82,22 @@ def linear_attention(
         is_causal=is_causal,
         has_state=has_state,
     )
-    near = None if window_size is None else NearField(window_size, num_sinks, far, far_limit)
+    near = None if window_size is None else NearField(window_size, num_sinks, far)
     if near is not None and has_state:
         check_near_keys(window_size, num_sinks, key, value)
     elif near is not None and not torch.compiler.is_compiling():  # where lengths are symbols
         # A block, and the first tokens, are no longer than all of them.
         length = max(1, key.shape[2])
-        near = near._replace(
-            window_size=min(near.window_size, length), num_sinks=min(num_sinks, length)
-        )
+        near = NearField(min(near.window_size, length), min(num_sinks, length), far)
     batch, key_heads, _, value_dim = value.shape
     # Sums stop growing in half precision after some hundred terms, so states are float32 at least.
     dtype = torch.promote_types(value.dtype, torch.float32)
     # Without a far field there is nothing to sum: the state then has no features.
     width = phi.num_features if far else 0
-    call = Call(phi, scale, is_causal, normalize, near, has_state, dtype)
+    call = Call(phi, scale, is_causal, normalize, near, has_state, dtype, far_limit)
     if initial_state is not None:
         made = initial_state.near_field()
-        asked = near and near._replace(far_limit=None)  # which is of queries, not of a state
-        check_same_near_field(made and made._asdict(), asked and asked._asdict())
+        check_same_near_field(made and made._asdict(), near and near._asdict())
         shapes = _state_shapes(key, value, width, near)
         check_state(initial_state.parts(), shapes, dtype, value.device)
         state = initial_state
