@@ -294,7 +294,7 @@ class _Heads:
         self.problem, self.sizes, self.heads = problem, sizes, heads
         self.like = problem.average
         self.root = math.sqrt(problem.scale)
-        self.log_limit = math.log2(problem.far_limit) if sizes.limits else 0.0
+        self.log_limit = 0.0 if problem.far_limit is None else math.log2(problem.far_limit)
         self.number = number = heads.stop - heads.start
         blocks = sizes.count + sizes.before + sizes.after
         start = sizes.before * sizes.block
@@ -506,7 +506,7 @@ class _Heads:
                     for x, of_x in zip(weights, shifts, strict=True)
                 ]
                 if sizes.limits:
-                    room = sum(totals[:-1]).log2_().add_(shift + self.log_limit)
+                    room = torch.stack(totals[:-1]).sum(dim=0).log2_().add_(shift + self.log_limit)
                     room -= totals[-1].log2() + largest[-1]
                     factor = room.clamp_(max=0).masked_fill_(is_alone, 0.0)
                     log_factor[index, tile] = factor
