@@ -33,6 +33,7 @@ def attended(
     window_size: int = 0,
     num_sinks: int = 0,
     far: bool = True,
+    far_limit: float | None = None,
 ) -> Attended:
     """Every row by itself, in the frame of its largest term. Key heads are repeated for groups.
 
@@ -75,6 +76,12 @@ def attended(
         log_terms = torch.where(is_near, only_term, log_terms)
         signs = torch.where(is_near, 1.0, signs)
     log_terms = log_terms.masked_fill(~visible.unsqueeze(-1), -torch.inf)
+    if far_limit is not None:
+        of_near = log_terms.masked_fill(~is_near, -torch.inf).logsumexp(dim=(3, 4), keepdim=True)
+        of_far = log_terms.masked_fill(is_near, -torch.inf).logsumexp(dim=(3, 4), keepdim=True)
+        surplus = of_far - of_near - math.log(far_limit)
+        surplus = surplus.where((of_near > -torch.inf) & (surplus > 0), 0.0)
+        log_terms = torch.where(is_near, log_terms, log_terms - surplus)
     frame = torch.zeros(*query.shape[:3], 1, 1, dtype=torch.float64)
     if normalize and log_terms.shape[3]:
         frame = log_terms.detach().amax(dim=(3, 4), keepdim=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Collection, Mapping
 
 import torch
@@ -13,6 +14,7 @@ __all__ = [
     "check_attention_mask",
     "check_choice",
     "check_count",
+    "check_far_limit",
     "check_feature_map",
     "check_key_padding_mask",
     "check_made_by",
@@ -182,10 +184,29 @@ def check_attention_mask(name: str, mask: Tensor) -> None:
         )
 
 
+def check_far_limit(far_limit: float | None, far: bool | None) -> None:
+    """Raise unless a limit on far keys is a positive number, and there are far keys."""
+    if far_limit is None:
+        return
+    is_number = isinstance(far_limit, int | float) and not isinstance(far_limit, bool)
+    if not is_number or not 0 < far_limit < math.inf:
+        raise ValueError(
+            "far_limit must be a positive number, the most that the far keys of a query weigh "
+            f"together when its near ones weigh 1, got {far_limit!r}. Pass for example 0.2, None "
+            "for no limit, or far=False to leave the far keys out."
+        )
+    if far is False:
+        raise ValueError(
+            f"far_limit={far_limit} limits the far keys, and far=False leaves them out. Pass one "
+            "of them."
+        )
+
+
 def check_near_field(
     window_size: int | None,
     num_sinks: int,
     far: bool,
+    far_limit: float | None,
     query: Tensor,
     key: Tensor,
     *,
@@ -195,9 +216,11 @@ def check_near_field(
 ) -> None:
     """Raise unless an exact near field is possible with these arguments."""
     check_count("num_sinks", num_sinks, least=0)
+    check_far_limit(far_limit, far)
     if window_size is None:
-        if num_sinks or not far:
+        if num_sinks or not far or far_limit is not None:
             given = f"num_sinks={num_sinks}" if num_sinks else "far=False"
+            given = given if far_limit is None else f"far_limit={far_limit!r}"
             raise ValueError(
                 f"{given} belongs to an exact near field, and window_size is None. Pass "
                 "window_size= too, for example 64."

@@ -59,7 +59,7 @@ def exact_estimates(monkeypatch):
 
     def attend(query, key, value, phi, **options):
         calls.append(options | {"query": query, "key": key, "phi": phi})
-        for word in ("window_size", "num_sinks", "far"):
+        for word in ("window_size", "num_sinks", "far", "far_limit"):
             options.pop(word, None)
         return softmax_attention(query, key, value, **options)
 

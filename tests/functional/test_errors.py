@@ -226,7 +226,7 @@ class TestState:
 
 
 class TestNearField:
-    @pytest.mark.parametrize("given", [{"num_sinks": 2}, {"far": False}])
+    @pytest.mark.parametrize("given", [{"num_sinks": 2}, {"far": False}, {"far_limit": 0.2}])
     def test_without_a_window(self, given):
         ((name, value),) = given.items()
         with refused(f"{name}={value} belongs to an exact near field, and window_size is None"):
@@ -237,6 +237,19 @@ class TestNearField:
         with refused("num_sinks must be a whole number of at least 0"):
             favor_attention(
                 *inputs(key_heads=6), SoftmaxFeatures(5), window_size=3, num_sinks=num_sinks
+            )
+
+    @pytest.mark.parametrize("far_limit", [0, -0.2, float("inf"), float("nan"), True, "0.2"])
+    def test_with_an_odd_limit_on_far_keys(self, far_limit):
+        with refused("far_limit must be a positive number"):
+            favor_attention(
+                *inputs(key_heads=6), SoftmaxFeatures(5), window_size=3, far_limit=far_limit
+            )
+
+    def test_with_a_limit_on_far_keys_that_are_left_out(self):
+        with refused("far_limit=0.2 limits the far keys, and far=False leaves them out"):
+            favor_attention(
+                *inputs(key_heads=6), SoftmaxFeatures(5), window_size=3, far=False, far_limit=0.2
             )
 
     def test_of_no_keys(self):

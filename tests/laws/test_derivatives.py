@@ -31,6 +31,7 @@ CALLS = [
     *((name, is_causal, {}) for name in OPERATORS for is_causal in CAUSAL),
     *(("sharp", is_causal, NEAR) for is_causal in CAUSAL),
     ("positive", True, NEAR | {"far": False}),
+    ("positive", False, NEAR | {"far_limit": 0.1}),
 ]
 every_operator = pytest.mark.parametrize(("name", "is_causal", "near"), CALLS)
 
@@ -96,9 +97,11 @@ def test_the_tangent_is_the_gradient_along_a_direction(names, is_causal, backend
 
 @pytest.mark.parametrize("is_causal", CAUSAL)
 @pytest.mark.parametrize("backend", backends(has_near_field=True))
+@pytest.mark.parametrize("far_limit", [None, 0.1])
 @pytest.mark.parametrize("name", ["positive", "hyperbolic", "sharp"])
-def test_the_tangent_beside_a_near_field_is_the_gradient_too(name, backend, is_causal):
-    attend = functools.partial(call_of(name, is_causal, NEAR), backend=backend)
+def test_the_tangent_beside_a_near_field_is_the_gradient_too(name, far_limit, backend, is_causal):
+    near = NEAR | {"far_limit": far_limit}
+    attend = functools.partial(call_of(name, is_causal, near), backend=backend)
     tensors = small_inputs()
     loss, tangents = loss_of(attend, *tensors), tuple(torch.randn_like(x) for x in tensors)
     expected = along(gradients(loss, tensors), tangents)

@@ -24,6 +24,8 @@ FIELDS = {
     "more sinks than a block": {"window_size": 2, "num_sinks": 7},
     "nothing far": {"window_size": 3, "far": False},
     "sinks, nothing far": {"window_size": 2, "num_sinks": 5, "far": False},
+    "few far keys": {"window_size": 3, "far_limit": 0.3},
+    "sinks, few far keys": {"window_size": 2, "num_sinks": 5, "far_limit": 0.02},
     "one block and a bit": {"window_size": 17, "num_sinks": 1},
     "more than all": {"window_size": 40, "num_sinks": 3},
 }
@@ -85,6 +87,28 @@ def test_attention_over_ones_is_one_at_any_norm(dtype, field, is_causal):
         torch.testing.assert_close(out.float(), torch.ones_like(out.float()), rtol=2e-6, atol=0)
         (gradient,) = torch.autograd.grad(out.sum(), value)
         assert gradient.isfinite().all()
+
+
+@every_backend
+@every_mode
+@pytest.mark.parametrize("norms", NORMS)
+def test_far_keys_weigh_at_most_their_limit(norms, is_causal, backend):
+    """Beside near keys that weigh 1, and no less where a limit of infinity would give them more."""
+    query, key, _ = inputs(norms=norms, dtype=torch.float64)
+    options = {"is_causal": is_causal, "enable_gqa": True, "window_size": 3, "backend": backend}
+    block = torch.arange(23) // 3
+    is_near = (block[:, None] - block).abs() <= 1
+    value = torch.eye(23, dtype=torch.float64).expand(2, 3, -1, -1)
+
+    def far_shares(limit: float | None) -> torch.Tensor:
+        matrix = favor_attention(query, key, value, feature_map(), far_limit=limit, **options)
+        return (matrix * ~is_near).sum(dim=-1)
+
+    unlimited = far_shares(None)
+    torch.testing.assert_close(far_shares(1e300), unlimited)
+    for limit in (0.01, 0.2, 1.0):
+        most = limit / (1 + limit)
+        torch.testing.assert_close(far_shares(limit), unlimited.clamp(max=most))
 
 
 @every_backend

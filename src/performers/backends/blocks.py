@@ -14,6 +14,10 @@ each feature m, with v_j and F_bm for their values. Far averages are made of who
 from the left and one from the right, so nothing that a causal query reads depends on a later key:
 no bound on norms, no passes that depend on the data.
 
+With `far_limit`, the weights of a query's features are multiplied by min(1, limit · N / F), where
+N and F are the sums of its near and of its far weights. Where the limit binds, the shares of both
+are fixed, and each is a softmax of its own.
+
 The backward pass computes features and averages again: training keeps inputs and outputs alone.
 Logits are in base 2, because exp2 costs a CPU less than exp; sums of blocks are in base e.
 """
@@ -47,13 +51,16 @@ HEADS_BYTES = 64 * 2**20
 
 
 class BlockAttention(NamedTuple):
-    """Outputs, the log of their normalizers, and the averages of all blocks and of the state before
-    them: s̃_m and F_m."""
+    """Outputs, the log of their normalizers, the averages of all blocks and of the state before
+    them (s̃_m and F_m), and the log of what a limit multiplied the far keys of each query by.
+    """
 
     out: Float[Tensor, "heads group length value_dim"]
     log_sum: Float[Tensor, "heads group length 1"]
     log_mass: Float[Tensor, "heads num_features"]
     average: Float[Tensor, "heads num_features value_dim"]
+    # one number for each query, none without a limit
+    log_factor: Float[Tensor, "heads group length _"]
 
 
 # In what follows: heads = batch · key_heads; rows = the queries of a block, group · window_size of
@@ -90,6 +97,7 @@ class Problem(NamedTuple):
     window_size: int
     scale: float
     is_causal: bool
+    far_limit: float | None
 
 
 class _Averages(NamedTuple):
@@ -265,6 +273,8 @@ class _Sizes:
         averages = 4 * self.count * self.features * self.value_dim
         rows = self.count * self.block * 3 * (self.group + 2) * self.dim
         self.at_once = max(1, min(HEADS, HEADS_BYTES // (size * (averages + rows))))
+        # numbers of a query that say by how much its far keys are too many
+        self.limits = 0 if problem.far_limit is None or not self.features else 1
 
     def head_groups(self) -> Iterator[slice]:
         return slices(self.heads, self.at_once)
@@ -284,6 +294,7 @@ class _Heads:
         self.problem, self.sizes, self.heads = problem, sizes, heads
         self.like = problem.average
         self.root = math.sqrt(problem.scale)
+        self.log_limit = 0.0 if problem.far_limit is None else math.log2(problem.far_limit)
         self.number = number = heads.stop - heads.start
         blocks = sizes.count + sizes.before + sizes.after
         start = sizes.before * sizes.block
@@ -465,11 +476,13 @@ class _Heads:
             values.append(far[index, tile].mT)
         return values
 
-    def attend(self, far: _Averages) -> tuple[Tensor, Tensor]:
-        """Outputs and the logs of their normalizers, [heads, count, rows, ·]."""
+    def attend(self, far: _Averages) -> tuple[Tensor, Tensor, Tensor]:
+        """Outputs, the logs of their normalizers and of the factors of far keys, [heads, count,
+        rows, ·]."""
         sizes = self.sizes
         shape = self.number, sizes.count, sizes.rows
         out, log_sum = self.take("out", *shape, sizes.value_dim), self.take("log sum", *shape, 1)
+        log_factor = self.take("log factor", *shape, sizes.limits)
         numbers = self.numbered(far)
         for index in range(self.number):
             directions_2 = self.directions(self.query_side, index) * LOG2_E
@@ -481,11 +494,26 @@ class _Heads:
                     largest[-1] += of_row
                 shift = torch.stack(largest).amax(dim=0) if len(largest) > 1 else largest[0]
                 shifts = [shift] * len(weights)
+                if sizes.limits:
+                    near_shift = torch.stack(largest[:-1]).amax(dim=0)
+                    is_alone = near_shift <= HIDDEN / 2  # nothing is near
+                    shift = torch.where(is_alone, shift, near_shift)
+                    shifts = [shift] * (len(weights) - 1) + [largest[-1]]
                 if sizes.features:
-                    shifts[-1] = shift - of_row
-                total = torch.zeros_like(shift)
-                for x, of_x in zip(weights, shifts, strict=True):
-                    total += x.sub_(of_x).exp2_().sum(dim=-1, keepdim=True)
+                    shifts[-1] = shifts[-1] - of_row
+                totals = [
+                    x.sub_(of_x).exp2_().sum(dim=-1, keepdim=True)
+                    for x, of_x in zip(weights, shifts, strict=True)
+                ]
+                if sizes.limits:
+                    room = torch.stack(totals[:-1]).sum(dim=0).log2_().add_(shift + self.log_limit)
+                    room -= totals[-1].log2() + largest[-1]
+                    factor = room.clamp_(max=0).masked_fill_(is_alone, 0.0)
+                    log_factor[index, tile] = factor
+                    factor = (factor + largest[-1] - shift).exp2_()
+                    weights[-1] *= factor
+                    totals[-1] *= factor
+                total = sum(totals[1:], start=totals[0])
                 found = out[index, tile]
                 values = self.values(index, tile, far.average)
                 torch.bmm(weights[0], values[0], out=found)
@@ -493,13 +521,15 @@ class _Heads:
                     found.baddbmm_(x, value)
                 found.div_(total)
                 torch.add(shift, total.log2_(), out=log_sum[index, tile])
-        return out, log_sum.div_(LOG2_E)
+        return out, log_sum.div_(LOG2_E), log_factor.div_(LOG2_E)
 
 
 class _Backward(_Heads):
     """Some heads on the way back: the gradients of all that `_Heads` has of them.
 
     The gradient of a logit is w (dO·v − e): w its weight, e what all logits of its softmax lose.
+    Where a limit c binds, near and far are two softmaxes, whose weights sum to 1 / (1 + c) and
+    c / (1 + c).
     """
 
     def __init__(
@@ -522,6 +552,11 @@ class _Backward(_Heads):
         self.put(found.out[heads], spare)
         self.put(gradients.log_sum[heads], self.excess, -1.0)
         self.excess += spare.mul_(self.of_out).sum(dim=-1, keepdim=True)
+        if sizes.limits:
+            self.log_factor = self.take("log factor", *shape, 1)
+            self.put(found.log_factor[heads], self.log_factor, LOG2_E)
+            self.of_log_sum = self.take("of log sum", *shape, 1)
+            self.put(gradients.log_sum[heads], self.of_log_sum)
         self.of_query = self.take("of query", *self.query.shape)
         self.of_key = self.take("of key", *self.key.shape).zero_()
         self.of_value = self.take("of value", *self.value.shape).zero_()
@@ -555,13 +590,21 @@ class _Backward(_Heads):
                 shifts = [log_sum] * len(weights)
                 if sizes.features:
                     shifts[-1] = log_sum - self.row_numbers(index, tile)
+                if sizes.limits:
+                    shifts[-1] = shifts[-1] - self.log_factor[index, tile]
                 of_logits = []
                 values = self.values(index, tile, far.average)
                 for part, (x, shift, value) in enumerate(zip(weights, shifts, values, strict=True)):
                     # ≤ 0, but for the rounding of very large numbers
                     x.sub_(shift).clamp_(max=0).exp2_()
                     of_x = self.take(f"of row logits {part}", *x.shape)
-                    of_logits.append(torch.bmm(of_out, value.mT, out=of_x).sub_(lost).mul_(x))
+                    of_logits.append(torch.bmm(of_out, value.mT, out=of_x))
+                losses = [lost] * len(weights)
+                if sizes.limits:
+                    losses = self.losses(index, tile, lost, weights, of_logits)
+                    lost = losses[-1]
+                for x, of_x, of_softmax in zip(weights, of_logits, losses, strict=True):
+                    of_x.sub_(of_softmax).mul_(x)
 
                 near, of_near = weights[0], of_logits[0]
                 self.add_near(self.of_value[index], tile, near, of_out)
@@ -591,6 +634,21 @@ class _Backward(_Heads):
             of_x = self.query_side.mapped_back(self.heads, y, of_y, of_number)
             self.of_query += of_x.view_as(self.of_query)
         return of_average, excess
+
+    def losses(
+        self, index: int, tile: slice, lost: Tensor, weights: list[Tensor], of_logits: list[Tensor]
+    ) -> list[Tensor]:
+        """e of each part: that of the softmax over all, or where the limit binds its own."""
+        assert self.problem.far_limit is not None
+        limit, of_log_sum = self.problem.far_limit, self.of_log_sum[index, tile]
+        of_near = torch.zeros_like(lost)
+        for x, of_x in zip(weights[:-1], of_logits[:-1], strict=True):
+            spare = self.take("limited", *x.shape)
+            of_near += torch.mul(x, of_x, out=spare).sum(dim=-1, keepdim=True)
+        is_limited = self.log_factor[index, tile] < 0
+        near = torch.where(is_limited, (of_near - of_log_sum) * (1 + limit), lost)
+        far = torch.where(is_limited, (lost + of_log_sum - of_near) * (1 + 1 / limit), lost)
+        return [near] * (len(weights) - 1) + [far]
 
     def add_near(
         self, of_rows: Tensor, tile: slice, weights: Tensor, x: Tensor, factor: float = 1.0
@@ -634,15 +692,16 @@ def forward(problem: Problem) -> BlockAttention:
     sizes = _Sizes(problem)
     out = problem.query.new_empty(*problem.query.shape[:3], sizes.value_dim)
     log_sum = problem.average.new_empty(*problem.query.shape[:3], 1)
+    log_factor = log_sum.new_empty(*problem.query.shape[:3], sizes.limits)
     log_mass, average = torch.empty_like(problem.log_mass), torch.empty_like(problem.average)
     for heads in sizes.head_groups():
         work = _Heads(problem, sizes, heads)
         merge, far, average[heads] = work.far_averages(work.block_averages())
         log_mass[heads] = merge.before.log_mass[:, -1]
-        for x, rows in zip((out, log_sum), work.attend(far), strict=True):
+        for x, rows in zip((out, log_sum, log_factor), work.attend(far), strict=True):
             for part, there in work.paired(x[heads], rows):
                 part.copy_(there)
-    return BlockAttention(out, log_sum, log_mass, average)
+    return BlockAttention(out, log_sum, log_mass, average, log_factor)
 
 
 # The arguments that have a gradient, in the order of `Problem`.
@@ -757,25 +816,30 @@ def plain(*arguments: Any) -> BlockAttention:
             for sinks, x in ((sink_key, key), (sink_value, value))
         )
         partial = exact_partial(rows, keys, values, mask)
+        log_factor = partial.normalizer[..., :0]
         if has_features:
             far = before[max(0, block - 1)]
             if not problem.is_causal:
                 far = far.merge(after[max(0, count - 2 - block)])
-            partial = partial.merge(read(far, query_side.log_linear(rows).features()))
+            estimated = read(far, query_side.log_linear(rows).features())
+            if problem.far_limit is not None:
+                estimated, log_factor = estimated.limited(partial, problem.far_limit)
+            partial = partial.merge(estimated)
         is_blind = partial.normalizer == 0
         total = partial.normalizer.masked_fill(is_blind, 1.0)
         log_sum = (total.log() + partial.frame).masked_fill(is_blind, HIDDEN)
-        found = (partial.numerator / total, log_sum)
+        found = (partial.numerator / total, log_sum, log_factor)
         outputs.append([x.squeeze(1).unflatten(1, (group, -1)) for x in found])
-    out, log_sum = (torch.cat(parts, dim=2) for parts in zip(*outputs, strict=True))
-    out = out.to(problem.query.dtype)
+    out, log_sum, log_factor = (torch.cat(parts, dim=2) for parts in zip(*outputs, strict=True))
+    out, log_factor = out.to(problem.query.dtype), log_factor.detach()
     if not has_features:
-        return BlockAttention(out, log_sum, problem.log_mass, problem.average)
+        return BlockAttention(out, log_sum, problem.log_mass, problem.average, log_factor)
     last = before[-1].map(lambda part: part.squeeze(1))
     is_empty = last.normalizer == 0
     total = last.normalizer.masked_fill(is_empty, 1.0)
     log_mass = (total.log() + last.log_scale).masked_fill(is_empty, HIDDEN)
-    return BlockAttention(out, log_sum, log_mass, last.values / total.unsqueeze(-1))
+    average = last.values / total.unsqueeze(-1)
+    return BlockAttention(out, log_sum, log_mass, average, log_factor)
 
 
 SCHEMA = (
@@ -783,14 +847,17 @@ SCHEMA = (
     "Tensor sink_key, Tensor sink_value, Tensor sink_start, "
     "Tensor query_directions, Tensor? query_shift, Tensor? query_matrix, Tensor? query_linear, "
     "Tensor key_directions, Tensor? key_shift, Tensor? key_matrix, Tensor? key_linear, "
-    "Tensor tilt, Tensor log_mass, Tensor average, int window_size, float scale, bool is_causal"
+    "Tensor tilt, Tensor log_mass, Tensor average, int window_size, float scale, bool is_causal, "
+    "float? far_limit"
 )
+NUMBERS = 4  # at the end of the schema
+OUTPUTS = tuple(f"found_{name}" for name in BlockAttention._fields)  # as the way back takes them
 
 
 @torch.library.custom_op(
     "performers::block_attention",
     mutates_args=(),
-    schema=f"({SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor)",
+    schema=f"({SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def _block_attention(*arguments: Any) -> tuple[Tensor, ...]:
     return tuple(forward(Problem(*arguments)))
@@ -805,6 +872,7 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
         problem.average.new_empty(*shape, 1),
         torch.empty_like(problem.log_mass),
         torch.empty_like(problem.average),
+        problem.average.new_empty(*shape, _Sizes(problem).limits),
     )
 
 
@@ -812,27 +880,28 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
     "performers::block_attention_backward",
     mutates_args=(),
     # no lists of tensors: PyTorch cannot batch those (`is_grads_batched=True`)
-    schema=f"({SCHEMA}, Tensor out, Tensor log_sum, Tensor last_mass, Tensor last_average, "
-    "Tensor out_gradient, Tensor log_sum_gradient, Tensor last_mass_gradient, "
-    f"Tensor last_average_gradient, bool with_directions) -> ({', '.join(['Tensor'] * 10)})",
+    schema=f"({SCHEMA}, {', '.join(f'Tensor {name}' for name in OUTPUTS)}, "
+    f"{', '.join(f'Tensor {name}_gradient' for name in OUTPUTS)}, bool with_directions) "
+    f"-> ({', '.join(['Tensor'] * 10)})",
 )
 def _block_attention_backward(*arguments: Any) -> tuple[Tensor, ...]:
     *of_problem, with_directions = arguments
-    problem, outputs = Problem(*of_problem[:-8]), of_problem[-8:]
-    found, gradients = BlockAttention(*outputs[:4]), BlockAttention(*outputs[4:])
+    problem, outputs = Problem(*of_problem[:-10]), of_problem[-10:]
+    found, gradients = BlockAttention(*outputs[:5]), BlockAttention(*outputs[5:])
     return tuple(backward(problem, found, gradients, with_directions))
 
 
 @_block_attention_backward.register_fake
 def _(*arguments: Any) -> tuple[Tensor, ...]:
-    problem = Problem(*arguments[:-9])
+    problem = Problem(*arguments[:-11])
     return tuple(torch.empty_like(getattr(problem, name)) for name in DIFFERENTIABLE)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)
-    ctx.numbers = inputs[-3:]
-    ctx.save_for_backward(*inputs[:-3], *output)
+    ctx.mark_non_differentiable(output[-1])
+    ctx.numbers = inputs[-NUMBERS:]
+    ctx.save_for_backward(*inputs[:-NUMBERS], *output)
 
 
 def _plain_gradients(
@@ -846,7 +915,7 @@ def _plain_gradients(
 
 def _differentiate(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors  # once: activation checkpointing unpacks them a single time
-    inputs, found = saved[:-4], saved[-4:]
+    inputs, found = saved[:-5], saved[-5:]
     if is_differentiated():
         return _plain_gradients(ctx, inputs, gradients)
     full = [

@@ -20,7 +20,8 @@ __all__ = ["Backend", "Call"]
 class Call:
     """What stays the same over one call of attention, whatever its sequences and tiles.
 
-    `has_state`: a state comes in, or is wanted. `dtype`: of sums and states.
+    `has_state`: a state comes in, or is wanted. `dtype`: of sums and states. `far_limit`: beside a
+    near field, what far keys weigh at most together, as a multiple of what is near; None: no limit.
     """
 
     phi: FeatureMap
@@ -30,6 +31,7 @@ class Call:
     near: NearField | None
     has_state: bool
     dtype: torch.dtype
+    far_limit: float | None = None
 
     @property
     def root(self) -> float:

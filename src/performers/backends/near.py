@@ -5,6 +5,7 @@ What is far needs positive features of the softmax kernel, whose sides the opera
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -79,6 +80,7 @@ def attend(
             window_size=near.window_size,
             scale=call.scale,
             is_causal=is_causal,
+            far_limit=call.far_limit,
         )
     )
     out = found.out if call.normalize else found.out * found.log_sum.exp()
@@ -188,6 +190,13 @@ def _step(
         parts.append((logits.masked_fill(sink > count, -torch.inf), sink_value.to(dtype)))
     if near.far:
         exponent = call.phi.query_features(row).exponent() + state.log_scale.unsqueeze(2)
+        if call.far_limit is not None:
+            room = torch.cat([part for part, _ in parts], dim=-1).logsumexp(dim=-1, keepdim=True)
+            is_empty = state.normalizer == 0
+            total = state.normalizer.masked_fill(is_empty, 1.0)
+            masses = exponent.masked_fill(is_empty.unsqueeze(2), HIDDEN) + total.log().unsqueeze(2)
+            room = room + math.log(call.far_limit) - masses.logsumexp(dim=-1, keepdim=True)
+            exponent = exponent + room.clamp(max=0)
         parts.append((exponent, state.values))
 
     # One softmax over near keys and features; the token sees itself, so it is never over nothing.

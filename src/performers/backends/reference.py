@@ -15,6 +15,7 @@ differentiated.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -65,6 +66,22 @@ class Partial(NamedTuple):
             self.normalizer * mine + other.normalizer * theirs,
             frame,
         )
+
+    def limited(self, near: Partial, limit: float) -> tuple[Partial, Tensor]:
+        """What the queries get at most from these keys where `near` is what they get from others,
+        and the log of the factor that this takes.
+
+        The sum of weights is at most `limit` times that of `near`; a query that sees nothing near
+        has no limit.
+        """
+        is_free = (near.normalizer == 0) | (self.normalizer == 0)
+        sums = (x.normalizer.masked_fill(is_free, 1.0).log() + x.frame for x in (near, self))
+        log_near, log_sum = sums
+        log_factor = (log_near + math.log(limit) - log_sum).clamp(max=0).masked_fill(is_free, 0.0)
+        # Into the frame, lest a small factor meet sums that are large in a frame that is small.
+        frame = self.frame + log_factor.detach()
+        rest = (log_factor - log_factor.detach()).exp()  # 1, with the gradient
+        return Partial(self.numerator * rest, self.normalizer * rest, frame), log_factor
 
     def output(self, call: Call) -> Float[Tensor, "*batch query_length value_dim"]:
         """Divide by the normalizer; a row that sees no key is 0.
@@ -147,7 +164,10 @@ def _attend_near(
         partial = exact_partial(row, exact_keys, exact_values, mask)
         if near.far:
             far = absorb(state, features, value, seen & ~is_near)
-            partial = partial.merge(read(far, call.phi.query_features(row)))
+            estimated_far = read(far, call.phi.query_features(row))
+            if call.far_limit is not None:
+                estimated_far, _ = estimated_far.limited(partial, call.far_limit)
+            partial = partial.merge(estimated_far)
         outputs.append(partial.output(call).unsqueeze(3))
     out = slots.tokens(torch.cat(outputs, dim=3))
     if not call.has_state:

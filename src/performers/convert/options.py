@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from performers.checks import check_choice, check_count
+from performers.checks import check_choice, check_count, check_far_limit
 from performers.diagnosis.frontier import NUM_SINKS, Frontier
 from performers.functional.projections import PROJECTIONS
 from performers.nn import KernelFeatures, SharpFeatures, SoftmaxFeatures
@@ -45,11 +45,11 @@ class FavorOptions:
     `statistics`: where sharp features learn, see `SharpFeatures`. None: from `calibrate` once that
     was called; before that, bidirectional attention learns from each call, and causal attention
     learns nothing and uses plain positive features.
-    `window_size`, `num_sinks`, `far`: the exact near field, and whether the other keys are
-    estimated, see `favor_attention`. Cross-attention has no near field. A `window_size` of 0 is no
-    near field; None is 128, or 0 for features that cannot be combined with exact scores: kernels
-    and trigonometric ones. `num_sinks` None is 4 in a near field, because trained models put
-    attention that they have no use for on the first tokens.
+    `window_size`, `num_sinks`, `far`, `far_limit`: the exact near field, and whether the other keys
+    are estimated and what they weigh at most, see `favor_attention`. Cross-attention has no near
+    field. A `window_size` of 0 is no near field; None is 128, or 0 for features that cannot be
+    combined with exact scores: kernels and trigonometric ones. `num_sinks` None is 4 in a near
+    field, because trained models put attention that they have no use for on the first tokens.
     `far` None is True, but `performers convert` measures both and leaves the far field out where
     the model is closer to the exact one without it.
     `layers`: numbers of the layers that are converted, the others stay exact. None: all, other than
@@ -67,6 +67,7 @@ class FavorOptions:
     window_size: int | None = None
     num_sinks: int | None = None
     far: bool | None = None
+    far_limit: float | None = None
     layers: Sequence[int] | None = None
     exact_heads: Mapping[int, Sequence[int]] = field(default_factory=dict, hash=False)
     seed: int = 0
@@ -94,11 +95,13 @@ class FavorOptions:
                     f"features in {_with_windows()}, got "
                     f"{self.features!r} with window_size={self.window_size}. Pass window_size=0."
                 )
-        if not self.window_size and (self.num_sinks or self.far is False):
+        check_far_limit(self.far_limit, self.far)
+        if not self.window_size and (self.num_sinks or self.far is False or self.far_limit):
             raise ValueError(
-                "num_sinks and far=False belong to an exact near field, and there is none: got "
-                f"num_sinks={self.num_sinks!r}, far={self.far!r}, features={self.features!r}. Pass "
-                f"window_size= too, with features in {_with_windows()}."
+                "num_sinks, far=False and far_limit belong to an exact near field, and there is "
+                f"none: got num_sinks={self.num_sinks!r}, far={self.far!r}, "
+                f"far_limit={self.far_limit!r}, features={self.features!r}. Pass window_size= too, "
+                f"with features in {_with_windows()}."
             )
         if self.num_sinks is None:
             object.__setattr__(self, "num_sinks", NUM_SINKS if self.window_size else 0)
@@ -176,6 +179,7 @@ class FavorOptions:
             "window_size": self.window_size,
             "num_sinks": self.num_sinks,
             "far": self.far is not False,
+            "far_limit": self.far_limit,
         }
 
     def converts(self, number: int, layer_types: Sequence[str]) -> bool:

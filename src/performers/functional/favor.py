@@ -32,6 +32,7 @@ def favor_attention(
     window_size: int | None = ...,
     num_sinks: int = ...,
     far: bool = ...,
+    far_limit: float | None = ...,
     initial_state: LinearState | None = ...,
     return_state: Literal[False] = ...,
     backend: str | None = ...,
@@ -52,6 +53,7 @@ def favor_attention(
     window_size: int | None = ...,
     num_sinks: int = ...,
     far: bool = ...,
+    far_limit: float | None = ...,
     initial_state: LinearState | None = ...,
     *,
     return_state: Literal[True],
@@ -72,6 +74,7 @@ def favor_attention(
     window_size: int | None = None,
     num_sinks: int = 0,
     far: bool = True,
+    far_limit: float | None = None,
     initial_state: LinearState | None = None,
     return_state: bool = False,
     backend: str | None = None,
@@ -94,6 +97,9 @@ def favor_attention(
     window of the whole length is exact attention. For positive features of softmax only.
     `num_sinks`: the first real tokens, this many, are scored exactly by every query that sees them.
     `far`: False leaves out all keys that are neither near nor sinks; φ is then not used.
+    `far_limit`: the far keys of a query together weigh at most this multiple of what its near keys
+    and sinks weigh. Estimates have a heavy tail, which does a trained model more harm than what a
+    limit takes away; 0.2 is a good one (docs/conversion.md). None: no limit, estimates unbiased.
     `initial_state`, `return_state`: continue a sequence. Prefill, chunked prefill and one-token
     decoding are this same call. With `return_state=True` the result is `(out, LinearState)`.
     `backend`: None chooses; "reference", "chunked", "landmarks" or "triton" is obeyed or refused.
@@ -144,6 +150,7 @@ def favor_attention(
         window_size=window_size,
         num_sinks=num_sinks,
         far=far,
+        far_limit=far_limit,
         initial_state=initial_state,
         return_state=return_state,
         backend=backend,

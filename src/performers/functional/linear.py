@@ -37,6 +37,7 @@ def linear_attention(
     window_size: int | None = None,
     num_sinks: int = 0,
     far: bool = True,
+    far_limit: float | None = None,
     initial_state: LinearState | None = None,
     return_state: bool = False,
     backend: str | None = None,
@@ -48,7 +49,7 @@ def linear_attention(
 
     With `window_size`, the keys of a near field (`NearField`) are scored by exp(scale · q·k), not
     by κ: for positive features of the softmax kernel, and for one query per key. Without `far` the
-    other keys are left out.
+    other keys are left out; `far_limit` bounds their weight by a multiple of what is near.
 
     Returns the output and, with `return_state`, the state, else None.
 
@@ -74,6 +75,7 @@ def linear_attention(
         window_size,
         num_sinks,
         far,
+        far_limit,
         query,
         key,
         estimates_softmax=phi.is_softmax and is_log_linear(phi),
@@ -92,7 +94,7 @@ def linear_attention(
     dtype = torch.promote_types(value.dtype, torch.float32)
     # Without a far field there is nothing to sum: the state then has no features.
     width = phi.num_features if far else 0
-    call = Call(phi, scale, is_causal, normalize, near, has_state, dtype)
+    call = Call(phi, scale, is_causal, normalize, near, has_state, dtype, far_limit)
     if initial_state is not None:
         made = initial_state.near_field()
         check_same_near_field(made and made._asdict(), near and near._asdict())

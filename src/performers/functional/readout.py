@@ -51,6 +51,7 @@ def attention_matrix(
     window_size: int | None = None,
     num_sinks: int = 0,
     far: bool = True,
+    far_limit: float | None = None,
 ) -> Float[Tensor, "batch heads query_length key_length"]:
     """The matrix that `favor_attention` with these arguments applies to its values: D⁻¹ Q′K′ᵀ.
 
@@ -73,6 +74,7 @@ def attention_matrix(
             window_size=window_size,
             num_sinks=num_sinks,
             far=far,
+            far_limit=far_limit,
         ),
         key,
     )

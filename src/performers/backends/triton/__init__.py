@@ -34,6 +34,8 @@ def refusal(call: Call, query: Tensor, key: Tensor, value: Tensor) -> str | None
     plan = kernel_map(call.phi, query)
     if plan is None and (call.near is None or call.near.far):
         return f"it computes {SUPPORTED}, and {type(call.phi).__name__} is none of these"
+    if call.far_limit is not None:
+        return "its kernels keep near and far keys in one sum, and far_limit needs two"
     if query.dtype not in OPERANDS:
         return f"it takes float32, bfloat16 and float16, not {query.dtype}"
     dim = max(query.shape[-1], value.shape[-1])

@@ -85,7 +85,8 @@ def block_attention(problem: Problem) -> BlockAttention:
     is_empty = mass == 0
     total = mass.masked_fill(is_empty, 1.0)
     log_mass = (frame + total.log()).masked_fill(is_empty, HIDDEN)
-    return BlockAttention(out, log_sum.unsqueeze(-1), log_mass, values / total.unsqueeze(-1))
+    average, log_sum = values / total.unsqueeze(-1), log_sum.unsqueeze(-1)
+    return BlockAttention(out, log_sum, log_mass, average, log_factor=log_sum[..., :0])
 
 
 _INPUTS = (
