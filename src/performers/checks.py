@@ -20,6 +20,7 @@ __all__ = [
     "check_made_by",
     "check_near_field",
     "check_near_keys",
+    "check_num_heavy",
     "check_omega",
     "check_same_near_field",
     "check_seed",

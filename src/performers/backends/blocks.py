@@ -1,8 +1,8 @@
 """Attention with a near field of blocks, forward and backward by hand, a tile of blocks at a time.
 
 A block of queries scores the keys of its own and the neighboring blocks, a few sinks, and the far
-keys that `heavy` has chosen for it, one by one. It meets all other keys through the features, each of which stands for all keys of one far
-block after another:
+keys that `heavy` chose for it, one by one. It meets all other keys through the features, each of
+which stands for all keys of one far block after another:
 
     keys       far: blocks … b−3, b−2  │ near: b−1, b, b+1 │  far: b+2, b+3 …   (causal: up to b)
 

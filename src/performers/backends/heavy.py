@@ -4,8 +4,8 @@ While a key is near, its *weight* is the attention that queries pay it on averag
 to near keys and sinks. When its block becomes far, it competes with those that are far already: the
 `num_heavy` heaviest stay, one set for each block of queries and each key head.
 
-    far of block b      … b−3   b−2 │ near: b−1, b (b+1) │ b+2   b+3 …      the last if bidirectional
-    heavy of block b    the heaviest of the heavy and of b−2 ─┘    └─ the same from the other side
+    far of block b     … b−3   b−2 │ near: b−1, b │                     causal
+                       … b−3   b−2 │ near: b−1, b, b+1 │ b+2   b+3 …    bidirectional
 
 A set is made of whole blocks, and a weight of queries of the key's own and the neighboring blocks,
 so nothing that a causal query reads depends on a later token. A state keeps one set, and the sums
