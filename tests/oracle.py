@@ -5,6 +5,7 @@ A_ij = Σ_m φ_m(q_i) φ_m(k_j), or exp(q_i·k_j) where j is near of i or a sink
 out_i = Σ_j A_ij v_j / Σ_j A_ij over the visible j
 """
 
+import itertools
 import math
 from typing import NamedTuple
 
@@ -34,6 +35,7 @@ def attended(
     num_sinks: int = 0,
     far: bool = True,
     far_limit: float | None = None,
+    num_heavy: int = 0,
 ) -> Attended:
     """Every row by itself, in the frame of its largest term. Key heads are repeated for groups.
 
@@ -69,9 +71,14 @@ def attended(
         is_near = (block[:, :, None] - block[:, None, :]).abs() <= 1
         is_near = (is_near | (position < num_sinks)[:, None, :])[:, None, :, :, None]
         visible = visible & real[:, None, :, None]
+        exact = (query @ key.mT).unsqueeze(-1) * root**2
+        if num_heavy:
+            of_near = exact.squeeze(-1).masked_fill(~(visible & is_near.squeeze(-1)), -torch.inf)
+            paid = of_near.softmax(dim=-1).masked_fill(~real[:, None, :, None], 0.0)
+            is_heavy = heaviest(paid, block, real & (position >= num_sinks), group, num_heavy)
+            is_near = is_near | (is_heavy & visible).unsqueeze(-1)
         if not far:
             visible = visible & is_near.squeeze(-1)
-        exact = (query @ key.mT).unsqueeze(-1) * root**2
         only_term = torch.nn.functional.pad(exact, (0, log_terms.shape[-1] - 1), value=-torch.inf)
         log_terms = torch.where(is_near, only_term, log_terms)
         signs = torch.where(is_near, 1.0, signs)
@@ -95,6 +102,27 @@ def attended(
     if normalize:
         matrix = matrix / normalizer.masked_fill(is_empty.unsqueeze(-1), 1.0)
     return Attended(matrix @ value, condition)
+
+
+def heaviest(paid: Tensor, block: Tensor, is_known: Tensor, group: int, number: int) -> Tensor:
+    """(batch, heads, queries, keys): True for the far keys that near queries paid most."""
+    result = torch.zeros_like(paid, dtype=torch.bool)
+    for row, head in itertools.product(*map(range, paid.shape[:2])):
+        heads = slice(head // group * group, (head // group + 1) * group)
+        of_row, known = block[row], is_known[row]
+        distance = of_row[:, None] - of_row[None, :]  # from key to query, in blocks
+        is_near = distance.abs() <= 1
+        is_seen = paid[row, heads].sum(dim=0) > 0
+        weight = (paid[row, heads].sum(dim=0) * is_near).sum(dim=0)
+        weight = weight / (is_seen & is_near).sum(dim=0).clamp(min=1)
+        for query in range(len(of_row)):
+            far = known & (distance[query].abs() >= 2)
+            if not is_seen.triu(1).any():  # causal: no query sees what comes later
+                far &= distance[query] >= 2
+            candidates = far.nonzero().squeeze(1)
+            order = weight[candidates].argsort(descending=True)[:number]
+            result[row, head, query, candidates[order]] = True
+    return result
 
 
 def log_features(x: Tensor, phi: RandomFeatures) -> tuple[Tensor, Tensor]:

@@ -20,6 +20,7 @@ __all__ = [
     "check_made_by",
     "check_near_field",
     "check_near_keys",
+    "check_num_heavy",
     "check_omega",
     "check_same_near_field",
     "check_seed",
@@ -202,11 +203,22 @@ def check_far_limit(far_limit: float | None, far: bool | None) -> None:
         )
 
 
+def check_num_heavy(num_heavy: int, far: bool | None) -> None:
+    """Raise unless heavy keys are a number of far keys, and no estimate counts them again."""
+    check_count("num_heavy", num_heavy, least=0)
+    if num_heavy and far is not False:
+        raise ValueError(
+            f"num_heavy={num_heavy} far keys are scored exactly, and the estimate of the far keys "
+            "would count them again: pass far=False with it, or num_heavy=0."
+        )
+
+
 def check_near_field(
     window_size: int | None,
     num_sinks: int,
     far: bool,
     far_limit: float | None,
+    num_heavy: int,
     query: Tensor,
     key: Tensor,
     *,
@@ -217,6 +229,7 @@ def check_near_field(
     """Raise unless an exact near field is possible with these arguments."""
     check_count("num_sinks", num_sinks, least=0)
     check_far_limit(far_limit, far)
+    check_num_heavy(num_heavy, far)
     if window_size is None:
         if num_sinks or not far or far_limit is not None:
             given = f"num_sinks={num_sinks}" if num_sinks else "far=False"

@@ -238,12 +238,19 @@ class NearField(NamedTuple):
     The position of a token is the number of real tokens before it, and its block is position //
     window_size. Near a query are the keys of its own block and of the neighboring ones (causal: of
     the one before, and its own up to itself), and the first `num_sinks` tokens. The others are
-    estimated by φ; without `far` they are left out.
+    estimated by φ; without `far` they are left out, but for the `num_heavy` ones that near queries
+    attended to most (`performers.backends.heavy`).
     """
 
     window_size: int
     num_sinks: int = 0
     far: bool = True
+    num_heavy: int = 0
+
+    @property
+    def num_sums(self) -> int:
+        """Near keys whose weights a state sums up."""
+        return 2 * self.window_size if self.num_heavy else 0
 
 
 @dataclass(frozen=True)
@@ -253,6 +260,9 @@ class NearKeys:
     `key`, `value`: those of the next token's own block, which is not full yet, and of the block
     before it. Places that belong to no position from 0 to `count` are 0.
     `sink_key`, `sink_value`: of the first tokens, as far as there are any.
+    `heavy_key`, `heavy_value`, `heavy_weight`: the heaviest of the far keys, and what near queries
+    paid each on average, −∞ where there is no key. `heavy_sums`: what `key` got so far, where there
+    are heavy keys.
     `pending`: sums over the first keys of the block before, as many as the own block has tokens.
     Each step adds one key to them. So when the own block is full, they are complete, just when the
     block before becomes far of all later tokens, and no step has to add a whole block.
@@ -262,6 +272,10 @@ class NearKeys:
     value: Float[Tensor, "batch key_heads two_blocks value_dim"]
     sink_key: Float[Tensor, "batch key_heads num_sinks dim"]
     sink_value: Float[Tensor, "batch key_heads num_sinks value_dim"]
+    heavy_key: Float[Tensor, "batch key_heads num_heavy dim"]
+    heavy_value: Float[Tensor, "batch key_heads num_heavy value_dim"]
+    heavy_weight: Float[Tensor, "batch key_heads num_heavy"]
+    heavy_sums: Float[Tensor, "batch key_heads two_blocks"]
     count: Int[Tensor, " batch"]
     pending: LinearState
 
@@ -283,6 +297,10 @@ class NearKeys:
             value=zeros(value, 2 * near.window_size),
             sink_key=zeros(key, near.num_sinks),
             sink_value=zeros(value, near.num_sinks),
+            heavy_key=zeros(key, near.num_heavy),
+            heavy_value=zeros(value, near.num_heavy),
+            heavy_weight=pending.normalizer.new_full((*key.shape[:2], near.num_heavy), -torch.inf),
+            heavy_sums=pending.normalizer.new_zeros(*key.shape[:2], near.num_sums),
             count=torch.zeros(len(key), dtype=torch.int64, device=key.device),
             pending=pending,
         )
@@ -294,6 +312,10 @@ class NearKeys:
             function(self.value),
             function(self.sink_key),
             function(self.sink_value),
+            function(self.heavy_key),
+            function(self.heavy_value),
+            function(self.heavy_weight),
+            function(self.heavy_sums),
             function(self.count),
             self.pending.map(function),
         )
@@ -380,7 +402,8 @@ class LinearState:
         # The near field is read off from shapes: two blocks of keys, the sinks, and no features if
         # nothing is far.
         size, sinks = self.near.key.shape[2] // 2, self.near.sink_key.shape[2]
-        return NearField(size, sinks, far=self.values.shape[2] > 0)
+        heavy = self.near.heavy_key.shape[2]
+        return NearField(size, sinks, self.values.shape[2] > 0, heavy)
 
     def emptied(self, where: Bool[Tensor, "batch 1 1"]) -> LinearState:
         """The same sums, but 0 for some sequences of the batch."""

@@ -59,7 +59,7 @@ def exact_estimates(monkeypatch):
 
     def attend(query, key, value, phi, **options):
         calls.append(options | {"query": query, "key": key, "phi": phi})
-        for word in ("window_size", "num_sinks", "far", "far_limit"):
+        for word in ("window_size", "num_sinks", "far", "far_limit", "num_heavy"):
             options.pop(word, None)
         return softmax_attention(query, key, value, **options)
 

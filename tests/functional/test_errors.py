@@ -246,6 +246,18 @@ class TestNearField:
                 *inputs(key_heads=6), SoftmaxFeatures(5), window_size=3, far_limit=far_limit
             )
 
+    def test_with_heavy_keys_that_would_be_counted_twice(self):
+        with refused("num_heavy=5 far keys are scored exactly, .* pass far=False with it"):
+            favor_attention(*inputs(key_heads=6), SoftmaxFeatures(5), window_size=3, num_heavy=5)
+
+    @pytest.mark.parametrize("num_heavy", [-1, 1.5, True])
+    def test_with_an_odd_number_of_heavy_keys(self, num_heavy):
+        with refused("num_heavy must be a whole number of at least 0"):
+            favor_attention(
+                *inputs(key_heads=6), SoftmaxFeatures(5), window_size=3, far=False,
+                num_heavy=num_heavy,
+            )  # fmt: skip
+
     def test_with_a_limit_on_far_keys_that_are_left_out(self):
         with refused("far_limit=0.2 limits the far keys, and far=False leaves them out"):
             favor_attention(

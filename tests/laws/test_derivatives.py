@@ -32,6 +32,7 @@ CALLS = [
     *(("sharp", is_causal, NEAR) for is_causal in CAUSAL),
     ("positive", True, NEAR | {"far": False}),
     ("positive", False, NEAR | {"far_limit": 0.1}),
+    *(("positive", is_causal, NEAR | {"far": False, "num_heavy": 2}) for is_causal in CAUSAL),
 ]
 every_operator = pytest.mark.parametrize(("name", "is_causal", "near"), CALLS)
 

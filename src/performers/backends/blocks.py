@@ -1,8 +1,8 @@
 """Attention with a near field of blocks, forward and backward by hand, a tile of blocks at a time.
 
-A block of queries scores the keys of its own and the neighboring blocks, and a few sinks, one by
-one. It meets all other keys through the features, each of which stands for all keys of one far
-block after another:
+A block of queries scores the keys of its own and the neighboring blocks, a few sinks, and the far
+keys that `heavy` chose for it, one by one. It meets all other keys through the features, each of
+which stands for all keys of one far block after another:
 
     keys       far: blocks … b−3, b−2  │ near: b−1, b, b+1 │  far: b+2, b+3 …   (causal: up to b)
 
@@ -80,6 +80,10 @@ class Problem(NamedTuple):
     sink_value: Float[Tensor, "heads sinks value_dim"]
     # the first query that sees each sink
     sink_start: Int[Tensor, "heads sinks"]
+    # far keys that each block scores one by one, and which of them there are not
+    heavy_key: Float[Tensor, "heads blocks heavy dim"]
+    heavy_value: Float[Tensor, "heads blocks heavy value_dim"]
+    heavy_hidden: Bool[Tensor, "heads blocks heavy"]
     # of the two sides, one row for all heads or one for each; no features: nothing far
     query_directions: Float[Tensor, "#heads num_features dim"]
     query_shift: Float[Tensor, "#heads 1 dim"] | None
@@ -262,13 +266,14 @@ class _Sizes:
         self.heads, self.group, self.length, self.dim = problem.query.shape
         self.value_dim, self.features = problem.average.shape[-1], problem.average.shape[-2]
         self.block, self.sinks = min(problem.window_size, self.length), problem.sink_key.shape[1]
+        self.heavy = problem.heavy_key.shape[2]
         self.count = -(-self.length // self.block)
         self.rows = self.group * self.block
         self.before = int(self.count > 1)  # blocks that are near beside a query's own
         self.after = 0 if problem.is_causal else self.before
         self.near = (1 + self.before + self.after) * self.block
         size = problem.average.element_size()
-        columns = self.near + self.sinks + self.features
+        columns = self.near + self.sinks + self.heavy + self.features
         self.tile = max(1, min(self.count, TILE_BYTES // (self.rows * columns * size)))
         averages = 4 * self.count * self.features * self.value_dim
         rows = self.count * self.block * 3 * (self.group + 2) * self.dim
@@ -312,6 +317,8 @@ class _Heads:
             whole[:, own.stop :].zero_()
         self.sink_key = problem.sink_key[heads].to(self.like) * (self.root * LOG2_E)
         self.sink_value = problem.sink_value[heads].to(self.like)
+        self.heavy_key = problem.heavy_key[heads].to(self.like) * (self.root * LOG2_E)
+        self.heavy_value = problem.heavy_value[heads].to(self.like)
         self.absent = self.hidden(problem.hidden_near, blocks * sizes.block, own)
         later = torch.ones(sizes.block, sizes.block, dtype=torch.bool, device=self.like.device)
         self.later = later.triu_(1)
@@ -426,7 +433,7 @@ class _Heads:
     def row_logits(
         self, index: int, directions_2: Tensor, tile: slice, numbers: Tensor
     ) -> list[Tensor]:
-        """What the queries of a tile score with near keys, with sinks and with features, each
+        """What the queries of a tile score with near keys, sinks, heavy keys and features, each
         [blocks, rows, ·] where there are any; the last without the numbers of rows."""
         sizes, problem = self.sizes, self.problem
         query, blocks = self.query[index, tile], tile.stop - tile.start
@@ -453,6 +460,11 @@ class _Heads:
             unseen = unseen.unflatten(0, (blocks, 1, sizes.block))
             sinks.unflatten(1, (sizes.group, sizes.block)).masked_fill_(unseen, HIDDEN)
             logits.append(sinks)
+        if sizes.heavy:
+            heavy = self.take("heavy logits", blocks, sizes.rows, sizes.heavy)
+            torch.bmm(query, self.heavy_key[index, tile].mT, out=heavy)
+            hidden = problem.heavy_hidden[self.heads.start + index, tile]
+            logits.append(heavy.masked_fill_(hidden.unsqueeze(1), HIDDEN))
         if sizes.features:
             features = self.take("feature logits", blocks, sizes.rows, sizes.features)
             y = self.query_y[index, tile.start * sizes.rows : tile.stop * sizes.rows]
@@ -467,11 +479,13 @@ class _Heads:
         return rows[tile].unsqueeze(-1)
 
     def values(self, index: int, tile: slice, far: Tensor) -> list[Tensor]:
-        """Of near keys, of sinks and of features, in the order of `row_logits`."""
+        """In the order of `row_logits`."""
         values = [self.windows(self.value[index], tile)]
         if self.sizes.sinks:
             sinks = self.sink_value[index]
             values.append(sinks.expand(len(values[0]), -1, -1))
+        if self.sizes.heavy:
+            values.append(self.heavy_value[index, tile])
         if self.sizes.features:
             values.append(far[index, tile].mT)
         return values
@@ -562,6 +576,8 @@ class _Backward(_Heads):
         self.of_value = self.take("of value", *self.value.shape).zero_()
         self.of_sink_key = torch.zeros_like(self.sink_key)
         self.of_sink_value = torch.zeros_like(self.sink_value)
+        self.of_heavy_key = torch.empty_like(self.heavy_key)
+        self.of_heavy_value = torch.empty_like(self.heavy_value)
         if sizes.features:
             self.of_query_y = self.take("of query y", *self.query_y.shape)
             self.of_query_number = self.take("of query number", *self.query_number.shape)
@@ -617,6 +633,13 @@ class _Backward(_Heads):
                     self.of_sink_value[index].addmm_(sinks.mT, of_out.flatten(0, 1))
                     self.of_sink_key[index].addmm_(of_sinks.mT, flat, alpha=1 / LOG2_E)
                     of_flat.addmm_(of_sinks, self.sink_key[index], alpha=1 / LOG2_E)
+                if sizes.heavy:
+                    part = 1 + bool(sizes.sinks)
+                    heavy, of_heavy = weights[part], of_logits[part]
+                    torch.bmm(heavy.mT, of_out, out=self.of_heavy_value[index, tile])
+                    torch.bmm(of_heavy.mT, query, out=self.of_heavy_key[index, tile])
+                    key = self.heavy_key[index, tile]
+                    of_query.baddbmm_(of_heavy, key, alpha=1 / LOG2_E)
                 if sizes.features:
                     features, of_features = weights[-1], of_logits[-1]
                     torch.bmm(of_out.mT, features, out=of_average[index, tile])
@@ -706,7 +729,7 @@ def forward(problem: Problem) -> BlockAttention:
 
 # The arguments that have a gradient, in the order of `Problem`.
 DIFFERENTIABLE = (
-    "query", "key", "value", "sink_key", "sink_value",
+    "query", "key", "value", "sink_key", "sink_value", "heavy_key", "heavy_value",
     "query_directions", "key_directions", "tilt", "log_mass", "average",
 )  # fmt: skip
 SHARED = ("query_directions", "key_directions", "tilt")  # which heads may have in common
@@ -745,6 +768,9 @@ def backward(
         of["value"][heads] = work.of_value[:, work.own]
         of["sink_key"][heads] = work.of_sink_key * (work.root * LOG2_E)
         of["sink_value"][heads] = work.of_sink_value
+        # of logits in base 2, by keys in base e
+        of["heavy_key"][heads] = work.of_heavy_key * work.root
+        of["heavy_value"][heads] = work.of_heavy_value
         if with_directions:
             for name in SHARED:
                 part, whole = getattr(work, f"of_{name}"), of[name]
@@ -771,6 +797,8 @@ def plain(*arguments: Any) -> BlockAttention:
     query = problem.query.to(dtype) * root
     key, sink_key = (x.to(dtype).unsqueeze(1) * root for x in (problem.key, problem.sink_key))
     value, sink_value = (x.to(dtype).unsqueeze(1) for x in (problem.value, problem.sink_value))
+    heavy_key = problem.heavy_key.to(dtype).unsqueeze(1) * root
+    heavy_value = problem.heavy_value.to(dtype).unsqueeze(1)
     query_side = LogLinearSide(
         problem.query_directions.unsqueeze(1), 0.0, problem.tilt, one(problem.query_shift),
         one(problem.query_matrix), one(problem.query_linear),
@@ -809,12 +837,13 @@ def plain(*arguments: Any) -> BlockAttention:
             visible = ~problem.hidden_near[:, None, None, near]
         if problem.is_causal:
             visible = visible & (place[near] <= row_place)
-        masks = row_place >= problem.sink_start[:, None, None], visible
+        masks = [row_place >= problem.sink_start[:, None, None], visible]
+        exact = [(sink_key, sink_value), (key[:, :, near], value[:, :, near])]
+        if heavy_key.shape[3]:
+            masks.append(~problem.heavy_hidden[:, None, block, None])
+            exact.append((heavy_key[:, :, block], heavy_value[:, :, block]))
         mask = torch.cat([x.expand(-1, 1, len(row_place), -1) for x in masks], dim=-1)
-        keys, values = (
-            torch.cat([sinks, x[:, :, near]], dim=2)
-            for sinks, x in ((sink_key, key), (sink_value, value))
-        )
+        keys, values = (torch.cat(x, dim=2) for x in zip(*exact, strict=True))
         partial = exact_partial(rows, keys, values, mask)
         log_factor = partial.normalizer[..., :0]
         if has_features:
@@ -845,6 +874,7 @@ def plain(*arguments: Any) -> BlockAttention:
 SCHEMA = (
     "Tensor query, Tensor key, Tensor value, Tensor? hidden_near, Tensor? hidden_far, "
     "Tensor sink_key, Tensor sink_value, Tensor sink_start, "
+    "Tensor heavy_key, Tensor heavy_value, Tensor heavy_hidden, "
     "Tensor query_directions, Tensor? query_shift, Tensor? query_matrix, Tensor? query_linear, "
     "Tensor key_directions, Tensor? key_shift, Tensor? key_matrix, Tensor? key_linear, "
     "Tensor tilt, Tensor log_mass, Tensor average, int window_size, float scale, bool is_causal, "
@@ -882,7 +912,7 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
     # no lists of tensors: PyTorch cannot batch those (`is_grads_batched=True`)
     schema=f"({SCHEMA}, {', '.join(f'Tensor {name}' for name in OUTPUTS)}, "
     f"{', '.join(f'Tensor {name}_gradient' for name in OUTPUTS)}, bool with_directions) "
-    f"-> ({', '.join(['Tensor'] * 10)})",
+    f"-> ({', '.join(['Tensor'] * len(DIFFERENTIABLE))})",
 )
 def _block_attention_backward(*arguments: Any) -> tuple[Tensor, ...]:
     *of_problem, with_directions = arguments

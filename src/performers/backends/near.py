@@ -19,6 +19,7 @@ from performers.backends.blocks import BlockAttention, Problem, block_attention
 from performers.backends.call import Call
 from performers.backends.derivatives import is_transformed
 from performers.backends.fused_softmax import HIDDEN
+from performers.backends.heavy import Kept, heavy_keys
 from performers.backends.reference import remembered
 from performers.backends.slots import Slots
 from performers.backends.tiles import absorb_one
@@ -62,6 +63,7 @@ def attend(
     if call.has_state:  # whose sums leave out what is near of the tokens to come
         later = slots.positions() >= slots.next_start()
         hidden_far = later if hidden is None else later | hidden
+    heavy = heavy_keys(call, slots, state.near)
     sides = _Sides.of(call.phi, dtype) if near.far else _Sides.of_nothing(key, dtype)
     log_mass, average = sides.averages(state)
     found = operator(
@@ -74,6 +76,9 @@ def attend(
             sink_key.flatten(0, 1),
             sink_value.flatten(0, 1),
             sink_start.repeat_interleave(heads, 0),
+            heavy.of_blocks.key.flatten(0, 1),
+            heavy.of_blocks.value.flatten(0, 1),
+            (heavy.of_blocks.weight == -torch.inf).flatten(0, 1),
             **sides.arguments(batch, heads),
             log_mass=log_mass,
             average=average,
@@ -88,7 +93,7 @@ def attend(
     if not call.has_state:
         return out, state
     after = sides.sums(found.log_mass, found.average, state)
-    return out, replace(after, near=remembered(call, slots, state))
+    return out, replace(after, near=remembered(call, slots, state, heavy))
 
 
 class _Sides(NamedTuple):
@@ -188,6 +193,10 @@ def _step(
         sink_value = torch.where(is_own, value.to(sink_value.dtype), sink_value)
         logits = exact_row @ sink_key.to(dtype).mT
         parts.append((logits.masked_fill(sink > count, -torch.inf), sink_value.to(dtype)))
+    if near.num_heavy:
+        logits = exact_row @ earlier.heavy_key.to(dtype).mT
+        absent = earlier.heavy_weight.unsqueeze(2) == -torch.inf
+        parts.append((logits.masked_fill(absent, -torch.inf), earlier.heavy_value.to(dtype)))
     if near.far:
         exponent = call.phi.query_features(row).exponent() + state.log_scale.unsqueeze(2)
         if call.far_limit is not None:
@@ -204,7 +213,8 @@ def _step(
     frame = logits.detach().amax(dim=-1, keepdim=True)
     weights = (logits - frame).exp()
     first, *others = weights.split([part.shape[-1] for part, _ in parts], dim=-1)
-    normalizer = weights[..., : 2 * size + near.num_sinks].sum(dim=-1, keepdim=True)
+    num_exact = 2 * size + near.num_sinks + near.num_heavy
+    normalizer = weights[..., :num_exact].sum(dim=-1, keepdim=True)
     if near.far:
         normalizer = normalizer + others[-1] @ state.normalizer.unsqueeze(-1)
     numerator = first @ wide_values
@@ -226,14 +236,24 @@ def _step(
             is_pending = is_pending & key_mask[:, None, None]
         features = call.phi.key_features(call.scaled(one_key))
         pending = absorb_one(pending, features, one_value.to(dtype), is_pending[..., 0, 0])
+    heavy, sums = Kept.of(earlier), earlier.heavy_sums
+    if near.num_heavy:
+        paid = logits[..., : 2 * size + near.num_sinks].detach().softmax(dim=-1)
+        paid = paid[..., : 2 * size].sum(dim=2)
+        sums = sums + (paid if key_mask is None else paid * key_mask[:, None])
     if torch.compiler.is_compiling() or is_transformed() or bool(is_full.any()):
         # The block before is far of all that comes, and the token's own is the block before.
         full = is_full.squeeze(3)
-        sums = replace(state, near=None).merge(pending.emptied(~full))
-        state, pending = replace(sums, near=earlier), pending.emptied(full)
+        merged = replace(state, near=None).merge(pending.emptied(~full))
+        state, pending = replace(merged, near=earlier), pending.emptied(full)
+        if near.num_heavy:
+            is_known = (count + slot)[:, :, 0, :size] >= near.num_sinks
+            heavier = heavy.with_block(keys[:, :, :size], values[:, :, :size], sums, is_known)
+            heavy = heavy.where(full, heavier)
+            sums = torch.where(full, F.pad(sums[..., size:], (0, size)), sums)
         keys, values = (
             torch.where(is_full, F.pad(x[:, :, size:], (0, 0, 0, size)), x) for x in (keys, values)
         )
     count = earlier.count + (1 if key_mask is None else key_mask.squeeze(1))
-    after = NearKeys(keys, values, sink_key, sink_value, count, pending)
+    after = NearKeys(keys, values, sink_key, sink_value, *heavy, sums, count, pending)
     return out, replace(state, near=after)

@@ -24,6 +24,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from performers.backends.call import Call
+from performers.backends.heavy import HeavyKeys, heavy_keys
 from performers.backends.slots import Slots
 from performers.typing import (
     Features,
@@ -142,6 +143,8 @@ def _attend_near(
     sink_key, sink_value, is_sink = slots.sinks(state.near)
     query, value = call.scaled(slots.query), slots.value.to(call.dtype)
     key, sink_key = call.scaled(slots.key), call.scaled(sink_key)
+    heavy = heavy_keys(call, slots, state.near)
+    heavy_key, heavy_value = call.scaled(heavy.of_blocks.key), heavy.of_blocks.value.to(call.dtype)
     features = call.phi.key_features(key)
     exact_keys = torch.cat([sink_key, key], dim=2)
     exact_values = torch.cat([sink_value.to(call.dtype), value], dim=2)
@@ -162,6 +165,11 @@ def _attend_near(
         # twice.
         mask = torch.cat([seen_sinks, seen & is_near], dim=1)[:, None, None, :]
         partial = exact_partial(row, exact_keys, exact_values, mask)
+        if near.num_heavy:
+            number = slot // near.window_size
+            of_block = (x[:, :, number] for x in (heavy_key, heavy_value))
+            is_there = heavy.of_blocks.weight[:, :, number, None] > -torch.inf
+            partial = partial.merge(exact_partial(row, *of_block, is_there))
         if near.far:
             far = absorb(state, features, value, seen & ~is_near)
             estimated_far = read(far, call.phi.query_features(row))
@@ -174,10 +182,10 @@ def _attend_near(
         return out, state
     if near.far:
         state = absorb(state, features, value, estimated & (positions < slots.next_start()))
-    return out, replace(state, near=remembered(call, slots, state))
+    return out, replace(state, near=remembered(call, slots, state, heavy))
 
 
-def remembered(call: Call, slots: Slots, state: LinearState) -> NearKeys:
+def remembered(call: Call, slots: Slots, state: LinearState, heavy: HeavyKeys) -> NearKeys:
     """What a state keeps for the tokens that come after these slots, besides its sums."""
     near, start = slots.near, slots.next_start()
     position = start + torch.arange(2 * near.window_size, device=start.device)
@@ -193,7 +201,8 @@ def remembered(call: Call, slots: Slots, state: LinearState) -> NearKeys:
         # Of the block before, as many keys as the own block has tokens; sinks are never summed.
         mask = (first >= near.num_sinks) & (first >= 0) & (first < slots.count - near.window_size)
         pending = absorb(pending, features, first_values, mask)
-    return NearKeys(key, value, sink_key, sink_value, slots.count.squeeze(1), pending)
+    count = slots.count.squeeze(1)
+    return NearKeys(key, value, sink_key, sink_value, *heavy.later, heavy.sums, count, pending)
 
 
 def _no_rows(

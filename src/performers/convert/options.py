@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from performers.checks import check_choice, check_count, check_far_limit
+from performers.checks import check_choice, check_count, check_far_limit, check_num_heavy
 from performers.diagnosis.frontier import NUM_SINKS, Frontier
 from performers.functional.projections import PROJECTIONS
 from performers.nn import KernelFeatures, SharpFeatures, SoftmaxFeatures
@@ -50,6 +50,8 @@ class FavorOptions:
     field. A `window_size` of 0 is no near field; None is 128, or 0 for features that cannot be
     combined with exact scores: kernels and trigonometric ones. `num_sinks` None is 4 in a near
     field, because trained models put attention that they have no use for on the first tokens.
+    `num_heavy`: with far=False, so many far keys stay exact, those that near queries attended to
+    most.
     `far` None is True, but `performers convert` measures both and leaves the far field out where
     the model is closer to the exact one without it.
     `layers`: numbers of the layers that are converted, the others stay exact. None: all, other than
@@ -68,6 +70,7 @@ class FavorOptions:
     num_sinks: int | None = None
     far: bool | None = None
     far_limit: float | None = None
+    num_heavy: int = 0
     layers: Sequence[int] | None = None
     exact_heads: Mapping[int, Sequence[int]] = field(default_factory=dict, hash=False)
     seed: int = 0
@@ -96,6 +99,7 @@ class FavorOptions:
                     f"{self.features!r} with window_size={self.window_size}. Pass window_size=0."
                 )
         check_far_limit(self.far_limit, self.far)
+        check_num_heavy(self.num_heavy, self.far)
         if not self.window_size and (self.num_sinks or self.far is False or self.far_limit):
             raise ValueError(
                 "num_sinks, far=False and far_limit belong to an exact near field, and there is "
@@ -180,6 +184,7 @@ class FavorOptions:
             "num_sinks": self.num_sinks,
             "far": self.far is not False,
             "far_limit": self.far_limit,
+            "num_heavy": self.num_heavy,
         }
 
     def converts(self, number: int, layer_types: Sequence[str]) -> bool:

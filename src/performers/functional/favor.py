@@ -33,6 +33,7 @@ def favor_attention(
     num_sinks: int = ...,
     far: bool = ...,
     far_limit: float | None = ...,
+    num_heavy: int = ...,
     initial_state: LinearState | None = ...,
     return_state: Literal[False] = ...,
     backend: str | None = ...,
@@ -54,6 +55,7 @@ def favor_attention(
     num_sinks: int = ...,
     far: bool = ...,
     far_limit: float | None = ...,
+    num_heavy: int = ...,
     initial_state: LinearState | None = ...,
     *,
     return_state: Literal[True],
@@ -75,6 +77,7 @@ def favor_attention(
     num_sinks: int = 0,
     far: bool = True,
     far_limit: float | None = None,
+    num_heavy: int = 0,
     initial_state: LinearState | None = None,
     return_state: bool = False,
     backend: str | None = None,
@@ -100,6 +103,9 @@ def favor_attention(
     `far_limit`: the far keys of a query together weigh at most this multiple of what its near keys
     and sinks weigh. Estimates have a heavy tail, which does a trained model more harm than what a
     limit takes away; 0.2 is a good one (docs/conversion.md). None: no limit, estimates unbiased.
+    `num_heavy`: with far=False, this many of the far keys stay exact, those that near queries
+    attended to most: for each block of queries and each key head the heaviest so far, in causal
+    attention; in bidirectional attention the heaviest of both sides.
     `initial_state`, `return_state`: continue a sequence. Prefill, chunked prefill and one-token
     decoding are this same call. With `return_state=True` the result is `(out, LinearState)`.
     `backend`: None chooses; "reference", "chunked", "landmarks" or "triton" is obeyed or refused.
@@ -151,6 +157,7 @@ def favor_attention(
         num_sinks=num_sinks,
         far=far,
         far_limit=far_limit,
+        num_heavy=num_heavy,
         initial_state=initial_state,
         return_state=return_state,
         backend=backend,

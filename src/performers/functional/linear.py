@@ -38,6 +38,7 @@ def linear_attention(
     num_sinks: int = 0,
     far: bool = True,
     far_limit: float | None = None,
+    num_heavy: int = 0,
     initial_state: LinearState | None = None,
     return_state: bool = False,
     backend: str | None = None,
@@ -76,19 +77,22 @@ def linear_attention(
         num_sinks,
         far,
         far_limit,
+        num_heavy,
         query,
         key,
         estimates_softmax=phi.is_softmax and is_log_linear(phi),
         is_causal=is_causal,
         has_state=has_state,
     )
-    near = None if window_size is None else NearField(window_size, num_sinks, far)
+    near = None if window_size is None else NearField(window_size, num_sinks, far, num_heavy)
     if near is not None and has_state:
-        check_near_keys(window_size, num_sinks, key, value)
+        check_near_keys(window_size, num_sinks + num_heavy, key, value)
     elif near is not None and not torch.compiler.is_compiling():  # where lengths are symbols
         # A block, and the first tokens, are no longer than all of them.
         length = max(1, key.shape[2])
-        near = NearField(min(near.window_size, length), min(num_sinks, length), far)
+        near = NearField(
+            min(near.window_size, length), min(num_sinks, length), far, min(num_heavy, length)
+        )
     batch, key_heads, _, value_dim = value.shape
     # Sums stop growing in half precision after some hundred terms, so states are float32 at least.
     dtype = torch.promote_types(value.dtype, torch.float32)
@@ -150,6 +154,10 @@ def _state_shapes(
         "near.value": (*heads, 2 * near.window_size, value_dim),
         "near.sink_key": (*heads, near.num_sinks, dim),
         "near.sink_value": (*heads, near.num_sinks, value_dim),
+        "near.heavy_key": (*heads, near.num_heavy, dim),
+        "near.heavy_value": (*heads, near.num_heavy, value_dim),
+        "near.heavy_weight": (*heads, near.num_heavy),
+        "near.heavy_sums": (*heads, near.num_sums),
         "near.count": (batch,),
         **{f"near.{name}": shape for name, shape in sums.items()},
     }

@@ -52,6 +52,7 @@ def attention_matrix(
     num_sinks: int = 0,
     far: bool = True,
     far_limit: float | None = None,
+    num_heavy: int = 0,
 ) -> Float[Tensor, "batch heads query_length key_length"]:
     """The matrix that `favor_attention` with these arguments applies to its values: D⁻¹ Q′K′ᵀ.
 
@@ -75,6 +76,7 @@ def attention_matrix(
             num_sinks=num_sinks,
             far=far,
             far_limit=far_limit,
+            num_heavy=num_heavy,
         ),
         key,
     )

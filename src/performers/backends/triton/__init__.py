@@ -34,6 +34,8 @@ def refusal(call: Call, query: Tensor, key: Tensor, value: Tensor) -> str | None
     plan = kernel_map(call.phi, query)
     if plan is None and (call.near is None or call.near.far):
         return f"it computes {SUPPORTED}, and {type(call.phi).__name__} is none of these"
+    if call.near is not None and call.near.num_heavy:
+        return "its kernels score keys near a block and sinks, and no others one by one (num_heavy)"
     if call.far_limit is not None:
         return "its kernels keep near and far keys in one sum, and far_limit needs two"
     if query.dtype not in OPERANDS:
