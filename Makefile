@@ -9,7 +9,7 @@ PYTEST := $(VENV)/bin/python -m pytest
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint format clean
+.PHONY: help demo test test-slow lint format package clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -32,6 +32,12 @@ lint: $(VENV)/installed-for-development ## check style, formatting and types
 format: $(VENV)/installed-for-development ## rewrite the code in the project's format
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
+
+package: $(VENV)/installed-for-development ## build the wheel and the sdist into dist/, and check them
+	rm -rf dist
+	$(INSTALL) ".[release]"
+	$(VENV)/bin/python -m build
+	$(VENV)/bin/twine check --strict dist/*
 
 clean: ## remove the environment and the caches; runs/ stays
 	rm -rf $(VENV) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache

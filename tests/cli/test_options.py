@@ -60,6 +60,15 @@ def generate(options: str, place: str, argument: str, value: object) -> Call:
     return Call(line, f"performers.train.generate.{place}", argument, value)
 
 
+def embed(options: str, place: str, argument: str, value: object) -> Call:
+    line = f"embed {{masked}} {{fasta}} --output {{new}}/vectors.npz {options}"
+    return Call(line, f"performers.train.{place}", argument, value)
+
+
+def fill(options: str, place: str, argument: str, value: object) -> Call:
+    return Call(f"fill {{masked}} MK? {options}", f"performers.train.fill.{place}", argument, value)
+
+
 def proteins(options: str, argument: str, value: object) -> Call:
     line = f"data proteins {{new}}/set.fasta.gz {options}"
     return Call(line, "performers.data.fetch.fetch_proteins", argument, value)
@@ -132,6 +141,23 @@ EFFECTS: dict[str, dict[str, Call | Shown]] = {
             "--temperature 0.5", "GenerationConfig", "temperature", 0.5
         ),
         "seed": generate("--seed 7", "torch.manual_seed", "seed", 7),
+    },
+    "embed": {
+        "checkpoint": embed("", "embed.load_model", "checkpoint", "{masked}"),
+        "data": embed("", "embed.read_fasta", "paths", ["{fasta}"]),
+        "output": embed("", "Embedding.prepare", "output", "{new}/vectors.npz"),
+        "pooling": embed("--pooling residue", "Embedding.run", "self.pooling", "residue"),
+        "batch_tokens": embed("--batch-tokens 31", "Embedding.run", "self.batch_tokens", 31),
+        "resume": embed("--resume", "Embedding._make_place", "resume", True),
+        "force": embed("--force", "Embedding._make_place", "force", True),
+    },
+    "fill": {
+        "checkpoint": fill("", "load_model", "checkpoint", "{masked}"),
+        "sequence": fill("", "encode", "sequence", "MKX"),
+        "top": Shown("fill {masked} MK? --top 3 --json", lambda out: out.count("0."), 3),
+        "json_output": Shown(
+            "fill {masked} MK? --json", lambda out: json.loads(out)["residues"][0]["position"], 3
+        ),
     },
     "report": {"run": Call("report {new}", "performers.viz.write_report", "run", "{new}")},
     "reproduce": {

@@ -13,7 +13,9 @@ import typer
 from performers.cli.benchmark import benchmark
 from performers.cli.convert import convert
 from performers.cli.diagnose import diagnose
+from performers.cli.embed import embed
 from performers.cli.evaluate import evaluate
+from performers.cli.fill import fill
 from performers.cli.generate import generate
 from performers.cli.info import info
 from performers.cli.proteins import proteins
@@ -28,6 +30,8 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "train": train,
     "evaluate": evaluate,
     "generate": generate,
+    "embed": embed,
+    "fill": fill,
     "report": report,
     "convert": convert,
     "diagnose": diagnose,

@@ -5,7 +5,9 @@ convert` with a pretrained model, from Python.
 from performers.train.checkpoints import UnsavedError
 from performers.train.config import DataConfig, RunConfig, load_config, shipped_configs
 from performers.train.conversion_run import Conversion, ConversionConfig
+from performers.train.embed import Embedding
 from performers.train.evaluate import Evaluation
+from performers.train.fill import Filling
 from performers.train.generate import Generation
 from performers.train.run import Run, has_finished, holds_run
 from performers.train.tables import results_table, scores_table
@@ -14,7 +16,9 @@ __all__ = [
     "Conversion",
     "ConversionConfig",
     "DataConfig",
+    "Embedding",
     "Evaluation",
+    "Filling",
     "Generation",
     "Run",
     "RunConfig",

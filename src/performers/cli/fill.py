@@ -1,0 +1,43 @@
+"""`performers fill`: what a masked model expects at hidden residues."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from performers.cli.errors import one_line_errors
+
+__all__ = ["fill"]
+
+
+def fill(
+    checkpoint: Annotated[Path, typer.Argument(help="A run folder or its model/ folder.")],
+    sequence: Annotated[
+        str, typer.Argument(help="A protein in which ? or <mask> hides a residue.")
+    ],
+    top: Annotated[int, typer.Option(help="Likeliest amino acids of each residue.")] = 5,
+    json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Print the likeliest amino acids of hidden residues, and the protein filled with them.
+
+    Examples:
+
+        performers fill runs/protein-mlm 'MKT?YIAKQR?SFVK'
+
+        performers fill runs/protein-mlm 'MKT?YIAK' --top 3 --json
+    """
+    from performers.train import Filling
+
+    with one_line_errors():
+        filling = Filling.prepare(checkpoint, sequence, top=top)
+    found = filling.run()
+    if json_output:
+        typer.echo(json.dumps(found, indent=2))
+        return
+    for residue in found["residues"]:
+        likely = "  ".join(f"{letter} {chance:.3f}" for letter, chance in residue["likely"].items())
+        typer.echo(f"{residue['position']:>6}  {likely}")
+    typer.echo(found["sequence"])
