@@ -15,6 +15,7 @@ from performers.cli.convert import convert
 from performers.cli.diagnose import diagnose
 from performers.cli.evaluate import evaluate
 from performers.cli.generate import generate
+from performers.cli.import_checkpoint import import_checkpoint
 from performers.cli.info import info
 from performers.cli.proteins import proteins
 from performers.cli.report import report
@@ -30,6 +31,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "generate": generate,
     "report": report,
     "convert": convert,
+    "import-checkpoint": import_checkpoint,
     "diagnose": diagnose,
     "benchmark": benchmark,
     "reproduce": reproduce,
