@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+import struct
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,23 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 __all__ = ["describe_source", "read_tensors"]
+
+# What the readers of torch, numpy and safetensors raise for files with wrong bytes in them.
+DAMAGED = (
+    SafetensorError,
+    ValueError,
+    RuntimeError,
+    OSError,
+    EOFError,
+    LookupError,
+    AssertionError,
+    AttributeError,
+    TypeError,
+    OverflowError,
+    struct.error,
+    zipfile.BadZipFile,
+    zlib.error,
+)
 
 
 def read_tensors(source: str | Path | Mapping[str, Any]) -> dict[str, Tensor]:
@@ -59,14 +78,7 @@ def _read_file(path: Path) -> Mapping[str, Any]:
             "they are loaded, or is no file of torch.save. Where you trust it, load it there and "
             "save the tensors: torch.save(model.state_dict(), path)."
         ) from error
-    except (
-        SafetensorError,
-        ValueError,
-        RuntimeError,
-        EOFError,
-        KeyError,
-        zipfile.BadZipFile,
-    ) as error:
+    except DAMAGED as error:
         raise ValueError(
             f"{path} cannot be read: {error}. It must be a whole file of torch.save, safetensors "
             "(.safetensors) or numpy.savez (.npz), without objects."
