@@ -41,7 +41,7 @@ def test_the_future_reaches_the_past_only_there(found):
 
 def test_padding_shrinks_outputs_only_there(found):
     for share, of in found["padding"].items():
-        assert of["here"] == pytest.approx(1, abs=1e-5)
+        assert of["here"] == pytest.approx(1, abs=1e-4)
         assert of["there"] < 1.2 * (1 - float(share))
 
 
