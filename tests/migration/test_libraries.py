@@ -112,6 +112,14 @@ def test_google_jax(tokens, omega, kernel, is_causal, is_padded, is_linen):
     assert_equal(model, tokens, mask, restated.google(tree, tokens, mask, is_causal, kernel))
 
 
+def test_google_jax_where_queries_and_keys_are_so_large_that_normalizers_are_small(tokens):
+    """Rows with D of at most 1e-6, to which 2e-6 is added there."""
+    tree = restated.google_tree(omega="own")
+    for part in ("query", "key"):
+        tree["Transformer1DBlock_2"]["SelfAttention_1"][part]["kernel"] *= 4
+    assert_equal(import_checkpoint(tree, "google-jax"), tokens, None, restated.google(tree, tokens))
+
+
 def test_attention_layers_alone():
     torch.manual_seed(0)
     x = torch.randn(2, 41, HIDDEN)
