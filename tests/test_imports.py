@@ -25,7 +25,7 @@ LAYERS = (
     {"reproduction"},
     {"speed"},
     {"train", "viz"},
-    {"convert"},
+    {"convert", "migration"},
     {"models", "diagnosis"},
     {"nn", "baselines", "distributed", "sklearn"},
     {"functional"},

@@ -28,6 +28,7 @@ if TYPE_CHECKING:  # for type checkers and editors: what the table below says at
         favor_attention,
         softmax_attention,
     )
+    from performers.migration import import_checkpoint
     from performers.models import (
         PerformerConfig,
         PerformerForCausalLM,
@@ -61,6 +62,7 @@ __all__ = [
     "diagnose",
     "draw_projection",
     "favor_attention",
+    "import_checkpoint",
     "linearize",
     "load_linearized",
     "register",
@@ -80,6 +82,7 @@ _HOME = {
     "draw_projection": "functional",
     "favor_attention": "functional",
     "softmax_attention": "functional",
+    "import_checkpoint": "migration",
     "PerformerConfig": "models",
     "PerformerForCausalLM": "models",
     "PerformerForMaskedLM": "models",

@@ -13,7 +13,9 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
+import restated
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -102,6 +104,15 @@ def convert(options: str, argument: str, value: object, place: str = "Conversion
     if "--error" not in options:
         line += " --window 3"
     return Call(line, f"performers.train.conversion_run.{place}", argument, value)
+
+
+def imported(
+    checkpoint: str, options: str, argument: Any, value: object, place: str = "PerformerConfig"
+) -> Call:
+    """`checkpoint`: the name of a library, which is that of a file of it, too."""
+    library = f"--library {checkpoint}"
+    line = f"import-checkpoint {{{checkpoint}}} {library} --output {{new}}/out {options}"
+    return Call(line, f"performers.migration.importing.{place}", argument, value)
 
 
 TRAINED = "--transfer-steps 0"
@@ -262,6 +273,34 @@ EFFECTS: dict[str, dict[str, Call | Shown]] = {
         "resume": convert("--resume", "resume", True),
         "force": convert("--force", "force", True),
     },
+    "import-checkpoint": {
+        "source": imported(
+            "google-jax", "", "source", "{google-jax}", "read_tensors"
+        ),
+        "output": Call(
+            "import-checkpoint {performer-pytorch} --library performer-pytorch --output {new}/out",
+            "performers.PerformerForMaskedLM.save_pretrained", "save_directory", "{new}/out",
+        ),
+        "library": imported("google-jax", "", "word", "google-jax", "check_choice"),
+        "causal": imported("performer-pytorch", "--causal", "is_decoder", True),
+        "features": imported(
+            "performer-pytorch", "--features relu", "attention", "performer-relu"
+        ),
+        "heads": imported("fast-transformers", "--heads 5", "num_attention_heads", 5),
+        "num_projections": imported("google-jax", "--num-projections 19", "num_projections", 19),
+        "activation": imported("performer-pytorch", "--activation relu", "hidden_act", "relu"),
+        "scale": imported(
+            "performer-pytorch", "--scale 0.25", lambda call: call["dialect"]["scale"], 0.25
+        ),
+        "prefix": imported(
+            "performer-pytorch", "--prefix module.", "prefix", "module.", "_renamed"
+        ),
+        "force": Call(
+            "import-checkpoint {performer-pytorch} --library performer-pytorch --output {bert} "
+            "--force",
+            "performers.migration.importing.PerformerConfig", "hidden_size", restated.HIDDEN,
+        ),
+    },
 }  # fmt: skip
 
 
@@ -311,7 +350,16 @@ def files(tmp_path_factory) -> dict[str, str]:
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, unk_token="[UNK]", pad_token="[PAD]"
     ).save_pretrained(folder / "bert")
+    checkpoints = {
+        "performer-pytorch": folder / "performer.pt",
+        "fast-transformers": folder / "encoder.safetensors",
+        "google-jax": folder / "params.npz",
+    }
+    torch.save(restated.performer_pytorch_weights(), checkpoints["performer-pytorch"])
+    save_file(restated.fast_transformers_weights(False), checkpoints["fast-transformers"])
+    np.savez(checkpoints["google-jax"], **restated.google_arrays(restated.google_tree()))
     return {
+        **{library: str(path) for library, path in checkpoints.items()},
         "fasta": str(folder / "set.fasta"), "text": str(folder / "text.txt"),
         "tensors": str(folder / "attention.safetensors"),
         **{name: str(folder / name) for name in ("masked", "causal", "bert")},

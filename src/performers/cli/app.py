@@ -17,6 +17,7 @@ from performers.cli.embed import embed
 from performers.cli.evaluate import evaluate
 from performers.cli.fill import fill
 from performers.cli.generate import generate
+from performers.cli.import_checkpoint import import_checkpoint
 from performers.cli.info import info
 from performers.cli.proteins import proteins
 from performers.cli.report import report
@@ -34,6 +35,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "fill": fill,
     "report": report,
     "convert": convert,
+    "import-checkpoint": import_checkpoint,
     "diagnose": diagnose,
     "benchmark": benchmark,
     "reproduce": reproduce,

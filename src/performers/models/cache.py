@@ -23,5 +23,5 @@ class PerformerCache(Cache):
     """
 
     def __init__(self, config: PerformerConfig) -> None:
-        memory = causal_memory(config.attention)
+        memory = causal_memory(config)
         super().__init__(layers=[memory() for _ in range(config.num_hidden_layers)])

@@ -11,7 +11,13 @@ from transformers.activations import ACT2FN
 from performers.checks import check_choice, check_count
 from performers.functional.projections import DISTRIBUTIONS, PROJECTIONS
 from performers.models.fields import PerformerFields
-from performers.models.mechanisms import MECHANISMS, causal_memory, in_current_words
+from performers.models.mechanisms import (
+    MECHANISMS,
+    causal_memory,
+    check_dialect,
+    has_epsilon_features,
+    in_current_words,
+)
 from performers.models.positions import POSITIONS
 
 __all__ = ["SIZES", "PerformerConfig"]
@@ -53,7 +59,7 @@ class PerformerConfig(PerformerFields):
     `kernel_epsilon`: see `KernelFeatures`. `projection=None` is a kernel without ω.
     `window_size`: positive estimates of softmax score the keys of neighboring blocks of this size
     exactly, see `favor_attention`.
-    `position`: "rotary", "learned" (limited to `max_position_embeddings`) or "sinusoidal";
+    `position`: "rotary", "learned" (limited to `max_position_embeddings`), "sinusoidal" or "none";
     `rope_theta` is the base of both rotary and sinusoidal wavelengths.
     `head_dim`: of queries, keys and values; hidden_size / num_attention_heads unless given. With
     another the projections lead from hidden_size to num_attention_heads · head_dim and back.
@@ -61,6 +67,13 @@ class PerformerConfig(PerformerFields):
     `is_decoder`: causal attention. PerformerForCausalLM and PerformerForMaskedLM set it themselves.
     `hidden_dropout_prob` drops embeddings and the outputs of sublayers; attention weights are
     never formed and never dropped.
+
+    For models that were trained with other libraries (`performers.import_checkpoint`), and for
+    nothing else: `dialect`, the fields of `performers.nn.Dialect`, says what they compute in the
+    place of FAVOR+'s formulas; position="sinusoidal+rotary" is performer-pytorch's;
+    `norm_first=False` normalizes after each sublayer and its residual; `final_norm=False` leaves
+    out the last norm; `lm_head_bias` is a bias of the head. `origin` says where the weights are
+    from.
 
     Raises ValueError or TypeError for values that do not fit, and for a misspelt name.
     Source: Choromanski et al. 2021, Appendix A.
@@ -126,8 +139,10 @@ class PerformerConfig(PerformerFields):
             check_choice("projection", self.projection, PROJECTIONS)
         mechanism = MECHANISMS[self.attention]
         mechanism.check(self)
-        if self.is_decoder:
-            causal_memory(self.attention)  # refuses what has none
+        if self.dialect is not None:
+            check_dialect(self)
+        if self.is_decoder and (self.use_cache or not has_epsilon_features(self)):
+            causal_memory(self)  # refuses what has none
         if self.window_size is not None:
             check_count("window_size", self.window_size)
             if not mechanism.takes_window:
@@ -138,13 +153,13 @@ class PerformerConfig(PerformerFields):
                 )
         self._check_divisible("num_attention_heads", "num_key_value_heads")
         assert self.head_dim is not None, "chosen when the config is made"
-        if self.position == "rotary" and self.head_dim % 2:
+        if "rotary" in self.position and self.head_dim % 2:
             raise ValueError(
                 "rotary positions turn pairs of coordinates: head_dim, hidden_size / "
                 f"num_attention_heads unless given, must be even, got {self.head_dim} "
                 f"(hidden_size {self.hidden_size}, num_attention_heads {self.num_attention_heads})."
             )
-        if self.position == "sinusoidal" and self.hidden_size % 2:
+        if "sinusoidal" in self.position and self.hidden_size % 2:
             raise ValueError(
                 "sinusoidal positions are pairs of sine and cosine: hidden_size must be even, got "
                 f"{self.hidden_size}."
@@ -154,7 +169,14 @@ class PerformerConfig(PerformerFields):
         self._check_number("initializer_range", lowest=0.0)
         self._check_number("kernel_epsilon", lowest=0.0)
         self._check_number("rope_theta", lowest=1.0)
-        for name in ("tie_word_embeddings", "is_decoder", "use_cache"):
+        for name in (
+            "tie_word_embeddings",
+            "is_decoder",
+            "use_cache",
+            "norm_first",
+            "final_norm",
+            "lm_head_bias",
+        ):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be true or false, got {getattr(self, name)!r}.")
         if not isinstance(self.seed, int):

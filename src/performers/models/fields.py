@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
 
@@ -45,3 +45,9 @@ class PerformerFields(PreTrainedConfig):
     seed: int = 0
     position: str = "rotary"
     rope_theta: float = 10000.0
+
+    norm_first: bool = True
+    final_norm: bool = True
+    lm_head_bias: bool = False
+    dialect: dict[str, Any] | None = None
+    origin: dict[str, Any] | None = None

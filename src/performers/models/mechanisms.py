@@ -16,10 +16,20 @@ from torch import nn
 from performers.baselines import Identity
 from performers.models.fields import PerformerFields
 from performers.models.memory import KeysAndValues, Nothing, State
+from performers.nn.dialect import Dialect, DialectFavor
 from performers.nn.mechanisms import Exact, Favor
+from performers.nn.sharp import SharpFeatures
 from performers.nn.words import FEATURES, SHARP, build_features, check_features, takes_window
 
-__all__ = ["MECHANISMS", "Mechanism", "causal_memory", "in_current_words", "performer"]
+__all__ = [
+    "MECHANISMS",
+    "Mechanism",
+    "causal_memory",
+    "check_dialect",
+    "has_epsilon_features",
+    "in_current_words",
+    "performer",
+]
 
 CausalMemory = type[KeysAndValues | Nothing | State]
 
@@ -46,7 +56,7 @@ class Mechanism(NamedTuple):
 def performer(features: str) -> Mechanism:
     """FAVOR+ with the features of this name, a word of `performers.nn.words`."""
 
-    def build(config: PerformerFields, layer: int) -> Favor:
+    def build(config: PerformerFields, layer: int) -> Favor | DialectFavor:
         assert config.head_dim is not None, "a config has chosen it"
         phi = build_features(
             features,
@@ -61,6 +71,8 @@ def performer(features: str) -> Mechanism:
             seed=config.seed,
             layer=layer,
         )
+        if config.dialect is not None and not isinstance(phi, SharpFeatures):
+            return DialectFavor(phi, Dialect.from_dict(config.dialect))
         return Favor(phi, window_size=config.window_size)
 
     def check(config: PerformerFields) -> None:
@@ -78,9 +90,42 @@ MECHANISMS: dict[str, Mechanism] = {
 }
 
 
-def causal_memory(attention: str) -> CausalMemory:
-    """What a layer of a causal model remembers. Raises ValueError if it cannot be causal."""
+def check_dialect(config: PerformerFields) -> None:
+    """Raise ValueError or TypeError for a dialect with wrong fields, or of another mechanism."""
+    if not isinstance(config.dialect, dict):
+        raise TypeError(f"dialect must be a dict or None, got {config.dialect!r}.")
+    dialect = Dialect.from_dict(config.dialect)
+    _, _, features = config.attention.partition("performer-")
+    if features not in FEATURES or features == SHARP or config.window_size is not None:
+        raise ValueError(
+            "a dialect says how another library computes FAVOR+, and none there has sharp features "
+            f"or a window: got attention={config.attention!r}, window_size={config.window_size!r}. "
+            "Take dialect=None for these."
+        )
+    if dialect.feature_epsilon and features != "positive":
+        raise ValueError(
+            "dialect feature_epsilon is added to the features of attention='performer-positive', "
+            f"got attention={config.attention!r}. The ε of a kernel is kernel_epsilon."
+        )
+
+
+def has_epsilon_features(config: PerformerFields) -> bool:
+    """Whether features depend on all keys of the sequence, see `Dialect`."""
+    return bool((config.dialect or {}).get("feature_epsilon"))
+
+
+def causal_memory(config: PerformerFields) -> CausalMemory:
+    """What a layer of a causal model remembers. Raises ValueError if it cannot be causal, and if
+    there is nothing that it could remember.
+    """
+    attention = config.attention
     memory = MECHANISMS[attention].memory
+    if has_epsilon_features(config):
+        raise ValueError(
+            "a causal model with dialect feature_epsilon must have use_cache=False: there each new "
+            "token changes the features of all tokens before it, in every layer, so that nothing "
+            "of them can be kept. Pass use_cache=False to the config, and to generate()."
+        )
     if memory is None:
         causal = sorted(name for name, row in MECHANISMS.items() if row.memory is not None)
         raise ValueError(

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
+from performers.nn.dialect import DialectFavor
 from performers.nn.mechanisms import Favor
 from performers.typing import Attention, LinearState
 
@@ -126,7 +127,12 @@ class State(LinearMemory):
     """Memory of FAVOR+."""
 
     def attend(
-        self, mechanism: Favor, query: Query, key: Key, value: Value, mask: Mask | None
+        self,
+        mechanism: Favor | DialectFavor,
+        query: Query,
+        key: Key,
+        value: Value,
+        mask: Mask | None,
     ) -> Output:
         """Attention of the new positions over all so far."""
         new_length = key.shape[2]

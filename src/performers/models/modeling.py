@@ -60,10 +60,10 @@ class PerformerAttention(nn.Module):
     def forward(
         self,
         hidden: Float[Tensor, "batch length hidden"],
-        rotation: Rotation | None,
-        key_padding_mask: Bool[Tensor, "batch past_and_length"] | None,
-        past_key_values: PerformerCache | None,
-        output_attentions: bool,
+        rotation: Rotation | None = None,
+        key_padding_mask: Bool[Tensor, "batch past_and_length"] | None = None,
+        past_key_values: PerformerCache | None = None,
+        output_attentions: bool = False,
     ) -> tuple[
         Float[Tensor, "batch length hidden"], Float[Tensor, "batch heads length length"] | None
     ]:
@@ -109,12 +109,14 @@ class PerformerMLP(nn.Module):
 
 
 class PerformerLayer(GradientCheckpointingLayer):
-    """One pre-norm block: norms come before the sublayers, so the residual path is never
-    normalized.
+    """One block: norms come before the sublayers, so the residual path is never normalized.
+
+    With `norm_first=False`, as in the first Transformer, it is: norm(x + sublayer(x)).
     """
 
     def __init__(self, config: PerformerConfig, layer: int) -> None:
         super().__init__()
+        self.norm_first = config.norm_first
         self.attention_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.attention = PerformerAttention(config, layer)
         self.mlp_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
@@ -132,14 +134,17 @@ class PerformerLayer(GradientCheckpointingLayer):
         Float[Tensor, "batch length hidden"], Float[Tensor, "batch heads length length"] | None
     ]:
         out, matrix = self.attention(
-            self.attention_norm(hidden),
+            self.attention_norm(hidden) if self.norm_first else hidden,
             rotation,
             key_padding_mask,
             past_key_values,
             output_attentions,
         )
         hidden = hidden + self.dropout(out)
-        return hidden + self.dropout(self.mlp(self.mlp_norm(hidden))), matrix
+        if self.norm_first:
+            return hidden + self.dropout(self.mlp(self.mlp_norm(hidden))), matrix
+        hidden = self.attention_norm(hidden)
+        return self.mlp_norm(hidden + self.dropout(self.mlp(hidden))), matrix
 
 
 class PerformerPreTrainedModel(PreTrainedModel):
@@ -180,7 +185,11 @@ class PerformerModel(PerformerPreTrainedModel):
         self.layers = nn.ModuleList(
             PerformerLayer(config, layer) for layer in range(config.num_hidden_layers)
         )
-        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.norm = (
+            nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+            if config.final_norm
+            else nn.Identity()
+        )
         self.post_init()
 
     @can_return_tuple
@@ -224,7 +233,10 @@ class PerformerModel(PerformerPreTrainedModel):
         batch, length = inputs_embeds.shape[:2]
         key_padding_mask = padding_mask(attention_mask, batch, past_length, length)
         if position_ids is None:
-            position_ids = count_positions(key_padding_mask, past_length, inputs_embeds)
+            counts_padding = (self.config.dialect or {}).get("padding_counts", False)
+            position_ids = count_positions(
+                None if counts_padding else key_padding_mask, past_length, inputs_embeds
+            )
 
         hidden = self.dropout(self.positions.add_to(inputs_embeds, position_ids))
         rotation = self.positions.rotation(position_ids)
@@ -281,7 +293,7 @@ class PerformerForMaskedLM(PerformerPreTrainedModel):
     def __init__(self, config: PerformerConfig) -> None:
         super().__init__(_with_is_decoder(config, False))
         self.performer = PerformerModel(self.config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, config.lm_head_bias)
         self.post_init()
 
     @can_return_tuple
@@ -328,7 +340,7 @@ class PerformerForCausalLM(PerformerPreTrainedModel, GenerationMixin):
     def __init__(self, config: PerformerConfig) -> None:
         super().__init__(_with_is_decoder(config, True))
         self.performer = PerformerModel(self.config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, config.lm_head_bias)
         self.post_init()
 
     @can_return_tuple

@@ -1,4 +1,4 @@
-"""The positions of tokens: rotary, learned or sinusoidal, by name.
+"""The positions of tokens: rotary, learned, sinusoidal or none, by name.
 
 Learned and sinusoidal positions are added to the token embeddings; rotary ones turn queries and
 keys, before the feature map sees them.
@@ -80,13 +80,7 @@ class Learned(Positions):
         position_ids: Int[Tensor, "rows length"],
     ) -> Float[Tensor, "batch length hidden"]:
         """Raises ValueError for a position beyond the table."""
-        limit = self.embedding.num_embeddings
-        if position_ids.numel() and int(position_ids.max()) >= limit:
-            raise ValueError(
-                f"learned positions end at max_position_embeddings={limit}, got position "
-                f"{int(position_ids.max())}. Shorten the sequence, or build the model with a "
-                "larger max_position_embeddings or with position='rotary', which has no limit."
-            )
+        _check_limit("learned", position_ids, self.embedding.num_embeddings)
         return embeddings + self.embedding(position_ids)
 
 
@@ -112,9 +106,53 @@ class Sinusoidal(Positions):
         return embeddings * math.sqrt(hidden) + waves.to(embeddings.dtype)
 
 
+class SinusoidalAndRotary(Positions):
+    """Fixed sines and cosines added to the embeddings, which are not scaled, and rotary positions.
+
+    Both are read from tables of `max_position_embeddings` rows, which are saved with the weights:
+    an angle of position · frequency is large, so that the rounding of the frequency shows in it.
+    For models of performer-pytorch, whose tables these are.
+    """
+
+    added: Tensor
+    turning: Tensor
+
+    def __init__(self, config: PerformerFields) -> None:
+        super().__init__()
+        assert config.head_dim is not None, "a config has chosen it"
+        position = torch.arange(config.max_position_embeddings)
+        for name, dim in (("added", config.hidden_size), ("turning", config.head_dim)):
+            angles = _angles(position, dim // 2, config.rope_theta)
+            self.register_buffer(name, torch.cat([angles.sin(), angles.cos()], dim=-1))
+
+    def add_to(
+        self,
+        embeddings: Float[Tensor, "batch length hidden"],
+        position_ids: Int[Tensor, "rows length"],
+    ) -> Float[Tensor, "batch length hidden"]:
+        """Raises ValueError for a position beyond the tables."""
+        _check_limit("sinusoidal+rotary", position_ids, len(self.added))
+        return embeddings + self.added[position_ids].to(embeddings.dtype)
+
+    def rotation(self, position_ids: Int[Tensor, "rows length"]) -> Rotation:
+        sin, cos = self.turning[position_ids].unsqueeze(1).chunk(2, dim=-1)
+        return Rotation(cos, sin)
+
+
+def _check_limit(kind: str, position_ids: Int[Tensor, "rows length"], limit: int) -> None:
+    if torch.compiler.is_compiling():
+        return  # a graph cannot depend on numbers; the table itself refuses what is beyond it
+    if position_ids.numel() and int(position_ids.max()) >= limit:
+        raise ValueError(
+            f"{kind} positions end at max_position_embeddings={limit}, got position "
+            f"{int(position_ids.max())}. Shorten the sequence, or build the model with a "
+            "larger max_position_embeddings or with position='rotary', which has no limit."
+        )
+
+
 def _angles(
-    position_ids: Int[Tensor, "rows length"], count: int, theta: float
-) -> Float[Tensor, "rows length count"]:
+    position_ids: Int[Tensor, "*rows length"], count: int, theta: float
+) -> Float[Tensor, "*rows length count"]:
     """position · θ^(−i/count) for i = 0 … count − 1, in float32 whatever the model's dtype is."""
     # Computed, not kept in a buffer: a buffer would be cast to half precision with the weights.
     exponents = torch.arange(count, dtype=torch.float32, device=position_ids.device) / count
@@ -125,4 +163,6 @@ POSITIONS: dict[str, Callable[[PerformerFields], Positions]] = {
     "rotary": Rotary,
     "learned": Learned,
     "sinusoidal": Sinusoidal,
+    "sinusoidal+rotary": SinusoidalAndRotary,
+    "none": lambda config: Positions(),
 }
