@@ -11,7 +11,12 @@ from transformers.activations import ACT2FN
 from performers.checks import check_choice, check_count
 from performers.functional.projections import DISTRIBUTIONS, PROJECTIONS
 from performers.models.fields import PerformerFields
-from performers.models.mechanisms import MECHANISMS, causal_memory, in_current_words
+from performers.models.mechanisms import (
+    MECHANISMS,
+    causal_memory,
+    in_current_words,
+    own_options,
+)
 from performers.models.positions import POSITIONS
 
 __all__ = ["SIZES", "PerformerConfig"]
@@ -49,6 +54,8 @@ class PerformerConfig(PerformerFields):
     softmax), "performer-hyperbolic", "performer-trigonometric"; or "performer-sharp" (a positive
     estimate with the statistics of each sequence, so for bidirectional models only, see
     `SharpFeatures`).
+    `attention_options`: what can be chosen about this mechanism alone, by name; the mechanisms that
+    have options list them.
     `num_projections`, `projection`, `distribution`, `seed`: see `SoftmaxFeatures`;
     `kernel_epsilon`: see `KernelFeatures`. `projection=None` is a kernel without ω.
     `window_size`: positive estimates of softmax score the keys of neighboring blocks of this size
@@ -125,6 +132,12 @@ class PerformerConfig(PerformerFields):
         if self.projection is not None:
             check_choice("projection", self.projection, PROJECTIONS)
         mechanism = MECHANISMS[self.attention]
+        if not isinstance(self.attention_options, dict | None):
+            raise TypeError(
+                "attention_options must be a mapping of options to values, got "
+                f"{self.attention_options!r}."
+            )
+        own_options(self)  # refuses what the mechanism does not have
         mechanism.check(self)
         if self.is_decoder:
             causal_memory(self.attention)  # refuses what has none

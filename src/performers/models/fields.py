@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
 
@@ -37,6 +37,7 @@ class PerformerFields(PreTrainedConfig):
     use_cache: bool = True
 
     attention: str = "performer-relu"
+    attention_options: dict[str, Any] | None = None
     num_projections: int = 256
     projection: str | None = "orthogonal"
     distribution: str = "gaussian"

@@ -9,23 +9,37 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 from torch import nn
 
 from performers.baselines import Identity
+from performers.checks import check_choice
 from performers.models.fields import PerformerFields
 from performers.models.memory import KeysAndValues, Nothing, State
 from performers.nn.mechanisms import Exact, Favor
 from performers.nn.words import FEATURES, SHARP, build_features, check_features, takes_window
 
-__all__ = ["MECHANISMS", "Mechanism", "causal_memory", "in_current_words", "performer"]
+__all__ = [
+    "MECHANISMS",
+    "Mechanism",
+    "causal_memory",
+    "in_current_words",
+    "own_options",
+    "performer",
+]
 
 CausalMemory = type[KeysAndValues | Nothing | State]
 
 
 def _any_config(config: PerformerFields) -> None:
     """What a mechanism checks that has nothing to refuse."""
+
+
+@dataclass(frozen=True)
+class NoOptions:
+    """The options of a mechanism that has none."""
 
 
 class Mechanism(NamedTuple):
@@ -35,12 +49,32 @@ class Mechanism(NamedTuple):
     `check`: raises ValueError for a config that it cannot be built from.
     `memory`: what a layer remembers when generating; None of one that has no causal form.
     `takes_window`: whether `window_size` means something to it.
+    `options`: a dataclass of what can be chosen about this mechanism alone, which refuses values
+    that do not fit. A config names them in `attention_options`.
     """
 
     build: Callable[[PerformerFields, int], nn.Module]
     check: Callable[[PerformerFields], None] = _any_config
     memory: CausalMemory | None = None
     takes_window: bool = False
+    options: type = NoOptions
+
+
+def own_options(config: PerformerFields) -> Any:
+    """The options of the config's own mechanism, as the dataclass of its row.
+
+    Raises ValueError for an option that it does not have, and for a value that does not fit.
+    """
+    options = MECHANISMS[config.attention].options
+    known = [field.name for field in fields(options)]
+    for name in config.attention_options or {}:
+        if not known:
+            raise ValueError(
+                f"attention={config.attention!r} has no options, got attention_options="
+                f"{config.attention_options}. Leave them out."
+            )
+        check_choice(f"option of attention={config.attention!r}", name, known)
+    return options(**(config.attention_options or {}))
 
 
 def performer(features: str) -> Mechanism:
