@@ -28,6 +28,9 @@ DRAWN = {"num_projections": 7, "projection": "iid", "seed": 5, "layer": 3}
 ATTENTION = {
     "exact": softmax_attention,
     "identity": lambda query, key, value: value,
+    "linear-transformer": lambda *tensors: favor_attention(
+        *tensors, KernelFeatures(4, fn="elu+1", epsilon=0.0, projection=None)
+    ),
     "performer-sharp": lambda *tensors: favor_attention(
         *tensors, SharpFeatures(4, num_heads=2, statistics="call", query_ratio=2.0, **DRAWN)
     ),
@@ -46,7 +49,8 @@ ATTENTION = {
 }
 
 
-@pytest.mark.parametrize("name", MECHANISMS)
+# What the others stand for, tests/baselines says.
+@pytest.mark.parametrize("name", ATTENTION)
 def test_a_word_for_attention_stands_for_a_function_with_the_numbers_of_the_config(name):
     config = PerformerConfig(
         attention=name, hidden_size=8, num_attention_heads=2, num_projections=7, projection="iid",

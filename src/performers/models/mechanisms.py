@@ -14,10 +14,21 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from performers.baselines import Identity
+from performers.baselines import (
+    BigBirdAttention,
+    BigBirdOptions,
+    Identity,
+    LocalAttention,
+    LocalOptions,
+    LongformerAttention,
+    LongformerOptions,
+    SparseOptions,
+    SparseTransformerAttention,
+)
 from performers.checks import check_choice
 from performers.models.fields import PerformerFields
-from performers.models.memory import KeysAndValues, Nothing, State
+from performers.models.memory import KeysAndValues, Nothing, Rerun, State
+from performers.nn.feature_maps import KernelFeatures
 from performers.nn.mechanisms import Exact, Favor
 from performers.nn.words import FEATURES, SHARP, build_features, check_features, takes_window
 
@@ -30,7 +41,7 @@ __all__ = [
     "performer",
 ]
 
-CausalMemory = type[KeysAndValues | Nothing | State]
+CausalMemory = type[Nothing | Rerun | State]
 
 
 def _any_config(config: PerformerFields) -> None:
@@ -105,9 +116,46 @@ def performer(features: str) -> Mechanism:
     return Mechanism(build, check, memory, takes_window(features))
 
 
+def linear_transformer(config: PerformerFields, layer: int) -> Favor:
+    """φ(x) = elu(x) + 1 of queries and keys themselves: linear attention without ω.
+
+    Source: Katharopoulos et al. 2020, "Transformers are RNNs", Eq. 7.
+    """
+    assert config.head_dim is not None, "a config has chosen it"
+    return Favor(KernelFeatures(config.head_dim, fn="elu+1", epsilon=0.0, projection=None))
+
+
+def big_bird(config: PerformerFields, layer: int) -> BigBirdAttention:
+    """Big Bird, in which each key head of each layer draws blocks of its own."""
+    return BigBirdAttention(
+        own_options(config),
+        num_heads=config.num_key_value_heads or config.num_attention_heads,
+        max_length=config.max_position_embeddings,
+        seed=config.seed,
+        layer=layer,
+    )
+
+
 MECHANISMS: dict[str, Mechanism] = {
     "exact": Mechanism(lambda config, layer: Exact(), memory=KeysAndValues),
     "identity": Mechanism(lambda config, layer: Identity(), memory=Nothing),
+    "linear-transformer": Mechanism(linear_transformer, memory=State),
+    "local": Mechanism(
+        lambda config, layer: LocalAttention(own_options(config)),
+        memory=Rerun,
+        options=LocalOptions,
+    ),
+    "sparse-transformer": Mechanism(
+        lambda config, layer: SparseTransformerAttention(own_options(config)),
+        memory=Rerun,
+        options=SparseOptions,
+    ),
+    "longformer": Mechanism(
+        lambda config, layer: LongformerAttention(own_options(config)),
+        memory=Rerun,
+        options=LongformerOptions,
+    ),
+    "big-bird": Mechanism(big_bird, memory=Rerun, options=BigBirdOptions),
     **{f"performer-{features}": performer(features) for features in FEATURES},
 }
 
