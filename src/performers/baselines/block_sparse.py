@@ -28,8 +28,10 @@ __all__ = [
     "Sees",
     "attend_to_blocks",
     "combined",
+    "is_there",
     "nearest_blocks",
     "part",
+    "part_of_scores",
     "real",
     "with_global_rows",
 ]
@@ -74,16 +76,24 @@ def part(
 ) -> Part:
     """The softmax of QKᵀ/√dim over the visible columns, in float32 at least."""
     accurate = torch.promote_types(query.dtype, torch.float32)
-    query, key, value = (x.to(accurate) for x in (query, key, value))
-    scores = query @ key.mT / math.sqrt(query.shape[-1])
+    scores = query.to(accurate) @ key.to(accurate).mT / math.sqrt(query.shape[-1])
+    return part_of_scores(scores, value, visible)
+
+
+def part_of_scores(
+    scores: Float[Tensor, "*#batch rows columns"],
+    value: Float[Tensor, "*#batch columns value_dim"],
+    visible: Bool[Tensor, "*#batch #rows #columns"],
+) -> Part:
+    """The softmax of these scores over the visible columns, in their dtype."""
     scores = scores.masked_fill(~visible, -torch.inf)
-    lowest = torch.finfo(accurate).min
+    lowest = torch.finfo(scores.dtype).min
     if scores.shape[-1] == 0:
         frame = scores.new_full((*scores.shape[:-1], 1), lowest)
     else:
         frame = scores.detach().amax(dim=-1, keepdim=True).clamp(min=lowest)
     weights = (scores - frame).exp()
-    return Part(weights @ value, weights.sum(dim=-1, keepdim=True), frame)
+    return Part(weights @ value.to(scores.dtype), weights.sum(dim=-1, keepdim=True), frame)
 
 
 def combined(parts: Sequence[Part]) -> Float[Tensor, "*batch rows value_dim"]:
@@ -105,7 +115,7 @@ def real(slots: Slots, sees: Sees, is_causal: bool) -> Sees:
     """A pattern between real tokens alone, in which no causal query sees a later key."""
 
     def sees_real(of_query: Tensor, of_key: Tensor) -> Tensor:
-        visible = sees(of_query, of_key) & _is_there(of_key, slots)
+        visible = sees(of_query, of_key) & is_there(of_key, slots)
         return visible & (of_key <= of_query) if is_causal else visible
 
     return sees_real
@@ -167,7 +177,7 @@ def with_global_rows(
     within = torch.arange(number, device=rows.device)
     query = slots.query.take_along_dim(_along((start + within).clamp(max=length - 1)), dim=3)
     position = torch.arange(length, device=rows.device)
-    visible = _is_there(position.expand(1, 1, 1, 1, length), slots)
+    visible = is_there(position.expand(1, 1, 1, 1, length), slots)
     of_all = combined([part(query, slots.key.unsqueeze(2), slots.value.unsqueeze(2), visible)])
     offset = position - start
     spread = of_all.take_along_dim(_along(offset.clamp(0, number - 1)), dim=3)
@@ -179,7 +189,7 @@ def _along(x: Tensor) -> Tensor:
     return x[:, None, None, :, None]
 
 
-def _is_there(
+def is_there(
     of_key: Int[Tensor, "#batch #key_heads *rest"], slots: Slots
 ) -> Bool[Tensor, "#batch #key_heads *rest"]:
     """Whether positions are those of real tokens."""
