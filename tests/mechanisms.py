@@ -32,6 +32,9 @@ BASELINES: dict[str, Baseline] = {
     "sparse-transformer": Baseline({"stride": 3}),
     "longformer": Baseline({"window_size": 2, "num_global": 3}),
     "big-bird": Baseline({"block_size": 2, "num_random_blocks": 1}),
+    "linformer": Baseline({"num_projections": 5}, is_average=False),
+    "synthesizer": Baseline({"hidden_size": 7}, unread=("k_proj",)),
+    "reformer": Baseline({"num_hashes": 2, "num_buckets": 4, "chunk_size": 3}, unread=("k_proj",)),
 }
 EVERY: dict[str, dict[str, object]] = {
     name: BASELINES[name].config(name) if name in BASELINES else {"attention": name}

@@ -3,19 +3,28 @@
 from performers.baselines.big_bird import BigBirdAttention, BigBirdOptions
 from performers.baselines.drawn import Drawn
 from performers.baselines.identity import Identity
+from performers.baselines.linformer import LinformerAttention, LinformerOptions
 from performers.baselines.local import LocalAttention, LocalOptions
 from performers.baselines.longformer import LongformerAttention, LongformerOptions
+from performers.baselines.reformer import ReformerAttention, ReformerOptions
 from performers.baselines.sparse_transformer import SparseOptions, SparseTransformerAttention
+from performers.baselines.synthesizer import SynthesizerAttention, SynthesizerOptions
 
 __all__ = [
     "BigBirdAttention",
     "BigBirdOptions",
     "Drawn",
     "Identity",
+    "LinformerAttention",
+    "LinformerOptions",
     "LocalAttention",
     "LocalOptions",
     "LongformerAttention",
     "LongformerOptions",
+    "ReformerAttention",
+    "ReformerOptions",
     "SparseOptions",
     "SparseTransformerAttention",
+    "SynthesizerAttention",
+    "SynthesizerOptions",
 ]

@@ -57,6 +57,10 @@ class Part(NamedTuple):
         """The same with a function applied to each tensor, such as a change of their order."""
         return Part(*map(function, self))
 
+    def average(self) -> Float[Tensor, "*batch rows value_dim"]:
+        """The values by the weights of the softmax; 0 for a row that sees no key."""
+        return self.values / torch.where(self.total == 0, 1.0, self.total)
+
     def merge(self, other: Part) -> Part:
         """Both sets of keys under one normalizer."""
         frame = torch.maximum(self.frame, other.frame)
@@ -98,8 +102,7 @@ def part_of_scores(
 
 def combined(parts: Sequence[Part]) -> Float[Tensor, "*batch rows value_dim"]:
     """softmax(…) V over the keys of all parts together; 0 for a row that sees none."""
-    whole = reduce(Part.merge, parts)
-    return whole.values / torch.where(whole.total == 0, 1.0, whole.total)
+    return reduce(Part.merge, parts).average()
 
 
 def nearest_blocks(

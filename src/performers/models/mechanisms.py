@@ -18,16 +18,22 @@ from performers.baselines import (
     BigBirdAttention,
     BigBirdOptions,
     Identity,
+    LinformerAttention,
+    LinformerOptions,
     LocalAttention,
     LocalOptions,
     LongformerAttention,
     LongformerOptions,
+    ReformerAttention,
+    ReformerOptions,
     SparseOptions,
     SparseTransformerAttention,
+    SynthesizerAttention,
+    SynthesizerOptions,
 )
 from performers.checks import check_choice
 from performers.models.fields import PerformerFields
-from performers.models.memory import KeysAndValues, Nothing, Rerun, State
+from performers.models.memory import KeysAndValues, Nothing, QueriesAndValues, Rerun, State
 from performers.nn.feature_maps import KernelFeatures
 from performers.nn.mechanisms import Exact, Favor
 from performers.nn.words import FEATURES, SHARP, build_features, check_features, takes_window
@@ -136,6 +142,42 @@ def big_bird(config: PerformerFields, layer: int) -> BigBirdAttention:
     )
 
 
+def linformer(config: PerformerFields, layer: int) -> LinformerAttention:
+    """The Linformer for sequences up to `max_position_embeddings`."""
+    return LinformerAttention(
+        own_options(config),
+        num_heads=config.num_key_value_heads or config.num_attention_heads,
+        max_length=config.max_position_embeddings,
+        seed=config.seed,
+        layer=layer,
+    )
+
+
+def synthesizer(config: PerformerFields, layer: int) -> SynthesizerAttention:
+    """The Synthesizer for sequences up to `max_position_embeddings`, each head with its scores."""
+    assert config.head_dim is not None, "a config has chosen it"
+    return SynthesizerAttention(
+        own_options(config),
+        dim=config.head_dim,
+        num_heads=config.num_attention_heads,
+        max_length=config.max_position_embeddings,
+        seed=config.seed,
+        layer=layer,
+    )
+
+
+def reformer(config: PerformerFields, layer: int) -> ReformerAttention:
+    """The Reformer, in which each head of each layer has hashes of its own."""
+    assert config.head_dim is not None, "a config has chosen it"
+    return ReformerAttention(
+        own_options(config),
+        dim=config.head_dim,
+        num_heads=config.num_attention_heads,
+        seed=config.seed,
+        layer=layer,
+    )
+
+
 MECHANISMS: dict[str, Mechanism] = {
     "exact": Mechanism(lambda config, layer: Exact(), memory=KeysAndValues),
     "identity": Mechanism(lambda config, layer: Identity(), memory=Nothing),
@@ -156,6 +198,9 @@ MECHANISMS: dict[str, Mechanism] = {
         options=LongformerOptions,
     ),
     "big-bird": Mechanism(big_bird, memory=Rerun, options=BigBirdOptions),
+    "linformer": Mechanism(linformer, options=LinformerOptions),
+    "synthesizer": Mechanism(synthesizer, memory=Rerun, options=SynthesizerOptions),
+    "reformer": Mechanism(reformer, memory=QueriesAndValues, options=ReformerOptions),
     **{f"performer-{features}": performer(features) for features in FEATURES},
 }
 

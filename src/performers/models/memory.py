@@ -16,7 +16,15 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 from performers.nn.mechanisms import Favor
 from performers.typing import Attention, LinearState
 
-__all__ = ["KeysAndValues", "LinearMemory", "Memory", "Nothing", "Rerun", "State"]
+__all__ = [
+    "KeysAndValues",
+    "LinearMemory",
+    "Memory",
+    "Nothing",
+    "QueriesAndValues",
+    "Rerun",
+    "State",
+]
 
 Query = Float[Tensor, "batch heads new_length dim"]
 Key = Float[Tensor, "batch key_heads new_length dim"]
@@ -155,6 +163,19 @@ class Rerun(DynamicLayer):
         queries = F.pad(query, (0, 0, past_length, 0))
         out = mechanism(queries, keys, values, is_causal=True, key_padding_mask=mask)
         return out[:, :, past_length:]
+
+
+class QueriesAndValues(Rerun):
+    """Memory of a mechanism whose queries are its keys: queries and values."""
+
+    def attend(
+        self, mechanism: Attention, query: Query, key: Key, value: Value, mask: Mask | None
+    ) -> Output:
+        """Attention of the new positions over all so far."""
+        queries, values = self.update(query, value)
+        keys = queries[:, :: query.shape[1] // key.shape[1]]  # not read
+        out = mechanism(queries, keys, values, is_causal=True, key_padding_mask=mask)
+        return out[:, :, queries.shape[2] - query.shape[2] :]
 
 
 class KeysAndValues(Rerun):
