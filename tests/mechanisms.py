@@ -34,6 +34,8 @@ BASELINES: dict[str, Baseline] = {
     "big-bird": Baseline({"block_size": 2, "num_random_blocks": 1}),
     "linformer": Baseline({"num_projections": 5}, is_average=False),
     "synthesizer": Baseline({"hidden_size": 7}, unread=("k_proj",)),
+    "routing-transformer": Baseline({"num_clusters": 3, "chunk_size": 2}),
+    "clustered-favor": Baseline({"num_clusters": 3}),
     "reformer": Baseline({"num_hashes": 2, "num_buckets": 4, "chunk_size": 3}, unread=("k_proj",)),
 }
 EVERY: dict[str, dict[str, object]] = {
@@ -46,6 +48,12 @@ def unread(config: PerformerConfig) -> tuple[str, ...]:
     """The projections of a layer that its mechanism does not read."""
     row = BASELINES.get(config.attention)
     return row.unread if row else ()
+
+
+def is_average(config: PerformerConfig) -> bool:
+    """Whether the rows of its mechanism's matrix sum to 1."""
+    row = BASELINES.get(config.attention)
+    return row is None or row.is_average
 
 
 def _one_of_each_kind() -> list[str]:

@@ -108,7 +108,7 @@ class SynthesizerAttention(Drawn):
                 tensor.zero_()
                 continue
             # Scores of size 1: rows of a perceptron by the width that they sum over.
-            width = {"scores": 1.0, "left": math.sqrt(self.options.rank), "right": 1.0}
+            width = {"scores": 1, "left": self.options.rank, "right": 1}
             fan_in = width.get(name, tensor.shape[1])
             drawn = torch.randn(tensor.shape, generator=generator)
             tensor.copy_(drawn / math.sqrt(fan_in))
@@ -142,7 +142,7 @@ class SynthesizerAttention(Drawn):
         visible = is_there(position.expand(1, 1, 1, 1, length), slots)
         if is_causal:
             visible = visible & (position <= position[:, None])
-        scores = self._scores(slots)
+        scores = self._scores(slots).expand(-1, -1, slots.query.shape[2], -1, -1)
         return rows_of_tokens(
             slots, combined([part_of_scores(scores, slots.value.unsqueeze(2), visible)])
         )

@@ -17,6 +17,8 @@ from torch import nn
 from performers.baselines import (
     BigBirdAttention,
     BigBirdOptions,
+    ClusteredFavor,
+    ClusteredFavorOptions,
     Identity,
     LinformerAttention,
     LinformerOptions,
@@ -26,6 +28,8 @@ from performers.baselines import (
     LongformerOptions,
     ReformerAttention,
     ReformerOptions,
+    RoutingAttention,
+    RoutingOptions,
     SparseOptions,
     SparseTransformerAttention,
     SynthesizerAttention,
@@ -178,6 +182,55 @@ def reformer(config: PerformerFields, layer: int) -> ReformerAttention:
     )
 
 
+def routing(config: PerformerFields, layer: int) -> RoutingAttention:
+    """The Routing Transformer, in which each key head of each layer has clusters of its own."""
+    assert config.head_dim is not None, "a config has chosen it"
+    return RoutingAttention(
+        own_options(config),
+        dim=config.head_dim,
+        num_heads=config.num_key_value_heads or config.num_attention_heads,
+        seed=config.seed,
+        layer=layer,
+    )
+
+
+def clustered_favor(config: PerformerFields, layer: int) -> ClusteredFavor:
+    """Clustered FAVOR+ with features as the config describes them."""
+    assert config.head_dim is not None, "a config has chosen it"
+    options = own_options(config)
+    phi = build_features(
+        options.features,
+        config.head_dim,
+        config.num_projections,
+        projection=config.projection,
+        distribution=config.distribution,
+        kernel_epsilon=config.kernel_epsilon,
+        seed=config.seed,
+        layer=layer,
+    )
+    return ClusteredFavor(
+        phi,
+        options,
+        dim=config.head_dim,
+        num_heads=config.num_key_value_heads or config.num_attention_heads,
+        seed=config.seed,
+        layer=layer,
+    )
+
+
+def check_clustered_favor(config: PerformerFields) -> None:
+    """Features that learn from a sequence would learn from the past of one cluster and the future
+    of another.
+    """
+    features = own_options(config).features
+    check_features(features, config.projection, config.distribution)
+    if features == SHARP:
+        raise ValueError(
+            "clustered FAVOR+ takes features that do not depend on the sequence: got "
+            "features='sharp'. Take 'positive'."
+        )
+
+
 MECHANISMS: dict[str, Mechanism] = {
     "exact": Mechanism(lambda config, layer: Exact(), memory=KeysAndValues),
     "identity": Mechanism(lambda config, layer: Identity(), memory=Nothing),
@@ -201,6 +254,10 @@ MECHANISMS: dict[str, Mechanism] = {
     "linformer": Mechanism(linformer, options=LinformerOptions),
     "synthesizer": Mechanism(synthesizer, memory=Rerun, options=SynthesizerOptions),
     "reformer": Mechanism(reformer, memory=QueriesAndValues, options=ReformerOptions),
+    "routing-transformer": Mechanism(routing, memory=Rerun, options=RoutingOptions),
+    "clustered-favor": Mechanism(
+        clustered_favor, check_clustered_favor, memory=Rerun, options=ClusteredFavorOptions
+    ),
     **{f"performer-{features}": performer(features) for features in FEATURES},
 }
 
