@@ -35,7 +35,7 @@ BASELINES: dict[str, Baseline] = {
     "linformer": Baseline({"num_projections": 5}, is_average=False),
     "synthesizer": Baseline({"hidden_size": 7}, unread=("k_proj",)),
     "routing-transformer": Baseline({"num_clusters": 3, "chunk_size": 2}),
-    "clustered-favor": Baseline({"num_clusters": 3}),
+    "clustered-favor": Baseline({"num_clusters": 2}),
     "reformer": Baseline({"num_hashes": 2, "num_buckets": 4, "chunk_size": 3}, unread=("k_proj",)),
 }
 EVERY: dict[str, dict[str, object]] = {

@@ -71,13 +71,11 @@ class BigBirdAttention(Drawn):
         super().__init__(seed, layer)
         self.options = options
         num_blocks = math.ceil(max_length / options.block_size)
-        self.register_buffer(
-            "draws", torch.empty(num_heads, num_blocks, options.num_random_blocks, device="cpu")
-        )
+        self.own_tensor("draws", num_heads, num_blocks, options.num_random_blocks)
         self.reset_parameters()
 
     def draw(self, generator: Generator) -> None:
-        self.draws.copy_(torch.rand(self.draws.shape, generator=generator))
+        self.draws.copy_(torch.rand(self.draws.shape, generator=generator, device="cpu"))
 
     def random_blocks(
         self, num_blocks: int, number: Int[Tensor, "batch 1"], is_causal: bool

@@ -43,7 +43,6 @@ class Clusters(Drawn):
     """
 
     centroids: Tensor
-    own = ("centroids",)
 
     def __init__(
         self, options: ClusterOptions, dim: int, num_heads: int = 1, seed: int = 0, layer: int = 0
@@ -52,14 +51,14 @@ class Clusters(Drawn):
         super().__init__(seed, layer)
         self.num_clusters = options.num_clusters
         self.decay = options.decay
-        self.register_buffer(
-            "centroids", torch.empty(num_heads, options.num_clusters, dim, device="cpu")
-        )
-        self.is_learned = True
+        self.own_tensor("centroids", num_heads, options.num_clusters, dim)
         self.reset_parameters()
 
+    def redraw(self, generator: Generator | None = None) -> None:
+        """Nothing: centroids are learned, though by no gradient."""
+
     def draw(self, generator: Generator) -> None:
-        drawn = torch.randn(self.centroids.shape, generator=generator)
+        drawn = torch.randn(self.centroids.shape, generator=generator, device="cpu")
         self.centroids.copy_(F.normalize(drawn, dim=-1))
 
     @torch.no_grad()

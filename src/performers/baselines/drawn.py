@@ -18,10 +18,10 @@ class Drawn(nn.Module):
     """
 
     num_redraws: Tensor
-    is_learned = False
 
-    def __init__(self, seed: int, layer: int) -> None:
+    def __init__(self, seed: int, layer: int, is_learned: bool = False) -> None:
         super().__init__()
+        self.is_learned = is_learned
         self.seed = seed
         self.layer = layer
         self.register_buffer("num_redraws", torch.zeros((), dtype=torch.int64, device="cpu"))
@@ -51,3 +51,10 @@ class Drawn(nn.Module):
             seed = mixed_seed(self.seed, self.layer, int(self.num_redraws))
             generator = Generator().manual_seed(seed)
         self.draw(generator)
+
+    def own_tensor(self, name: str, *shape: int) -> None:
+        """Make room for one of the tensors: a parameter if they are learned, else a buffer."""
+        if self.is_learned:
+            self.register_parameter(name, nn.Parameter(torch.empty(shape)))
+        else:  # drawn at once, also where a model is built on the meta device
+            self.register_buffer(name, torch.empty(shape, device="cpu"))

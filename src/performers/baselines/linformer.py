@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Generator, Tensor, nn
+from torch import Generator, Tensor
 
 from performers.baselines.block_sparse import combined, part
 from performers.baselines.drawn import Drawn
@@ -69,24 +69,20 @@ class LinformerAttention(Drawn):
         seed: int = 0,
         layer: int = 0,
     ) -> None:
-        super().__init__(seed, layer)
+        super().__init__(seed, layer, options.is_learned)
         self.options = options
-        self.is_learned = options.is_learned
         heads = num_heads if options.sharing == "none" else 1
-        for name in ("of_keys", "of_values"):
-            matrix = torch.empty(heads, options.num_projections, max_length)
-            if name == "of_values" and options.sharing == "keys and values":
-                self.of_values = None
-            elif options.is_learned:
-                self.register_parameter(name, nn.Parameter(matrix))
-            else:
-                self.register_buffer(name, matrix)
+        self.own_tensor("of_keys", heads, options.num_projections, max_length)
+        if options.sharing == "keys and values":
+            self.of_values = None
+        else:
+            self.own_tensor("of_values", heads, options.num_projections, max_length)
         self.reset_parameters()
 
     def draw(self, generator: Generator) -> None:
         for matrix in (self.of_keys, self.of_values):
             if matrix is not None:
-                drawn = torch.randn(matrix.shape, generator=generator)
+                drawn = torch.randn(matrix.shape, generator=generator, device="cpu")
                 matrix.copy_(drawn / math.sqrt(self.options.num_projections))
 
     def forward(

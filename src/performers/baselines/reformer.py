@@ -88,12 +88,13 @@ class ReformerAttention(Drawn):
         """`num_heads`: query heads with hashes of their own; 1 for hashes that all share."""
         super().__init__(seed, layer)
         self.options = options
-        shape = (num_heads, options.num_hashes, dim, options.num_buckets // 2)
-        self.register_buffer("rotations", torch.empty(shape, device="cpu"))
+        self.own_tensor(
+            "rotations", num_heads, options.num_hashes, dim, options.num_buckets // 2
+        )
         self.reset_parameters()
 
     def draw(self, generator: Generator) -> None:
-        self.rotations.copy_(torch.randn(self.rotations.shape, generator=generator))
+        self.rotations.copy_(torch.randn(self.rotations.shape, generator=generator, device="cpu"))
 
     @torch.no_grad()
     def buckets(

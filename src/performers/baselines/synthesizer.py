@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Generator, Tensor, nn
+from torch import Generator, Tensor
 
 from performers.backends.slots import Slots
 from performers.baselines.block_sparse import combined, is_there, part_of_scores
@@ -77,9 +77,8 @@ class SynthesizerAttention(Drawn):
         layer: int = 0,
     ) -> None:
         """`num_heads`: query heads with scores of their own; 1 for scores that all share."""
-        super().__init__(seed, layer)
+        super().__init__(seed, layer, options.is_learned)
         self.options = options
-        self.is_learned = options.is_learned
         self.max_length = max_length
         hidden = options.hidden_size
         shapes = {
@@ -93,11 +92,7 @@ class SynthesizerAttention(Drawn):
             "factorized": {"left": (max_length, options.rank), "right": (max_length, options.rank)},
         }[options.kind]
         for name, shape in shapes.items():
-            tensor = torch.empty(num_heads, *shape)
-            if options.is_learned:
-                self.register_parameter(name, nn.Parameter(tensor))
-            else:
-                self.register_buffer(name, tensor)
+            self.own_tensor(name, num_heads, *shape)
         self.own = tuple(shapes)
         self.reset_parameters()
 
@@ -110,7 +105,7 @@ class SynthesizerAttention(Drawn):
             # Scores of size 1: rows of a perceptron by the width that they sum over.
             width = {"scores": 1, "left": self.options.rank, "right": 1}
             fan_in = width.get(name, tensor.shape[1])
-            drawn = torch.randn(tensor.shape, generator=generator)
+            drawn = torch.randn(tensor.shape, generator=generator, device="cpu")
             tensor.copy_(drawn / math.sqrt(fan_in))
 
     def forward(
