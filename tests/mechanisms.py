@@ -34,6 +34,7 @@ BASELINES: dict[str, Baseline] = {
     "big-bird": Baseline({"block_size": 2, "num_random_blocks": 1}),
     "linformer": Baseline({"num_projections": 5}, is_average=False),
     "synthesizer": Baseline({"hidden_size": 7}, unread=("k_proj",)),
+    "sinkhorn": Baseline({"block_size": 3, "hidden_size": 7}),
     "routing-transformer": Baseline({"num_clusters": 3, "chunk_size": 2}),
     "clustered-favor": Baseline({"num_clusters": 2}),
     "reformer": Baseline({"num_hashes": 2, "num_buckets": 4, "chunk_size": 3}, unread=("k_proj",)),

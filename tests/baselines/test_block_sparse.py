@@ -1,4 +1,4 @@
-"""Sparse mechanisms against a matrix of all pairs, and against the models that transformers ships."""
+"""Sparse mechanisms against a matrix of all pairs, and against the models of transformers."""
 
 import math
 
@@ -56,9 +56,7 @@ PATTERNS = {
     ),
     "Big Bird": (BigBirdAttention(BigBirdOptions(3, num_random_blocks=2), max_length=12), None),
 }
-every_pattern = pytest.mark.parametrize(
-    ("mechanism", "pattern"), PATTERNS.values(), ids=PATTERNS
-)
+every_pattern = pytest.mark.parametrize(("mechanism", "pattern"), PATTERNS.values(), ids=PATTERNS)
 
 
 def by_all_pairs(query: Tensor, key: Tensor, value: Tensor, sees: Tensor) -> Tensor:
@@ -180,9 +178,7 @@ def test_big_bird_attention_is_that_of_transformers_for_equal_weights(monkeypatc
         *heads_of(theirs, hidden, "query", "key", "value"), key_padding_mask=mask.bool()
     ).transpose(1, 2)
     real = mask.bool()
-    torch.testing.assert_close(
-        out.flatten(2)[real], expected[real], rtol=1e-4, atol=1e-4
-    )
+    torch.testing.assert_close(out.flatten(2)[real], expected[real], rtol=1e-4, atol=1e-4)
 
 
 def test_big_bird_draws_by_seed_layer_and_head_and_again_when_asked():
@@ -219,7 +215,10 @@ def test_sparse_mechanisms_refuse_cross_attention(mechanism):
     ("options", "words"),
     [
         (lambda: LocalOptions(0), "window_size must be a whole number of at least 1, got 0"),
-        (lambda: LongformerOptions(num_global=-1), "num_global must be a whole number of at least 0"),
+        (
+            lambda: LongformerOptions(num_global=-1),
+            "num_global must be a whole number of at least 0",
+        ),
         (lambda: BigBirdOptions(block_size=2.5), "block_size must be a whole number"),
         (lambda: SparseOptions("stridden"), "unknown pattern 'stridden'.*Did you mean 'strided'"),
         (lambda: SparseOptions("fixed", 4, 5), "block of stride=4: at most so many, got 5"),

@@ -79,7 +79,7 @@ def test_what_the_linformer_cannot_do_is_refused():
         mechanism(*inputs(7, heads=2, key_heads=2))
     with pytest.raises(ValueError, match=r"one query per key: query length is 5"):
         mechanism(*inputs(5, 7))
-    with pytest.raises(ValueError, match="unknown sharing 'head'.*Did you mean 'heads'"):
+    with pytest.raises(ValueError, match=r"unknown sharing 'head'.*Did you mean 'heads'"):
         LinformerOptions(sharing="head")
     with pytest.raises(TypeError, match="is_learned must be true or false, got 'no'"):
         LinformerOptions(is_learned="no")

@@ -72,5 +72,5 @@ def test_what_the_synthesizer_cannot_do_is_refused():
         made("random")(*inputs(7, heads=2, key_heads=2))
     with pytest.raises(ValueError, match=r"those of a perceptron\. Take kind='random'"):
         SynthesizerOptions(is_learned=False)
-    with pytest.raises(ValueError, match="unknown kind 'randon'.*Did you mean 'random'"):
+    with pytest.raises(ValueError, match=r"unknown kind 'randon'.*Did you mean 'random'"):
         SynthesizerOptions("randon")

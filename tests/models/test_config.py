@@ -9,6 +9,7 @@ from transformers import AutoConfig
 
 from performers import FavorOptions
 from performers.baselines import Identity
+from performers.checks import check_count
 from performers.functional import KERNELS, favor_attention, softmax_attention
 from performers.models import (
     MECHANISMS,
@@ -17,7 +18,6 @@ from performers.models import (
     PerformerForCausalLM,
     PerformerForMaskedLM,
 )
-from performers.checks import check_count
 from performers.models.mechanisms import Mechanism, own_options
 from performers.nn import KernelFeatures, SharpFeatures, SoftmaxFeatures
 from performers.nn.estimators import ESTIMATORS
@@ -313,7 +313,11 @@ def test_options_reach_the_mechanism_that_has_them_and_are_saved(tiny_model, tok
 @pytest.mark.parametrize(
     ("attention", "options", "words"),
     [
-        ("turned", {"cuont": 1}, "'cuont': choose one of ['count', 'places']. Did you mean 'count'"),
+        (
+            "turned",
+            {"cuont": 1},
+            "'cuont': choose one of ['count', 'places']. Did you mean 'count'",
+        ),
         ("turned", {"count": 0}, "count must be a whole number of at least 1, got 0"),
         ("turned", ["count"], "must be a mapping of options to values, got ['count']"),
         ("exact", {"count": 1}, "attention='exact' has no options, got attention_options={'count'"),

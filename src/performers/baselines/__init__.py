@@ -9,6 +9,7 @@ from performers.baselines.local import LocalAttention, LocalOptions
 from performers.baselines.longformer import LongformerAttention, LongformerOptions
 from performers.baselines.reformer import ReformerAttention, ReformerOptions
 from performers.baselines.routing import RoutingAttention, RoutingOptions
+from performers.baselines.sinkhorn import SinkhornAttention, SinkhornOptions
 from performers.baselines.sparse_transformer import SparseOptions, SparseTransformerAttention
 from performers.baselines.synthesizer import SynthesizerAttention, SynthesizerOptions
 
@@ -29,6 +30,8 @@ __all__ = [
     "ReformerOptions",
     "RoutingAttention",
     "RoutingOptions",
+    "SinkhornAttention",
+    "SinkhornOptions",
     "SparseOptions",
     "SparseTransformerAttention",
     "SynthesizerAttention",

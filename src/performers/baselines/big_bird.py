@@ -46,8 +46,8 @@ class BigBirdAttention(Drawn):
                                                               G G G G G G
 
     A causal query sees the first block, its own up to itself, the one before, and random earlier
-    blocks. A draw that falls on a block which is seen anyway adds nothing. The last block is the one
-    with the last real token. There is no cross-attention.
+    blocks. A draw that falls on a block which is seen anyway adds nothing. The last block is that
+    of the last real token. There is no cross-attention.
 
     The draws are a buffer of numbers u from 0 to 1, one block ⌊u · blocks⌋ each (causal: of the
     earlier ones), for `max_length` positions; beyond these they are used again.
@@ -114,9 +114,7 @@ class BigBirdAttention(Drawn):
         shape = torch.broadcast_shapes(*(x.shape[:3] for x in (near, drawn)))
         blocks = torch.cat([x.expand(*shape, -1) for x in listed], dim=-1)
         sees = real(slots, lambda i, j: i >= 0, is_causal)
-        rows = combined(
-            [attend_to_blocks(slots.query, slots.key, slots.value, blocks, size, sees)]
-        )
+        rows = combined([attend_to_blocks(slots.query, slots.key, slots.value, blocks, size, sees)])
         if not is_causal:  # causal: what the first block sees is in the lists
             rows = with_global_rows(slots, rows, first, size)
             rows = with_global_rows(slots, rows, last * size, size)

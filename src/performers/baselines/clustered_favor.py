@@ -33,8 +33,8 @@ class ClusteredFavor(nn.Module):
 
     Cost: that of FAVOR+ for every cluster, O(num_clusters · length · num_features · dim), because
     each is a mask over the whole sequence.
-    Source: Choromanski et al. 2021, Section 1, which names clusters as a technique to combine FAVOR+
-    with; clusters of Roy et al. 2021.
+    Source: Choromanski et al. 2021, Section 1, which names clusters as a technique to combine
+    FAVOR+ with; clusters of Roy et al. 2021.
     """
 
     def __init__(

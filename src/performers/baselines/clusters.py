@@ -72,7 +72,7 @@ class Clusters(Drawn):
 
     def follow(
         self,
-        out: Float[Tensor, "batch *rest"],
+        out: Float[Tensor, "batch key_heads *rows"],
         key: Float[Tensor, "batch key_heads length dim"],
         cluster: Int[Tensor, "batch key_heads length"],
     ) -> None:
@@ -88,7 +88,9 @@ class Clusters(Drawn):
         index = (head[:, None] * (num_clusters + 1) + cluster).flatten()
         total = unit.new_zeros(heads * (num_clusters + 1), dim)
         total.index_add_(0, index, unit.flatten(0, 2))
-        number = total.new_zeros(len(total)).index_add_(0, index, torch.ones_like(unit[..., 0]).flatten())
+        number = total.new_zeros(len(total)).index_add_(
+            0, index, torch.ones_like(unit[..., 0]).flatten()
+        )
         total, number = (x.unflatten(0, (heads, -1))[:, :num_clusters] for x in (total, number))
         mean = total / number.clamp(min=1).unsqueeze(-1)
         moved = F.normalize(self.decay * self.centroids + (1 - self.decay) * mean, dim=-1)

@@ -36,7 +36,7 @@ class Drawn(nn.Module):
         self._draw(None)
 
     def redraw(self, generator: Generator | None = None) -> None:
-        """The next draw of this seed and layer, or one from `generator`; none of learned tensors."""
+        """The next draw of this seed and layer, or one from `generator`; learned tensors stay."""
         if self.is_learned:
             return
         self.num_redraws += 1

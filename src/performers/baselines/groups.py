@@ -17,7 +17,7 @@ import math
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -77,7 +77,7 @@ def group_by_group(
 def chunks_beside(
     of_chunk: Int[Tensor, "batch heads num_chunks"], before: int, after: int
 ) -> Int[Tensor, "batch heads num_chunks near"]:
-    """For each chunk the numbers of itself and the chunks beside it of the same group; −1 for none."""
+    """For each chunk the numbers of itself and of those beside it in its group; −1 for none."""
     near = nearest_blocks(of_chunk.shape[-1], before, after, of_chunk.device)
     near = near.expand(*of_chunk.shape[:2], -1, -1)
     beside = of_chunk.gather(-1, near.clamp(min=0).flatten(2)).view_as(near)

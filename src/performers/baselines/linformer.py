@@ -95,7 +95,9 @@ class LinformerAttention(Drawn):
         key_padding_mask: Bool[Tensor, "batch key_length"] | None = None,
     ) -> Float[Tensor, "batch heads query_length value_dim"]:
         """Shapes and masks as in `favor_attention`, with one query per key."""
-        check_bidirectional("the Linformer", is_causal, "it sums over all positions, later ones too")
+        check_bidirectional(
+            "the Linformer", is_causal, "it sums over all positions, later ones too"
+        )
         slots = real_tokens(
             "the Linformer",
             query, key, value, is_causal=is_causal, key_padding_mask=key_padding_mask,

@@ -39,8 +39,7 @@ class LocalAttention(nn.Module):
     It cannot relate positions further apart than w in one layer, and has no cross-attention.
 
     Cost: O(length · window_size · dim).
-    Source: Parmar et al. 2018, "Image Transformer"; "Local Attention" of Tay et al. 2021, Long Range
-    Arena.
+    Source: Parmar et al. 2018, "Image Transformer"; Tay et al. 2021, "Long Range Arena".
     """
 
     def __init__(self, options: LocalOptions = LocalOptions()) -> None:

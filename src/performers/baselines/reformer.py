@@ -88,9 +88,7 @@ class ReformerAttention(Drawn):
         """`num_heads`: query heads with hashes of their own; 1 for hashes that all share."""
         super().__init__(seed, layer)
         self.options = options
-        self.own_tensor(
-            "rotations", num_heads, options.num_hashes, dim, options.num_buckets // 2
-        )
+        self.own_tensor("rotations", num_heads, options.num_hashes, dim, options.num_buckets // 2)
         self.reset_parameters()
 
     def draw(self, generator: Generator) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float
@@ -64,8 +64,8 @@ class SparseTransformerAttention(nn.Module):
                           ■ · · ■ ■ ■ ■                             · · ■ · · ■ ■
 
     Every head sees the union, the paper's "merged head"; the paper may also give the two sets to
-    different heads or layers. There is no cross-attention. The bidirectional patterns are the causal
-    ones and their mirror images.
+    different heads or layers. There is no cross-attention. A pair that the causal strided pattern
+    scores is scored both ways if bidirectional; the fixed summaries are seen from everywhere.
 
     Cost: O(length · (l + c · length / l) · dim), which is O(length^1.5) for l ≈ √length.
     Source: Child et al. 2019, "Generating Long Sequences with Sparse Transformers", Section 4.3.

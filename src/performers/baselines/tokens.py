@@ -63,7 +63,7 @@ def real_tokens(
 def rows_of_tokens(
     slots: Slots, rows: Float[Tensor, "batch key_heads group slots value_dim"]
 ) -> Float[Tensor, "batch heads length value_dim"]:
-    """The output of attention from its rows in slots, in the dtype of the inputs; padding gets 0."""
+    """The output of attention from its rows in slots, in the dtype of values; 0 for padding."""
     return slots.tokens(rows).flatten(1, 2).to(slots.value.dtype)
 
 

@@ -49,13 +49,14 @@ class PerformerConfig(PerformerFields):
     """A Performer in transformers' words, the paper's defaults where the paper names one.
 
     `attention`: the mechanism. "exact" (an ordinary Transformer), "identity" (the paper's X: no
-    attention at all), or "performer-" and a word for features: "performer-relu" (the paper's
-    default for training) or any other kernel; "performer-positive" (the paper's estimate of
+    attention at all), another that the paper compares with, as `performers.baselines` and its rows
+    in `MECHANISMS` name them, or "performer-" and a word for features: "performer-relu" (the
+    paper's default for training) or any other kernel; "performer-positive" (the paper's estimate of
     softmax), "performer-hyperbolic", "performer-trigonometric"; or "performer-sharp" (a positive
     estimate with the statistics of each sequence, so for bidirectional models only, see
     `SharpFeatures`).
-    `attention_options`: what can be chosen about this mechanism alone, by name; the mechanisms that
-    have options list them.
+    `attention_options`: what can be chosen about this mechanism alone: fields of its options in
+    `performers.baselines`, such as {"num_projections": 600} of `LinformerOptions`.
     `num_projections`, `projection`, `distribution`, `seed`: see `SoftmaxFeatures`;
     `kernel_epsilon`: see `KernelFeatures`. `projection=None` is a kernel without ω.
     `window_size`: positive estimates of softmax score the keys of neighboring blocks of this size

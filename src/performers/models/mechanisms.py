@@ -30,6 +30,8 @@ from performers.baselines import (
     ReformerOptions,
     RoutingAttention,
     RoutingOptions,
+    SinkhornAttention,
+    SinkhornOptions,
     SparseOptions,
     SparseTransformerAttention,
     SynthesizerAttention,
@@ -182,6 +184,19 @@ def reformer(config: PerformerFields, layer: int) -> ReformerAttention:
     )
 
 
+def sinkhorn(config: PerformerFields, layer: int) -> SinkhornAttention:
+    """Sinkhorn attention up to `max_position_embeddings`; each key head sorts for itself."""
+    assert config.head_dim is not None, "a config has chosen it"
+    return SinkhornAttention(
+        own_options(config),
+        dim=config.head_dim,
+        num_heads=config.num_key_value_heads or config.num_attention_heads,
+        max_length=config.max_position_embeddings,
+        seed=config.seed,
+        layer=layer,
+    )
+
+
 def routing(config: PerformerFields, layer: int) -> RoutingAttention:
     """The Routing Transformer, in which each key head of each layer has clusters of its own."""
     assert config.head_dim is not None, "a config has chosen it"
@@ -254,6 +269,7 @@ MECHANISMS: dict[str, Mechanism] = {
     "linformer": Mechanism(linformer, options=LinformerOptions),
     "synthesizer": Mechanism(synthesizer, memory=Rerun, options=SynthesizerOptions),
     "reformer": Mechanism(reformer, memory=QueriesAndValues, options=ReformerOptions),
+    "sinkhorn": Mechanism(sinkhorn, options=SinkhornOptions),
     "routing-transformer": Mechanism(routing, memory=Rerun, options=RoutingOptions),
     "clustered-favor": Mechanism(
         clustered_favor, check_clustered_favor, memory=Rerun, options=ClusteredFavorOptions

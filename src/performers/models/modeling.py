@@ -163,8 +163,8 @@ class PerformerPreTrainedModel(PreTrainedModel):
             module.reset_parameters()
 
     def redraw_features(self, generator: Generator | None = None) -> None:
-        """Draw ω of every layer anew, as `RandomFeatures.redraw` does, and what else a mechanism draws;
-        saved with the weights.
+        """Draw ω of every layer anew, as `RandomFeatures.redraw` does, and what else mechanisms
+        have drawn; saved with the weights.
         """
         for module in self.modules():
             if isinstance(module, RandomFeatures | Drawn):
