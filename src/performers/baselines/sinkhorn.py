@@ -154,12 +154,13 @@ class SinkhornAttention(Drawn):
         # A position that some of the mixed blocks lack is a mixture of the others.
         share = torch.einsum("bhij,bjs->bhis", sorting, is_there.to(accurate)).unsqueeze(-1)
         is_mixed = share > SMALLEST_SHARE
-        mixed = [
+        mixed_key, mixed_value = (
             torch.einsum("bhij,bhjsd->bhisd", sorting, x) / torch.where(is_mixed, share, 1.0)
             for x in (key, value)
-        ]
+        )
         own = is_there[:, None, None, :, None]
         near = part(query, key.unsqueeze(2), value.unsqueeze(2), own)
-        far = part(query, *(x.unsqueeze(2) for x in mixed), is_mixed.unsqueeze(2).mT)
+        visible = is_mixed.unsqueeze(2).mT
+        far = part(query, mixed_key.unsqueeze(2), mixed_value.unsqueeze(2), visible)
         rows = combined([near, far]).flatten(3, 4)[..., :length, :]
         return rows_of_tokens(slots, rows)
