@@ -11,9 +11,12 @@ import torch
 from cases import FEATURE_MAPS, NONNEGATIVE, backends
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mechanisms import BASELINES
 from torch import Tensor
 
 from performers import favor_attention, softmax_attention
+from performers.models import MECHANISMS as ROWS
+from performers.models import PerformerConfig
 
 PRIMES = (1, 2, 3, 5, 7, 11, 13)
 
@@ -23,6 +26,7 @@ class Mechanism(NamedTuple):
 
     build: Callable[[int], Callable[..., Tensor]]
     is_average: bool  # rows of the matrix are nonnegative and sum to 1
+    has_causal: bool = True  # otherwise a causal call is refused
 
 
 def _favor(feature_map: Callable[[int, int], torch.nn.Module], **options: object) -> Callable:
@@ -44,6 +48,28 @@ def _exact(dim: int) -> Callable[..., Tensor]:
     return attend
 
 
+def _baseline(name: str) -> Callable:
+    """The mechanism of this row in the registry, whose heads share what it may have learned."""
+
+    def build(dim: int) -> Callable[..., Tensor]:
+        config = PerformerConfig(
+            **BASELINES[name].config(name),
+            hidden_size=dim,
+            num_attention_heads=1,
+            position="learned",
+            max_position_embeddings=max(PRIMES),
+        )
+        mechanism = ROWS[name].build(config, 0)
+
+        def attend(query: Tensor, key: Tensor, value: Tensor, *masks: object) -> Tensor:
+            given = dict(zip(("is_causal", "key_padding_mask"), masks, strict=False))
+            return mechanism(query, key, value, **given)
+
+        return attend
+
+    return build
+
+
 MECHANISMS = {
     "exact": Mechanism(_exact, is_average=True),
     **{
@@ -52,6 +78,11 @@ MECHANISMS = {
         for backend in backends(name, is_causal=True)  # bidirectional None is for another
     },
     "positive with a window": Mechanism(_favor(FEATURE_MAPS["positive"], window_size=3), True),
+    **{
+        name: Mechanism(_baseline(name), row.is_average, ROWS[name].memory is not None)
+        for name, row in BASELINES.items()
+        if name != "identity"  # in which no key is seen, and none can be hidden
+    },
 }
 
 AVERAGES = {name: mechanism for name, mechanism in MECHANISMS.items() if mechanism.is_average}
@@ -74,6 +105,11 @@ def for_dtypes_and_shapes(test: Callable[..., None]) -> Callable[..., None]:
     return every_dtype(settings(max_examples=3)(some_shapes(test)))
 
 
+def assert_refuses_causality(mechanism: Mechanism, *tensors: Tensor) -> None:
+    with pytest.raises(ValueError, match=r"has no causal form: .*is_causal=False"):
+        mechanism.build(tensors[0].shape[-1])(*tensors, True)
+
+
 def draw(shape: list[int], group: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     batch, key_heads, length, dim, value_dim, *_ = shape
     torch.manual_seed(sum(shape[:5]))
@@ -89,6 +125,7 @@ def tolerance(dtype: torch.dtype) -> float:
 
 @under_contract
 def test_the_output_has_the_shape_of_queries_and_values(mechanism, dtype, shape, group, is_causal):
+    is_causal = is_causal and mechanism.has_causal
     query, key, value = draw(shape, group, dtype)
     out = mechanism.build(query.shape[-1])(query, key, value, is_causal)
     assert out.shape == (*query.shape[:3], value.shape[-1])
@@ -99,6 +136,7 @@ def test_the_output_has_the_shape_of_queries_and_values(mechanism, dtype, shape,
 @every_average
 @for_dtypes_and_shapes
 def test_outputs_of_averages_stay_among_the_values(mechanism, dtype, shape, group, is_causal):
+    is_causal = is_causal and mechanism.has_causal
     query, key, value = draw(shape, group, dtype)
     attend = mechanism.build(query.shape[-1])
     out = attend(10 * query, 10 * key, value, is_causal)
@@ -111,6 +149,7 @@ def test_outputs_of_averages_stay_among_the_values(mechanism, dtype, shape, grou
 @settings(max_examples=3)
 @some_shapes
 def test_the_output_is_linear_in_the_values(mechanism, shape, group, is_causal):
+    is_causal = is_causal and mechanism.has_causal
     query, key, value = draw(shape, group, torch.float32)
     attend = mechanism.build(query.shape[-1])
     out = attend(query, key, value, is_causal)
@@ -121,6 +160,9 @@ def test_the_output_is_linear_in_the_values(mechanism, shape, group, is_causal):
 @under_contract
 def test_the_future_does_not_matter(mechanism, dtype, shape, group, is_causal):
     query, key, value = draw(shape, group, dtype)
+    if not mechanism.has_causal:
+        assert_refuses_causality(mechanism, query, key, value)
+        return
     attend = mechanism.build(query.shape[-1])
     position = query.shape[2] // 2
     before = attend(query, key, value, True)[:, :, :position]
@@ -131,6 +173,7 @@ def test_the_future_does_not_matter(mechanism, dtype, shape, group, is_causal):
 
 @under_contract
 def test_padding_does_not_matter(mechanism, dtype, shape, group, is_causal):
+    is_causal = is_causal and mechanism.has_causal
     query, key, value = draw(shape, group, dtype)
     attend = mechanism.build(query.shape[-1])
     mask = torch.arange(query.shape[2]) % 3 != 1
@@ -145,6 +188,7 @@ def test_padding_does_not_matter(mechanism, dtype, shape, group, is_causal):
 
 @under_contract
 def test_sequences_and_heads_do_not_see_each_other(mechanism, dtype, shape, group, is_causal):
+    is_causal = is_causal and mechanism.has_causal
     query, key, value = draw(shape, group, dtype)
     attend = mechanism.build(query.shape[-1])
     out = attend(query, key, value, is_causal)

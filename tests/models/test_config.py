@@ -1,6 +1,7 @@
 """PerformerConfig: the paper's sizes, and what a wrong word or number gets."""
 
 import json
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from transformers import AutoConfig
 
 from performers import FavorOptions
 from performers.baselines import Identity
+from performers.checks import check_count
 from performers.functional import KERNELS, favor_attention, softmax_attention
 from performers.models import (
     MECHANISMS,
@@ -16,7 +18,7 @@ from performers.models import (
     PerformerForCausalLM,
     PerformerForMaskedLM,
 )
-from performers.models.mechanisms import Mechanism
+from performers.models.mechanisms import Mechanism, own_options
 from performers.nn import KernelFeatures, SharpFeatures, SoftmaxFeatures
 from performers.nn.estimators import ESTIMATORS
 from performers.nn.words import FEATURES
@@ -26,6 +28,9 @@ DRAWN = {"num_projections": 7, "projection": "iid", "seed": 5, "layer": 3}
 ATTENTION = {
     "exact": softmax_attention,
     "identity": lambda query, key, value: value,
+    "linear-transformer": lambda *tensors: favor_attention(
+        *tensors, KernelFeatures(4, fn="elu+1", epsilon=0.0, projection=None)
+    ),
     "performer-sharp": lambda *tensors: favor_attention(
         *tensors, SharpFeatures(4, num_heads=2, statistics="call", query_ratio=2.0, **DRAWN)
     ),
@@ -44,7 +49,8 @@ ATTENTION = {
 }
 
 
-@pytest.mark.parametrize("name", MECHANISMS)
+# What the others stand for, tests/baselines says.
+@pytest.mark.parametrize("name", ATTENTION)
 def test_a_word_for_attention_stands_for_a_function_with_the_numbers_of_the_config(name):
     config = PerformerConfig(
         attention=name, hidden_size=8, num_attention_heads=2, num_projections=7, projection="iid",
@@ -260,6 +266,69 @@ def test_a_mechanism_refuses_what_it_cannot_be_built_from(tiny_config, monkeypat
     tiny_config(attention="toy", num_projections=7)
     with pytest.raises(ValueError, match="at most 7"):
         tiny_config(attention="toy", num_projections=8)
+
+
+@dataclass(frozen=True)
+class Turns:
+    """The options of a toy."""
+
+    count: int = 1
+    places: int = 2
+
+    def __post_init__(self):
+        check_count("count", self.count)
+
+
+@pytest.fixture
+def turning(monkeypatch):
+    """A toy with options: the values, moved in turns."""
+
+    class Turned(Identity):
+        def __init__(self, options):
+            super().__init__()
+            self.options = options
+
+        def forward(self, query, key, value, **masks):
+            return super().forward(
+                query, key, value.roll(self.options.count * self.options.places, dims=2)
+            )
+
+    row = Mechanism(lambda config, layer: Turned(own_options(config)), options=Turns)
+    monkeypatch.setitem(MECHANISMS, "turned", row)
+
+
+@pytest.mark.usefixtures("turning")
+def test_options_reach_the_mechanism_that_has_them_and_are_saved(tiny_model, tokens, tmp_path):
+    options = {"count": 3}
+    model = tiny_model(PerformerForMaskedLM, attention="turned", attention_options=options)
+    turned = model.performer.layers[1].attention.mechanism
+    assert turned.options == Turns(count=3, places=2)
+    model.save_pretrained(tmp_path)
+    again = PerformerForMaskedLM.from_pretrained(tmp_path)
+    assert again.config.attention_options == options
+    assert torch.equal(again(tokens).logits, model(tokens).logits)
+
+
+@pytest.mark.usefixtures("turning")
+@pytest.mark.parametrize(
+    ("attention", "options", "words"),
+    [
+        (
+            "turned",
+            {"cuont": 1},
+            "'cuont': choose one of ['count', 'places']. Did you mean 'count'",
+        ),
+        ("turned", {"count": 0}, "count must be a whole number of at least 1, got 0"),
+        ("turned", ["count"], "must be a mapping of options to values, got ['count']"),
+        ("exact", {"count": 1}, "attention='exact' has no options, got attention_options={'count'"),
+    ],
+)
+def test_an_option_that_a_mechanism_does_not_have_is_refused(
+    tiny_config, attention, options, words
+):
+    with pytest.raises((ValueError, TypeError)) as caught:
+        tiny_config(attention=attention, attention_options=options)
+    assert words in str(caught.value)
 
 
 def test_heads_of_another_dim_attend_as_the_equation_says(tiny_model):

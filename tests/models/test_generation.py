@@ -6,11 +6,18 @@ from mechanisms import CAUSAL_KINDS
 from torch.nn import functional as F
 from transformers import DynamicCache
 
+from performers.models import MECHANISMS as ROWS
 from performers.models import PerformerCache, PerformerForCausalLM, PerformerForMaskedLM
-from performers.models.memory import KeysAndValues, Nothing, State
+from performers.models.memory import KeysAndValues, Nothing, QueriesAndValues, Rerun, State
 
+# Of the mechanisms that run over the whole sequence again one stands for all, but for one test.
+RERUN = [
+    name
+    for name, options in CAUSAL_KINDS.items()
+    if issubclass(ROWS[options["attention"]].memory, Rerun) and name not in ("local", "exact")
+]
 MECHANISMS = {
-    **CAUSAL_KINDS,
+    **{name: options for name, options in CAUSAL_KINDS.items() if name not in RERUN},
     "grouped queries": {"attention": "performer-positive", "num_key_value_heads": 1},
     "learned positions": {"attention": "performer-relu", "position": "learned"},
 }
@@ -47,6 +54,17 @@ def test_with_and_without_a_cache_the_same_is_written(model, tokens, mode):
     assert cached.shape[1] == 11 + NEW
     if mode == "sampling":  # the comparison means little if one token is written over and over
         assert len(cached[:, 11:].unique()) > 5
+
+
+@pytest.mark.parametrize("mechanism", [CAUSAL_KINDS[name] for name in RERUN], ids=RERUN)
+def test_a_mechanism_without_a_state_writes_the_same_with_and_without_a_cache(model, tokens):
+    padded = torch.cat([torch.randint(31, (3, 5)), tokens], dim=1)
+    mask = F.pad(torch.ones_like(tokens), (5, 0))
+    cached, again = (
+        written(model, padded, do_sample=False, attention_mask=mask, use_cache=use_cache)
+        for use_cache in (True, False)
+    )
+    assert torch.equal(cached, again)
 
 
 @every_mechanism
@@ -114,6 +132,8 @@ def test_the_state_has_one_size_at_every_length(model, tokens):
         (MECHANISMS["performer-relu"], State),
         (MECHANISMS["exact"], KeysAndValues),
         (MECHANISMS["identity"], Nothing),
+        (MECHANISMS["local"], Rerun),
+        (CAUSAL_KINDS["reformer"], QueriesAndValues),
     ],
 )
 def test_every_mechanism_has_the_memory_it_needs(model, tokens, memory):

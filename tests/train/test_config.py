@@ -120,6 +120,19 @@ def test_only_what_a_mechanism_takes_reaches_it(config_file):
         assert model_config(config.with_attention(attention)).window_size is None
 
 
+def test_options_of_a_mechanism_are_for_it_alone(config_file):
+    config = load_config(
+        config_file,
+        ["model.attention=linformer", "model.attention_options.num_projections=5"],
+    )
+    assert model_config(config).attention_options == {"num_projections": 5}
+    assert model_config(config.with_attention("linformer")).attention_options is not None
+    assert model_config(config.with_attention("reformer")).attention_options is None
+    wrong = load_config(config_file, ["model.attention=local", "model.attention_options.size=5"])
+    with pytest.raises(ValueError, match=r"'size': choose one of \['window_size'\]"):
+        model_config(wrong)
+
+
 def test_a_run_in_old_words_is_read_with_a_warning(config_file):
     old = ["model.attention=performer-softmax", "model.estimator=hyperbolic"]
     with pytest.warns(FutureWarning, match="this is attention='performer-hyperbolic'"):

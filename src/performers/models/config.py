@@ -17,6 +17,7 @@ from performers.models.mechanisms import (
     check_dialect,
     has_epsilon_features,
     in_current_words,
+    own_options,
 )
 from performers.models.positions import POSITIONS
 
@@ -50,11 +51,14 @@ class PerformerConfig(PerformerFields):
     """A Performer in transformers' words, the paper's defaults where the paper names one.
 
     `attention`: the mechanism. "exact" (an ordinary Transformer), "identity" (the paper's X: no
-    attention at all), or "performer-" and a word for features: "performer-relu" (the paper's
-    default for training) or any other kernel; "performer-positive" (the paper's estimate of
+    attention at all), another that the paper compares with, as `performers.baselines` and its rows
+    in `MECHANISMS` name them, or "performer-" and a word for features: "performer-relu" (the
+    paper's default for training) or any other kernel; "performer-positive" (the paper's estimate of
     softmax), "performer-hyperbolic", "performer-trigonometric"; or "performer-sharp" (a positive
     estimate with the statistics of each sequence, so for bidirectional models only, see
     `SharpFeatures`).
+    `attention_options`: what can be chosen about this mechanism alone: fields of its options in
+    `performers.baselines`, such as {"num_projections": 600} of `LinformerOptions`.
     `num_projections`, `projection`, `distribution`, `seed`: see `SoftmaxFeatures`;
     `kernel_epsilon`: see `KernelFeatures`. `projection=None` is a kernel without ω.
     `window_size`: positive estimates of softmax score the keys of neighboring blocks of this size
@@ -138,6 +142,12 @@ class PerformerConfig(PerformerFields):
         if self.projection is not None:
             check_choice("projection", self.projection, PROJECTIONS)
         mechanism = MECHANISMS[self.attention]
+        if not isinstance(self.attention_options, dict | None):
+            raise TypeError(
+                "attention_options must be a mapping of options to values, got "
+                f"{self.attention_options!r}."
+            )
+        own_options(self)  # refuses what the mechanism does not have
         mechanism.check(self)
         if self.dialect is not None:
             check_dialect(self)

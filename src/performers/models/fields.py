@@ -37,6 +37,7 @@ class PerformerFields(PreTrainedConfig):
     use_cache: bool = True
 
     attention: str = "performer-relu"
+    attention_options: dict[str, Any] | None = None
     num_projections: int = 256
     projection: str | None = "orthogonal"
     distribution: str = "gaussian"

@@ -9,14 +9,39 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 from torch import nn
 
-from performers.baselines import Identity
+from performers.baselines import (
+    BigBirdAttention,
+    BigBirdOptions,
+    ClusteredFavor,
+    ClusteredFavorOptions,
+    Identity,
+    LinformerAttention,
+    LinformerOptions,
+    LocalAttention,
+    LocalOptions,
+    LongformerAttention,
+    LongformerOptions,
+    ReformerAttention,
+    ReformerOptions,
+    RoutingAttention,
+    RoutingOptions,
+    SinkhornAttention,
+    SinkhornOptions,
+    SparseOptions,
+    SparseTransformerAttention,
+    SynthesizerAttention,
+    SynthesizerOptions,
+)
+from performers.checks import check_choice
 from performers.models.fields import PerformerFields
-from performers.models.memory import KeysAndValues, Nothing, State
+from performers.models.memory import KeysAndValues, Nothing, QueriesAndValues, Rerun, State
 from performers.nn.dialect import Dialect, DialectFavor
+from performers.nn.feature_maps import KernelFeatures
 from performers.nn.mechanisms import Exact, Favor
 from performers.nn.sharp import SharpFeatures
 from performers.nn.words import FEATURES, SHARP, build_features, check_features, takes_window
@@ -28,14 +53,20 @@ __all__ = [
     "check_dialect",
     "has_epsilon_features",
     "in_current_words",
+    "own_options",
     "performer",
 ]
 
-CausalMemory = type[KeysAndValues | Nothing | State]
+CausalMemory = type[Nothing | Rerun | State]
 
 
 def _any_config(config: PerformerFields) -> None:
     """What a mechanism checks that has nothing to refuse."""
+
+
+@dataclass(frozen=True)
+class NoOptions:
+    """The options of a mechanism that has none."""
 
 
 class Mechanism(NamedTuple):
@@ -45,12 +76,32 @@ class Mechanism(NamedTuple):
     `check`: raises ValueError for a config that it cannot be built from.
     `memory`: what a layer remembers when generating; None of one that has no causal form.
     `takes_window`: whether `window_size` means something to it.
+    `options`: a dataclass of what can be chosen about this mechanism alone, which refuses values
+    that do not fit. A config names them in `attention_options`.
     """
 
     build: Callable[[PerformerFields, int], nn.Module]
     check: Callable[[PerformerFields], None] = _any_config
     memory: CausalMemory | None = None
     takes_window: bool = False
+    options: type = NoOptions
+
+
+def own_options(config: PerformerFields) -> Any:
+    """The options of the config's own mechanism, as the dataclass of its row.
+
+    Raises ValueError for an option that it does not have, and for a value that does not fit.
+    """
+    options = MECHANISMS[config.attention].options
+    known = [field.name for field in fields(options)]
+    for name in config.attention_options or {}:
+        if not known:
+            raise ValueError(
+                f"attention={config.attention!r} has no options, got attention_options="
+                f"{config.attention_options}. Leave them out."
+            )
+        check_choice(f"option of attention={config.attention!r}", name, known)
+    return options(**(config.attention_options or {}))
 
 
 def performer(features: str) -> Mechanism:
@@ -83,9 +134,152 @@ def performer(features: str) -> Mechanism:
     return Mechanism(build, check, memory, takes_window(features))
 
 
+def linear_transformer(config: PerformerFields, layer: int) -> Favor:
+    """φ(x) = elu(x) + 1 of queries and keys themselves: linear attention without ω.
+
+    Source: Katharopoulos et al. 2020, "Transformers are RNNs", Eq. 7.
+    """
+    assert config.head_dim is not None, "a config has chosen it"
+    return Favor(KernelFeatures(config.head_dim, fn="elu+1", epsilon=0.0, projection=None))
+
+
+def big_bird(config: PerformerFields, layer: int) -> BigBirdAttention:
+    """Big Bird, in which each key head of each layer draws blocks of its own."""
+    return BigBirdAttention(
+        own_options(config),
+        num_heads=config.num_key_value_heads or config.num_attention_heads,
+        max_length=config.max_position_embeddings,
+        seed=config.seed,
+        layer=layer,
+    )
+
+
+def linformer(config: PerformerFields, layer: int) -> LinformerAttention:
+    """The Linformer for sequences up to `max_position_embeddings`."""
+    return LinformerAttention(
+        own_options(config),
+        num_heads=config.num_key_value_heads or config.num_attention_heads,
+        max_length=config.max_position_embeddings,
+        seed=config.seed,
+        layer=layer,
+    )
+
+
+def synthesizer(config: PerformerFields, layer: int) -> SynthesizerAttention:
+    """The Synthesizer for sequences up to `max_position_embeddings`, each head with its scores."""
+    assert config.head_dim is not None, "a config has chosen it"
+    return SynthesizerAttention(
+        own_options(config),
+        dim=config.head_dim,
+        num_heads=config.num_attention_heads,
+        max_length=config.max_position_embeddings,
+        seed=config.seed,
+        layer=layer,
+    )
+
+
+def reformer(config: PerformerFields, layer: int) -> ReformerAttention:
+    """The Reformer, in which each head of each layer has hashes of its own."""
+    assert config.head_dim is not None, "a config has chosen it"
+    return ReformerAttention(
+        own_options(config),
+        dim=config.head_dim,
+        num_heads=config.num_attention_heads,
+        seed=config.seed,
+        layer=layer,
+    )
+
+
+def sinkhorn(config: PerformerFields, layer: int) -> SinkhornAttention:
+    """Sinkhorn attention up to `max_position_embeddings`; each key head sorts for itself."""
+    assert config.head_dim is not None, "a config has chosen it"
+    return SinkhornAttention(
+        own_options(config),
+        dim=config.head_dim,
+        num_heads=config.num_key_value_heads or config.num_attention_heads,
+        max_length=config.max_position_embeddings,
+        seed=config.seed,
+        layer=layer,
+    )
+
+
+def routing(config: PerformerFields, layer: int) -> RoutingAttention:
+    """The Routing Transformer, in which each key head of each layer has clusters of its own."""
+    assert config.head_dim is not None, "a config has chosen it"
+    return RoutingAttention(
+        own_options(config),
+        dim=config.head_dim,
+        num_heads=config.num_key_value_heads or config.num_attention_heads,
+        seed=config.seed,
+        layer=layer,
+    )
+
+
+def clustered_favor(config: PerformerFields, layer: int) -> ClusteredFavor:
+    """Clustered FAVOR+ with features as the config describes them."""
+    assert config.head_dim is not None, "a config has chosen it"
+    options = own_options(config)
+    phi = build_features(
+        options.features,
+        config.head_dim,
+        config.num_projections,
+        projection=config.projection,
+        distribution=config.distribution,
+        kernel_epsilon=config.kernel_epsilon,
+        seed=config.seed,
+        layer=layer,
+    )
+    return ClusteredFavor(
+        phi,
+        options,
+        dim=config.head_dim,
+        num_heads=config.num_key_value_heads or config.num_attention_heads,
+        seed=config.seed,
+        layer=layer,
+    )
+
+
+def check_clustered_favor(config: PerformerFields) -> None:
+    """Features that learn from a sequence would learn from the past of one cluster and the future
+    of another.
+    """
+    features = own_options(config).features
+    check_features(features, config.projection, config.distribution)
+    if features == SHARP:
+        raise ValueError(
+            "clustered FAVOR+ takes features that do not depend on the sequence: got "
+            "features='sharp'. Take 'positive'."
+        )
+
+
 MECHANISMS: dict[str, Mechanism] = {
     "exact": Mechanism(lambda config, layer: Exact(), memory=KeysAndValues),
     "identity": Mechanism(lambda config, layer: Identity(), memory=Nothing),
+    "linear-transformer": Mechanism(linear_transformer, memory=State),
+    "local": Mechanism(
+        lambda config, layer: LocalAttention(own_options(config)),
+        memory=Rerun,
+        options=LocalOptions,
+    ),
+    "sparse-transformer": Mechanism(
+        lambda config, layer: SparseTransformerAttention(own_options(config)),
+        memory=Rerun,
+        options=SparseOptions,
+    ),
+    "longformer": Mechanism(
+        lambda config, layer: LongformerAttention(own_options(config)),
+        memory=Rerun,
+        options=LongformerOptions,
+    ),
+    "big-bird": Mechanism(big_bird, memory=Rerun, options=BigBirdOptions),
+    "linformer": Mechanism(linformer, options=LinformerOptions),
+    "synthesizer": Mechanism(synthesizer, memory=Rerun, options=SynthesizerOptions),
+    "reformer": Mechanism(reformer, memory=QueriesAndValues, options=ReformerOptions),
+    "sinkhorn": Mechanism(sinkhorn, options=SinkhornOptions),
+    "routing-transformer": Mechanism(routing, memory=Rerun, options=RoutingOptions),
+    "clustered-favor": Mechanism(
+        clustered_favor, check_clustered_favor, memory=Rerun, options=ClusteredFavorOptions
+    ),
     **{f"performer-{features}": performer(features) for features in FEATURES},
 }
 

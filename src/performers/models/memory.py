@@ -17,7 +17,15 @@ from performers.nn.dialect import DialectFavor
 from performers.nn.mechanisms import Favor
 from performers.typing import Attention, LinearState
 
-__all__ = ["KeysAndValues", "LinearMemory", "Memory", "Nothing", "State"]
+__all__ = [
+    "KeysAndValues",
+    "LinearMemory",
+    "Memory",
+    "Nothing",
+    "QueriesAndValues",
+    "Rerun",
+    "State",
+]
 
 Query = Float[Tensor, "batch heads new_length dim"]
 Key = Float[Tensor, "batch key_heads new_length dim"]
@@ -144,8 +152,11 @@ class State(LinearMemory):
         return out
 
 
-class KeysAndValues(DynamicLayer):
-    """Memory of exact attention: all keys and values, which grow with the length."""
+class Rerun(DynamicLayer):
+    """Memory of a mechanism that knows positions: all keys and values, which grow with the length.
+
+    The mechanism runs over the whole sequence for each step, which costs as much as it does there.
+    """
 
     def attend(
         self, mechanism: Attention, query: Query, key: Key, value: Value, mask: Mask | None
@@ -153,10 +164,34 @@ class KeysAndValues(DynamicLayer):
         """Attention of the new positions over all so far."""
         keys, values = self.update(key, value)
         past_length = keys.shape[2] - key.shape[2]
-        if key.shape[2] == 1:  # the last position sees every key, so no causal mask is needed
-            return mechanism(query, keys, values, key_padding_mask=mask)
-        # Causal attention takes one query per key, so several new positions need queries for the
-        # past as well; their outputs are dropped.
+        # Causal attention takes one query per key, so new positions need queries for the past as
+        # well; their outputs are dropped.
         queries = F.pad(query, (0, 0, past_length, 0))
         out = mechanism(queries, keys, values, is_causal=True, key_padding_mask=mask)
         return out[:, :, past_length:]
+
+
+class QueriesAndValues(Rerun):
+    """Memory of a mechanism whose queries are its keys: queries and values."""
+
+    def attend(
+        self, mechanism: Attention, query: Query, key: Key, value: Value, mask: Mask | None
+    ) -> Output:
+        """Attention of the new positions over all so far."""
+        queries, values = self.update(query, value)
+        keys = queries[:, :: query.shape[1] // key.shape[1]]  # not read
+        out = mechanism(queries, keys, values, is_causal=True, key_padding_mask=mask)
+        return out[:, :, queries.shape[2] - query.shape[2] :]
+
+
+class KeysAndValues(Rerun):
+    """Memory of exact attention: all keys and values, which grow with the length."""
+
+    def attend(
+        self, mechanism: Attention, query: Query, key: Key, value: Value, mask: Mask | None
+    ) -> Output:
+        """Attention of the new positions over all so far."""
+        if key.shape[2] > 1:
+            return super().attend(mechanism, query, key, value, mask)
+        keys, values = self.update(key, value)  # the last position sees every key
+        return mechanism(query, keys, values, key_padding_mask=mask)

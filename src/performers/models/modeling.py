@@ -22,6 +22,7 @@ from transformers.modeling_outputs import (
 )
 from transformers.utils.generic import can_return_tuple
 
+from performers.baselines import Drawn
 from performers.functional import implied_matrix
 from performers.models.cache import PerformerCache
 from performers.models.config import PerformerConfig
@@ -161,15 +162,17 @@ class PerformerPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, RandomFeatures):
+        if isinstance(module, RandomFeatures | Drawn):
             # Only for a new model, or if the checkpoint has no ω: transformers calls this for
             # missing weights.
             module.reset_parameters()
 
     def redraw_features(self, generator: Generator | None = None) -> None:
-        """Draw ω of every layer anew, as `RandomFeatures.redraw` does; saved with the weights."""
+        """Draw ω of every layer anew, as `RandomFeatures.redraw` does, and what else mechanisms
+        have drawn; saved with the weights.
+        """
         for module in self.modules():
-            if isinstance(module, RandomFeatures):
+            if isinstance(module, RandomFeatures | Drawn):
                 module.redraw(generator)
 
 

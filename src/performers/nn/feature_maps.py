@@ -14,6 +14,7 @@ from performers.checks import check_choice, check_count, check_feature_map
 from performers.functional.features import Kernel, kernel_features, resolve_kernel
 from performers.functional.fingerprint import fingerprint
 from performers.functional.projections import DISTRIBUTIONS, PROJECTIONS, draw_projection
+from performers.functional.seeds import mixed_seed
 from performers.nn.estimators import ESTIMATORS
 from performers.typing import Elementwise, FeatureMap, Features, LogLinearSide
 
@@ -110,7 +111,7 @@ class RandomFeatures(nn.Module):
             return
         if generator is None:
             generator = Generator().manual_seed(
-                _mixed(self.seed, self.layer, int(self.num_redraws))
+                mixed_seed(self.seed, self.layer, int(self.num_redraws))
             )
         assert self.projection is not None, "a map with omega has a kind of projection"
         omega = draw_projection(
@@ -296,14 +297,3 @@ def _warn_of_signs(what: str, remedy: str) -> None:
         f"outputs may be of any size: {remedy}, or attend with normalize=False.",
         stacklevel=3,
     )
-
-
-def _mixed(seed: int, layer: int, num_redraws: int) -> int:
-    """One 63-bit seed from three numbers, by SplitMix64: similar numbers give unrelated seeds."""
-    mixed = 0
-    for number in (seed, layer, num_redraws):
-        mixed = (mixed + number + 0x9E3779B97F4A7C15) % 2**64
-        mixed = (mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
-        mixed = (mixed ^ (mixed >> 27)) * 0x94D049BB133111EB % 2**64
-        mixed ^= mixed >> 31
-    return mixed >> 1

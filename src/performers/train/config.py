@@ -137,6 +137,8 @@ class RunConfig:
         model = {**self.model, "attention": attention}
         if not MECHANISMS[attention].takes_window:
             model.pop("window_size", None)
+        if attention != self.attention:
+            model.pop("attention_options", None)
         return dataclasses.replace(self, model=model)
 
     def to_dict(self) -> dict[str, Any]:
