@@ -61,11 +61,11 @@ def calibrate(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]]) -
     with evaluating(model):
         try:
             # Its masks are those of FAVOR+, so what the layers learn from is what they will get.
-            sites.switch(CALIBRATE)
+            sites.switch(CALIBRATE, options)
             for batch in given:
                 model(**batch)
         finally:
-            sites.switch(FAVOR)
+            sites.switch(FAVOR, options)
             _learners.reset(token)
     learners.check()
     # Only now, so that an error above leaves the model as it was.
