@@ -217,7 +217,7 @@ def test_an_expected_error_beyond_the_closed_form_is_not_printed_as_a_number():
     near, far, *_ = found.heads
     assert near.expected_error < 1
     assert not far.expected_error < 1e3  # where it overflows it is not even a number
-    header, first, second, *_ = str(found).splitlines()
+    _, first, second, *_ = str(found).splitlines()
     assert "not resolvable" in second
     assert "not resolvable" not in first
     assert second.split()[-4:] == [">", "8", ">", "8"]

@@ -82,8 +82,8 @@ class Diagnosis:
                 row.append(f"> {self.max_projections}" if found is None else str(found))
         legend = (
             "Errors are relative to exact attention; uniform: averaging the values; "
-            f"of {self.num_projections}: features that carry the estimate; not resolvable: m is far "
-            "too small for the closed form."
+            f"of {self.num_projections}: features that carry the estimate; not resolvable: m is "
+            "far too small for the closed form."
         )
         if self.target_error is not None:
             legend += f" m predicted, found: for an error of {self.target_error:g}."
