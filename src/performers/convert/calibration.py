@@ -91,10 +91,11 @@ class _Learners:
             phi = layer.new_feature_map(query.shape[-1], key.shape[1])
             assert isinstance(phi, SharpFeatures), "others have nothing to calibrate"
             self.feature_maps[site] = phi.to(query.device)
-        if layer.options.num_sinks and not layer.is_cross:
+        num_sinks = layer.options.near_field().get("num_sinks")
+        if num_sinks and not layer.is_cross:
             # Sinks are scored exactly, and their keys lie far from all others: features must not
             # learn from them.
-            mask = without_sinks(key, mask, layer.options.num_sinks)
+            mask = without_sinks(key, mask, num_sinks)
         try:
             self.feature_maps[site].calibrate(query, key, mask, scale)
         except ValueError as error:

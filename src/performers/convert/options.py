@@ -49,9 +49,9 @@ class FavorOptions:
     estimated, see `favor_attention`. Cross-attention has no near field. A `window_size` of 0 is no
     near field; None is 128, or 0 for features that cannot be combined with exact scores: kernels
     and trigonometric ones. `num_sinks` None is 4 in a near field, because trained models put
-    attention that they have no use for on the first tokens.
-    `far` None is True, but `performers convert` measures both and leaves the far field out where
-    the model is closer to the exact one without it.
+    attention that they have no use for on the first tokens. `far` None is True. But `performers
+    convert` measures what None leaves open: it takes fewer sinks where these are as good, and
+    leaves the far field out where the model is closer to the exact one without it.
     `layers`: numbers of the layers that are converted, the others stay exact. None: all, other than
     the sliding-window layers of models that also have layers without one. By the names of parts of
     the model, such as {"encoder": None, "decoder": [0, 2]}: these layers of these parts, and no
@@ -104,9 +104,7 @@ class FavorOptions:
                 f"num_sinks={self.num_sinks!r}, far={self.far!r}, features={self.features!r}. Pass "
                 f"window_size= too, with features in {_with_windows()}."
             )
-        if self.num_sinks is None:
-            object.__setattr__(self, "num_sinks", NUM_SINKS if self.window_size else 0)
-        else:
+        if self.num_sinks is not None:
             check_count("num_sinks", self.num_sinks, least=0)
         if not isinstance(self.seed, int) or isinstance(self.seed, bool):
             raise TypeError(f"seed must be a whole number, got {self.seed!r}.")
@@ -172,7 +170,7 @@ class FavorOptions:
             return {}
         return {
             "window_size": self.window_size,
-            "num_sinks": self.num_sinks,
+            "num_sinks": NUM_SINKS if self.num_sinks is None else self.num_sinks,
             "far": self.far is not False,
         }
 
