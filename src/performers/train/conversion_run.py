@@ -170,9 +170,9 @@ class Conversion:
         costs: dict[str, float] = {}
         if self.config.exact_layers:
             options, costs = self._choose_layers(model, options, report)
-        self._linearize(model, options)
-        teacher = exact_copy(model)
+        teacher = exact_copy(linearize(model, options))
         options, num_sinks = self._choose_sinks(model, teacher, options, report)
+        self._linearize(model, options)
         options, far_field = self._choose_far(model, teacher, options, report)
         record: dict[str, Any] = {
             "created_with": describe_environment(),
@@ -263,7 +263,6 @@ class Conversion:
         distances = ", ".join(f"{distance:.4f} with {n}" for n, distance in found.items())
         report(f"sinks: a distance to the exact model of {distances}; chosen: {chosen}")
         options = dataclasses.replace(options, num_sinks=chosen)
-        self._linearize(model, options)
         return options, {str(count): distance for count, distance in found.items()}
 
     def _choose_far(

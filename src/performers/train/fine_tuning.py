@@ -201,7 +201,8 @@ def fine_tune(
     checkpoint = last_whole_checkpoint(folder)
     clock = TrainingClock()
     every = max(1, steps // MEASUREMENTS)
-    best = KeepBest(folder, every, steps, measure)
+    # Under LoRA too, the model itself is what its layers were put into.
+    best = KeepBest(folder, every, steps, lambda: measure(model))
     trainer = FineTuningTrainer(
         model=trained,
         args=TrainingArguments(
@@ -253,9 +254,7 @@ class KeepBest(TrainerCallback):
     been.
     """
 
-    def __init__(
-        self, folder: Path, every: int, steps: int, measure: Callable[[PreTrainedModel], float]
-    ) -> None:
+    def __init__(self, folder: Path, every: int, steps: int, measure: Callable[[], float]) -> None:
         self.every, self.steps, self.measure = every, steps, measure
         self.weights, self.record = folder / "best.safetensors", folder / "distances.json"
         self.distances: dict[int, float] = {}
@@ -290,7 +289,7 @@ class KeepBest(TrainerCallback):
                 weight.copy_(best[name])
 
     def _measure(self, model: Any, step: int) -> None:
-        distance = self.measure(model)
+        distance = self.measure()
         distance = distance if math.isfinite(distance) else math.inf
         is_best = not self.distances or distance < min(self.distances.values())
         self.distances[step] = distance
