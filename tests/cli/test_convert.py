@@ -1,5 +1,6 @@
 """`performers convert`: what it writes, what it recovers, and what it refuses before it starts."""
 
+import functools
 import importlib.util
 import json
 
@@ -22,11 +23,12 @@ from transformers import (
 )
 from typer.testing import CliRunner
 
-from performers import load_linearized
+from performers import FavorOptions, load_linearized
 from performers.cli import app
-from performers.convert.capture import text_windows
-from performers.convert.fidelity import measure_fidelity
-from performers.train import conversion_run, fine_tuning
+from performers.convert.fidelity import Fidelity, measure_fidelity
+from performers.convert.sequences import Sequences, text_windows
+from performers.theory import exact_operations, favor_operations
+from performers.train import conversion_config, conversion_run, fine_tuning
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "to", "be", "or", "not", "that", "is"]
 SIZES = {
@@ -226,9 +228,10 @@ def test_an_interrupted_conversion_goes_on_to_the_same_end(
 ):
     if lora:
         pytest.importorskip("peft")
+    monkeypatch.setattr(fine_tuning, "PATIENCE", 10)  # all five steps
     folder = saved(BertForMaskedLM(BertConfig(**SIZES)))
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    options = ("--data", text, *SMALL, "--window", 3, "--lora", lora)
+    options = ("--data", text, *SMALL, "--window", 3, "--sinks", 0, "--lora", lora)
     assert run(folder, "--output", whole, *options).exit_code == 0
 
     def interrupt(*arguments, **names):
@@ -273,10 +276,10 @@ def test_an_interrupted_conversion_goes_on_to_the_same_end(
 
 
 def test_choices_that_a_started_conversion_did_not_know_are_the_defaults():
-    config = conversion_run.ConversionConfig(model="path", text="book.txt", steps=7)
+    config = conversion_config.ConversionConfig(model="path", text="book.txt", steps=7)
     written = config.to_dict()
-    del written["exact_layers"], written["options"]["window_size"]
-    assert conversion_run.ConversionConfig.from_dict(written) == config
+    del written["exact_layers"], written["columns"], written["options"]["window_size"]
+    assert conversion_config.ConversionConfig.from_dict(written) == config
 
 
 @pytest.mark.parametrize("written", ["{", "[]", "{}", '{"model": "m", "options": 3}'])
@@ -284,7 +287,7 @@ def test_a_conversion_whose_options_are_damaged_says_which_file(tmp_path, writte
     path = tmp_path / "out" / "checkpoints" / "config.json"
     path.parent.mkdir(parents=True)
     path.write_text(written)
-    config = conversion_run.ConversionConfig(model="path", text="book.txt")
+    config = conversion_config.ConversionConfig(model="path", text="book.txt")
     with pytest.raises(ValueError, match=rf"(?s){path} .*Start again with --force"):
         conversion_run.Conversion.prepare(config, tmp_path / "out", resume=True)
 
@@ -319,6 +322,9 @@ def test_what_cannot_be_converted_is_refused_before_the_model_is_touched(saved, 
     assert "seed must be a whole number from 0" in refused(*given, *options, "--seed", -1)
     line = refused(*given, *options, "--exact-layers", 2)
     assert "must leave a layer to convert: this model has 2, and 2 would stay exact" in line
+    line = refused(*given, *options, "--window", 16)
+    assert "must be longer than two blocks, 32 tokens with a window of 16" in line
+    assert "has 31. Give longer ones, with a length of 33 or more, or a smaller window" in line
     assert "give --resume or --force, not both" in refused(*given, *options, "--resume", "--force")
     assert not output.exists()
     output.mkdir()
@@ -360,7 +366,8 @@ def test_masks_hide_ordinary_tokens_and_are_a_function_of_the_seed(saved):
     tokenizer = AutoTokenizer.from_pretrained(saved(BertForMaskedLM(BertConfig(**SIZES))))
     task = fine_tuning.fine_tuning_task(BertConfig(architectures=["BertForMaskedLM"]))
     rows = torch.tensor([[2, *[5, 6, 7] * 997, *[3] * 31]])
-    first, again, other = (task.examples(rows, tokenizer, seed)[0] for seed in (0, 0, 1))
+    given = Sequences({"input_ids": rows})
+    first, again, other = (task.examples(given, tokenizer, seed)[0] for seed in (0, 0, 1))
     assert torch.equal(first["input_ids"], again["input_ids"])
     assert not torch.equal(first["input_ids"], other["input_ids"])
     chosen = first["labels"] != -100
@@ -371,3 +378,109 @@ def test_masks_hide_ordinary_tokens_and_are_a_function_of_the_seed(saved):
     assert abs(count - 0.15 * 2991) < 4 * (2991 * 0.15 * 0.85) ** 0.5
     hidden = int((first["input_ids"] == 4).sum())
     assert abs(hidden - 0.8 * count) < 4 * (count * 0.8 * 0.2) ** 0.5 + count * 0.1 / len(WORDS)
+
+
+def test_records_are_padded_and_not_joined(saved, tmp_path):
+    folder, output = saved(BertModel(BertConfig(**SIZES))), tmp_path / "converted"
+    data = tmp_path / "pairs.jsonl"
+    words = torch.randint(5, len(WORDS), (12, 20)).tolist()
+    texts = [" ".join(WORDS[i] for i in row[: 6 + n]) for n, row in enumerate(words)]
+    data.write_text("".join(json.dumps({"n": 3, "a": text, "b": "not"}) + "\n" for text in texts))
+    options = ("--output", output, *SMALL, "--window", 3, "--column", "a", "--column", "b")
+    read = []
+    forward = BertModel.forward
+
+    @functools.wraps(forward)  # the Trainer reads which arguments there are
+    def watched(self, *arguments, **given):
+        read.append({name: x.clone() for name, x in given.items() if torch.is_tensor(x)})
+        return forward(self, *arguments, **given)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(BertModel, "forward", watched)
+        result = run(folder, "--data", data, *options)
+    assert result.exit_code == 0, result.output
+    for batch in read:
+        ids, mask = batch["input_ids"], batch["attention_mask"]
+        assert torch.equal(ids != 0, mask.bool())
+        assert (mask.sum(dim=1) >= 6 + 4).all()
+        for row, types in zip(ids, batch["token_type_ids"], strict=True):
+            assert (row == 2).sum() == 1  # one [CLS] in each: records are not joined
+            assert (row == 3).sum() == 2  # and two texts
+            assert types.sum() == 2
+    record = json.loads((output / "conversion.json").read_text())
+    assert record["sequences"] == {"train": 10, "validation": 1, "held_out": 1}
+    assert record["config"]["columns"] == ["a", "b"]
+
+
+def test_recovery_that_moves_the_model_away_is_undone_and_said(saved, text, tmp_path):
+    folder, output = saved(BertModel(BertConfig(**SIZES))), tmp_path / "converted"
+    options = ("--output", output, *SMALL, "--window", 3, "--transfer-learning-rate", 30)
+    result = run(folder, "--data", text, *options, "--learning-rate", 30, "--steps", 2)
+    assert result.exit_code == 0, result.output
+    record = json.loads((output / "conversion.json").read_text())
+    stages = record["stages"]
+    assert [found["is_kept"] for found in stages.values()] == [True, False, True]
+    start, end = stages["calibrated"], stages["after fine-tuning"]
+    assert end["fidelity"]["distance"] == pytest.approx(start["fidelity"]["distance"], abs=1e-6)
+    assert "after attention transfer (undone)" in result.stdout
+    assert "further from the exact one than before: undone" in result.stderr
+    exact, kept = AutoModel.from_pretrained(folder), AutoModel.from_pretrained(output)
+    for name, tensor in exact.state_dict().items():
+        assert torch.equal(kept.state_dict()[name], tensor)
+
+
+def test_the_number_of_sinks_is_the_smallest_that_is_about_as_good_as_any(
+    saved, text, tmp_path, monkeypatch
+):
+    folder, output = saved(BertModel(BertConfig(**SIZES))), tmp_path / "converted"
+    options = (folder, "--data", text, *SMALL, "--window", 3, "--no-recovery")
+    for distances, expected in (
+        ({0: 0.3, 1: 0.30001, 4: 0.29}, 0),
+        ({0: 0.3, 1: 0.2, 4: 0.195}, 1),
+        ({0: 0.3, 1: 0.25, 4: 0.2}, 4),
+    ):
+        measure = conversion_run.measure_fidelity
+
+        def measured(model, exact, batches, measure=measure, distances=distances):
+            sinks, far = (model.config.favor["options"][x] for x in ("num_sinks", "far"))
+            return Fidelity(distances[sinks]) if far is False else measure(model, exact, batches)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(conversion_run, "measure_fidelity", measured)
+            result = run(*options, "--output", output, "--force")
+        assert result.exit_code == 0, result.output
+        record = json.loads((output / "conversion.json").read_text())
+        assert record["options"]["num_sinks"] == expected
+        assert record["num_sinks"] == {str(n): x for n, x in distances.items()}
+        assert load_linearized(AutoModel, output).config.favor["options"]["num_sinks"] == expected
+
+
+def test_a_conversion_is_resumed_by_as_many_processes(saved, text, tmp_path, monkeypatch):
+    folder, output = saved(BertModel(BertConfig(**SIZES))), tmp_path / "converted"
+    options = (folder, "--data", text, "--output", output, *SMALL, "--window", 3)
+    place = output / "checkpoints"
+    place.mkdir(parents=True)
+    config = conversion_config.ConversionConfig(
+        model=str(folder), text=str(text), length=31, batch_size=3, transfer_steps=4, steps=5,
+        options=FavorOptions(16, window_size=3, far=True),
+    )  # fmt: skip
+    (place / "config.json").write_text(json.dumps(config.to_dict() | {"processes": 2}))
+    assert "was started with processes = 2, and this is 1" in refused(*options, "--resume")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    conversion_config.check_output(config, output, resume=True, force=False)
+
+
+def test_a_setting_that_never_pays_is_said_before_the_work(saved, text, tmp_path):
+    folder = saved(BertModel(BertConfig(**SIZES)))
+    options = ("--output", tmp_path / "converted", "--length", 31, "--no-recovery", "--window", 3)
+    result = run(folder, "--data", text, *options, "--num-projections", 16)
+    assert result.exit_code == 0, result.output
+    first = next(
+        n for n in range(1, 999)
+        if favor_operations(n, 8, 16, 3, 4, is_sharp=True) < exact_operations(n, 8)
+    )  # fmt: skip
+    warning = result.stderr.splitlines()[0]
+    assert f"fewer operations than exact attention from {first} tokens on" in warning
+    assert "the model reads at most 47" in warning
+    result = run(folder, "--data", text, *options, "--num-projections", 1, "--no-far", "--force")
+    assert "warning" not in result.stderr

@@ -215,6 +215,12 @@ EFFECTS: dict[str, dict[str, Call | Shown]] = {
     "diagnose": {
         "source": diagnose("{tensors}", "convert.read_captured", "path", "{tensors}"),
         "text": diagnose("{bert} --text {text}", "convert.capture_text", "text", "to be " * 150),
+        "text_format": diagnose(
+            "{bert} --text {text} --format lines", "data.read_texts", "kind", "lines"
+        ),
+        "column": diagnose(
+            "{bert} --text {text} --format csv --column a", "data.read_texts", "columns", ["a"]
+        ),
         "length": diagnose(
             "{bert} --text {text} --length 23", "convert.capture_text", "length", 23
         ),
@@ -244,6 +250,8 @@ EFFECTS: dict[str, dict[str, Call | Shown]] = {
     "convert": {
         "model": convert("", "config.model", "{bert}"),
         "data": convert("", "config.text", "{text}"),
+        "data_format": convert("--format lines", "config.text_format", "lines"),
+        "column": convert("--column a --column b", "config.columns", ("a", "b")),
         "output": convert("", "output", "{new}/out"),
         "error": convert("--error 0.25", "config.error", 0.25),
         "num_projections": convert(
@@ -255,7 +263,10 @@ EFFECTS: dict[str, dict[str, Call | Shown]] = {
         "sinks": convert("--sinks 5", "options.num_sinks", 5, "linearize"),
         "far": convert("--no-far", "options.far", False, "linearize"),
         "exact_layers": convert("--exact-layers 1", "num_exact", 1, "choose_layers"),
-        "length": convert("", "length", 23, "text_windows"),
+        "length": Call(
+            "convert {bert} --data {text} --output {new}/out --length 23 --window 3",
+            "performers.convert.sequences.text_windows", "length", 23
+        ),
         "batch_size": convert(f"--batch-size 3 {TRAINED}", "batch_size", 3, "fine_tune"),
         "transfer_steps": convert(
             "--transfer-steps 2", lambda call: len(call["batches"]), 2, "transfer_attention"

@@ -139,6 +139,16 @@ def test_data_that_teach_nothing_are_refused_and_the_model_is_as_it_was(batches,
 
 
 @pytest.mark.usefixtures("without_shape_checks")
+def test_sequences_of_two_blocks_teach_nothing_of_a_far_field():
+    inputs = inputs_for(bert())  # of 10 and 11 real tokens
+    with pytest.raises(
+        ValueError, match=r"12 positions with a window of 6.*saw has 11\. Give long"
+    ):
+        calibrate(linearize(bert(), FavorOptions(17, window_size=6)), [inputs])
+    calibrate(linearize(bert(), FavorOptions(17, window_size=5)), [inputs])
+
+
+@pytest.mark.usefixtures("without_shape_checks")
 def test_batches_that_are_no_keyword_arguments_are_refused():
     with pytest.raises(TypeError, match=r"keyword arguments of the model.*got Tensor"):
         calibrate(linearize(bert(), SMALL), [torch.randint(5, 90, (2, 13))])

@@ -34,3 +34,25 @@ def test_an_encoder_is_measured_by_its_embeddings():
     cosine = (ours * theirs).sum(1) / ours.norm(dim=1) / theirs.norm(dim=1)
     assert found.distance == pytest.approx(float(1 - cosine.mean()), rel=1e-3, abs=1e-6)
     assert found.agreement is None
+    nearest = [
+        (x @ x.T / x.norm(dim=1)).fill_diagonal_(-torch.inf).argmax(dim=1) for x in (ours, theirs)
+    ]
+    assert found.neighbors == pytest.approx(float((nearest[0] == nearest[1]).double().mean()))
+    assert measure_fidelity(exact, exact, [{"input_ids": tokens}]).neighbors == 1
+    assert measure_fidelity(exact, exact, [{"input_ids": tokens[:2]}]).neighbors is None
+
+
+@pytest.mark.parametrize("build", [bert, llama])
+@torch.no_grad()
+def test_padding_does_not_count(build):
+    model, exact = build(), build()
+    rows = [torch.randint(5, WORDS, (1, n)) for n in (13, 11, 5, 7)]
+    alone = [{"input_ids": row} for row in rows]
+    ids = torch.zeros(4, 13, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for number, row in enumerate(rows):
+        ids[number, : row.shape[1]], mask[number, : row.shape[1]] = row[0], 1
+    padded = [{"input_ids": ids[half], "attention_mask": mask[half]} for half in ([0, 2], [1, 3])]
+    found, expected = (measure_fidelity(model, exact, batches) for batches in (padded, alone))
+    assert found.distance == pytest.approx(expected.distance, rel=1e-3)
+    assert found.agreement == expected.agreement

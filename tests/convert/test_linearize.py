@@ -143,6 +143,16 @@ def test_layers_that_are_not_named_stay_exact():
     assert not torch.allclose(outputs_of(model, inputs), outputs_of(exact, inputs), atol=1e-3)
 
 
+@pytest.mark.parametrize("build", [bert, llama])
+@pytest.mark.parametrize("far", [True, False])
+def test_more_sinks_than_tokens_are_exact_attention(build, far):
+    model = build()
+    inputs = inputs_for(model)
+    expected = outputs_of(model, inputs)
+    linearize(model, FavorOptions(17, window_size=2, num_sinks=97, far=far))
+    torch.testing.assert_close(outputs_of(model, inputs), expected, rtol=1e-3, atol=1e-4)
+
+
 def test_options_that_mean_the_same_are_equal():
     first = FavorOptions(layers=[2, 1, 2], exact_heads={1: [3, 0, 3], 2: []})
     second = FavorOptions(layers=(1, 2), exact_heads={1: (0, 3)})

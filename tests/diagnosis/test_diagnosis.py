@@ -207,3 +207,18 @@ def test_what_cannot_be_diagnosed_is_refused_in_words():
     hidden = torch.ones(2, 23, dtype=torch.bool)
     hidden[1, 3] = False
     assert diagnose(query, key, value, phi, key_padding_mask=hidden).mean("observed_error") < 5
+
+
+def test_an_expected_error_beyond_the_closed_form_is_not_printed_as_a_number():
+    query, key, value = small_inputs()
+    query[:, 1] *= 80  # the second head alone is out of reach
+    phi = SoftmaxFeatures(query.shape[-1], 997)
+    found = diagnose(query, key, value, phi, enable_gqa=True, target_error=0.5, max_projections=8)
+    near, far, *_ = found.heads
+    assert near.expected_error < 1
+    assert not far.expected_error < 1e3  # where it overflows it is not even a number
+    _, first, second, *_ = str(found).splitlines()
+    assert "not resolvable" in second
+    assert "not resolvable" not in first
+    assert second.split()[-4:] == [">", "8", ">", "8"]
+    assert "e+" not in second

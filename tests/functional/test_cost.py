@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from performers.theory.cost import exact_operations, favor_operations, near_pairs
+from performers.theory.cost import cheaper_from, exact_operations, favor_operations, near_pairs
 
 
 def test_exact_and_linear_attention_cost_their_products():
@@ -50,3 +50,16 @@ def test_a_near_field_costs_its_pairs_its_sinks_and_the_merging_of_its_blocks():
 
 def test_a_window_of_the_whole_length_costs_what_exact_attention_does():
     assert favor_operations(37, 11, 0, 37) == exact_operations(37, 11)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize(("m", "window"), [(29, None), (29, 7), (0, 7)])
+def test_a_setting_is_cheaper_from_the_first_length_at_which_it_is(m, window, is_causal):
+    setting = (m, window, 3 if window else 0, is_causal, True)
+    first = cheaper_from(11, *setting)
+    cheaper = [
+        favor_operations(length, 11, *setting) < exact_operations(length, 11, is_causal)
+        for length in range(1, 2 * first)
+    ]
+    assert cheaper.index(True) == first - 1
+    assert all(cheaper[first - 1 :: 7])

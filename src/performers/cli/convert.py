@@ -18,8 +18,9 @@ __all__ = ["convert"]
 
 # What `Fidelity` counts, in a table.
 FIDELITY = {
-    "distance": "distance of the model to the exact one",
+    "distance": "distance to the exact model (KL, or 1 - cosine)",
     "agreement": "positions with its likeliest token",
+    "neighbors": "sequences with its nearest neighbor",
 }
 # Options that a command with --resume does not repeat.
 RESTART = ("--force", "--resume")
@@ -28,9 +29,25 @@ RESTART = ("--force", "--resume")
 def convert(
     model: Annotated[str, typer.Argument(help="A model folder of transformers.")],
     data: Annotated[
-        Path, typer.Option(help="A text like those the model reads: some 100,000 words are good.")
+        Path,
+        typer.Option(
+            help="Text like what the model reads, some 100,000 words are good: a running text, or "
+            "records (FASTA, JSON lines, CSV, Parquet)."
+        ),
     ],
     output: Annotated[Path, typer.Option(help="The model folder to write.")],
+    data_format: Annotated[
+        str | None,
+        typer.Option(
+            "--format",
+            help="text, lines (a record per line), fasta, json, csv or parquet. What the name of "
+            "the file says, unless given.",
+        ),
+    ] = None,
+    column: Annotated[
+        list[str] | None,
+        typer.Option(help="The column of a table that holds the text; two of them make pairs."),
+    ] = None,
     error: Annotated[
         float | None,
         typer.Option(help="Measure settings, and take the cheapest with at most this mean error."),
@@ -57,8 +74,8 @@ def convert(
         int | None,
         typer.Option(
             min=0,
-            help="Beside a window the first so many keys are scored exactly, too. That of "
-            "FavorOptions unless given.",
+            help="Beside a window the first so many keys are scored exactly, too. Unless given, "
+            "as many as bring the model closer to the exact one.",
         ),
     ] = None,
     far: Annotated[
@@ -103,11 +120,12 @@ def convert(
 
     Queries and keys of the exact model are measured (calibration). Then the projections of each
     attention layer learn to give what the exact layer gives (attention transfer), and all weights
-    learn together (fine-tuning): a language model its own task, an encoder the last hidden states
-    of the exact model.
+    learn together (fine-tuning): a language model the predictions of the exact model, an encoder
+    its last hidden states. Of both, what brings the model no closer to the exact one is undone.
 
-    Errors are measured on the end of the text, which is not trained on. performers.load_linearized
-    loads the folder; the numbers are in conversion.json and conversion.png.
+    The fidelity is measured on text that is not trained on: the end of a running text, or a tenth
+    of the records. performers.load_linearized loads the folder; the numbers are in conversion.json
+    and conversion.png.
 
     Examples:
 
@@ -121,10 +139,15 @@ def convert(
 
         performers convert path/to/model --data book.txt --output mixed --exact-layers 2
 
+        performers convert path/to/model --data proteins.fasta --output converted --window 32
+
+        performers convert path/to/model --data pairs.jsonl --column a --column b --output converted
+
         performers convert path/to/model --data book.txt --output converted --resume
     """
     from performers.train.checkpoints import UnsavedError
-    from performers.train.conversion_run import Conversion, ConversionConfig
+    from performers.train.conversion_config import ConversionConfig
+    from performers.train.conversion_run import Conversion
 
     with one_line_errors():
         measured = {
@@ -136,6 +159,8 @@ def convert(
         config = ConversionConfig(
             model=model,
             text=str(data),
+            text_format=data_format,
+            columns=tuple(column or ()),
             options=_options(error, measured, statistics=statistics, num_sinks=sinks, seed=seed),
             error=error,
             exact_layers=exact_layers,
@@ -179,18 +204,21 @@ def _options(error: float | None, measured: Mapping[str, Any], **others: Any) ->
 
 
 def _table(record: Mapping[str, Any]) -> str:
-    """The error of every layer and the quality of the whole, stage by stage."""
+    """The fidelity of the whole, the loss of its task and the error of every layer, by stage."""
     from performers.records import aligned
 
     stages = record["stages"]
-    rows = [["error of the layer's output", "averaging", *stages]]
-    for name, error in record["averaging"].items():
-        cells = (found["layers"][name] for found in stages.values())
-        rows.append([name, f"{error:.3f}", *(f"{cell:.3f}" for cell in cells)])
-    for number in ("distance", "agreement"):
+    names = [name if found["is_kept"] else f"{name} (undone)" for name, found in stages.items()]
+    rows = [["on text that was not trained on", *names]]
+    for number, title in FIDELITY.items():
         found = [stage["fidelity"][number] for stage in stages.values()]
         if None not in found:
-            rows.append([FIDELITY[number], "", *(f"{x:.4f}" for x in found)])
-    quality = (f"{found['quality']:.4f}" for found in stages.values())
-    rows.append([f"{record['measure']} (exact: {record['exact']:.4f})", "", *quality])
+            rows.append([title, *(f"{x:.4f}" for x in found)])
+    exact = record["exact_task_loss"]
+    if exact is not None:
+        losses = (f"{stage['task_loss']:.4f}" for stage in stages.values())
+        rows.append([f"loss of its task (exact: {exact:.4f})", *losses])
+    for name, error in record["averaging"].items():
+        cells = (f"{stage['layers'][name]:.3f}" for stage in stages.values())
+        rows.append([f"error of {name} (averaging: {error:.3f})", *cells])
     return "\n".join(aligned(rows))

@@ -30,7 +30,19 @@ def diagnose(
         ),
     ],
     text: Annotated[
-        Path | None, typer.Option(help="A text file for the model to read; needed for models.")
+        Path | None,
+        typer.Option(
+            help="A file for the model to read, needed for models: a text, or records (FASTA, JSON "
+            "lines, CSV, Parquet) of at least LENGTH tokens."
+        ),
+    ] = None,
+    text_format: Annotated[
+        str | None,
+        typer.Option("--format", help="text, lines (records), fasta, json, csv or parquet."),
+    ] = None,
+    column: Annotated[
+        list[str] | None,
+        typer.Option(help="The column of a table that holds the text; two of them make pairs."),
     ] = None,
     length: Annotated[int, typer.Option(min=2, help="Tokens per sequence.")] = 512,
     sequences: Annotated[int, typer.Option(min=1, help="Sequences of the text to use.")] = 2,
@@ -78,12 +90,14 @@ def diagnose(
 
         performers diagnose path/to/model --text book.txt --length 512 --heads --target-error 0.1
 
+        performers diagnose path/to/model --text proteins.fasta --length 256
+
         performers diagnose attention.safetensors --causal --json
     """
     from performers.diagnosis import measure_frontier, recommendation
 
     with one_line_errors():
-        captured = _captured(source, text, length, sequences, causal)
+        captured = _captured(source, text, text_format, column, length, sequences, causal)
         found = _compared(captured, num_projections, window, target_error)
         typer.echo("measuring settings", err=True)
         frontier = measure_frontier(captured, sinks)
@@ -153,10 +167,17 @@ def _advice(frontier: Frontier, error: float) -> str:
 
 
 def _captured(
-    source: str, text: Path | None, length: int, sequences: int, causal: bool
+    source: str,
+    text: Path | None,
+    text_format: str | None,
+    columns: Sequence[str] | None,
+    length: int,
+    sequences: int,
+    causal: bool,
 ) -> Sequence[Captured]:
     """The queries, keys and values of each layer, from a file or of a model that reads the text."""
     from performers.convert import capture_text, read_captured
+    from performers.data import read_texts
 
     path = Path(source)
     if path.is_file():
@@ -165,7 +186,7 @@ def _captured(
         raise FileNotFoundError(f"there is no model folder and no safetensors file at {path}.")
     if text is None:
         raise ValueError("a model needs something to read: pass --text FILE.")
-    return capture_text(path, text.read_text(encoding="utf-8"), length, sequences)
+    return capture_text(path, read_texts(text, text_format, columns or ()), length, sequences)
 
 
 def _without_infinity(record: Any) -> Any:

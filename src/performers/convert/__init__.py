@@ -11,7 +11,12 @@ from performers.convert.calibration import calibrate
 from performers.convert.capture import capture_attention, capture_text, read_captured
 from performers.convert.fidelity import Fidelity, measure_fidelity
 from performers.convert.interface import register
-from performers.convert.linearize import linearize, load_linearized, restore
+from performers.convert.linearize import (
+    converted_layers,
+    linearize,
+    load_linearized,
+    restore,
+)
 from performers.convert.mixed import choose_layers, layer_costs
 from performers.convert.options import FavorOptions
 from performers.diagnosis.captured import Captured
@@ -26,6 +31,7 @@ __all__ = [
     "capture_attention",
     "capture_text",
     "choose_layers",
+    "converted_layers",
     "exact_copy",
     "layer_costs",
     "layer_errors",

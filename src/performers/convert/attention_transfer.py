@@ -43,7 +43,8 @@ def exact_copy(model: PreTrainedModel) -> PreTrainedModel:
 
     Raises ValueError for a model that was not converted.
     """
-    if options_of(model) is None:
+    options = options_of(model)
+    if options is None:
         raise ValueError(
             "recovery is for converted models, and this one is exact. Convert it with "
             "performers.linearize(model, FavorOptions(...))."
@@ -52,9 +53,9 @@ def exact_copy(model: PreTrainedModel) -> PreTrainedModel:
     sites = Sites.of(teacher)
     # It is still switched to FAVOR+, with no layer in the place: so its attention is exact and gets
     # the masks that converted layers get, which are then called with the same arguments.
-    for site in sites:
+    for site in sites.within(options):
         setattr(site.module, FAVOR, None)
-    for config in sites.configs:
+    for config in sites.configs(options):
         # A cache would be among those arguments, and already hold the keys of the call.
         if hasattr(config, "use_cache"):
             config.use_cache = False

@@ -19,11 +19,12 @@ from transformers import DynamicCache, EncoderDecoderCache, PreTrainedConfig, Pr
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from performers.convert.layer import FavorLayer
-from performers.convert.options import FavorOptions
+from performers.convert.options import FAVOR, FavorOptions
 from performers.models.memory import LinearMemory
 from performers.typing import FeatureMap
 
 __all__ = [
+    "CAUSAL_LAYERS",
     "PREPARE_CACHE",
     "FavorCache",
     "FavorMemory",
@@ -33,6 +34,10 @@ __all__ = [
 
 # Of models that generate: a method that puts a cache into the arguments of their calls.
 PREPARE_CACHE = "_prepare_cache_for_generation"
+
+# In a configuration, where layers were named by parts, which it does not have: the numbers of the
+# converted layers that attend causally to their own sequence.
+CAUSAL_LAYERS = "causal_layers"
 
 # Kinds of memory that keep keys and values and nothing else.
 KEYS_AND_VALUES = (DynamicLayer, DynamicSlidingWindowLayer)
@@ -56,9 +61,11 @@ class FavorCache(Cache):
         config = config.get_text_config(decoder=True)
         options = FavorOptions.of(config)
         kinds = getattr(config, "layer_types", None) or ()
+        causal = (getattr(config, FAVOR, None) or {}).get(CAUSAL_LAYERS)
         layers = DynamicCache(config=config).layers
         for number, layer in enumerate(layers):
-            has_state = options.converts(number, kinds) and number not in options.exact_heads
+            converts = options.converts(number, kinds) if causal is None else number in causal
+            has_state = converts and number not in options.exact_heads
             # Not isinstance: classes that derive from these keep more, or in another form.
             if type(layer) in KEYS_AND_VALUES and has_state:
                 layers[number] = FavorMemory(number)

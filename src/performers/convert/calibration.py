@@ -36,8 +36,9 @@ def calibrate(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]]) -
     through the model with exact attention, so that each layer sees what the pretrained layers give.
     A few thousand tokens are enough. Each call of `calibrate` starts anew; returns the model.
 
-    Raises ValueError for no data, for fewer positions than a head has dimensions, and where a query
-    or key is not finite, naming layer and head. The model is then as it was.
+    Raises ValueError for no data, for fewer positions than a head has dimensions, for sequences of
+    at most two blocks beside a near field, and where a query or key is not finite, naming layer and
+    head. The model is then as it was.
     """
     options = options_of(model)
     if options is None or options.features != SHARP or options.statistics == "call":
@@ -61,11 +62,11 @@ def calibrate(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]]) -
     with evaluating(model):
         try:
             # Its masks are those of FAVOR+, so what the layers learn from is what they will get.
-            sites.switch(CALIBRATE)
+            sites.switch(CALIBRATE, options)
             for batch in given:
                 model(**batch)
         finally:
-            sites.switch(FAVOR)
+            sites.switch(FAVOR, options)
             _learners.reset(token)
     learners.check()
     # Only now, so that an error above leaves the model as it was.
@@ -82,6 +83,7 @@ class _Learners:
         self.layers = sites.layers
         self.sites = {site.module: site for site in self.layers}
         self.feature_maps: dict[Site, SharpFeatures] = {}
+        self.longest: dict[Site, int] = {}
 
     def learn(
         self, site: Site, query: Tensor, key: Tensor, mask: Tensor | None, scale: float
@@ -91,10 +93,13 @@ class _Learners:
             phi = layer.new_feature_map(query.shape[-1], key.shape[1])
             assert isinstance(phi, SharpFeatures), "others have nothing to calibrate"
             self.feature_maps[site] = phi.to(query.device)
-        if layer.options.num_sinks and not layer.is_cross:
+        length = key.shape[2] if mask is None else int(mask.sum(dim=1).max())
+        self.longest[site] = max(length, self.longest.get(site, 0))
+        num_sinks = layer.options.near_field().get("num_sinks")
+        if num_sinks and not layer.is_cross:
             # Sinks are scored exactly, and their keys lie far from all others: features must not
             # learn from them.
-            mask = without_sinks(key, mask, layer.options.num_sinks)
+            mask = without_sinks(key, mask, num_sinks)
         try:
             self.feature_maps[site].calibrate(query, key, mask, scale)
         except ValueError as error:
@@ -108,6 +113,14 @@ class _Learners:
                     f"calibration needs inputs that reach every converted layer: {site.name} was "
                     f"not called. Give all inputs of the model, or convert other layers than "
                     f"{layer.number}."
+                )
+            window = 0 if layer.is_cross else layer.options.window_size or 0
+            if window and self.longest[site] <= 2 * window:
+                raise ValueError(
+                    f"calibration needs sequences longer than two blocks, {2 * window} positions "
+                    f"with a window of {window}, because in shorter ones attention is exact: the "
+                    f"longest that {site.name} saw has {self.longest[site]}. Give longer inputs or "
+                    "convert with a smaller window_size."
                 )
             phi = self.feature_maps[site]
             seen = min(int(phi.get_buffer(f"{side}_count").min()) for side in ("query", "key"))

@@ -7,12 +7,12 @@ transformers' AttentionInterface can be read, and none is changed.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Int
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AttentionInterface, AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel
@@ -21,9 +21,11 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from performers.convert.modes import evaluating
 from performers.convert.plain_attention import other_attention
+from performers.convert.sequences import Sequences
+from performers.data.files import Record
 from performers.diagnosis.captured import Captured
 
-__all__ = ["capture_attention", "capture_text", "read_captured", "text_windows"]
+__all__ = ["capture_attention", "capture_text", "read_captured"]
 
 # The name of the function below among transformers' attention functions.
 CAPTURE = "performers_capture"
@@ -58,21 +60,28 @@ def capture_attention(model: PreTrainedModel, **inputs: Tensor) -> list[Captured
 
 
 def capture_text(
-    folder: str | Path, text: str, length: int = 256, sequences: int = 4
+    folder: str | Path, text: str | Sequence[Record], length: int = 256, sequences: int = 4
 ) -> list[Captured]:
     """Load a model and its tokenizer, and capture its attention on windows of a text.
 
     The text becomes at most `sequences` windows of exactly `length` tokens each, special tokens
-    included.
+    included. Of records (`performers.data.read_texts`) the first `length` tokens of so many that
+    are long enough are read, because what is captured has no padding.
 
-    Raises ValueError where the model or the text is too short for `length`, OSError where there is
-    no model.
+    Raises ValueError where the model, the text or all records are too short for `length`, OSError
+    where there is no model.
     """
     config = AutoConfig.from_pretrained(folder)
     longest = getattr(config, "max_position_embeddings", None) or length
     if length > longest:
         raise ValueError(f"length must be at most {longest} for this model, got {length}.")
-    windows = text_windows(AutoTokenizer.from_pretrained(folder), text, length)[:sequences]
+    read = Sequences.of(AutoTokenizer.from_pretrained(folder), text, length)
+    windows = read.inputs["input_ids"][read.lengths >= length][:sequences]
+    if not len(windows):
+        raise ValueError(
+            f"some record must have at least {length} tokens, and the longest has "
+            f"{int(read.lengths.max())}. Give longer ones or a smaller length."
+        )
     inputs = {"input_ids": windows}
     if config.is_encoder_decoder:
         inputs["decoder_input_ids"] = windows
@@ -102,23 +111,6 @@ def read_captured(path: str | Path, is_causal: bool = False) -> list[Captured]:
         Captured(layer or "attention", **layers[layer], scale=None, is_causal=is_causal)
         for layer in sorted(layers, key=_natural)
     ]
-
-
-def text_windows(tokenizer: Any, text: str, length: int) -> Int[Tensor, "windows length"]:
-    """A text cut into windows of exactly `length` tokens, special tokens included.
-
-    Raises ValueError for a text that is shorter.
-    """
-    pieces = tokenizer(text, truncation=True, max_length=length, return_overflowing_tokens=True)[
-        "input_ids"
-    ]
-    whole = [piece for piece in pieces if len(piece) == length]
-    if not whole:
-        raise ValueError(
-            f"the text must have at least {length} tokens, got {len(pieces[0])}: "
-            "give a longer text or a smaller length."
-        )
-    return torch.tensor(whole)
 
 
 _calls: ContextVar[tuple[dict[nn.Module, str], list[Captured]]] = ContextVar("calls")

@@ -10,7 +10,7 @@ these are `favor` and `favor_mask`. Which modules ask it is in `performers.conve
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ from performers.convert.cache import memory_of
 from performers.convert.layer import FavorLayer, drop_keys
 from performers.convert.options import FAVOR, FavorOptions
 from performers.convert.plain_attention import check_architecture, other_attention, refusal
-from performers.convert.sites import is_converted, is_cross_attention, layer_number
+from performers.convert.sites import is_cross_attention, layer_number, layer_types
 from performers.functional.masks import Seen, is_hidden, keys_of_pairs
 from performers.functional.readout import implied_matrix
 
@@ -268,12 +268,14 @@ def _new_layer(module: nn.Module) -> FavorLayer | None:
     written = getattr(module.config, FAVOR, None) or {}
     options = FavorOptions.of(module.config)
     number = layer_number(module)
-    if written.get("tensors") or (options.layers is not None and number is None):
+    is_in_part = isinstance(options.layers, Mapping) or (options.layers and number is None)
+    if written.get("tensors") or is_in_part:
         raise ValueError(
             "this model was converted with calibration, or in part, which takes more than its "
             "config to load: use performers.load_linearized(AutoModel..., path)."
         )
-    return favor_layer(module, options) if is_converted(module, options, number or 0) else None
+    is_converted = options.converts(number or 0, layer_types(module))
+    return favor_layer(module, options) if is_converted else None
 
 
 def _is_causal(module: nn.Module, is_causal: bool | None) -> bool:

@@ -13,7 +13,9 @@ favor.safetensors.
 
 from __future__ import annotations
 
+import copy
 from collections import defaultdict
+from collections.abc import Mapping
 from inspect import signature
 from pathlib import Path
 from types import MethodType
@@ -26,11 +28,19 @@ from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
 from performers.checks import check_attention_mask
-from performers.convert.cache import PREPARE_CACHE, generate_in_constant_memory
+from performers.convert.cache import CAUSAL_LAYERS, PREPARE_CACHE, generate_in_constant_memory
+from performers.convert.configurations import give_back, held_by, own_configurations
 from performers.convert.interface import favor_layer
 from performers.convert.layer import FavorLayer
 from performers.convert.options import FAVOR, FavorOptions
-from performers.convert.sites import Sites, check_convertible, head_dim, is_converted
+from performers.convert.sites import (
+    Sites,
+    check_convertible,
+    head_dim,
+    is_converted,
+    is_cross_attention,
+    is_unmoved_by_shifts,
+)
 
 __all__ = ["converted_layers", "linearize", "load_linearized", "options_of", "restore"]
 
@@ -41,11 +51,11 @@ NOTE = (
     "exact model."
 )
 
-# Attributes of a converted model, beside the children of its attention modules: what attention it
-# had, as (configuration, implementation).
+# Attributes of a converted model, beside the children of its attention modules: the configurations
+# that it shared before, see `Owned`.
 BEFORE = "attention_before_favor"
-# And the hook that looks at its masks, before transformers makes bools of them.
-MASKS = "masks_before_favor"
+# And the hooks that look at its masks, before transformers makes bools of them.
+HOOKS = "hooks_of_favor"
 
 # What from_pretrained may be told about where a file is.
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
@@ -57,6 +67,11 @@ def linearize(model: PreTrainedModel, options: FavorOptions | None = None) -> Pr
     Any architecture that goes through transformers' AttentionInterface will do. Pretrained weights
     keep their names and values. A second call with the same options does nothing; with others it
     replaces the options and forgets all calibration.
+
+    Nothing else is touched: models made from one configuration, as the encoder and the decoder of
+    BART are, share that object, and what is converted gets a copy of its own until it is restored.
+    So `linearize(model.encoder)` converts the encoder. To save it with the rest of its model,
+    convert the whole with FavorOptions(layers={"encoder": None}), which says so in its config.json.
 
     Raises ValueError, before the model is touched, for architectures and options that do not fit;
     what only a call of the model shows, such as a soft cap, is refused in that call.
@@ -117,25 +132,26 @@ def _linearize(sites: Sites, options: FavorOptions) -> None:
     check_convertible(sites, options)
     if options_of(model) == options:
         return
-    _restore(sites)
-    # Of the model that was restored, so that the implementation before is never FAVOR+ itself.
-    before = [(config, config._attn_implementation) for config in sites.configs]
-    setattr(model, BEFORE, before)
+    _undo(sites)
+    setattr(model, BEFORE, own_configurations(sites, options))
+    _attend_exactly(sites)  # on these copies: a model around this one may attend by FAVOR+
     try:
-        sites.switch(FAVOR)
+        sites.switch(FAVOR, options)
     except ValueError:
         _restore(sites)
         raise
     # Trainers save by this method too; it also writes what was learned.
     model.save_pretrained = MethodType(_save_pretrained, model)
-    setattr(
-        model, MASKS, model.base_model.register_forward_pre_hook(_check_masks, with_kwargs=True)
-    )
+    hooks = [_check_masks]
+    if is_unmoved_by_shifts(model.base_model):
+        hooks.append(_count_from_the_first_token)
+    register = model.base_model.register_forward_pre_hook
+    setattr(model, HOOKS, [register(hook, with_kwargs=True) for hook in hooks])
     generate_in_constant_memory(model)
     _write(sites, options, tensors=None)
-    for site in sites:
+    for site in sites.within(options):
         layer = None
-        if is_converted(site.module, options, site.number):
+        if is_converted(site, options):
             layer = favor_layer(site.module, options)
             dim = head_dim(site.module)
             # Drawn now where it can be, so that the model can be compiled at once; weights on the
@@ -146,21 +162,33 @@ def _linearize(sites: Sites, options: FavorOptions) -> None:
 
 
 def _restore(sites: Sites) -> None:
-    model = sites.model
+    _undo(sites)
+    _attend_exactly(sites)
+
+
+def _undo(sites: Sites) -> None:
+    """Undo conversions of the model, and of models inside it, by `linearize`."""
     for site in sites:
         if hasattr(site.module, FAVOR):
             delattr(site.module, FAVOR)
-    for config in sites.configs:
-        vars(config).pop(FAVOR, None)
-    for method in ("save_pretrained", PREPARE_CACHE):
-        vars(model).pop(method, None)
-    if hasattr(model, MASKS):
-        vars(model).pop(MASKS).remove()
-    for config, implementation in vars(model).pop(BEFORE, []):
-        # The public setter would set the parts of this configuration too, which may differ.
-        config._attn_implementation_internal = implementation
-    if model.config._attn_implementation == FAVOR:  # switched without linearize
-        sites.switch(model.get_correct_attn_implementation(None))
+    # A model inside this one may have been converted by itself, before or after.
+    for module in sites.configured.values():
+        for method in ("save_pretrained", PREPARE_CACHE):
+            vars(module).pop(method, None)
+        for hook in vars(module).pop(HOOKS, []):
+            hook.remove()
+    for module in reversed(sites.configured.values()):
+        give_back(sites, vars(module).pop(BEFORE, []))
+
+
+def _attend_exactly(sites: Sites) -> None:
+    """Undo what transformers has switched without `linearize`, and what a saved model says."""
+    for module in sites.configured.values():
+        for config in held_by(module).values():
+            vars(config).pop(FAVOR, None)
+    model = sites.model
+    if model.config._attn_implementation == FAVOR:
+        sites.switch(model.get_correct_attn_implementation(None), FavorOptions())
 
 
 def _check_masks(model: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
@@ -177,6 +205,31 @@ def _check_masks(model: nn.Module, arguments: tuple[Any, ...], options: dict[str
             check_attention_mask(name, mask)
 
 
+def _count_from_the_first_token(
+    model: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positions of a batch padded on the left, where the caller gives none.
+
+    transformers then counts padding too, and the exact model does not mind: rotations by the same
+    angle leave q·k as it is. But they turn q and k, so an estimate would be another one, from
+    statistics of other positions.
+    """
+    if not torch.compiler.is_compiling():  # a compiled model is called by names alone
+        names = signature(model.forward).parameters
+        arguments, options = (), dict(zip(names, arguments, strict=False)) | options
+    mask, tokens = options.get("attention_mask"), options.get("input_ids")
+    tokens = options.get("inputs_embeds") if tokens is None else tokens
+    if not isinstance(mask, Tensor) or mask.ndim != 2 or tokens is None:
+        return arguments, options
+    cache = options.get("past_key_values")
+    past, new = 0 if cache is None else cache.get_seq_length(), tokens.shape[1]
+    if options.get("position_ids") is not None or mask.shape[1] != past + new:
+        return arguments, options
+    first = mask.bool().long().argmax(dim=1, keepdim=True)
+    position = torch.arange(past, past + new, device=mask.device) - first
+    return arguments, options | {"position_ids": position.clamp(min=0)}
+
+
 def _save_pretrained(
     model: PreTrainedModel, save_directory: str | Path, *args: Any, **options: Any
 ) -> None:
@@ -185,6 +238,14 @@ def _save_pretrained(
     tensors = _learned(sites)
     chosen = options_of(model)
     assert chosen is not None, "only converted models have this method"
+    expected = {site for site in sites if is_converted(site, chosen)}
+    layers = sites.layers
+    if layers.keys() != expected or any(layer.options != chosen for layer in layers.values()):
+        raise ValueError(
+            "a model is saved with one choice of options, and a part of this one was converted or "
+            "restored by itself since. Convert the whole anew, with layers by the names of parts: "
+            'FavorOptions(layers={"encoder": None}).'
+        )
     _write(sites, chosen, tensors=TENSORS if tensors else None)
     if tensors and options.get("is_main_process", True):
         # Before the rest, which may end with an upload of the folder.
@@ -195,9 +256,19 @@ def _save_pretrained(
 
 def _write(sites: Sites, options: FavorOptions, tensors: str | None) -> None:
     """Say in the configuration how the model was converted, for every part that attends."""
-    for config in sites.configs:
-        written = {"options": options.to_dict(), "tensors": tensors, "note": NOTE}
-        setattr(config, FAVOR, written)
+    written = {"options": options.to_dict(), "tensors": tensors, "note": NOTE}
+    if isinstance(options.layers, Mapping):
+        written[CAUSAL_LAYERS] = sorted(
+            {
+                site.number
+                for site in sites
+                if is_converted(site, options)
+                and getattr(site.module, "is_causal", False)
+                and not is_cross_attention(site.module)
+            }
+        )
+    for config in sites.configs(options):
+        setattr(config, FAVOR, copy.deepcopy(written))
 
 
 def _learned(sites: Sites) -> dict[str, Tensor]:

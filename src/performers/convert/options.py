@@ -22,7 +22,7 @@ from performers.nn.words import (
     takes_window,
 )
 
-__all__ = ["FAVOR", "FavorOptions"]
+__all__ = ["FAVOR", "FavorOptions", "is_within"]
 
 # Chosen by the frontiers of several pretrained models (DESIGN.md): the largest near field whose
 # cost, these projections included, is below that of exact attention from 512 positions on.
@@ -52,10 +52,13 @@ class FavorOptions:
     field, because trained models put attention that they have no use for on the first tokens.
     `num_heavy`: with far=False, so many far keys stay exact, those that near queries attended to
     most.
-    `far` None is True, but `performers convert` measures both and leaves the far field out where
-    the model is closer to the exact one without it.
+    `far` None is True. But `performers convert` measures what None leaves open: it takes fewer
+    sinks where these are as good, and of an estimated far field, heavy keys and nothing far
+    what leaves the model closest to the exact one.
     `layers`: numbers of the layers that are converted, the others stay exact. None: all, other than
-    the sliding-window layers of models that also have layers without a window.
+    the sliding-window layers of models that also have layers without one. By the names of parts of
+    the model, such as {"encoder": None, "decoder": [0, 2]}: these layers of these parts, and no
+    other part is touched. A part is named as in the model without its head, up to any depth.
     `exact_heads`: query heads of converted layers that stay exact, by the number of the layer. They
     cost quadratic time in addition; in generation such layers keep all their keys.
 
@@ -71,7 +74,9 @@ class FavorOptions:
     far: bool | None = None
     far_limit: float | None = None
     num_heavy: int = 0
-    layers: Sequence[int] | None = None
+    layers: Sequence[int] | Mapping[str, Sequence[int] | None] | None = field(
+        default=None, hash=False
+    )
     exact_heads: Mapping[int, Sequence[int]] = field(default_factory=dict, hash=False)
     seed: int = 0
 
@@ -107,19 +112,11 @@ class FavorOptions:
                 f"far_limit={self.far_limit!r}, features={self.features!r}. Pass window_size= too, "
                 f"with features in {_with_windows()}."
             )
-        if self.num_sinks is None:
-            object.__setattr__(self, "num_sinks", NUM_SINKS if self.window_size else 0)
-        else:
+        if self.num_sinks is not None:
             check_count("num_sinks", self.num_sinks, least=0)
         if not isinstance(self.seed, int) or isinstance(self.seed, bool):
             raise TypeError(f"seed must be a whole number, got {self.seed!r}.")
-        if self.layers is not None:
-            if not _are_numbers(self.layers):
-                raise ValueError(
-                    "layers must be numbers of layers, counted from 0, or None for all: got "
-                    f"{self.layers!r}."
-                )
-            object.__setattr__(self, "layers", tuple(sorted(set(self.layers))))
+        object.__setattr__(self, "layers", _checked_layers(self.layers))
         if not all(_are_numbers((layer, *heads)) for layer, heads in self.exact_heads.items()):
             raise ValueError(
                 "exact_heads must be numbers of heads by the number of their layer, both counted "
@@ -181,26 +178,39 @@ class FavorOptions:
             return {}
         return {
             "window_size": self.window_size,
-            "num_sinks": self.num_sinks,
+            "num_sinks": NUM_SINKS if self.num_sinks is None else self.num_sinks,
             "far": self.far is not False,
             "far_limit": self.far_limit,
             "num_heavy": self.num_heavy,
         }
 
-    def converts(self, number: int, layer_types: Sequence[str]) -> bool:
+    def converts(self, number: int, layer_types: Sequence[str], name: str = "") -> bool:
         """True if FAVOR+ takes the place of attention in the layer of this number.
 
         `layer_types`: the kinds of a model's layers, where its configuration has any.
+        `name`: of the attention module, in the model without its head.
         """
-        if self.layers is not None:
-            return number in self.layers
+        chosen = self.layers
+        if isinstance(chosen, Mapping):
+            parts = [numbers for part, numbers in chosen.items() if is_within(name, part)]
+            if not parts:
+                return False
+            everything = None in parts
+            chosen = None if everything else [n for numbers in parts for n in numbers or ()]
+        if chosen is not None:
+            return number in chosen
         is_mixed = len(set(layer_types)) > 1 and number < len(layer_types)
         return not (is_mixed and layer_types[number] in {"sliding_attention", "chunked_attention"})
 
     def to_dict(self) -> dict[str, Any]:
         """The options as types that JSON can hold; `from_dict` reads them."""
         written = asdict(self)
-        if self.layers is not None:
+        if isinstance(self.layers, Mapping):
+            written["layers"] = {
+                part: None if numbers is None else list(numbers)
+                for part, numbers in self.layers.items()
+            }
+        elif self.layers is not None:
             written["layers"] = list(self.layers)
         heads = {str(layer): list(heads) for layer, heads in self.exact_heads.items()}
         return written | {"exact_heads": heads}
@@ -223,10 +233,34 @@ class FavorOptions:
         return cls(**{**written, "exact_heads": heads})
 
 
+def is_within(name: str, part: str) -> bool:
+    """True if the module of this name is the part of that name, or inside it."""
+    return name == part or name.startswith(f"{part}.")
+
+
+def _checked_layers(layers: Any) -> tuple[int, ...] | dict[str, tuple[int, ...] | None] | None:
+    """The same choice in one form, so that choices which mean the same are equal."""
+    by_part = layers if isinstance(layers, Mapping) else {"": layers}
+    for part, numbers in by_part.items():
+        if not isinstance(part, str) or not (numbers is None or _are_numbers(numbers)):
+            raise ValueError(
+                "layers must be numbers of layers, counted from 0, or None for all, or these by "
+                "the names of parts, such as {'encoder': None, 'decoder': [0, 2]}: got "
+                f"{layers!r}."
+            )
+    tidy = {
+        part: None if numbers is None else tuple(sorted(set(numbers)))
+        for part, numbers in by_part.items()
+    }
+    return tidy if isinstance(layers, Mapping) else tidy[""]
+
+
 def _with_windows() -> list[str]:
     return [features for features in FEATURES if takes_window(features)]
 
 
-def _are_numbers(given: Iterable[object]) -> bool:
+def _are_numbers(given: object) -> bool:
     """True if these are whole numbers of at least 0."""
-    return all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in given)
+    return isinstance(given, Iterable) and all(
+        isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in given
+    )

@@ -9,6 +9,7 @@ batch = MaskedCollator(seed=0)([splits.train[i] for i in range(8)])
 
 from performers.data.baseline import EmpiricalBaseline
 from performers.data.fasta import FastaRecord, read_fasta
+from performers.data.files import read_texts
 from performers.data.masking import (
     NOT_SCORED,
     CausalCollator,
@@ -65,5 +66,6 @@ __all__ = [
     "mask_tokens",
     "read_fasta",
     "read_proteins",
+    "read_texts",
     "split_proteins",
 ]

@@ -10,15 +10,19 @@ from performers.records import aligned
 __all__ = ["Diagnosis", "HeadDiagnosis", "short"]
 
 
+# An expansion in 1/m describes errors below this.
+RESOLVABLE = 1.0
+
+
 @dataclass(frozen=True)
 class HeadDiagnosis:
     """One query head, averaged over the batch. Errors are relative: ‖out − exact‖ / ‖exact‖.
 
     observed_error:     with the feature map as it is, its own ω.
-    expected_error:     the root of the closed form `theory.mse_attention` for independent ω. As
-                        large as 1 or larger it only says that m is far too small. None where
-                        there is no such form: for distribution "sphere", and for estimators
-                        without a joint moment.
+    expected_error:     the root of the closed form `theory.mse_attention` for independent ω, which
+                        is of first order in 1/m. From 1 on it only says that m is far too small:
+                        tables say "not resolvable". None where there is no such form: for
+                        distribution "sphere", and for estimators without a joint moment.
     uniform_error:      of averaging the visible values, what no estimate should be worse than.
     effective_features: (Σ_m u_m)² / Σ_m u_m², u_m the part of feature m in a query's normalizer:
                         how many features of the m carry the estimate. Keys in a window do not
@@ -64,15 +68,22 @@ class Diagnosis:
             [str(index), *map(short, astuple(head)[: len(columns) - 1])]
             for index, head in enumerate(self.heads)
         ]
+        for row, head in zip(rows, self.heads, strict=True):
+            if head.expected_error is not None and not head.expected_error < RESOLVABLE:
+                row[columns.index("expected")] = "not resolvable"
         if self.target_error is not None:
             columns += ["m predicted", "m found"]
             for row, head in zip(rows, self.heads, strict=True):
                 found = head.smallest_projections
-                row.append(short(head.predicted_projections))
+                predicted = head.predicted_projections
+                assert self.max_projections is not None, "there is a target"
+                is_beyond = predicted is not None and not predicted <= self.max_projections
+                row.append(f"> {self.max_projections}" if is_beyond else short(predicted))
                 row.append(f"> {self.max_projections}" if found is None else str(found))
         legend = (
             "Errors are relative to exact attention; uniform: averaging the values; "
-            f"of {self.num_projections}: features that carry the estimate."
+            f"of {self.num_projections}: features that carry the estimate; not resolvable: m is "
+            "far too small for the closed form."
         )
         if self.target_error is not None:
             legend += f" m predicted, found: for an error of {self.target_error:g}."

@@ -5,7 +5,7 @@ The others take the vectors that φ takes, temperature included, and any batch o
 where numbers are compared: the errors grow like exp(‖x + y‖²).
 """
 
-from performers.theory.cost import exact_operations, favor_operations, near_pairs
+from performers.theory.cost import cheaper_from, exact_operations, favor_operations, near_pairs
 from performers.theory.mean_squared_error import (
     mse_hyperbolic,
     mse_optimal_positive,
@@ -42,6 +42,7 @@ from performers.theory.tails import (
 from performers.theory.uniform_convergence import sufficient_projections
 
 __all__ = [
+    "cheaper_from",
     "exact_operations",
     "favor_operations",
     "log_joint_moment_hyperbolic",

@@ -7,7 +7,9 @@ for every backend.
 
 from __future__ import annotations
 
-__all__ = ["exact_operations", "favor_operations", "near_pairs"]
+import itertools
+
+__all__ = ["cheaper_from", "exact_operations", "favor_operations", "near_pairs"]
 
 
 def exact_operations(length: int, dim: int, is_causal: bool = False) -> int:
@@ -45,6 +47,24 @@ def favor_operations(
             directions = 1 if is_causal else 2
             operations += directions * 2 * num_projections * (dim + 1) * length / window_size
     return operations
+
+
+def cheaper_from(
+    dim: int,
+    num_projections: int,
+    window_size: int | None = None,
+    num_sinks: int = 0,
+    is_causal: bool = False,
+    is_sharp: bool = False,
+) -> int:
+    """The first length at which `favor_operations` are fewer than `exact_operations`."""
+
+    def is_cheaper(length: int) -> bool:
+        setting = (num_projections, window_size, num_sinks, is_causal, is_sharp)
+        return favor_operations(length, dim, *setting) < exact_operations(length, dim, is_causal)
+
+    # Linear against quadratic: there is such a length.
+    return next(filter(is_cheaper, itertools.count(1)))
 
 
 def near_pairs(length: int, window_size: int, is_causal: bool = False) -> int:

@@ -4,7 +4,8 @@ convert` with a pretrained model, from Python.
 
 from performers.train.checkpoints import UnsavedError
 from performers.train.config import DataConfig, RunConfig, load_config, shipped_configs
-from performers.train.conversion_run import Conversion, ConversionConfig
+from performers.train.conversion_config import ConversionConfig
+from performers.train.conversion_run import Conversion
 from performers.train.embed import Embedding
 from performers.train.evaluate import Evaluation
 from performers.train.fill import Filling

@@ -1,7 +1,10 @@
 """A conversion: a pretrained model is made to attend by FAVOR+, and trained to recover its quality.
 
-    read text ─► choose a setting, then layers, then whether anything is far ─► calibrate
+    read text ─► choose a setting, layers, sinks, whether anything is far ─► calibrate
       ─► attention transfer ─► fine-tuning ─► save
+
+What is chosen, and which weights are kept, is decided on text for validation; what is reported is
+measured on held-out text. A stage that leaves the model further from the exact one there is undone.
 
 out/
 ├── model.safetensors, config.json, …   for load_linearized; the exact model for from_pretrained
@@ -13,23 +16,19 @@ out/
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
-import math
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Int
 from torch import Tensor
 from torch.utils.data import default_collate
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
-from performers.checks import check_count, check_seed
 from performers.convert.attention_transfer import (
     averaging_errors,
     exact_copy,
@@ -37,22 +36,29 @@ from performers.convert.attention_transfer import (
     transfer_attention,
 )
 from performers.convert.calibration import calibrate
-from performers.convert.capture import capture_attention, text_windows
-from performers.convert.fidelity import measure_fidelity
+from performers.convert.capture import capture_attention
+from performers.convert.fidelity import Fidelity, measure_fidelity
 from performers.convert.linearize import linearize, load_linearized
 from performers.convert.mixed import choose_layers, layer_costs
 from performers.convert.options import FavorOptions
+from performers.convert.sequences import Sequences
 from performers.diagnosis import Frontier, measure_frontier
+from performers.diagnosis.frontier import NUM_SINKS
 from performers.nn.words import SHARP
 from performers.records.environment import describe_environment
 from performers.records.files import read_json
 from performers.train.checkpoints import saving, write_atomically
-from performers.train.fine_tuning import FineTuningTask, fine_tune, fine_tuning_task
+from performers.train.conversion_config import (
+    CHECKPOINTS,
+    REPORT,
+    ConversionConfig,
+    check_output,
+    num_processes,
+)
+from performers.train.conversion_data import ConversionData
+from performers.train.fine_tuning import fine_tune
 
-__all__ = ["REPORT", "Conversion", "ConversionConfig"]
-
-REPORT = "conversion.json"
-CHECKPOINTS = "checkpoints"
+__all__ = ["Conversion"]
 
 # Settings are measured on this many sequences, after calibration on as many others. More sequences
 # would hardly change the numbers.
@@ -61,74 +67,13 @@ MEASURED_SEQUENCES = 2
 # Calibration reads this much of the text. More would hardly change the statistics.
 CALIBRATION_TOKENS = 8192
 
-# Whether a far field is worth its place is measured on so many, from the end of what is trained on,
-# where calibration does not reach in a long text.
-FAR_TOKENS = 4096
+# Whether sinks and a far field are worth their place is measured on so many, for validation.
+CHOICE_TOKENS = 4096
 
-# Measuring these costs about as much as two steps of training at the default batch size.
-MOST_HELD_OUT = 16
-
-# The fewest sequences with which there is something to calibrate on, to train on and to hold out.
-FEWEST_SEQUENCES = 4
-
-
-@dataclass(frozen=True)
-class ConversionConfig:
-    """What is converted, how, and for how many steps it recovers.
-
-    `options`: how attention is estimated. Sharp features are calibrated, unless `statistics` is
-    "call".
-    `error`: take the cheapest setting with which the mean error of the heads is at most this
-    (`FavorOptions.within`), instead of the features, near field and number of projections among the
-    options.
-    `exact_layers`: this many layers stay exact, those that cost most (`layer_costs`). The setting
-    is chosen first, for all layers, because a better setting costs less than exact attention.
-    `transfer_steps`, `steps`: of attention transfer and of fine-tuning; 0 leaves that stage out.
-    `lora_rank`: fine-tune matrices of this rank beside the weights instead of the weights; 0
-    fine-tunes the weights themselves. Needs the package peft.
-
-    Raises ValueError for numbers that are too small, ModuleNotFoundError without peft.
-    """
-
-    model: str
-    text: str
-    options: FavorOptions = field(default_factory=FavorOptions)
-    error: float | None = None
-    exact_layers: int = 0
-    length: int = 512
-    batch_size: int = 8
-    transfer_steps: int = 60
-    transfer_learning_rate: float = 1e-3
-    steps: int = 100
-    learning_rate: float = 2e-5
-    lora_rank: int = 0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        check_count("length", self.length)
-        check_count("batch_size", self.batch_size)
-        check_seed(self.seed)
-        for name in ("exact_layers", "transfer_steps", "steps", "lora_rank"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}.")
-        for name in ("error", "transfer_learning_rate", "learning_rate"):
-            number = getattr(self, name)
-            if number is not None and not 0 < number < math.inf:
-                raise ValueError(f"{name} must be above 0 and finite, got {number}.")
-        if self.lora_rank and importlib.util.find_spec("peft") is None:
-            raise ModuleNotFoundError(
-                "lora_rank needs peft, which is not installed. Install it with: pip install "
-                "'performers[lora]', or fine-tune all weights."
-            )
-
-    def to_dict(self) -> dict[str, Any]:
-        """As types that JSON can hold."""
-        return {**dataclasses.asdict(self), "options": self.options.to_dict()}
-
-    @classmethod
-    def from_dict(cls, written: Mapping[str, Any]) -> ConversionConfig:
-        """From what `to_dict` gave. Choices that are missing there get their defaults."""
-        return cls(**{**written, "options": FavorOptions.from_dict(written["options"])})
+# Numbers of sinks that are tried, and by what share a larger one must lower the distance to the
+# exact model: some of the first tokens are always seen a little better by being exact.
+SINKS = (0, 1, NUM_SINKS)
+WORTH_A_SINK = 0.05
 
 
 @dataclass(frozen=True)
@@ -137,10 +82,7 @@ class Conversion:
 
     config: ConversionConfig
     output: Path
-    task: FineTuningTask
-    tokenizer: Any
-    train: Int[Tensor, "sequences length"]
-    held_out: Int[Tensor, "held_out length"]
+    data: ConversionData
 
     @classmethod
     def prepare(
@@ -148,43 +90,18 @@ class Conversion:
     ) -> Conversion:
         """Read the text, and check what can be checked before the model is touched.
 
-        The last tenth of the text is held out, at most 16 sequences. With `force`, checkpoints in
-        the folder are removed, and other files in it may be overwritten.
+        With `force`, checkpoints in the folder are removed, and other files in it may be
+        overwritten.
 
         Raises ValueError or OSError for a model, text or number that cannot be used, and
         FileExistsError for an output folder that is not empty, unless `resume` or `force` allows
         it.
         """
-        _check_output(config, output, resume, force)
-        text = Path(config.text).read_text(encoding="utf-8")
-        model = AutoConfig.from_pretrained(config.model)
-        task = fine_tuning_task(model)
-        tokenizer = AutoTokenizer.from_pretrained(config.model)
-        longest = getattr(model, "max_position_embeddings", None) or tokenizer.model_max_length
-        if config.length > min(longest, tokenizer.model_max_length):
-            raise ValueError(
-                f"length must be at most {min(longest, tokenizer.model_max_length)} for this "
-                f"model, got {config.length}."
-            )
-        layers = getattr(model, "num_hidden_layers", None)
-        if layers is not None and config.exact_layers >= layers:
-            raise ValueError(
-                f"exact_layers must leave a layer to convert: this model has {layers}, and "
-                f"{config.exact_layers} would stay exact."
-            )
-        rows = text_windows(tokenizer, text, config.length)
-        if len(rows) < FEWEST_SEQUENCES:
-            raise ValueError(
-                f"the text must have at least {FEWEST_SEQUENCES} sequences of {config.length} "
-                f"tokens, and better hundreds: {config.text} has {len(rows)}. Give a longer text "
-                "or a smaller length."
-            )
+        check_output(config, output, resume, force)
+        data = ConversionData.read(config)
         if force:
             shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)
-        count = min(max(1, len(rows) // 10), MOST_HELD_OUT)
-        train, held_out = rows[:-count], rows[-count:]
-        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(config.seed))
-        return cls(config, output, task, tokenizer, train[order], held_out)
+        return cls(config, output, data)
 
     def run(self, report: Callable[[str], None]) -> dict[str, Any]:
         """Convert, recover and save; writes and returns what conversion.json holds.
@@ -195,7 +112,10 @@ class Conversion:
         """
         place = self.output / CHECKPOINTS
         place.mkdir(parents=True, exist_ok=True)
-        write_atomically(place / "config.json", _json(self.config.to_dict()))
+        started = self.config.to_dict() | {"processes": num_processes()}
+        write_atomically(place / "config.json", _json(started))
+        for warning in self.data.warnings:
+            report(warning)
         began = time.perf_counter()
         found = place / "transferred.json"  # written after the model, so the model is complete
         exact = self._load()
@@ -212,24 +132,26 @@ class Conversion:
             write_atomically(found, _json(record))
         if self.config.steps:
             began = time.perf_counter()
+            before = _weights(model)
             model = fine_tune(
                 model,
                 teacher,
-                self.task,
-                self.train,
-                self.tokenizer,
+                self.data.task,
+                self.data.train,
+                self.data.tokenizer,
                 place / "fine-tuning",
                 steps=self.config.steps,
                 batch_size=self.config.batch_size,
                 learning_rate=self.config.learning_rate,
                 lora_rank=self.config.lora_rank,
                 seed=self.config.seed,
+                measure=lambda one: self._fidelity(one, teacher, self.data.validation).distance,
             )
             record["seconds"] = round(record["seconds"] + time.perf_counter() - began, 1)
-            self._measure("after fine-tuning", model, teacher, record, report)
+            self._keep_if_closer("after fine-tuning", model, before, teacher, record, report)
         with saving(self.output):
             model.to(_saved_dtype(self.config.model)).save_pretrained(self.output)
-            self.tokenizer.save_pretrained(self.output)
+            self.data.tokenizer.save_pretrained(self.output)
         write_atomically(self.output / REPORT, _json(record))
         shutil.rmtree(place)
         return record
@@ -248,20 +170,25 @@ class Conversion:
         costs: dict[str, float] = {}
         if self.config.exact_layers:
             options, costs = self._choose_layers(model, options, report)
+        teacher = exact_copy(linearize(model, options))
+        options, num_sinks = self._choose_sinks(model, teacher, options, report)
         self._linearize(model, options)
-        teacher = exact_copy(model)
         options, far_field = self._choose_far(model, teacher, options, report)
         record: dict[str, Any] = {
             "created_with": describe_environment(),
             "config": self.config.to_dict(),
             "options": options.to_dict(),
-            "sequences": {"train": len(self.train), "held_out": len(self.held_out)},
+            "sequences": {
+                "train": len(self.data.train),
+                "validation": len(self.data.validation),
+                "held_out": len(self.data.held_out),
+            },
             "frontier": None if frontier is None else dataclasses.asdict(frontier),
             "cost_by_layer": costs,
+            "num_sinks": num_sinks,
             "far_field": far_field,
-            "averaging": averaging_errors(model, teacher, self._batches(self.held_out)),
-            "measure": self.task.measure,
-            "exact": self._quality(teacher, teacher),
+            "averaging": averaging_errors(model, teacher, self._batches(self.data.held_out)),
+            "exact_task_loss": self._task_loss(teacher),
             "stages": {},
         }
         self._measure("calibrated", model, teacher, record, report)
@@ -273,18 +200,22 @@ class Conversion:
                     report(f"attention transfer, step {step} of {steps}: loss {loss:.4f}")
 
             rate = self.config.transfer_learning_rate
+            before = _weights(model)
             transfer_attention(model, teacher, self._transfer_batches(), rate, every_tenth)
-            self._measure("after attention transfer", model, teacher, record, report)
+            stage = "after attention transfer"
+            self._keep_if_closer(stage, model, before, teacher, record, report)
         return model, teacher, record
 
     def _frontier(self, model: PreTrainedModel) -> Frontier:
-        """The settings on text to train on, of which causal layers learn, and on held-out text."""
-        count = min(MEASURED_SEQUENCES, len(self.held_out), len(self.train))
-        rows = torch.cat([self.train[:count], self.held_out[:count]])
+        """The settings on text to train on, of which causal layers learn, and for validation."""
+        count = min(MEASURED_SEQUENCES, len(self.data.validation), len(self.data.train))
+        halves = [self.data.train.longest(count), self.data.validation.longest(count)]
+        length = min(rows.shape[1] for rows in halves)
+        rows = torch.cat([rows[:, :length] for rows in halves])
         layers = capture_attention(model, input_ids=rows.to(_device()))
         options = self.config.options
-        assert options.num_sinks is not None, "FavorOptions has chosen a number"
-        return measure_frontier(layers, options.num_sinks, options.statistics or "calibrated")
+        sinks = NUM_SINKS if options.num_sinks is None else options.num_sinks
+        return measure_frontier(layers, sinks, options.statistics or "calibrated")
 
     def _within(
         self, frontier: Frontier, error: float, report: Callable[[str], None]
@@ -301,13 +232,38 @@ class Conversion:
     ) -> tuple[FavorOptions, dict[str, float]]:
         """The options with the layers that are converted, and what each layer costs the model."""
         self._linearize(model, options)
-        costs = layer_costs(model, self._batches(self.held_out[: self.config.batch_size]))
+        costs = layer_costs(model, self._batches(self.data.validation[: self.config.batch_size]))
         layers = choose_layers(costs, self.config.exact_layers)
         for number, cost in costs.items():
             outcome = "converted" if number in layers else "stays exact"
             report(f"layer {number}: by itself an error of {cost:.3f} of the model, {outcome}")
         chosen = dataclasses.replace(options, layers=layers)
         return chosen, {str(number): cost for number, cost in costs.items()}
+
+    def _choose_sinks(
+        self,
+        model: PreTrainedModel,
+        teacher: PreTrainedModel,
+        options: FavorOptions,
+        report: Callable[[str], None],
+    ) -> tuple[FavorOptions, dict[str, float] | None]:
+        """The options with the smallest number of sinks that is about as good as any, and the
+        distance to the exact model with each; as they are where a number was asked for.
+
+        Measured with nothing else far, where sinks count most and nothing has to be calibrated.
+        """
+        if options.num_sinks is not None or not options.window_size:
+            return options, None
+        found = {}
+        for count in SINKS:
+            linearize(model, dataclasses.replace(options, num_sinks=count, far=False))
+            found[count] = self._fidelity(model, teacher, self._for_choices()).distance
+        enough = min(found.values()) / (1 - WORTH_A_SINK)
+        chosen = next(count for count in SINKS if found[count] <= enough)
+        distances = ", ".join(f"{distance:.4f} with {n}" for n, distance in found.items())
+        report(f"sinks: a distance to the exact model of {distances}; chosen: {chosen}")
+        options = dataclasses.replace(options, num_sinks=chosen)
+        return options, {str(count): distance for count, distance in found.items()}
 
     def _choose_far(
         self,
@@ -324,11 +280,11 @@ class Conversion:
         """
         if options.far is not None or not options.window_size:
             return options, None
-        batches = self._batches(self.train[-max(1, FAR_TOKENS // self.config.length) :])
-        estimated = measure_fidelity(model, teacher, batches)
+        sequences = self._for_choices()
+        estimated = self._fidelity(model, teacher, sequences)
         chosen = dataclasses.replace(options, far=False)
         self._linearize(model, chosen)
-        alone = measure_fidelity(model, teacher, batches)
+        alone = self._fidelity(model, teacher, sequences)
         if estimated.distance < alone.distance:
             chosen = dataclasses.replace(options, far=True)
             self._linearize(model, chosen)
@@ -342,7 +298,7 @@ class Conversion:
         linearize(model, options)
         learns = options.features == SHARP and options.statistics != "call"
         if learns and options.far is not False:
-            sequences = self.train[: max(1, CALIBRATION_TOKENS // self.config.length)]
+            sequences = self.data.train[: max(1, CALIBRATION_TOKENS // self.config.length)]
             calibrate(model, self._batches(sequences))
 
     def _measure(
@@ -353,82 +309,70 @@ class Conversion:
         record: dict[str, Any],
         report: Callable[[str], None],
     ) -> None:
-        """Add to the record how far the layers and the whole are from exact, on held-out text."""
-        layers = layer_errors(model, teacher, self._batches(self.held_out))
-        quality = self._quality(model, teacher)
-        fidelity = measure_fidelity(model, teacher, self._batches(self.held_out))
+        """Add to the record how far the whole and the layers are from exact, on held-out text."""
+        layers = layer_errors(model, teacher, self._batches(self.data.held_out))
+        fidelity = self._fidelity(model, teacher, self.data.held_out)
+        loss = self._task_loss(model)
         record["stages"][stage] = {
-            "layers": layers,
-            "quality": quality,
             "fidelity": dataclasses.asdict(fidelity),
+            "task_loss": loss,
+            "layers": layers,
+            "is_kept": True,
         }
-        report(
-            f"{stage}: {fidelity}; {self.task.measure} {quality:.4f}, mean error of the layers "
-            f"{_mean(layers):.3f}"
-        )
+        beside = "" if loss is None else f"loss {loss:.4f}, "
+        report(f"{stage}: {fidelity}; {beside}mean error of the layers {_mean(layers):.3f}")
 
-    def _quality(self, model: PreTrainedModel, teacher: PreTrainedModel) -> float:
-        examples = self.task.examples(self.held_out, self.tokenizer, self.config.seed)
-        size = self.config.batch_size
+    def _keep_if_closer(
+        self,
+        stage: str,
+        model: PreTrainedModel,
+        before: Mapping[str, Tensor],
+        teacher: PreTrainedModel,
+        record: dict[str, Any],
+        report: Callable[[str], None],
+    ) -> None:
+        """Measure what a stage of recovery gave, and undo it where the model was closer before."""
+        kept = [found for found in record["stages"].values() if found["is_kept"]]
+        self._measure(stage, model, teacher, record, report)
+        found = record["stages"][stage]
+        found["is_kept"] = found["fidelity"]["distance"] <= kept[-1]["fidelity"]["distance"]
+        if not found["is_kept"]:
+            model.load_state_dict(before)
+            report(f"{stage} the model is further from the exact one than before: undone")
+
+    def _fidelity(
+        self, model: PreTrainedModel, teacher: PreTrainedModel, sequences: Sequences
+    ) -> Fidelity:
+        return measure_fidelity(model, teacher, self._batches(sequences))
+
+    def _task_loss(self, model: PreTrainedModel) -> float | None:
+        data, size = self.data, self.config.batch_size
+        examples = data.task.examples(data.held_out, data.tokenizer, self.config.seed)
         batches = [
             default_collate(examples[start : start + size])
             for start in range(0, len(examples), size)
         ]
-        return self.task.quality(model, teacher, batches)
+        return data.task.task_loss(model, batches)
 
-    def _batches(self, rows: Int[Tensor, "sequences length"]) -> list[dict[str, Tensor]]:
-        device = _device()
-        return [{"input_ids": batch.to(device)} for batch in rows.split(self.config.batch_size)]
+    def _for_choices(self) -> Sequences:
+        return self.data.validation[: max(1, CHOICE_TOKENS // self.config.length)]
+
+    def _batches(self, sequences: Sequences) -> list[dict[str, Tensor]]:
+        return sequences.batches(self.config.batch_size, _device())
 
     def _transfer_batches(self) -> list[dict[str, Tensor]]:
         """A batch for each step of attention transfer; sequences repeat if there are too few."""
         count = self.config.transfer_steps * self.config.batch_size
-        return self._batches(self.train[torch.arange(count) % len(self.train)])
+        return self._batches(self.data.train[torch.arange(count) % len(self.data.train)])
 
     def _load(self) -> PreTrainedModel:
         """The exact model, in the precision that it is trained in."""
-        model = self.task.auto_class.from_pretrained(self.config.model, dtype=torch.float32)
+        model = self.data.task.auto_class.from_pretrained(self.config.model, dtype=torch.float32)
         return model.to(_device()).eval()
 
 
-def _check_output(config: ConversionConfig, output: Path, resume: bool, force: bool) -> None:
-    if output.resolve() == Path(config.model).resolve():
-        raise FileExistsError(
-            f"the output folder {output} is the model itself, whose weights would be lost. Choose "
-            "another with --output."
-        )
-    if resume and force:
-        raise ValueError(
-            "a conversion is either resumed or started again: give --resume or --force, not both."
-        )
-    started = output / CHECKPOINTS / "config.json"
-    if resume and started.exists():
-        remedy = "Start again with --force."
-        written = read_json(started, remedy)
-        try:
-            before, given = ConversionConfig.from_dict(written).to_dict(), config.to_dict()
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ValueError(f"{started} describes no conversion: {error}. {remedy}") from error
-        for name in given:
-            if before[name] != given[name]:
-                raise ValueError(
-                    f"the conversion in {output} was started with {name} = {before[name]!r}, "
-                    f"and this is {given[name]!r}. Resume with the same options, or start again "
-                    "with --force."
-                )
-        return
-    if resume and (output / REPORT).exists():
-        raise FileExistsError(
-            f"the conversion in {output} is finished, and there is nothing to go on with. Load it "
-            "with performers.load_linearized, or start again with --force."
-        )
-    if not force and output.exists() and (not output.is_dir() or any(output.iterdir())):
-        hint = "Add --resume to go on with it, or --force" if started.exists() else "Add --force"
-        what = "an unfinished conversion" if started.exists() else "something"
-        raise FileExistsError(
-            f"the output folder {output} already holds {what}. {hint} to write over it, or choose "
-            "another with --output."
-        )
+def _weights(model: PreTrainedModel) -> dict[str, Tensor]:
+    return {name: x.clone() for name, x in model.state_dict().items()}
 
 
 def _device() -> torch.device:

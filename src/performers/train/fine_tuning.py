@@ -1,21 +1,22 @@
-"""Fine-tuning a converted model, so that it does again what the exact one did.
+"""Fine-tuning a converted model, so that it does again what the exact one does.
 
-Language models learn their own task. An encoder has no task of its own, so it learns the last
-hidden states of the exact model.
+The exact model is the teacher: a language model learns its predictions, an encoder its last hidden
+states. A loss on the text itself would teach the model the text, and move it away from the exact
+one. The weights that are kept are those of the highest fidelity on text that is not trained on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Int
-from safetensors.torch import load_file, load_model
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.data import Dataset
 from transformers import (
     AutoModel,
@@ -27,6 +28,9 @@ from transformers import (
     PrinterCallback,
     ProgressCallback,
     Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
     TrainingArguments,
     set_seed,
 )
@@ -36,14 +40,19 @@ from transformers.models.auto.modeling_auto import (
     MODEL_MAPPING_NAMES,
 )
 
+from performers.convert.fidelity import divergence, real_positions
 from performers.convert.modes import evaluating
+from performers.convert.sequences import Sequences
+from performers.data.masking import NOT_SCORED
 from performers.models import PerformerConfig
+from performers.records.files import read_json
 from performers.train.checkpoints import (
     SealCheckpoints,
     last_whole_checkpoint,
     remove_fragments,
     saving,
     steps_of,
+    write_atomically,
 )
 from performers.train.clock import TrainingClock
 from performers.train.trainer import ProgressLine, StopWhenDiverged
@@ -52,70 +61,77 @@ __all__ = ["FineTuningTask", "fine_tune", "fine_tuning_task"]
 
 MASK_RATE = 0.15
 
+# How often the distance to the exact model is measured, and after how many measurements without an
+# improvement fine-tuning ends.
+MEASUREMENTS = 10
+PATIENCE = 3
+
 
 @dataclass(frozen=True)
 class FineTuningTask:
-    """The task of a model: how the model is loaded for it, its loss, and its measure of quality.
-
-    `measure`: the name of `quality`. An encoder's sentence embedding is the mean of its last hidden
-    states, whose cosine to the exact embedding is measured.
-    """
+    """The task of a model: how the model is loaded for it, and what it is asked and learns."""
 
     name: str
     auto_class: Any
-    measure: str
 
-    def examples(
-        self, rows: Int[Tensor, "sequences length"], tokenizer: Any, seed: int
-    ) -> list[dict[str, Tensor]]:
-        """An item per row, with labels for language models: a function of the seed."""
-        if self.name == "encoder":
-            return [{"input_ids": row} for row in rows]
-        if self.name == "causal-lm":
-            return [{"input_ids": row, "labels": row} for row in rows]
-        mask = DataCollatorForLanguageModeling(tokenizer, mlm_probability=MASK_RATE, seed=seed)
-        masked = mask(list(rows))
-        return [
-            {"input_ids": hidden, "labels": labels}
-            for hidden, labels in zip(masked["input_ids"], masked["labels"], strict=True)
+    def examples(self, sequences: Sequences, tokenizer: Any, seed: int) -> list[dict[str, Tensor]]:
+        """An item per sequence, with labels for language models: a function of the seed."""
+        items = [
+            {name: x[row] for name, x in sequences.inputs.items()} for row in range(len(sequences))
         ]
+        if self.name == "encoder":
+            return items
+        if self.name == "causal-lm":
+            for item in items:
+                is_padding = item.get("attention_mask", torch.ones(1)) == 0
+                item["labels"] = item["input_ids"].masked_fill(is_padding, NOT_SCORED)
+            return items
+        mask = DataCollatorForLanguageModeling(tokenizer, mlm_probability=MASK_RATE, seed=seed)
+        masked = mask(items)
+        return [{name: x[row] for name, x in masked.items()} for row in range(len(items))]
 
     def loss(
         self, model: nn.Module, teacher: PreTrainedModel, batch: Mapping[str, Tensor]
     ) -> Tensor:
-        """Cross-entropy, or ‖states − exact‖² / ‖exact‖² of an encoder's last hidden states."""
-        if self.name != "encoder":
-            loss: Tensor = model(**batch).loss
-            return loss
+        """The mean of KL(exact ‖ converted) of the predictions, or ‖states − exact‖² / ‖exact‖² of
+        an encoder's last hidden states; padding does not count.
+        """
+        given = {name: x for name, x in batch.items() if name != "labels"}
+        name = "last_hidden_state" if self.name == "encoder" else "logits"
         with torch.no_grad():
-            exact = teacher(**batch).last_hidden_state
-        states = model(**batch).last_hidden_state
-        return (states - exact).square().sum() / exact.square().sum()
+            exact = getattr(teacher(**given), name)
+        out = getattr(model(**given), name)
+        is_real = real_positions(exact, given)
+        out, exact = out[is_real], exact[is_real]
+        if self.name == "encoder":
+            return (out - exact).square().sum() / exact.square().sum()
+        return divergence(out, exact)
 
     @torch.no_grad()
-    def quality(
-        self,
-        model: PreTrainedModel,
-        teacher: PreTrainedModel,
-        batches: Sequence[Mapping[str, Tensor]],
-    ) -> float:
-        """The mean of `measure` over batches of `examples`."""
-        found = []
+    def task_loss(
+        self, model: PreTrainedModel, batches: Sequence[Mapping[str, Tensor]]
+    ) -> float | None:
+        """The cross-entropy of a language model on the labels of `examples`, in nats per label;
+        None for an encoder, and where nothing is labeled.
+        """
+        if self.name == "encoder":
+            return None
+        whole, count = 0.0, 0
         with evaluating(model):
             for batch in batches:
                 inputs = {name: x.to(model.device) for name, x in batch.items()}
-                if self.name == "encoder":
-                    pair = [one(**inputs).last_hidden_state.mean(dim=1) for one in (model, teacher)]
-                    found.append(float(F.cosine_similarity(*pair).mean()))
-                else:
-                    found.append(float(self.loss(model, teacher, inputs)))
-        return sum(found) / len(found)
+                labels = inputs["labels"][:, 1:] if self.name == "causal-lm" else inputs["labels"]
+                scored = int((labels != NOT_SCORED).sum())
+                if scored:
+                    whole += float(model(**inputs).loss) * scored
+                    count += scored
+        return whole / count if count else None
 
 
-ENCODER = FineTuningTask("encoder", AutoModel, "cosine to the exact embedding")
+ENCODER = FineTuningTask("encoder", AutoModel)
 TASKS_OF = {
-    FineTuningTask("causal-lm", AutoModelForCausalLM, "loss"): MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    FineTuningTask("masked-lm", AutoModelForMaskedLM, "loss"): MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    FineTuningTask("causal-lm", AutoModelForCausalLM): MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    FineTuningTask("masked-lm", AutoModelForMaskedLM): MODEL_FOR_MASKED_LM_MAPPING_NAMES,
     ENCODER: MODEL_MAPPING_NAMES,
 }
 
@@ -146,7 +162,7 @@ def fine_tune(
     model: PreTrainedModel,
     teacher: PreTrainedModel,
     task: FineTuningTask,
-    rows: Int[Tensor, "sequences length"],
+    sequences: Sequences,
     tokenizer: Any,
     folder: Path,
     *,
@@ -155,8 +171,13 @@ def fine_tune(
     learning_rate: float,
     lora_rank: int,
     seed: int,
+    measure: Callable[[PreTrainedModel], float],
 ) -> PreTrainedModel:
     """Fine-tune all weights with AdamW, the learning rate falling linearly after a short rise.
+
+    `measure`: the distance to the exact model on text that is not trained on, measured ten times.
+    Training ends early where three measurements in a row are no improvement. The weights of the
+    smallest distance are kept, be it those from before.
 
     `lora_rank`: if above 0, a product of two matrices of this rank is trained beside the weight of
     every linear layer, and added to that weight at the end (Hu et al. 2022).
@@ -169,7 +190,7 @@ def fine_tune(
     """
     set_seed(seed)
     if lora_rank:
-        from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+        from peft import LoraConfig, get_peft_model
 
         trained: Any = get_peft_model(
             model, LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, target_modules="all-linear")
@@ -179,6 +200,9 @@ def fine_tune(
     remove_fragments(folder)
     checkpoint = last_whole_checkpoint(folder)
     clock = TrainingClock()
+    every = max(1, steps // MEASUREMENTS)
+    # Under LoRA too, the model itself is what its layers were put into.
+    best = KeepBest(folder, every, steps, lambda: measure(model))
     trainer = FineTuningTrainer(
         model=trained,
         args=TrainingArguments(
@@ -191,16 +215,17 @@ def fine_tune(
             logging_steps=max(1, steps // 20),
             logging_nan_inf_filter=False,
             save_strategy="steps",
-            save_steps=max(1, steps // 5),
+            save_steps=every,
             save_total_limit=2,
             seed=seed,
             data_seed=seed,
             dataloader_pin_memory=False,
             report_to="none",
         ),
-        train_dataset=_Items(task, rows, tokenizer, steps * batch_size, seed),
+        train_dataset=_Items(task, sequences, tokenizer, steps * batch_size, seed),
         callbacks=[
             clock,
+            best,
             SealCheckpoints(clock),
             StopWhenDiverged("Start again with a lower learning_rate."),
         ],
@@ -209,16 +234,75 @@ def fine_tune(
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(ProgressLine("recovery"))
-    # A Trainer that resumes at its last step would take one step more.
-    if checkpoint is not None and steps_of(checkpoint)[0] >= steps:
-        if lora_rank:
-            adapter = load_file(checkpoint / "adapter_model.safetensors")
-            set_peft_model_state_dict(trained, adapter)
-        else:
-            load_model(model, checkpoint / "model.safetensors")
+    done = 0 if checkpoint is None else steps_of(checkpoint)[0]
+    if checkpoint is None:
+        best.start(trained)
     else:
+        best.resume(done)
+    # A Trainer that resumes at its last step would take one step more.
+    if done < steps and not best.is_over:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    best.load(trained)
     return (trained.merge_and_unload() if lora_rank else trained).eval()
+
+
+class KeepBest(TrainerCallback):
+    """Measures the model every so many steps, keeps the best weights in a file, and ends training
+    that no longer improves.
+
+    What was measured is a file too, so that a run that was interrupted goes on as if it had not
+    been.
+    """
+
+    def __init__(self, folder: Path, every: int, steps: int, measure: Callable[[], float]) -> None:
+        self.every, self.steps, self.measure = every, steps, measure
+        self.weights, self.record = folder / "best.safetensors", folder / "distances.json"
+        self.distances: dict[int, float] = {}
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the last measurements were no improvement."""
+        best = min(self.distances, key=lambda step: self.distances[step])
+        return sum(step > best for step in self.distances) >= PATIENCE
+
+    def start(self, model: nn.Module) -> None:
+        self.weights.parent.mkdir(parents=True, exist_ok=True)
+        self._measure(model, 0)
+
+    def resume(self, step: int) -> None:
+        """Take up the measurements until a step; later ones will be made again."""
+        written = read_json(self.record, remedy="Start again with --force.")
+        self.distances = {int(at): x for at, x in written.items() if int(at) <= step}
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.global_step % self.every == 0 or state.global_step == self.steps:
+            self._measure(kwargs["model"], state.global_step)
+            control.should_training_stop = control.should_training_stop or self.is_over
+
+    def load(self, model: nn.Module) -> None:
+        """Put the best weights into a model."""
+        best = load_file(self.weights)
+        with torch.no_grad():
+            for name, weight in _learning(model).items():
+                weight.copy_(best[name])
+
+    def _measure(self, model: Any, step: int) -> None:
+        distance = self.measure()
+        distance = distance if math.isfinite(distance) else math.inf
+        is_best = not self.distances or distance < min(self.distances.values())
+        self.distances[step] = distance
+        if is_best:
+            partial = self.weights.with_suffix(".partial")
+            with saving(self.weights):
+                save_file({name: x.contiguous() for name, x in _learning(model).items()}, partial)
+                partial.replace(self.weights)
+        write_atomically(self.record, json.dumps(self.distances))
+
+
+def _learning(model: nn.Module) -> dict[str, Tensor]:
+    return {name: x.detach() for name, x in model.named_parameters() if x.requires_grad}
 
 
 class FineTuningTrainer(Trainer):
@@ -249,15 +333,15 @@ class _Items(Dataset):
     """
 
     def __init__(
-        self, task: FineTuningTask, rows: Tensor, tokenizer: Any, count: int, seed: int
+        self, task: FineTuningTask, sequences: Sequences, tokenizer: Any, count: int, seed: int
     ) -> None:
-        self.task, self.rows, self.tokenizer = task, rows, tokenizer
+        self.task, self.sequences, self.tokenizer = task, sequences, tokenizer
         self.count, self.seed = count, seed
 
     def __len__(self) -> int:
         return self.count
 
     def __getitem__(self, number: int) -> dict[str, Tensor]:
-        row = self.rows[number % len(self.rows)]
-        (item,) = self.task.examples(row[None], self.tokenizer, self.seed + number)
+        row = torch.tensor([number % len(self.sequences)])
+        (item,) = self.task.examples(self.sequences[row], self.tokenizer, self.seed + number)
         return item

@@ -30,7 +30,8 @@ def conversion_figure(record: Mapping[str, Any]) -> Figure:
         )
         for color, (stage, found) in zip(COLORS, stages.items(), strict=False):
             errors = [found["layers"][name] for name in averaging]
-            label = f"{stage} ({record['measure']} {found['quality']:.4f})"
+            kept = "" if found["is_kept"] else ", undone"
+            label = f"{stage} (distance {found['fidelity']['distance']:.4f}{kept})"
             axes.plot(positions, errors, color=color, marker="o", label=label)
         axes.set_ylim(bottom=0)
         axes.set_title("Relative error of the output of each attention layer, on held-out text")
