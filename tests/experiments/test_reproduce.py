@@ -21,7 +21,7 @@ from performers.reproduction import (
 from performers.reproduction.protocol import EXPERIMENTS
 
 # Pretrained models: they take minutes, and weights that come in a package of their own.
-SLOW = {"minilm-conversion", "sharp-minilm"}
+SLOW = {"far-field", "minilm-conversion", "sharp-minilm"}
 NAMES = [
     pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name
     for name in experiment_names()
@@ -168,6 +168,13 @@ def test_an_experiment_that_lacks_a_part_is_refused_before_it_runs(toy, file, ri
     assert refused.exit_code == 2
     assert len(refused.stderr.splitlines()) == 1
     assert sorted(toy.glob("*.*")) == files
+
+
+def test_an_experiment_imports_what_is_beside_it(toy):
+    (toy / "beside.py").write_text("MARK = 7\n", encoding="utf-8")
+    source = (toy / "experiment.py").read_text(encoding="utf-8")
+    (toy / "experiment.py").write_text("from .beside import MARK\n" + source, encoding="utf-8")
+    assert Reproduction.prepare(toy, "smoke").experiment.MARK == 7
 
 
 @pytest.mark.parametrize("file", ["README.md", "experiment.py"])

@@ -1,7 +1,8 @@
 """What an experiment is: a folder with a module of four parts and a README that shows its numbers.
 
 experiments/NAME/
-├── experiment.py    CONFIGS, run, figure and summary, see `Experiment`
+├── experiment.py    CONFIGS, run, figure and summary, see `Experiment`; it may import what is
+│                    beside it: from .other import name
 ├── README.md        with a block `results:NAME`, which a run renews
 ├── SCALE.json       config, results and environment of a run
 └── SCALE.png, .svg  drawn from the JSON alone
@@ -108,7 +109,10 @@ def load_experiment(folder: Path) -> Experiment:
 
 
 def _imported(path: Path) -> object:
-    spec = importlib.util.spec_from_file_location(f"experiment_{path.parent.name}", path)
+    # As a package, so that it can import what is beside it: from .other import name.
+    spec = importlib.util.spec_from_file_location(
+        f"experiment_{path.parent.name}", path, submodule_search_locations=[str(path.parent)]
+    )
     assert spec is not None, "a path that ends in .py has a spec"
     assert spec.loader is not None, "and a loader"
     module = importlib.util.module_from_spec(spec)
