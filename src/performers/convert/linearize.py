@@ -14,15 +14,17 @@ favor.safetensors.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from inspect import signature
 from pathlib import Path
-from types import MethodType
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
 
 from performers.checks import check_attention_mask
@@ -126,8 +128,9 @@ def _linearize(sites: Sites, options: FavorOptions) -> None:
     except ValueError:
         _restore(sites)
         raise
-    # Trainers save by this method too; it also writes what was learned.
-    model.save_pretrained = MethodType(_save_pretrained, model)
+    # Trainers save by this method too; it also writes what was learned. No bound method, which
+    # pickle would look for among the attributes of the model.
+    model.save_pretrained = partial(_save_pretrained, model)
     setattr(
         model, MASKS, model.base_model.register_forward_pre_hook(_check_masks, with_kwargs=True)
     )
@@ -156,9 +159,7 @@ def _restore(sites: Sites) -> None:
         vars(model).pop(method, None)
     if hasattr(model, MASKS):
         vars(model).pop(MASKS).remove()
-    for config, implementation in vars(model).pop(BEFORE, []):
-        # The public setter would set the parts of this configuration too, which may differ.
-        config._attn_implementation_internal = implementation
+    _set_attention(vars(model).pop(BEFORE, []))
     if model.config._attn_implementation == FAVOR:  # switched without linearize
         sites.switch(model.get_correct_attn_implementation(None))
 
@@ -190,7 +191,29 @@ def _save_pretrained(
         # Before the rest, which may end with an upload of the folder.
         Path(save_directory).mkdir(parents=True, exist_ok=True)
         save_file(tensors, Path(save_directory) / TENSORS)
-    type(model).save_pretrained(model, save_directory, *args, **options)
+    with _attention_before(model):
+        type(model).save_pretrained(model, save_directory, *args, **options)
+
+
+@contextmanager
+def _attention_before(model: PreTrainedModel) -> Iterator[None]:
+    """With configurations that name the attention that the model had.
+
+    transformers checks a configuration that it saves, and under another attention than "eager" it
+    refuses `output_attentions=True` there.
+    """
+    before = getattr(model, BEFORE)
+    _set_attention(before)
+    try:
+        yield
+    finally:
+        _set_attention([(config, FAVOR) for config, _ in before])
+
+
+def _set_attention(chosen: Iterable[tuple[PreTrainedConfig, str | None]]) -> None:
+    for config, implementation in chosen:
+        # The public setter would set the parts of this configuration too, which may differ.
+        config._attn_implementation_internal = implementation
 
 
 def _write(sites: Sites, options: FavorOptions, tensors: str | None) -> None:
