@@ -161,6 +161,14 @@ class PerformerPreTrainedModel(PreTrainedModel):
             # missing weights.
             module.reset_parameters()
 
+    def set_attn_implementation(self, attn_implementation: Any, *args: Any, **options: Any) -> None:
+        """Refused, for transformers would warn alone: `config.attention` names the attention."""
+        raise ValueError(
+            f"a Performer attends as its configuration says, here attention="
+            f"{self.config.attention!r}, and asks no attn_implementation: got "
+            f"{attn_implementation!r}. Build the model with PerformerConfig(attention=...)."
+        )
+
     def redraw_features(self, generator: Generator | None = None) -> None:
         """Draw ω of every layer anew, as `RandomFeatures.redraw` does; saved with the weights."""
         for module in self.modules():
