@@ -12,7 +12,6 @@ Dimension words, used in every public signature:
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol, TypeGuard, runtime_checkable
@@ -53,8 +52,9 @@ def exp_difference(
     """
     # The clamp turns a frame of −∞ into the lowest finite number: −∞ minus that is −∞, not NaN.
     difference = exponent - frame.clamp(min=torch.finfo(frame.dtype).min)
-    # exp2 costs a CPU a quarter of what exp does.
-    return (difference * math.log2(math.e)).exp2()
+    # exp2 costs a CPU a quarter of what exp does. log₂e is a literal, because dynamic compilation
+    # makes inputs of floats that it reads, and loses them between recomputed tiles.
+    return (difference * 1.4426950408889634).exp2()
 
 
 class Features(NamedTuple):

@@ -41,13 +41,23 @@ for length in (23, 37):
 EXPORTED = """
 shapes = [{{2: torch.export.Dim("length", min=2, max=512)}}] * 3
 exported = torch.export.export(Attend(), inputs(23), dynamic_shapes=shapes).module()
-for length in (23, 37):
+for length in (23, 137):
     tensors = inputs(length)
-    torch.testing.assert_close(exported(*tensors), attend(*tensors))
+    out, expected = exported(*tensors), attend(*tensors)
+    torch.testing.assert_close(out, expected)
+    both = (torch.autograd.grad(x.square().sum(), tensors) for x in (out, expected))
+    for one, other in zip(*both):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
 """
 
 HEADS = "SharpFeatures(5, 11, num_heads=4)"
-WORDS = [{}, {"is_causal": True}, {"window_size": 3}, {"window_size": 3, "is_causal": True}]
+WORDS = [
+    {},
+    {"backend": "chunked"},
+    {"is_causal": True},
+    {"window_size": 3},
+    {"window_size": 3, "is_causal": True},
+]
 
 
 @pytest.mark.slow
@@ -64,5 +74,7 @@ def test_attention_compiles_whole(fresh_python, phi, words, is_dynamic):
 
 
 @pytest.mark.slow
-def test_bidirectional_attention_exports_with_a_dynamic_length(fresh_python):
-    fresh_python((CODE + EXPORTED).format(phi="SoftmaxFeatures(5, 11)", words={}))
+@pytest.mark.parametrize("words", WORDS, ids=str)
+@pytest.mark.parametrize("phi", ["SoftmaxFeatures(5, 11)", HEADS])
+def test_attention_exports_with_a_dynamic_length(fresh_python, phi, words):
+    fresh_python((CODE + EXPORTED).format(phi=phi, words=words))

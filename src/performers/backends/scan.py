@@ -19,7 +19,7 @@ number of passes over a chunk depends on the data.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -37,6 +37,10 @@ from performers.typing import Features, LinearState, LogLinear, exp_difference
 __all__ = ["scan"]
 
 CHUNK = 64
+
+# An exported graph keeps no states: their number would tie it to a range of lengths. torch 2.6 has
+# no such function.
+is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", bool)
 
 
 def scan(
@@ -66,7 +70,7 @@ def scan(
         state.log_scale.flatten(0, 1),
         torch.cat([state.values, state.normalizer.unsqueeze(-1)], dim=-1).flatten(0, 1),
         CHUNK,
-        torch.is_grad_enabled(),
+        torch.is_grad_enabled() and not is_exporting(),
     )
     both, frame, log_scale, sums = (
         part.unflatten(0, (batch, heads))
@@ -256,7 +260,8 @@ def _exponential_scan(
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Both sums of every row and their frames; log-scale and sums of the last state; the same of
-    the states that backward starts from, one per segment, none unless `keep`.
+    the states that backward starts from, one per segment. Without `keep` there are none, and
+    backward makes them first.
 
     query: [heads, group, length, dim]; value: [heads, length, width], its last column 1.
     """
@@ -461,6 +466,8 @@ def _differentiate(
     saved = ctx.saved_tensors  # once: activation checkpointing unpacks them a single time
     if is_differentiated():
         return _plain_gradients(ctx, saved[:8], both, sums)
+    if not saved[9].shape[1]:
+        saved = *saved[:8], *_exponential_scan(*saved[:8], ctx.chunk_size, True)[4:]
     query, value, states = saved[0], saved[5], saved[9]
     if both is None:
         both = value.new_zeros(*query.shape[:3], value.shape[-1])

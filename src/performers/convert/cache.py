@@ -10,7 +10,7 @@ only, with a reference to itself on them:
 from __future__ import annotations
 
 import inspect
-from types import MethodType
+from functools import partial
 from typing import Any
 
 from jaxtyping import Bool, Float
@@ -150,7 +150,8 @@ def generate_in_constant_memory(model: PreTrainedModel) -> None:
     method = getattr(type(model), PREPARE_CACHE, None)
     known = ["self", "generation_config", "model_kwargs"]
     if method is not None and list(inspect.signature(method).parameters)[: len(known)] == known:
-        setattr(model, PREPARE_CACHE, MethodType(_prepare_cache, model))
+        # Not a bound method, which pickle would look for among the attributes of the model.
+        setattr(model, PREPARE_CACHE, partial(_prepare_cache, model))
 
 
 def _prepare_cache(

@@ -31,7 +31,7 @@ from performers.convert.options import FAVOR, FavorOptions
 from performers.convert.plain_attention import check_architecture, other_attention, refusal
 from performers.convert.sites import is_cross_attention, layer_number, layer_types
 from performers.functional.masks import Seen, is_hidden, keys_of_pairs
-from performers.functional.readout import implied_matrix
+from performers.functional.readout import apply_matrix, implied_matrix
 
 __all__ = ["attend_exactly", "favor", "favor_layer", "favor_mask", "keys_seen", "register"]
 
@@ -99,7 +99,7 @@ def favor(
     if dropout:
         value = drop_keys(value, dropout)
     if memory is None:
-        out = attend(value)
+        out = attend(value) if weights is None else apply_matrix(weights, value)
     else:
         assert layer is not None, "checked above"
         out = memory.attend(layer, query, key, value, seen.key_padding_mask, scaling)

@@ -15,10 +15,11 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from inspect import signature
 from pathlib import Path
-from types import MethodType
 from typing import Any
 
 import torch
@@ -140,8 +141,9 @@ def _linearize(sites: Sites, options: FavorOptions) -> None:
     except ValueError:
         _restore(sites)
         raise
-    # Trainers save by this method too; it also writes what was learned.
-    model.save_pretrained = MethodType(_save_pretrained, model)
+    # Trainers save by this method too; it also writes what was learned. No bound method, which
+    # pickle would look for among the attributes of the model.
+    model.save_pretrained = partial(_save_pretrained, model)
     hooks = [_check_masks]
     if is_unmoved_by_shifts(model.base_model):
         hooks.append(_count_from_the_first_token)
@@ -251,7 +253,27 @@ def _save_pretrained(
         # Before the rest, which may end with an upload of the folder.
         Path(save_directory).mkdir(parents=True, exist_ok=True)
         save_file(tensors, Path(save_directory) / TENSORS)
-    type(model).save_pretrained(model, save_directory, *args, **options)
+    with _attention_before(model):
+        type(model).save_pretrained(model, save_directory, *args, **options)
+
+
+@contextmanager
+def _attention_before(model: PreTrainedModel) -> Iterator[None]:
+    """With configurations that name the attention that the model had.
+
+    transformers checks a configuration that it saves, and under another attention than "eager" it
+    refuses `output_attentions=True` there.
+    """
+    owned = getattr(model, BEFORE)
+    switched = [one.own._attn_implementation_internal for one in owned]
+    for one in owned:
+        # The public setter would set the parts of this configuration too, which may differ.
+        one.own._attn_implementation_internal = one.at_first["_attn_implementation_internal"]
+    try:
+        yield
+    finally:
+        for one, implementation in zip(owned, switched, strict=True):
+            one.own._attn_implementation_internal = implementation
 
 
 def _write(sites: Sites, options: FavorOptions, tensors: str | None) -> None:

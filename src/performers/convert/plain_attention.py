@@ -104,9 +104,14 @@ def source_of(module: nn.Module) -> str:
 def _source_of_class(module_class: type) -> str:
     # The text of PreTrainedModel speaks of the interface, too.
     classes = [c for c in module_class.__mro__ if c not in PreTrainedModel.__mro__]
+    return "".join(map(_text_of_class, classes))
+
+
+def _text_of_class(module_class: type) -> str:
+    # Wrappers derive classes without a text from those of a model (FSDP2, parametrizations).
     try:
-        return "".join(inspect.getsource(c) for c in classes)
-    except (OSError, TypeError):  # classes without a file
+        return inspect.getsource(module_class)
+    except (OSError, TypeError):
         return ""
 
 

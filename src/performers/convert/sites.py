@@ -13,6 +13,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -72,7 +73,9 @@ class Site:
 
     @property
     def device(self) -> torch.device:
-        return next(self.module.parameters()).device
+        # Quantized layers keep packed weights, which are no tensors, and those exist on CPUs alone.
+        tensors = chain(self.module.parameters(), self.module.buffers())
+        return next((tensor.device for tensor in tensors), torch.device("cpu"))
 
     @property
     def title(self) -> str:

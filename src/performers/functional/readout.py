@@ -11,7 +11,7 @@ from torch import Tensor
 from performers.functional.favor import favor_attention
 from performers.typing import FeatureMap
 
-__all__ = ["attention_matrix", "implied_matrix"]
+__all__ = ["apply_matrix", "attention_matrix", "implied_matrix"]
 
 COLUMNS_PER_BLOCK = 256
 
@@ -37,6 +37,17 @@ def implied_matrix(
         for columns in one_hot.split(COLUMNS_PER_BLOCK, dim=1)
     ]
     return torch.cat(blocks, dim=-1)
+
+
+def apply_matrix(
+    matrix: Float[Tensor, "batch heads query_length key_length"],
+    value: Float[Tensor, "batch key_heads key_length value_dim"],
+) -> Float[Tensor, "batch heads query_length value_dim"]:
+    """A V, where heads share values as they share keys.
+
+    For whoever asked for A: gradients reach it only where the output is made of it.
+    """
+    return matrix @ value.repeat_interleave(matrix.shape[1] // value.shape[1], dim=1)
 
 
 def attention_matrix(

@@ -4,6 +4,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    MODEL_MAPPING_NAMES,
 )
 
 from performers.models.cache import PerformerCache
@@ -34,5 +35,6 @@ AutoModelForCausalLM.register(PerformerConfig, PerformerForCausalLM)
 
 # The Trainer and the pipelines look up in these names what a model predicts. The Trainer would not
 # shift the labels of a causal model that is not among them when it smooths labels.
+MODEL_MAPPING_NAMES[PerformerConfig.model_type] = PerformerModel.__name__
 MODEL_FOR_MASKED_LM_MAPPING_NAMES[PerformerConfig.model_type] = PerformerForMaskedLM.__name__
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[PerformerConfig.model_type] = PerformerForCausalLM.__name__

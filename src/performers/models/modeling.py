@@ -23,7 +23,7 @@ from transformers.modeling_outputs import (
 from transformers.utils.generic import can_return_tuple
 
 from performers.baselines import Drawn
-from performers.functional import implied_matrix
+from performers.functional import apply_matrix, implied_matrix
 from performers.models.cache import PerformerCache
 from performers.models.config import PerformerConfig
 from performers.models.masks import count_positions, padding_mask
@@ -87,7 +87,7 @@ class PerformerAttention(nn.Module):
 
         matrix = implied_matrix(attend, key) if output_attentions else None
         if past_key_values is None:
-            out = attend(value)
+            out = attend(value) if matrix is None else apply_matrix(matrix, value)
         else:
             memory = past_key_values.layers[self.layer]
             out = memory.attend(self.mechanism, query, key, value, key_padding_mask)
@@ -166,6 +166,14 @@ class PerformerPreTrainedModel(PreTrainedModel):
             # Only for a new model, or if the checkpoint has no ω: transformers calls this for
             # missing weights.
             module.reset_parameters()
+
+    def set_attn_implementation(self, attn_implementation: Any, *args: Any, **options: Any) -> None:
+        """Refused, for transformers would warn alone: `config.attention` names the attention."""
+        raise ValueError(
+            f"a Performer attends as its configuration says, here attention="
+            f"{self.config.attention!r}, and asks no attn_implementation: got "
+            f"{attn_implementation!r}. Build the model with PerformerConfig(attention=...)."
+        )
 
     def redraw_features(self, generator: Generator | None = None) -> None:
         """Draw ω of every layer anew, as `RandomFeatures.redraw` does, and what else mechanisms
@@ -359,11 +367,14 @@ class PerformerForCausalLM(PerformerPreTrainedModel, GenerationMixin):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         logits_to_keep: int | Int[Tensor, " positions"] = 0,
+        shift_labels: Int[Tensor, "batch length"] | None = None,
         num_items_in_batch: Tensor | int | None = None,
     ) -> CausalLMOutputWithPast:
         """Logits and, given `labels`, the loss of predicting each label from what precedes it.
 
         `labels` are the tokens themselves, not shifted, with −100 where nothing is to be predicted.
+        `shift_labels`: each position's next token, in place of `labels`, from whoever cuts
+        sequences over several processes and had to shift before.
         `logits_to_keep`: only the logits of the last so many positions, or of the given ones.
         Other arguments are those of `PerformerModel.forward` and `PerformerForMaskedLM.forward`.
         """
@@ -380,7 +391,9 @@ class PerformerForCausalLM(PerformerPreTrainedModel, GenerationMixin):
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
         loss = None
-        if labels is not None:
+        if shift_labels is not None:
+            loss = _cross_entropy(logits, shift_labels, num_items_in_batch)
+        elif labels is not None:
             loss = _cross_entropy(logits[:, :-1], labels[:, 1:], num_items_in_batch)
         return CausalLMOutputWithPast(
             loss=loss,
