@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from performers.checks import check_choice, check_omega
+from performers.checks import check_choice, check_number, check_omega, check_rows
 from performers.kernels import KERNELS, Kernel
 from performers.typing import Features, LogLinearSide
 
@@ -116,6 +116,8 @@ def kernel_features(
 
     Cost: O(length · m · dim).  Source: Choromanski et al. 2021, Section 2.2 and Appendix A.4.
     """
+    check_rows("x", x)
+    check_number("epsilon", epsilon, or_zero=True)
     kernel = resolve_kernel(fn)
     projected = x if omega is None else _project(x, omega)
     columns = 1 if omega is None else len(omega)
