@@ -157,6 +157,7 @@ def _captured(
 ) -> Sequence[Captured]:
     """The queries, keys and values of each layer, from a file or of a model that reads the text."""
     from performers.convert import capture_text, read_captured
+    from performers.records import read_text
 
     path = Path(source)
     if path.is_file():
@@ -165,7 +166,7 @@ def _captured(
         raise FileNotFoundError(f"there is no model folder and no safetensors file at {path}.")
     if text is None:
         raise ValueError("a model needs something to read: pass --text FILE.")
-    return capture_text(path, text.read_text(encoding="utf-8"), length, sequences)
+    return capture_text(path, read_text(text), length, sequences)
 
 
 def _without_infinity(record: Any) -> Any:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
-import math
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -27,9 +26,9 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 from torch.utils.data import default_collate
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
-from performers.checks import check_count, check_seed
+from performers.checks import check_count, check_number, check_seed
 from performers.convert.attention_transfer import (
     averaging_errors,
     exact_copy,
@@ -42,12 +41,14 @@ from performers.convert.fidelity import measure_fidelity
 from performers.convert.linearize import linearize, load_linearized
 from performers.convert.mixed import choose_layers, layer_costs
 from performers.convert.options import FavorOptions
+from performers.convert.source import source_config, source_tokenizer
 from performers.diagnosis import Frontier, measure_frontier
 from performers.nn.words import SHARP
 from performers.records.environment import describe_environment
-from performers.records.files import read_json
+from performers.records.files import read_json, read_text
 from performers.train.checkpoints import saving, write_atomically
 from performers.train.fine_tuning import FineTuningTask, fine_tune, fine_tuning_task
+from performers.train.folders import check_place, claim, holds_nothing, release
 
 __all__ = ["REPORT", "Conversion", "ConversionConfig"]
 
@@ -109,12 +110,10 @@ class ConversionConfig:
         check_count("batch_size", self.batch_size)
         check_seed(self.seed)
         for name in ("exact_layers", "transfer_steps", "steps", "lora_rank"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}.")
+            check_count(name, getattr(self, name), least=0)
         for name in ("error", "transfer_learning_rate", "learning_rate"):
-            number = getattr(self, name)
-            if number is not None and not 0 < number < math.inf:
-                raise ValueError(f"{name} must be above 0 and finite, got {number}.")
+            if getattr(self, name) is not None:
+                check_number(name, getattr(self, name))
         if self.lora_rank and importlib.util.find_spec("peft") is None:
             raise ModuleNotFoundError(
                 "lora_rank needs peft, which is not installed. Install it with: pip install "
@@ -156,10 +155,10 @@ class Conversion:
         it.
         """
         _check_output(config, output, resume, force)
-        text = Path(config.text).read_text(encoding="utf-8")
-        model = AutoConfig.from_pretrained(config.model)
+        text = read_text(Path(config.text))
+        model = source_config(config.model)
         task = fine_tuning_task(model)
-        tokenizer = AutoTokenizer.from_pretrained(config.model)
+        tokenizer = source_tokenizer(config.model)
         longest = getattr(model, "max_position_embeddings", None) or tokenizer.model_max_length
         if config.length > min(longest, tokenizer.model_max_length):
             raise ValueError(
@@ -193,6 +192,7 @@ class Conversion:
         its last checkpoint. Raises FloatingPointError where training diverged, and ValueError where
         no setting is within the wanted error.
         """
+        claim(self.output)
         place = self.output / CHECKPOINTS
         place.mkdir(parents=True, exist_ok=True)
         write_atomically(place / "config.json", _json(self.config.to_dict()))
@@ -232,6 +232,7 @@ class Conversion:
             self.tokenizer.save_pretrained(self.output)
         write_atomically(self.output / REPORT, _json(record))
         shutil.rmtree(place)
+        release(self.output)
         return record
 
     def _convert(
@@ -392,6 +393,7 @@ class Conversion:
 
 
 def _check_output(config: ConversionConfig, output: Path, resume: bool, force: bool) -> None:
+    check_place(output)
     if output.resolve() == Path(config.model).resolve():
         raise FileExistsError(
             f"the output folder {output} is the model itself, whose weights would be lost. Choose "
@@ -422,7 +424,7 @@ def _check_output(config: ConversionConfig, output: Path, resume: bool, force: b
             f"the conversion in {output} is finished, and there is nothing to go on with. Load it "
             "with performers.load_linearized, or start again with --force."
         )
-    if not force and output.exists() and (not output.is_dir() or any(output.iterdir())):
+    if not force and not holds_nothing(output):
         hint = "Add --resume to go on with it, or --force" if started.exists() else "Add --force"
         what = "an unfinished conversion" if started.exists() else "something"
         raise FileExistsError(
