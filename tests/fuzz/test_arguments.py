@@ -103,9 +103,6 @@ SERVED = {
         "window_size": None, "num_sinks": None, "far": None, "layers": None, "exact_heads": {},
         "seed": 0,
     },
-    STATE.merge: {"other": STATE},
-    STATE.index_select: {"index": torch.tensor([0])},
-    STATE.repeat_interleave: {"repeats": 2},
 }  # fmt: skip
 
 # They take a function of the caller, who knows what it takes.
@@ -141,4 +138,3 @@ def test_a_state_of_other_features_is_no_state_of_these():
     other = LinearState.empty(2, 3, 5, 0)
     words = outcome(lambda: functional.log_normalizer(QUERY, PHI, other)).words
     assert "state must hold sums of 8 features for 3 heads" in words
-    assert "one batch, number of heads" in outcome(lambda: STATE.merge(other)).words
