@@ -3,13 +3,14 @@ PYTHON ?= python3
 VENV := .venv
 DEMO := $(VENV)/bin/performers train demo --output runs/demo --if-exists show
 INSTALL := $(VENV)/bin/python -m pip install --quiet --constraint constraints.txt
+FUZZ_MINUTES ?= 60
 PYTEST := $(VENV)/bin/python -m pytest
 
 # Two workers with one thread each: more threads than cores make torch slower, not faster.
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint format package clean
+.PHONY: help demo test test-slow fuzz lint format package clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -23,6 +24,11 @@ test: $(VENV)/installed-for-development ## run the tests, the examples in docstr
 
 test-slow: $(VENV)/installed-for-development ## run the tests that take long
 	$(PYTEST) -n 2 -m slow
+
+fuzz: export HYPOTHESIS_PROFILE = fuzz
+fuzz: $(VENV)/installed-for-development ## throw malformed inputs at everything for FUZZ_MINUTES, 60 unless given
+	end=$$(( $$(date +%s) + 60 * $(FUZZ_MINUTES) )); \
+	while [ $$(date +%s) -lt $$end ]; do $(PYTEST) -n 2 -q tests/fuzz || exit 1; done
 
 lint: $(VENV)/installed-for-development ## check style, formatting and types
 	$(VENV)/bin/ruff check .

@@ -28,7 +28,11 @@ PreTrainedConfig.__no_type_check__ = True
 
 # The machine may be busy: how long an example takes is no reason to fail.
 hypothesis.settings.register_profile("tests", deadline=None, derandomize=True)
-hypothesis.settings.load_profile("tests")
+# `make fuzz` looks for new examples each time, and for many.
+hypothesis.settings.register_profile(
+    "fuzz", deadline=None, max_examples=2000, suppress_health_check=list(hypothesis.HealthCheck)
+)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "tests"))
 
 
 @pytest.fixture(autouse=True)

@@ -278,3 +278,9 @@ def test_wrong_parameters_are_named(parameters, words):
 def test_a_kernel_needs_a_function():
     with pytest.raises(ValueError, match="at least one function"):
         IsotropicKernel(())
+
+
+@pytest.mark.parametrize("gamma", [float("nan"), float("inf"), 0.0, -1.0])
+def test_a_gamma_that_is_no_scale_is_refused(gamma):
+    with pytest.raises(ValueError, match="gamma must be positive and finite, got"):
+        OrthogonalRandomFeatures(gamma=gamma).fit(np.ones((3, 5)))

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import difflib
 import math
+import sys
 from collections.abc import Collection, Mapping
+from numbers import Number
+from reprlib import Repr
 
 import torch
 from torch import Tensor
@@ -16,50 +19,175 @@ __all__ = [
     "check_count",
     "check_far_limit",
     "check_feature_map",
+    "check_feature_map_parts",
+    "check_flags",
+    "check_instance",
     "check_key_padding_mask",
     "check_made_by",
     "check_near_field",
     "check_near_keys",
     "check_num_heavy",
+    "check_number",
     "check_omega",
+    "check_rows",
     "check_same_near_field",
     "check_seed",
     "check_state",
+    "check_tensor",
+    "check_whole_number",
+    "described",
+    "similar",
 ]
 
 
 # Of the keys and values that a state keeps, which are allocated ahead.
 MOST_NEAR_BYTES = 16 * 2**30
 
+# What an axis of a tensor can be as long as.
+MOST = 2**63 - 1
+
+LEARNED_SCALE = "A scale that is learned multiplies the query."
+
+LONGEST_WORD = 100
+
+# Of what came a message shows the ends.
+SHORT = Repr()
+SHORT.maxstring = SHORT.maxother = SHORT.maxlong = 80
+
+# What attention asks of a feature map: the names of `typing.FeatureMap`.
+FEATURE_MAP_PARTS = (
+    "num_features",
+    "default_scale",
+    "is_nonnegative",
+    "is_softmax",
+    "fitted",
+    "query_features",
+    "key_features",
+)
+
+# The dtypes that attention computes with.
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check_instance(name: str, given: object, kinds: type | tuple[type, ...], must: str) -> None:
+    """Raise unless an argument is of one of these kinds. `must`: in words, what to pass."""
+    if not isinstance(given, kinds):
+        raise TypeError(f"{name} must be {must}, got {described(given)}.")
+
+
+def check_flags(**flags: object) -> None:
+    """Raise unless each is True or False: what is neither may mean the opposite of its truth."""
+    for name, flag in flags.items():
+        check_instance(name, flag, (bool, torch.SymBool), "True or False")
+
+
+def check_tensor(name: str, tensor: object, layout: str = "") -> None:
+    """Raise unless this is a dense tensor; one whose layout is given, of that rank, of numbers that
+    attention computes with.
+    """
+    check_instance(name, tensor, Tensor, "a torch.Tensor (of other numbers torch.as_tensor(x))")
+    assert isinstance(tensor, Tensor), "what is no tensor has been refused"
+    if tensor.is_nested or tensor.layout != torch.strided:
+        kind = "a nested one" if tensor.is_nested else f"one of layout {tensor.layout}"
+        raise TypeError(
+            f"{name} must be a dense tensor, got {kind}. Pass x.to_dense(), or of a nested tensor "
+            "x.to_padded_tensor(0.0) and the mask of its padding."
+        )
+    if layout and tensor.ndim != len(layout.split(", ")):
+        raise ValueError(
+            f"{name} must be ({layout}), got {_shape(tensor)}. "
+            "For one head write x[None, None]; with heads third, x.transpose(1, 2)."
+        )
+    if layout and tensor.dtype not in DTYPES:
+        raise _of_no_float(name, tensor)
+
+
+def check_number(name: str, number: object, *, or_zero: bool = False, otherwise: str = "") -> None:
+    """Raise unless this is a finite number above 0, or from 0 on. `otherwise`: what else to do."""
+    if isinstance(number, (int, float, torch.SymInt, torch.SymFloat)) and number is not True:
+        is_in_range = number >= 0 if or_zero else number > 0
+        if is_in_range and number <= sys.float_info.max:
+            return
+    must = "a finite number of at least 0" if or_zero else "positive and finite"
+    raise ValueError(f"{name} must be {must}, got {described(number)}. {otherwise}".rstrip())
+
+
+def check_whole_number(name: str, number: object) -> None:
+    """Raise unless this is a whole number, of any size and sign."""
+    if not isinstance(number, int) or isinstance(number, bool):
+        raise TypeError(f"{name} must be a whole number, got {described(number)}.")
+
 
 def check_count(name: str, count: object, least: int = 1) -> None:
     """Raise unless a count such as `num_projections` is a whole number of at least `least`."""
     if not isinstance(count, int) or isinstance(count, bool) or count < least:
-        raise ValueError(f"{name} must be a whole number of at least {least}, got {count!r}.")
+        raise ValueError(
+            f"{name} must be a whole number of at least {least}, got {described(count)}."
+        )
+    if count > MOST:
+        raise ValueError(f"{name} must be at most {MOST}, got {described(count)}.")
 
 
 def check_seed(seed: object) -> None:
     """A seed that every generator takes; NumPy's is the narrowest."""
     if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**32:
-        raise ValueError(f"seed must be a whole number from 0 to {2**32 - 1}, got {seed!r}.")
+        raise ValueError(
+            f"seed must be a whole number from 0 to {2**32 - 1}, got {described(seed)}."
+        )
 
 
 def check_choice(what: str, word: object, choices: Collection[str]) -> None:
     """Raise unless a word is one of the known ones; the error suggests the most similar one."""
-    if word in choices:
+    if isinstance(word, str) and word in choices:
         return
-    near = difflib.get_close_matches(str(word), choices, n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
-    raise ValueError(f"unknown {what} {word!r}: choose one of {sorted(choices)}.{hint}")
+    near = similar(word, choices)
+    hint = f" Did you mean {near!r}?" if near else ""
+    raise ValueError(f"unknown {what} {described(word)}: choose one of {sorted(choices)}.{hint}")
+
+
+def similar(word: object, choices: Collection[str]) -> str | None:
+    """The choice that a word was meant to be, perhaps. A long one was not, and takes long."""
+    if not isinstance(word, str) or len(word) > LONGEST_WORD:
+        return None
+    return next(iter(difflib.get_close_matches(word, choices, n=1)), None)
 
 
 def check_omega(x: Tensor, omega: Tensor) -> None:
-    """Raise unless ω has one column for each column of x."""
+    """Raise unless x is a tensor of rows and ω has one column for each column of x."""
+    check_rows("x", x)
+    check_tensor("omega", omega)
     if omega.ndim != 2 or omega.shape[1] != x.shape[-1]:
         raise ValueError(
             "omega must be a matrix with one column per feature of x: omega is "
             f"{_shape(omega)}, x is {_shape(x)}. "
             f"Draw it with draw_projection(num_projections, dim={x.shape[-1]})."
+        )
+    if omega.device != x.device:
+        raise ValueError(
+            f"omega must be on the device of x: it is on {omega.device}, x on {x.device}. Move it "
+            "with omega.to(x.device)."
+        )
+
+
+def check_rows(name: str, x: object) -> None:
+    """Raise unless this is a dense, floating tensor whose last axis is that of the features."""
+    check_tensor(name, x)
+    assert isinstance(x, Tensor), "what is no tensor has been refused"
+    if x.ndim == 0:
+        raise ValueError(f"{name} must be (..., dim), got a tensor without axes.")
+    if x.dtype not in DTYPES:
+        raise _of_no_float(name, x)
+
+
+def check_feature_map_parts(phi: object) -> None:
+    """Raise for what is no feature map, such as the class of one, or its word."""
+    missing = [name for name in FEATURE_MAP_PARTS if not hasattr(phi, name)]
+    if missing or isinstance(phi, type):
+        lacks = f", which has no {missing[0]}" if missing else ""
+        raise TypeError(
+            f"phi must be a feature map, as SoftmaxFeatures(dim) is one, got {described(phi)}"
+            f"{lacks}. Pass one that performers has, or an object with all that "
+            "performers.typing.FeatureMap names."
         )
 
 
@@ -90,15 +218,8 @@ def check_attention_inputs(
     """Raise for shapes, dtypes and devices that do not fit each other in one call of attention."""
     named = {"query": query, "key": key, "value": value}
     for name, tensor in named.items():
-        if tensor.ndim != 4:
-            raise ValueError(
-                f"{name} must be (batch, heads, length, dim), got {_shape(tensor)}. "
-                "For one head write x[None, None]; with heads third, x.transpose(1, 2)."
-            )
-        if not tensor.is_floating_point():
-            raise TypeError(
-                f"{name} must be of a floating dtype, got {tensor.dtype}. Convert it with .float()."
-            )
+        check_tensor(name, tensor, "batch, heads, length, dim")
+    check_flags(is_causal=is_causal, enable_gqa=enable_gqa)
     if len({tensor.device for tensor in named.values()}) > 1:
         devices = ", ".join(f"{name} on {tensor.device}" for name, tensor in named.items())
         raise ValueError(
@@ -141,8 +262,8 @@ def check_attention_inputs(
             f"{query.shape[2]}, key length is {key.shape[2]}. To continue a sequence pass only its "
             "new queries, keys and values, with initial_state= for what came before."
         )
-    if scale is not None and not (scale > 0 and scale < float("inf")):
-        raise ValueError(f"scale must be positive and finite, got {scale!r}.")
+    if scale is not None:
+        check_number("scale", scale, otherwise=LEARNED_SCALE)
     check_key_padding_mask(key_padding_mask, key)
 
 
@@ -150,6 +271,7 @@ def check_key_padding_mask(mask: Tensor | None, key: Tensor) -> None:
     """Raise unless the mask is None, or bool and (batch, key_length): True for a real key."""
     if mask is None:
         return
+    check_tensor("key_padding_mask", mask)
     if mask.dtype != torch.bool:
         raise TypeError(
             f"key_padding_mask must be bool with True for a real key, got {mask.dtype}. From a 0/1 "
@@ -193,8 +315,8 @@ def check_far_limit(far_limit: float | None, far: bool | None) -> None:
     if not is_number or not 0 < far_limit < math.inf:
         raise ValueError(
             "far_limit must be a positive number, the most that the far keys of a query weigh "
-            f"together when its near ones weigh 1, got {far_limit!r}. Pass for example 0.2, None "
-            "for no limit, or far=False to leave the far keys out."
+            f"together when its near ones weigh 1, got {described(far_limit)}. Pass for example "
+            "0.2, None for no limit, or far=False to leave the far keys out."
         )
     if far is False:
         raise ValueError(
@@ -329,6 +451,22 @@ def check_state(
                 f"initial_state.{name} must be {dtype} for these inputs, got {part.dtype}: "
                 "sums are float32, or float64 for float64 inputs. Pass a state as it was returned."
             )
+
+
+def described(given: object) -> str:
+    """What came, in a few words, whatever it is: arrays and lists may be long."""
+    if isinstance(given, type):
+        return f"the class {given.__name__}"
+    if given is None or isinstance(given, Number | str):
+        return SHORT.repr(given)
+    kind = type(given)
+    return kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
+
+
+def _of_no_float(name: str, tensor: Tensor) -> TypeError:
+    return TypeError(
+        f"{name} must be of a floating dtype, got {tensor.dtype}. Convert it with .float()."
+    )
 
 
 def _shape(tensor: Tensor) -> str:

@@ -34,7 +34,7 @@ from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, Transfo
 from sklearn.utils import Tags, check_random_state, check_scalar
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-from performers.checks import check_choice
+from performers.checks import check_choice, check_number
 from performers.functional.projections import draw_projection
 
 __all__ = [
@@ -193,8 +193,9 @@ class IsotropicFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseE
             check_choice("gamma", self.gamma, ["scale"])
             variance = float(x.var())
             return 1 / (x.shape[1] * variance) if variance > 0 else 1.0
-        check_scalar(self.gamma, "gamma", Real, min_val=0, include_boundaries="neither")
-        return float(self.gamma)
+        gamma = float(self.gamma) if isinstance(self.gamma, Real) else self.gamma
+        check_number("gamma", gamma, otherwise='Or write gamma="scale".')
+        return gamma
 
     def _drawn(
         self, count: int, dim: int, random_state: np.random.RandomState

@@ -1,4 +1,6 @@
 import gzip
+import os
+import threading
 
 import pytest
 from hypothesis import given
@@ -154,3 +156,33 @@ except ModuleNotFoundError as error:
     print(error)
 """
     assert 'pip install "performers[bio]"' in fresh_python(code, blocked=["Bio"])
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_pipe_is_read_as_a_file_is(tmp_path, packed):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    data = gzip.compress(TWO.encode()) if packed else TWO.encode()
+    writer = threading.Thread(target=pipe.write_bytes, args=(data,))
+    writer.start()
+    assert list(read_fasta(pipe)) == TWO_RECORDS
+    writer.join()
+
+
+@pytest.mark.parametrize("rest", ["", "MK1"])
+def test_a_long_name_is_not_repeated_whole(write, rest):
+    path = write(f">{'A' * 10**6}\n{rest}\n")
+    with pytest.raises(ValueError, match=r"line \d") as raised:
+        list(read_fasta(path))
+    assert len(str(raised.value)) < 500
+
+
+def test_a_tab_among_the_letters_is_found_in_its_line(write):
+    path = write(">a\nMKV\nM\tK\n")
+    with pytest.raises(ValueError, match=r"line 3: '\\t' in 'a' is no amino acid"):
+        list(read_fasta(path))
+
+
+def test_a_folder_is_no_fasta(tmp_path):
+    with pytest.raises(IsADirectoryError, match=r"is a folder\. Give the FASTA"):
+        list(read_fasta(tmp_path))

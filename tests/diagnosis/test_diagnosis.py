@@ -197,7 +197,7 @@ def test_what_cannot_be_diagnosed_is_refused_in_words():
     phi = SoftmaxFeatures(5, 11)
     with pytest.raises(TypeError, match="SoftmaxFeatures or SharpFeatures, got KernelFeatures"):
         diagnose(query, key, value, KernelFeatures(5, 11))
-    with pytest.raises(ValueError, match=r"target_error must be above 0, got 0\.0"):
+    with pytest.raises(ValueError, match=r"target_error must be positive and finite, got 0\.0"):
         diagnose(query, key, value, phi, target_error=0.0)
     with pytest.raises(ValueError, match="there must be a query that sees a key"):
         diagnose(query[:0], key[:0], value[:0], phi)

@@ -1,5 +1,6 @@
 """What a caller gets wrong is said at once: what must hold, what came, what to do."""
 
+import functools
 import re
 from dataclasses import replace
 
@@ -16,7 +17,9 @@ from performers import (
     favor_attention,
     softmax_attention,
 )
+from performers.checks import FEATURE_MAP_PARTS
 from performers.functional import kernel_features, positive_features
+from performers.typing import FeatureMap
 
 # jaxtyping would speak first; a caller does not have its checks.
 pytestmark = pytest.mark.usefixtures("without_shape_checks")
@@ -335,3 +338,47 @@ class TestFeatures:
     def test_an_epsilon_that_no_kernel_has(self, epsilon):
         with refused(f"epsilon must be a finite number of at least 0, got {epsilon!r}"):
             KernelFeatures(5, epsilon=epsilon)
+
+
+@pytest.mark.parametrize(
+    ("given", "came"),
+    [([1.0], "list"), (None, "None"), ("x", "'x'"), (torch.Tensor, "the class Tensor")],
+)
+@pytest.mark.parametrize("name", ["query", "key", "value", "key_padding_mask"])
+def test_what_is_no_tensor_is_named(name, given, came):
+    if name == "key_padding_mask" and given is None:
+        return
+    query, key, value = inputs(key_heads=6)
+    arguments = {"query": query, "key": key, "value": value, name: given}
+    for attend in (softmax_attention, functools.partial(favor_attention, phi=SoftmaxFeatures(5))):
+        with refused(f"{name} must be a torch.Tensor", TypeError) as raised:
+            attend(**arguments)
+        assert f"got {came}." in str(raised.value)
+
+
+def test_the_rank_is_looked_at_before_the_dim():
+    query, key, value = inputs(key_heads=6)
+    with refused("query must be (batch, heads, length, dim), got (2, 6, 23)"):
+        favor_attention(query[..., 0], key, value, SoftmaxFeatures(5))
+
+
+@pytest.mark.parametrize("name", ["is_causal", "normalize", "enable_gqa", "far", "return_state"])
+def test_a_flag_is_true_or_false(name):
+    with refused(f"{name} must be True or False, got 'False'", TypeError):
+        favor_attention(*inputs(key_heads=6), SoftmaxFeatures(5), **{name: "False"})
+
+
+def test_a_class_is_no_feature_map():
+    with refused("phi must be a feature map", TypeError) as raised:
+        favor_attention(*inputs(key_heads=6), SoftmaxFeatures)
+    assert "got the class SoftmaxFeatures." in str(raised.value)
+
+
+def test_the_parts_of_a_feature_map_are_those_of_the_protocol():
+    assert set(FEATURE_MAP_PARTS) == {name for name in vars(FeatureMap) if name[0] != "_"}
+
+
+def test_a_scale_that_learns_is_refused():
+    scale = torch.tensor(0.5, requires_grad=True)
+    with refused("A scale that is learned multiplies the query."):
+        favor_attention(*inputs(key_heads=6), SoftmaxFeatures(5), scale=scale)

@@ -639,7 +639,7 @@ def test_misfits_are_refused_in_words():
         ({"statistics": "calls"}, "unknown statistics 'calls'.*Did you mean 'call'"),
         ({"optimal": "all"}, "unknown optimal 'all'"),
         ({"projection": None}, "unknown projection None"),
-        ({"query_ratio": 0.0}, "query_ratio must be a positive finite number, got 0.0"),
+        ({"query_ratio": 0.0}, "query_ratio must be positive and finite, got 0.0"),
         ({"num_heads": 0}, "num_heads must be a whole number of at least 1"),
     ):
         with pytest.raises(ValueError, match=words):

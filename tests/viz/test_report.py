@@ -199,3 +199,12 @@ def test_the_pictures_are_files_as_well(run):
     write_report(run)
     for name in ("curves.png", "attention-performer-relu.png"):
         assert (run / name).read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.usefixtures("without_shape_checks")
+@pytest.mark.parametrize("damage", [{"models": []}, {"config": {}}, {"baseline": {"valid": 3}}])
+def test_metrics_of_another_shape_are_refused_by_the_name_of_their_file(run, damage):
+    path = run / "metrics.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | damage))
+    with pytest.raises(ValueError, match=r"metrics\.json must hold the numbers of a run, and has"):
+        write_report(run)

@@ -80,16 +80,18 @@ def train(
 
 def _print_results(folder: Path) -> None:
     """The table of a finished run, whose report is drawn if it is missing."""
-    from performers.records import read_json
+    from performers.records import holding, read_json
     from performers.train import results_table
 
     report = folder / "report.html"
     with one_line_errors():
         remedy = "Delete it, and train --resume writes it anew."
         metrics = read_json(folder / "metrics.json", remedy)
-    if not report.exists():
-        from performers.viz import write_report
+        with holding(folder / "metrics.json", "the numbers of a run", remedy):
+            table = results_table(metrics)
+        if not report.exists():
+            from performers.viz import write_report
 
-        write_report(folder)
-    typer.echo(results_table(metrics))
+            write_report(folder)
+    typer.echo(table)
     typer.echo(f"\nThis run is finished. Report: {report}")

@@ -13,15 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AttentionInterface, AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel
+from transformers import AttentionInterface, AutoModel, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from performers.checks import check_tensor
 from performers.convert.modes import evaluating
 from performers.convert.plain_attention import other_attention
 from performers.convert.sequences import Sequences
+from performers.convert.source import read_tensors, source_config, source_tokenizer
 from performers.data.files import Record
 from performers.diagnosis.captured import Captured
 
@@ -71,11 +72,11 @@ def capture_text(
     Raises ValueError where the model, the text or all records are too short for `length`, OSError
     where there is no model.
     """
-    config = AutoConfig.from_pretrained(folder)
+    config = source_config(folder)
     longest = getattr(config, "max_position_embeddings", None) or length
     if length > longest:
         raise ValueError(f"length must be at most {longest} for this model, got {length}.")
-    read = Sequences.of(AutoTokenizer.from_pretrained(folder), text, length)
+    read = Sequences.of(source_tokenizer(folder), text, length)
     windows = read.inputs["input_ids"][read.lengths >= length][:sequences]
     if not len(windows):
         raise ValueError(
@@ -96,7 +97,9 @@ def read_captured(path: str | Path, is_causal: bool = False) -> list[Captured]:
 
     Raises ValueError where one of the three is missing or anything else is in the file.
     """
-    tensors = load_file(path)
+    tensors = read_tensors(
+        path, "Save queries, keys and values with safetensors.torch.save_file, or give a model."
+    )
     layers: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         layer, _, role = name.rpartition(".")
@@ -107,6 +110,8 @@ def read_captured(path: str | Path, is_causal: bool = False) -> list[Captured]:
                 f"{path} must hold query, key and value of every layer: "
                 f"{layer or 'the file'} has {', '.join(sorted(parts))}."
             )
+        for role, tensor in parts.items():
+            check_tensor(f"{role} in {path}", tensor, "batch, heads, length, dim")
     return [
         Captured(layer or "attention", **layers[layer], scale=None, is_causal=is_causal)
         for layer in sorted(layers, key=_natural)

@@ -23,12 +23,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
-from performers.checks import check_attention_mask
+from performers.checks import check_attention_mask, check_instance
 from performers.convert.cache import CAUSAL_LAYERS, PREPARE_CACHE, generate_in_constant_memory
 from performers.convert.configurations import give_back, held_by, own_configurations
 from performers.convert.interface import favor_layer
@@ -42,6 +42,7 @@ from performers.convert.sites import (
     is_cross_attention,
     is_unmoved_by_shifts,
 )
+from performers.convert.source import read_tensors
 
 __all__ = ["converted_layers", "linearize", "load_linearized", "options_of", "restore"]
 
@@ -82,6 +83,7 @@ def linearize(model: PreTrainedModel, options: FavorOptions | None = None) -> Pr
             f"a model of transformers is converted, got {type(model).__name__}. Of a wrapped model "
             "pass the one inside, such as peft_model.get_base_model()."
         )
+    check_instance("options", options, (FavorOptions, type(None)), "FavorOptions or None")
     _linearize(Sites.of(model), FavorOptions() if options is None else options)
     return model
 
@@ -112,7 +114,8 @@ def load_linearized(auto_class: Any, path: str | Path, **options: Any) -> PreTra
     _linearize(sites, FavorOptions.from_dict(written["options"]))
     if written["tensors"]:
         where = {word: options[word] for word in HUB_OPTIONS if word in options}
-        _place(sites, load_file(cached_file(path, written["tensors"], **where)))
+        learned = cached_file(path, written["tensors"], **where)
+        _place(sites, read_tensors(learned, "Copy it again, or convert the model again."))
     return model
 
 

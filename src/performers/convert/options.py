@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from transformers import PreTrainedConfig
 
-from performers.checks import check_choice, check_count, check_far_limit, check_num_heavy
+from performers.checks import (
+    check_choice,
+    check_count,
+    check_far_limit,
+    check_num_heavy,
+    check_whole_number,
+)
 from performers.diagnosis.frontier import NUM_SINKS, Frontier
 from performers.functional.projections import PROJECTIONS
 from performers.nn import KernelFeatures, SharpFeatures, SoftmaxFeatures
@@ -95,9 +101,9 @@ class FavorOptions:
         can_be_near = takes_window(self.features)
         if self.window_size is None:
             object.__setattr__(self, "window_size", WINDOW_SIZE if can_be_near else 0)
-        elif self.window_size != 0:
-            check_count("window_size", self.window_size)
-            if not can_be_near:
+        else:
+            check_count("window_size", self.window_size, least=0)
+            if self.window_size and not can_be_near:
                 raise ValueError(
                     "window_size puts exact softmax scores beside estimated ones: it needs "
                     f"features in {_with_windows()}, got "
@@ -114,10 +120,12 @@ class FavorOptions:
             )
         if self.num_sinks is not None:
             check_count("num_sinks", self.num_sinks, least=0)
-        if not isinstance(self.seed, int) or isinstance(self.seed, bool):
-            raise TypeError(f"seed must be a whole number, got {self.seed!r}.")
+        check_whole_number("seed", self.seed)
         object.__setattr__(self, "layers", _checked_layers(self.layers))
-        if not all(_are_numbers((layer, *heads)) for layer, heads in self.exact_heads.items()):
+        if not isinstance(self.exact_heads, Mapping) or not all(
+            _are_numbers([layer]) and _are_numbers(heads)
+            for layer, heads in self.exact_heads.items()
+        ):
             raise ValueError(
                 "exact_heads must be numbers of heads by the number of their layer, both counted "
                 f"from 0, such as {{3: [0, 5]}}: got {self.exact_heads!r}."
@@ -261,6 +269,6 @@ def _with_windows() -> list[str]:
 
 def _are_numbers(given: object) -> bool:
     """True if these are whole numbers of at least 0."""
-    return isinstance(given, Iterable) and all(
-        isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in given
-    )
+    if not isinstance(given, list | tuple | range | set):
+        return False
+    return all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in given)

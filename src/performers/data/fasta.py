@@ -6,11 +6,12 @@ import gzip
 import re
 import zlib
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from io import TextIOWrapper
-from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
+from performers.checks import described
 from performers.data.vocabulary import LEGAL_LETTERS
 
 __all__ = ["FastaRecord", "distinct_records", "read_fasta"]
@@ -18,6 +19,11 @@ __all__ = ["FastaRecord", "distinct_records", "read_fasta"]
 _GZIP_MAGIC = b"\x1f\x8b"
 # Of a sequence as written: some letters of other alphabets become legal ones in upper case.
 _ILLEGAL = re.compile(f"[^{LEGAL_LETTERS}{LEGAL_LETTERS.lower()}]")
+
+
+class _Line(NamedTuple):
+    number: int
+    letters: int
 
 
 class FastaRecord(NamedTuple):
@@ -62,31 +68,32 @@ def _read_file(path: Path) -> Iterator[FastaRecord]:
             'reading FASTA needs Biopython. Install it with pip install "performers[bio]".'
         ) from error
 
-    headers: list[int] = []
+    records: list[list[_Line]] = []
     found_any = False
     with _open_text(path) as handle:
-        for title, letters in SimpleFastaParser(_checked_lines(path, handle, headers)):
-            # The parser has already read the next header; the oldest in the queue is that of this
-            # record.
-            header_line = headers.pop(0)
+        for title, letters in SimpleFastaParser(_checked_lines(path, handle, records)):
+            # The parser has already read the next header; the oldest in the queue is this record.
+            (header_line, _), *lines = records.pop(0)
             found_any = True
             identifier, _, description = title.partition(" ")
             sequence = letters.removesuffix("*")
             where = f"{path}, line {header_line}"
             if not identifier:
                 raise ValueError(
-                    f"{where}: a record needs a name: write '>name', got {title!r} after '>'."
+                    f"{where}: a record needs a name: write '>name', got {described(title)} after "
+                    "'>'."
                 )
             if not sequence:
                 raise ValueError(
-                    f"{where}: a record needs a sequence, {identifier!r} has none. Remove the "
-                    "record or repair the file."
+                    f"{where}: a record needs a sequence, {described(identifier)} has none. Remove "
+                    "the record or repair the file."
                 )
             if illegal := _ILLEGAL.search(sequence):
-                line = _line_of_letter(path, header_line, illegal.start())
+                line = _line_of_letter(lines, illegal.start())
                 raise ValueError(
-                    f"{path}, line {line}: {illegal.group()!r} in {identifier!r} is no amino acid. "
-                    f"Proteins are written with {LEGAL_LETTERS}; write X for an unknown one."
+                    f"{path}, line {line}: {illegal.group()!r} in {described(identifier)} is no "
+                    f"amino acid. Proteins are written with {LEGAL_LETTERS}; write X for an "
+                    "unknown one."
                 )
             yield FastaRecord(identifier, description.strip(), sequence.upper())
     if not found_any:
@@ -95,23 +102,31 @@ def _read_file(path: Path) -> Iterator[FastaRecord]:
         )
 
 
-def _open_text(path: Path) -> TextIOWrapper:
+@contextmanager
+def _open_text(path: Path) -> Iterator[TextIOWrapper]:
+    """The text of a file, which may be a pipe: it is read once, from its beginning to its end."""
+    if not path.exists():
+        raise FileNotFoundError(f"there is no FASTA file {path}. Give the path of one.")
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder. Give the FASTA files that are in it.")
     with path.open("rb") as file:
-        is_gzip = file.read(len(_GZIP_MAGIC)) == _GZIP_MAGIC
-        is_empty = file.seek(0, 2) == 0
-    if path.suffix == ".gz" and not is_gzip and not is_empty:
-        raise ValueError(
-            f"{path}: the name ends in .gz but the file is not gzipped. Rename it, or compress it "
-            "with gzip."
-        )
-    opener = gzip.open if is_gzip else open
-    # A description in another encoding does no harm. In a sequence, the replacement sign is
-    # rejected as an illegal letter.
-    return opener(path, "rt", encoding="utf-8-sig", errors="replace")
+        is_gzip = file.peek(len(_GZIP_MAGIC)).startswith(_GZIP_MAGIC)
+        if path.suffix == ".gz" and not is_gzip and file.peek(1):
+            raise ValueError(
+                f"{path}: the name ends in .gz but the file is not gzipped. Rename it, or compress "
+                "it with gzip."
+            )
+        source = gzip.GzipFile(fileobj=file) if is_gzip else file
+        # A description in another encoding does no harm. In a sequence, the replacement sign is
+        # rejected as an illegal letter.
+        with TextIOWrapper(source, encoding="utf-8-sig", errors="replace") as text:
+            yield text
 
 
-def _checked_lines(path: Path, handle: TextIOWrapper, headers: list[int]) -> Iterator[str]:
-    """The lines of a file for the parser; appends the number of each header line to `headers`."""
+def _checked_lines(path: Path, handle: TextIOWrapper, records: list[list[_Line]]) -> Iterator[str]:
+    """The lines of a file for the parser; appends each to those of its record in `records`, whose
+    first is its header.
+    """
     number = 0
     while True:
         try:
@@ -125,8 +140,12 @@ def _checked_lines(path: Path, handle: TextIOWrapper, headers: list[int]) -> Ite
             return
         number += 1
         if line.startswith(">"):
-            headers.append(number)
-        elif not headers and line.strip():
+            records.append([_Line(number, 0)])
+        elif records:
+            # The letters as the parser counts them.
+            letters = line.rstrip().replace(" ", "").replace("\r", "")
+            records[-1].append(_Line(number, len(letters)))
+        elif line.strip():
             raise ValueError(
                 f"{path}, line {number}: not FASTA: the first line must start with '>', got "
                 f"{line[:40].rstrip()!r}. Give FASTA or FASTA.gz files of proteins."
@@ -134,11 +153,10 @@ def _checked_lines(path: Path, handle: TextIOWrapper, headers: list[int]) -> Ite
         yield line
 
 
-def _line_of_letter(path: Path, header_line: int, index: int) -> int:
-    """The line that holds letter `index` of the record whose header is on the given line."""
-    with _open_text(path) as handle:
-        for number, line in enumerate(islice(handle, header_line, None), start=header_line + 1):
-            index -= len("".join(line.split()))
-            if index < 0:
-                return number
-    raise AssertionError(f"{path} changed while it was read")
+def _line_of_letter(lines: list[_Line], index: int) -> int:
+    """The line that holds letter `index` of a record with these lines."""
+    for number, letters in lines:
+        index -= letters
+        if index < 0:
+            return number
+    raise AssertionError("the letters of a record are those of its lines")

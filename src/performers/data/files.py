@@ -15,6 +15,7 @@ from typing import Any
 
 from performers.checks import check_choice
 from performers.data.fasta import read_fasta
+from performers.records.files import read_text
 
 __all__ = ["FORMATS", "TEXT", "Record", "read_texts"]
 
@@ -57,9 +58,9 @@ def read_texts(
             f"column {', '.join(columns)}. Leave them out, or say which format it is."
         )
     if kind == TEXT:
-        return path.read_text(encoding="utf-8")
+        return read_text(path)
     if kind == LINES:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = read_text(path).splitlines()
         records: list[Record] = [(line.strip(),) for line in lines if line.strip()]
     elif kind == FASTA:
         records = [(record.sequence,) for record in read_fasta(path)]

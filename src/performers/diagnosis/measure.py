@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from performers.checks import check_attention_inputs, check_count
+from performers.checks import check_attention_inputs, check_count, check_number
 from performers.diagnosis.heads import Diagnosis, HeadDiagnosis
 from performers.diagnosis.sequence import Sequence
 from performers.nn.feature_maps import SoftmaxFeatures
@@ -63,8 +63,10 @@ def diagnose(
         enable_gqa=enable_gqa,
         scale=scale,
     )
-    if target_error is not None and not target_error > 0:
-        raise ValueError(f"target_error must be above 0, got {target_error!r}.")
+    if target_error is not None:
+        check_number("target_error", target_error)
+    if window_size is not None:
+        check_count("window_size", window_size)
     check_count("max_projections", max_projections)
     sequences = (
         Sequence.of(query, key, value, is_causal, key_padding_mask, scale, window_size, row)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
 from torch import Tensor
 
-__all__ = ["autocast_inputs"]
+__all__ = ["autocast_inputs", "without_autocast"]
 
 
 def autocast_inputs(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -18,7 +21,20 @@ def autocast_inputs(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, 
     return _cast(query), _cast(key), _cast(value)
 
 
+def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """Where `x` is computed with as it is; devices such as "meta" have no autocast to switch off.
+
+    with without_autocast(x): ...
+    """
+    device = x.device.type
+    if torch.amp.is_autocast_available(device):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()
+
+
 def _cast(x: Tensor) -> Tensor:
+    if not isinstance(x, Tensor):  # it is refused by name where the three are checked
+        return x
     device = x.device.type
     if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
         return x

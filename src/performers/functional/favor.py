@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from performers.checks import check_attention_inputs
-from performers.functional.autocast import autocast_inputs
+from performers.checks import check_attention_inputs, check_feature_map_parts, check_flags
+from performers.functional.autocast import autocast_inputs, without_autocast
 from performers.functional.linear import linear_attention
 from performers.typing import FeatureMap, LinearState
 
@@ -129,19 +129,22 @@ def favor_attention(
     >>> favor_attention(query, key, value, SoftmaxFeatures(dim=64), is_causal=True).shape
     torch.Size([2, 4, 1000, 64])
     """
+    check_feature_map_parts(phi)
     scale = phi.default_scale if scale is None else scale
     query, key, value = autocast_inputs(query, key, value)
+    # φ looks at the tensors before they come to where they are checked with all else.
+    check_attention_inputs(
+        query, key, value, is_causal=is_causal, key_padding_mask=key_padding_mask,
+        enable_gqa=enable_gqa, scale=scale,
+    )  # fmt: skip
+    check_flags(far=far, return_state=return_state)
     if far:
         is_streaming = is_causal or return_state or initial_state is not None
         estimated = key_padding_mask
         # What streams learns nothing from the call. Other numbers are refused below.
         if not is_streaming and isinstance(num_sinks, int) and num_sinks > 0:
-            check_attention_inputs(
-                query, key, value, is_causal=is_causal, key_padding_mask=key_padding_mask,
-                enable_gqa=enable_gqa, scale=scale,
-            )  # fmt: skip
             estimated = without_sinks(key, key_padding_mask, num_sinks)
-        with torch.autocast(query.device.type, enabled=False):  # φ learns from sums, too
+        with without_autocast(query):  # φ learns from sums, too
             phi = phi.fitted(query, key, estimated, scale=scale, is_streaming=is_streaming)
     out, state = linear_attention(
         query,

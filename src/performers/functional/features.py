@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from performers.checks import check_choice, check_omega
+from performers.checks import check_choice, check_number, check_omega, check_rows, described
 from performers.kernels import KERNELS, Kernel
 from performers.typing import Features, LogLinearSide
 
@@ -116,15 +116,24 @@ def kernel_features(
 
     Cost: O(length · m · dim).  Source: Choromanski et al. 2021, Section 2.2 and Appendix A.4.
     """
+    check_rows("x", x)
+    check_number("epsilon", epsilon, or_zero=True)
     kernel = resolve_kernel(fn)
     projected = x if omega is None else _project(x, omega)
     columns = 1 if omega is None else len(omega)
+    values = kernel.fn(projected)
+    if not isinstance(values, Tensor) or values.shape != projected.shape:
+        came = tuple(values.shape) if isinstance(values, Tensor) else described(values)
+        raise ValueError(
+            "fn must be elementwise, and give a tensor of the shape that it gets: that is "
+            f"{tuple(projected.shape)}, and it gave {came}."
+        )
     if kernel.is_exponential:
-        log_values = kernel.fn(projected)
+        log_values = values
         if epsilon > 0:
             log_values = torch.logaddexp(log_values, log_values.new_tensor(math.log(epsilon)))
         return Features(log_values=log_values - math.log(columns) / 2)
-    return Features(values=(kernel.fn(projected) + epsilon) / math.sqrt(columns))
+    return Features(values=(values + epsilon) / math.sqrt(columns))
 
 
 def resolve_kernel(fn: str | Callable[[Tensor], Tensor] | Kernel) -> Kernel:

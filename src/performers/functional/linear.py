@@ -10,14 +10,19 @@ from torch import Tensor
 
 from performers.backends import BACKENDS, Call, choose_backend
 from performers.checks import (
+    LEARNED_SCALE,
     check_attention_inputs,
+    check_feature_map_parts,
+    check_flags,
+    check_instance,
     check_made_by,
     check_near_field,
     check_near_keys,
+    check_number,
     check_same_near_field,
     check_state,
 )
-from performers.functional.autocast import autocast_inputs
+from performers.functional.autocast import autocast_inputs, without_autocast
 from performers.typing import FeatureMap, LinearState, Maker, NearField, NearKeys, is_log_linear
 
 __all__ = ["linear_attention"]
@@ -70,6 +75,12 @@ def linear_attention(
         key_padding_mask=key_padding_mask,
         enable_gqa=enable_gqa,
         scale=scale,
+    )
+    check_feature_map_parts(phi)
+    check_number("scale", scale, otherwise=LEARNED_SCALE)
+    check_flags(normalize=normalize, far=far, return_state=return_state)
+    check_instance(
+        "initial_state", initial_state, (LinearState, type(None)), "a LinearState or None"
     )
     has_state = return_state or initial_state is not None
     check_near_field(
@@ -127,7 +138,7 @@ def linear_attention(
             state = replace(state, near=NearKeys.empty(key, value, near, pending=state))
         return out, state if return_state else None
     # Autocast would round exponents to half precision.
-    with torch.autocast(query.device.type, enabled=False):
+    with without_autocast(query):
         # [batch, key_heads, group, length, dim]: the queries of a group share a key head.
         rows = query.unflatten(1, (key_heads, -1))
         out, last = BACKENDS[chosen].attend(call, rows, key, value, key_padding_mask, state)

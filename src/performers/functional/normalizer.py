@@ -29,7 +29,19 @@ from torch.nn import functional as F
 
 from performers.backends.reference import read, read_weights
 from performers.backends.tiles import recomputed
-from performers.checks import check_choice, check_made_by
+from performers.checks import (
+    LEARNED_SCALE,
+    MOST,
+    check_choice,
+    check_feature_map_parts,
+    check_instance,
+    check_made_by,
+    check_number,
+    check_rows,
+    check_tensor,
+    check_whole_number,
+)
+from performers.functional.autocast import without_autocast
 from performers.functional.favor import favor_attention
 from performers.typing import FeatureMap, LinearState, Maker, exp_difference
 
@@ -53,8 +65,9 @@ def absorb_keys(
     Cost: O(key_length · num_features · dim) time, O(num_features) memory beside the keys.
     """
     _check_log_is_defined(phi)
+    check_tensor("key", key, "batch, heads, length, dim")
     no_query, no_value = key[:, :, :0], key[..., :0]
-    with torch.autocast(key.device.type, enabled=False):  # which keeps logarithms of sums exact
+    with without_autocast(key):  # which keeps logarithms of sums exact
         _, state = favor_attention(
             no_query,
             key,
@@ -92,11 +105,15 @@ def log_normalizer(
     True
     """
     _check_log_is_defined(phi)
+    check_tensor("query", query, "batch, heads, length, dim")
+    check_instance("state", state, LinearState, "the LinearState that absorb_keys returns")
     scale = phi.default_scale if scale is None else scale
+    check_number("scale", scale, otherwise=LEARNED_SCALE)
     # The keys are in the state already, so this call has none. Statistics of the call are refused.
     phi = phi.fitted(query, query[:, :, :0], None, scale=scale, is_streaming=True)
     if not torch.compiler.is_compiling():
         check_made_by("state", state.made_by, Maker.of(phi, scale))
+    _check_sums(state, query, phi.num_features)
     state = state.map(lambda part: part.expand(len(query), *part.shape[1:]))
 
     def read_tile(rows: Tensor, state: LinearState) -> Tensor:
@@ -104,7 +121,7 @@ def log_normalizer(
         # The sum is kept relative to a frame, a running maximum of exponents: log Ẑ adds it again.
         return (partial.normalizer.log() + partial.frame).squeeze(-1)
 
-    with torch.autocast(query.device.type, enabled=False):
+    with without_autocast(query):
         rows = query.to(state.normalizer.dtype)
         parts = [recomputed(read_tile, tile, state) for tile in rows.split(QUERY_TILE, dim=2)]
     return torch.cat(parts, dim=2)
@@ -168,7 +185,7 @@ def approximate_cross_entropy(
         losses = F.softplus(log_others - (rows * own_key).sum(-1, keepdim=True))
         return losses.masked_fill(has_none, 0.0).flatten()
 
-    with torch.autocast(hidden.device.type, enabled=False):
+    with without_autocast(hidden):
         query = hidden[counts].to(dtype)[None, None]
         key = output_embeddings.to(dtype)[None, None]
         phi = phi.fitted(query, key, None, scale=1.0, is_streaming=False)
@@ -184,6 +201,7 @@ def approximate_cross_entropy(
 
 
 def _check_log_is_defined(phi: FeatureMap) -> None:
+    check_feature_map_parts(phi)
     if not (phi.is_softmax and phi.is_nonnegative):
         raise ValueError(
             "the logarithm of a normalizer needs a nonnegative estimate of the softmax kernel, and "
@@ -192,9 +210,28 @@ def _check_log_is_defined(phi: FeatureMap) -> None:
         )
 
 
+def _check_sums(state: LinearState, query: Tensor, num_features: int) -> None:
+    (batch, heads), of = query.shape[:2], state.normalizer.shape
+    if of[1:] != (heads, num_features) or of[0] not in (1, batch) or state.near is not None:
+        raise ValueError(
+            f"state must hold sums of {num_features} features for {heads} heads, without a near "
+            f"field, of a batch of 1 or {batch}: got (batch, heads, features) = {tuple(of)}. Make "
+            "it with absorb_keys(key, phi), of keys with as many heads as query."
+        )
+
+
 def _check_tokens(
     hidden: Tensor, output_embeddings: Tensor, targets: Tensor, ignore_index: int
 ) -> None:
+    check_rows("hidden", hidden)
+    check_rows("output_embeddings", output_embeddings)
+    check_tensor("targets", targets)
+    check_whole_number("ignore_index", ignore_index)
+    if abs(ignore_index) > MOST:
+        raise ValueError(
+            "ignore_index must be a number that int64 holds, "
+            f"got one of {ignore_index.bit_length()} bits."
+        )
     if output_embeddings.ndim != 2 or hidden.shape[-1:] != output_embeddings.shape[1:]:
         raise ValueError(
             "output_embeddings must be (vocabulary, dim) with the dim of hidden: hidden is "

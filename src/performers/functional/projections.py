@@ -9,11 +9,12 @@ import torch
 from jaxtyping import Float
 from torch import Generator, Tensor
 
-from performers.checks import check_choice, check_count
+from performers.checks import check_choice, check_count, check_instance
 
 __all__ = [
     "DISTRIBUTIONS",
     "PROJECTIONS",
+    "check_generator",
     "draw_projection",
     "walsh_hadamard_transform",
 ]
@@ -52,11 +53,22 @@ def draw_projection(
     check_count("dim", dim)
     check_choice("kind of projection", kind, PROJECTIONS)
     check_choice("distribution", distribution, DISTRIBUTIONS)
+    check_generator(generator)
     directions = PROJECTIONS[kind](num_projections, dim, generator)
     # Hadamard directions may be wider than dim: they are drawn with the next power of two, then
     # cut.
     lengths = _draw_lengths(num_projections, directions.shape[1], distribution, generator)
     return (directions * lengths)[:, :dim].to(torch.float32)
+
+
+def check_generator(generator: object) -> None:
+    """Raise unless this is None, or a generator that draws on the CPU."""
+    check_instance("generator", generator, (Generator, type(None)), "a torch.Generator or None")
+    if isinstance(generator, Generator) and generator.device.type != "cpu":
+        raise ValueError(
+            f"generator must draw on the CPU, so that a seed means the same on every device: got "
+            f"one on {generator.device}. Make it with torch.Generator()."
+        )
 
 
 def _draw_lengths(

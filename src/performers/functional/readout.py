@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from performers.checks import check_tensor
 from performers.functional.favor import favor_attention
 from performers.typing import FeatureMap
 
@@ -30,6 +31,7 @@ def implied_matrix(
 
     Source: Choromanski et al. 2021, Appendix C.4.
     """
+    check_tensor("key", key, "batch, heads, length, dim")
     batch, key_heads, key_length, _ = key.shape
     one_hot = torch.eye(key_length, dtype=key.dtype, device=key.device)
     blocks = [

@@ -36,6 +36,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from performers.checks import check_choice
+from performers.functional.autocast import without_autocast
 from performers.functional.fingerprint import fingerprint
 from performers.typing import FeatureMap, Features, LogLinearSide
 
@@ -348,9 +349,8 @@ class ReparametrizedFeatures:
         if self.omega.requires_grad or torch.compiler.is_compiling():
             return self._new_side(name, dtype)
         if (name, dtype) not in self._sides:
-            device = self.omega.device.type
             # Or training could not use what decoding has made, nor float32 what autocast rounded.
-            with torch.inference_mode(False), torch.autocast(device, enabled=False):
+            with torch.inference_mode(False), without_autocast(self.omega):
                 self._sides[name, dtype] = self._new_side(name, dtype)
         return self._sides[name, dtype]
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers.activations import ACT2FN
 
-from performers.checks import check_choice, check_count
+from performers.checks import check_choice, check_count, check_whole_number
 from performers.functional.projections import DISTRIBUTIONS, PROJECTIONS
 from performers.models.fields import PerformerFields
 from performers.models.mechanisms import (
@@ -189,8 +189,7 @@ class PerformerConfig(PerformerFields):
         ):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be true or false, got {getattr(self, name)!r}.")
-        if not isinstance(self.seed, int):
-            raise TypeError(f"seed must be a whole number, got {self.seed!r}.")
+        check_whole_number("seed", self.seed)
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
             self._check_token(name)
 

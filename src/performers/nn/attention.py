@@ -9,6 +9,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from performers.checks import (
+    check_count,
+    check_feature_map_parts,
+    check_flags,
+    check_instance,
+    check_number,
+    check_rows,
+    check_tensor,
+)
 from performers.functional import attention_matrix, favor_attention
 from performers.functional.masks import Seen, is_hidden, keys_of_pairs
 from performers.nn.feature_maps import SoftmaxFeatures
@@ -52,6 +61,26 @@ class FavorAttention(nn.MultiheadAttention):
         dtype: torch.dtype | None = None,
         feature_map: nn.Module | None = None,
     ) -> None:
+        check_count("embed_dim", embed_dim)
+        check_count("num_heads", num_heads)
+        if embed_dim % num_heads:
+            raise ValueError(
+                f"num_heads must divide embed_dim: got {num_heads} and {embed_dim}, and every head "
+                "has embed_dim / num_heads of the columns."
+            )
+        check_number("dropout", dropout, or_zero=True)
+        check_flags(
+            bias=bias,
+            add_bias_kv=add_bias_kv,
+            add_zero_attn=add_zero_attn,
+            batch_first=batch_first,
+        )
+        for name, width in (("kdim", kdim), ("vdim", vdim)):
+            if width is not None:
+                check_count(name, width)
+        if feature_map is not None:
+            check_feature_map_parts(feature_map)
+            check_instance("feature_map", feature_map, nn.Module, "an nn.Module")
         super().__init__(
             embed_dim,
             num_heads,
@@ -92,11 +121,17 @@ class FavorAttention(nn.MultiheadAttention):
         (length, embed_dim). Returns the output and, with `need_weights`, the implied matrix,
         averaged over heads or not.
         """
-        if query.is_nested:
+        check_flags(
+            need_weights=need_weights,
+            average_attn_weights=average_attn_weights,
+            is_causal=is_causal,
+        )
+        if isinstance(query, Tensor) and query.is_nested:
             return self._forward_nested(
                 query, key, value, key_padding_mask, need_weights, attn_mask,
                 average_attn_weights, is_causal,
             )  # fmt: skip
+        self._check_inputs(query, key, value, key_padding_mask)
         is_batched = query.ndim == 3
         if not is_batched:
             query, key, value = (x.unsqueeze(0) for x in (query, key, value))
@@ -159,6 +194,44 @@ class FavorAttention(nn.MultiheadAttention):
         out, weights = self.forward(x, x, x, padding, *options)
         rows = [row[:length] for row, length in zip(out, lengths, strict=True)]
         return torch.nested.as_nested_tensor(rows), weights
+
+    def _check_inputs(
+        self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None
+    ) -> None:
+        """Raise for what nn.MultiheadAttention takes and a linear layer would refuse in words of
+        its own.
+        """
+        named = {"query": query, "key": key, "value": value}
+        widths = (self.embed_dim, self.kdim, self.vdim)
+        layout = "(batch, length, dim)" if self.batch_first else "(length, batch, dim)"
+        for (name, x), width in zip(named.items(), widths, strict=True):
+            check_rows(name, x)
+            if x.ndim not in (2, 3) or x.ndim != query.ndim or x.shape[-1] != width:
+                raise ValueError(
+                    f"{name} must be {layout}, or (length, dim) as query and key and value at "
+                    f"once, with dim={width} here: got {tuple(x.shape)}."
+                )
+        axis = 0 if self.batch_first else 1
+        if key.shape[:-1] != value.shape[:-1]:
+            raise ValueError(
+                "key and value must have the same batch and length: key is "
+                f"{tuple(key.shape)}, value is {tuple(value.shape)}."
+            )
+        if query.ndim == 3 and query.shape[axis] != key.shape[axis]:
+            raise ValueError(
+                f"query and key must have the same batch, the axis {axis} of {layout}: query is "
+                f"{tuple(query.shape)}, key is {tuple(key.shape)}. See batch_first."
+            )
+        if key_padding_mask is None:
+            return
+        check_tensor("key_padding_mask", key_padding_mask)
+        # (length, batch, dim) of a key becomes (batch, length) of its mask.
+        expected = key.shape[:-1] if self.batch_first else key.shape[:-1][::-1]
+        if key_padding_mask.shape != expected:
+            raise ValueError(
+                "key_padding_mask must be (batch, key_length), or (key_length,) without a batch: "
+                f"{tuple(expected)} here, got {tuple(key_padding_mask.shape)}."
+            )
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *arguments: Any
@@ -234,6 +307,7 @@ class FavorAttention(nn.MultiheadAttention):
             return Seen(None, is_causal=False)
         if is_causal and torch.compiler.is_compiling():
             return Seen(None, is_causal=True)  # a graph cannot depend on what a mask holds
+        check_tensor("attn_mask", attn_mask)
         seen = self._read(attn_mask, batch, query_length, key_length)
         if isinstance(seen, str):
             raise ValueError(

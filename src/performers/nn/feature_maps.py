@@ -10,10 +10,21 @@ import torch
 from jaxtyping import Float
 from torch import Generator, Tensor, nn
 
-from performers.checks import check_choice, check_count, check_feature_map
+from performers.checks import (
+    check_choice,
+    check_count,
+    check_feature_map,
+    check_number,
+    check_whole_number,
+)
 from performers.functional.features import Kernel, kernel_features, resolve_kernel
 from performers.functional.fingerprint import fingerprint
-from performers.functional.projections import DISTRIBUTIONS, PROJECTIONS, draw_projection
+from performers.functional.projections import (
+    DISTRIBUTIONS,
+    PROJECTIONS,
+    check_generator,
+    draw_projection,
+)
 from performers.functional.seeds import mixed_seed
 from performers.nn.estimators import ESTIMATORS
 from performers.typing import Elementwise, FeatureMap, Features, LogLinearSide
@@ -46,6 +57,8 @@ class RandomFeatures(nn.Module):
         super().__init__()
         check_count("dim", dim)
         check_choice("distribution", distribution, DISTRIBUTIONS)
+        check_whole_number("seed", seed)
+        check_whole_number("layer", layer)
         self.dim = dim
         self.projection = projection
         self.distribution = distribution
@@ -101,6 +114,7 @@ class RandomFeatures(nn.Module):
 
     def redraw(self, generator: Generator | None = None) -> None:
         """Replace ω by the next draw of this seed and layer, or by a draw from `generator`."""
+        check_generator(generator)
         self.num_redraws += 1
         self._draw(generator)
 
@@ -237,8 +251,7 @@ class KernelFeatures(RandomFeatures):
         layer: int = 0,
     ) -> None:
         kernel = resolve_kernel(fn)
-        if not 0 <= epsilon < float("inf"):
-            raise ValueError(f"epsilon must be a finite number of at least 0, got {epsilon!r}.")
+        check_number("epsilon", epsilon, or_zero=True)
         super().__init__(dim, num_projections, projection, distribution, seed, layer)
         self.fn = fn
         self.kernel = kernel

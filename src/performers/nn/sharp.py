@@ -9,7 +9,15 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from performers.checks import check_attention_inputs, check_choice, check_count, check_feature_map
+from performers.checks import (
+    check_attention_inputs,
+    check_choice,
+    check_count,
+    check_feature_map,
+    check_flags,
+    check_number,
+    check_tensor,
+)
 from performers.functional.projections import PROJECTIONS
 from performers.functional.sharp import (
     OPTIMAL,
@@ -79,8 +87,8 @@ class SharpFeatures(RandomFeatures):
         check_choice("statistics", statistics, STATISTICS)
         check_choice("optimal", optimal, OPTIMAL)
         check_choice("projection", projection, PROJECTIONS)
-        if not 0 < query_ratio < float("inf"):
-            raise ValueError(f"query_ratio must be a positive finite number, got {query_ratio!r}.")
+        check_number("query_ratio", query_ratio)
+        check_flags(shift=shift, balance=balance)
         super().__init__(dim, num_projections, projection, "gaussian", seed, layer)
         self.num_heads = num_heads
         self.statistics = statistics
@@ -131,6 +139,8 @@ class SharpFeatures(RandomFeatures):
         Raises ValueError where a visible query or key is not finite, naming the head.
         """
         scale = self.default_scale if scale is None else scale
+        for name, x in (("query", query), ("key", key)):
+            check_tensor(name, x, "batch, heads, length, dim")
         queries, keys = self._moments_of(query.double(), key.double(), key_padding_mask, scale)
         if key.shape[1] != self.num_heads:
             raise ValueError(

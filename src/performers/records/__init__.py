@@ -2,15 +2,17 @@
 
 from performers.records.documents import with_block, write_block
 from performers.records.environment import PeakMemory, describe_environment
-from performers.records.files import read_json
+from performers.records.files import holding, read_json, read_text
 from performers.records.tables import aligned, markdown_table
 
 __all__ = [
     "PeakMemory",
     "aligned",
     "describe_environment",
+    "holding",
     "markdown_table",
     "read_json",
+    "read_text",
     "with_block",
     "write_block",
 ]

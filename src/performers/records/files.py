@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-__all__ = ["read_json"]
+__all__ = ["holding", "read_json", "read_text"]
 
 
 def read_json(path: Path, remedy: str) -> dict[str, Any]:
@@ -23,3 +25,29 @@ def read_json(path: Path, remedy: str) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise ValueError(f"{path} must hold a JSON object, got {type(tree).__name__}. {remedy}")
     return tree
+
+
+@contextmanager
+def holding(path: Path, what: str, remedy: str) -> Iterator[None]:
+    """Where it is used what a file holds: that it holds something else is said of the file.
+
+        with holding(path, "the numbers of a run", remedy="Delete it."): ...
+
+    Raises ValueError.
+    """
+    try:
+        yield
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"{path} must hold {what}, and has a fault: {error!r}. {remedy}"
+        ) from error
+
+
+def read_text(path: Path) -> str:
+    """A text of the caller's. Raises FileNotFoundError, and ValueError that names the file."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"there is no text file {path}. Give the path of one.") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} must be a text in UTF-8: {error}. Convert it.") from error

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+from performers.checks import check_number
+
 __all__ = ["sufficient_projections"]
 
 
@@ -36,7 +38,6 @@ def sufficient_projections(
     factor = math.exp(radius**2 / math.sqrt(dim)) if largest_factor is None else largest_factor
     numbers = {"epsilon": epsilon, "radius": radius, "dim": dim, "mean_square_length": sigma}
     for name, number in (numbers | {"largest_factor": factor}).items():
-        if not 0 < number < math.inf:
-            raise ValueError(f"{name} must be positive and finite, got {number!r}.")
+        check_number(name, number)
     delta = epsilon / factor
     return max(1.0, dim / delta**2 * math.log(4 * sigma * radius / (delta * dim**0.25)))

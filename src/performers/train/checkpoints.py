@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from performers.models import PerformerConfig
-from performers.records.files import read_json
+from performers.records.files import holding, read_json
 from performers.train.clock import TrainingClock
 from performers.train.tasks import TASKS, Model
 
@@ -122,11 +123,11 @@ def seconds_until(checkpoint: Path) -> float:
 
 def steps_of(checkpoint: Path) -> tuple[int, int]:
     """How many optimizer steps lead to a whole checkpoint, and of how many in all."""
-    state = read_json(
-        checkpoint / "trainer_state.json",
-        remedy=f"Delete {checkpoint} and resume from the checkpoint before it, with --resume.",
-    )
-    return int(state["global_step"]), int(state["max_steps"])
+    path = checkpoint / "trainer_state.json"
+    remedy = f"Delete {checkpoint} and resume from the checkpoint before it, with --resume."
+    state = read_json(path, remedy)
+    with holding(path, "the state of a Trainer", remedy):
+        return int(state["global_step"]), int(state["max_steps"])
 
 
 def last_whole_checkpoint(folder: Path) -> Path | None:
@@ -195,7 +196,7 @@ def load_model(checkpoint: Path) -> tuple[Model, str]:
     task = named[architecture]
     try:
         model_config = PerformerConfig.from_pretrained(folder)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError, StrictDataclassError) as error:
         raise ValueError(f"{path} describes no Performer: {error}") from error
     with torch.device("meta"):
         check_weights(folder, TASKS[task].model(model_config))

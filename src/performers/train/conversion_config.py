@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from performers.checks import check_count, check_seed
+from performers.checks import check_count, check_number, check_seed
 from performers.convert.options import FavorOptions
 from performers.records.files import read_json
+from performers.train.folders import check_place, holds_nothing
 
 __all__ = ["CHECKPOINTS", "REPORT", "ConversionConfig", "check_output", "num_processes"]
 
@@ -62,12 +62,10 @@ class ConversionConfig:
         check_count("batch_size", self.batch_size)
         check_seed(self.seed)
         for name in ("exact_layers", "transfer_steps", "steps", "lora_rank"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}.")
+            check_count(name, getattr(self, name), least=0)
         for name in ("error", "transfer_learning_rate", "learning_rate"):
-            number = getattr(self, name)
-            if number is not None and not 0 < number < math.inf:
-                raise ValueError(f"{name} must be above 0 and finite, got {number}.")
+            if getattr(self, name) is not None:
+                check_number(name, getattr(self, name))
         if self.lora_rank and importlib.util.find_spec("peft") is None:
             raise ModuleNotFoundError(
                 "lora_rank needs peft, which is not installed. Install it with: pip install "
@@ -96,6 +94,7 @@ def num_processes() -> int:
 
 def check_output(config: ConversionConfig, output: Path, resume: bool, force: bool) -> None:
     """Refuse an output folder that this conversion would spoil, or cannot go on with."""
+    check_place(output)
     if output.resolve() == Path(config.model).resolve():
         raise FileExistsError(
             f"the output folder {output} is the model itself, whose weights would be lost. Choose "
@@ -128,7 +127,7 @@ def check_output(config: ConversionConfig, output: Path, resume: bool, force: bo
             f"the conversion in {output} is finished, and there is nothing to go on with. Load it "
             "with performers.load_linearized, or start again with --force."
         )
-    if not force and output.exists() and (not output.is_dir() or any(output.iterdir())):
+    if not force and not holds_nothing(output):
         hint = "Add --resume to go on with it, or --force" if started.exists() else "Add --force"
         what = "an unfinished conversion" if started.exists() else "something"
         raise FileExistsError(

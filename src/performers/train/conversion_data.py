@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from performers.convert.sequences import Sequences
+from performers.convert.source import source_config, source_tokenizer
 from performers.data.files import read_texts
 from performers.nn.words import SHARP
 from performers.theory import cheaper_from
@@ -46,9 +47,9 @@ class ConversionData:
         Raises ValueError or OSError for a model, text or number that cannot be used.
         """
         texts = read_texts(config.text, config.text_format, config.columns)
-        model = AutoConfig.from_pretrained(config.model)
+        model = source_config(config.model)
         task = fine_tuning_task(model)
-        tokenizer = AutoTokenizer.from_pretrained(config.model)
+        tokenizer = source_tokenizer(config.model)
         longest = getattr(model, "max_position_embeddings", None) or tokenizer.model_max_length
         longest = min(longest, tokenizer.model_max_length)
         if config.length > longest:

@@ -57,6 +57,7 @@ from performers.train.conversion_config import (
 )
 from performers.train.conversion_data import ConversionData
 from performers.train.fine_tuning import fine_tune
+from performers.train.folders import claim, release
 
 __all__ = ["Conversion"]
 
@@ -110,6 +111,7 @@ class Conversion:
         its last checkpoint. Raises FloatingPointError where training diverged, and ValueError where
         no setting is within the wanted error.
         """
+        claim(self.output)
         place = self.output / CHECKPOINTS
         place.mkdir(parents=True, exist_ok=True)
         started = self.config.to_dict() | {"processes": num_processes()}
@@ -154,6 +156,7 @@ class Conversion:
             self.data.tokenizer.save_pretrained(self.output)
         write_atomically(self.output / REPORT, _json(record))
         shutil.rmtree(place)
+        release(self.output)
         return record
 
     def _convert(

@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from performers.checks import check_count
+from performers.checks import check_count, check_seed
 from performers.data.proteins import crop_sequences, read_proteins
 from performers.data.tokens import TokenDataset
 from performers.train.checkpoints import load_model
@@ -46,6 +46,7 @@ class Evaluation:
         """
         check_count("length", length)
         check_count("batch size", batch_size)
+        check_seed(seed)
         model, task = load_model(checkpoint)
         proteins, _ = read_proteins(files)
         dataset = crop_sequences([protein.sequence for protein in proteins], length)

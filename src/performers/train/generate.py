@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from performers.checks import check_count
+from performers.checks import check_count, check_seed
 from performers.data.vocabulary import (
     BOS_TOKEN_ID,
     EOS_TOKEN_ID,
@@ -56,6 +56,7 @@ class Generation:
         """
         check_count("count", count)
         check_count("length", length)
+        check_seed(seed)
         if not 0 <= temperature < math.inf:
             raise ValueError(f"temperature must be at least 0 and finite, got {temperature:g}.")
         encode(prompt)

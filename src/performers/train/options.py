@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from torch import nn
+from torch.compiler import list_backends
 from transformers import SchedulerType, Trainer, TrainingArguments, get_scheduler
 
 from performers.checks import check_choice
@@ -25,7 +26,7 @@ class Served:
     """A field that a run may set. A number must be finite and within these bounds.
 
     `otherwise`: what to do about a value that is out of bounds. `words`: the only values, if there
-    are few.
+    are few; `keys`: those of a mapping.
     """
 
     least: int | float = -math.inf
@@ -33,11 +34,15 @@ class Served:
     below: int | float = math.inf
     otherwise: str = ""
     words: Collection[str] = ()
+    keys: Collection[str] = ()
 
     def check(self, key: str, value: Any) -> None:
         """Raise ValueError for a value that a run cannot train with."""
         if self.words and value is not None:
             check_choice(key, value, self.words)
+        if self.keys and value is not None:
+            for name in value:
+                check_choice(f"key of {key}", name, self.keys)
         if isinstance(value, bool) or not isinstance(value, int | float):
             return
         if self.least <= value < self.below and value > self.above and math.isfinite(value):
@@ -59,6 +64,11 @@ OPTIMIZERS: dict[str, tuple[str, ...]] = {
     "rmsprop": ("momentum", "alpha", "eps", "centered"),
     "sgd": ("momentum", "dampening", "nesterov"),
 }
+
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+
+# Of torch.utils.checkpoint.checkpoint, those that YAML can hold.
+CHECKPOINTING = ("use_reentrant", "preserve_rng_state", "determinism_check", "debug", "early_stop")
 
 LOG_LEVELS = ("passive", "debug", "info", "warning", "error", "critical")
 
@@ -114,12 +124,12 @@ TRAINER_OPTIONS: dict[str, Served | str] = {
     "fp16_full_eval": "the evaluation would turn the weights that are saved into float16",
     "tf32": Served(),
     "activation_checkpointing": Served(),
-    "activation_checkpointing_kwargs": Served(),
+    "activation_checkpointing_kwargs": Served(keys=CHECKPOINTING),
     "gradient_checkpointing": Served(),
-    "gradient_checkpointing_kwargs": Served(),
+    "gradient_checkpointing_kwargs": Served(keys=CHECKPOINTING),
     "torch_compile": Served(),
-    "torch_compile_backend": Served(),
-    "torch_compile_mode": Served(),
+    "torch_compile_backend": Served(words=list_backends()),
+    "torch_compile_mode": Served(words=COMPILE_MODES),
     "torch_empty_cache_steps": Served(least=1),
     "use_liger_kernel": "Liger has no kernels for a Performer",
     "liger_kernel_config": "Liger has no kernels for a Performer",
@@ -227,6 +237,11 @@ def check_arguments(arguments: TrainingArguments) -> None:
     if arguments.fp16 and arguments.device.type == "cpu":
         raise ValueError(
             "trainer.fp16 needs an accelerator, and this run is on the CPU. Take bf16."
+        )
+    if arguments.dataloader_multiprocessing_context and not arguments.dataloader_num_workers:
+        raise ValueError(
+            "trainer.dataloader_multiprocessing_context says how workers start, and "
+            "trainer.dataloader_num_workers is 0. Set both, or neither."
         )
     optimizer, schedule = arguments.optim.value, arguments.lr_scheduler_type.value
     for word in (arguments.optim_args or "").replace(" ", "").split(","):

@@ -43,6 +43,7 @@ from performers.train.checkpoints import (
     write_atomically,
 )
 from performers.train.config import RunConfig, read_yaml
+from performers.train.folders import check_place, claim, holds_nothing, release
 from performers.train.options import check_arguments
 from performers.train.tasks import TASKS, build_model, model_config
 from performers.train.trainer import TokenTrainer, train_to_the_end, training_arguments
@@ -113,7 +114,7 @@ class Run:
         state = PartialState()
         state.wait_for_everyone()
         if state.is_main_process:
-            folder.mkdir(parents=True, exist_ok=True)
+            claim(folder)
             write_atomically(folder / "environment.json", _json(environment))
             write_atomically(folder / "config.yaml", config.to_yaml())
         state.wait_for_everyone()
@@ -143,6 +144,7 @@ class Run:
             "models": models,
         }
         write_atomically(self.folder / "metrics.json", _json(metrics))
+        release(self.folder)
         return metrics
 
     def _warm_up(self) -> None:
@@ -251,8 +253,9 @@ def _place(folder: Path, config: RunConfig, name: str) -> Path:
 
 
 def _check_folder(config: RunConfig, folder: Path, resume: bool) -> None:
+    check_place(folder)
     if not holds_run(folder):
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if not holds_nothing(folder):
             raise FileExistsError(
                 f"the output folder {folder} holds something that is not a run. Choose an empty or "
                 "a new one with --output."

@@ -13,7 +13,7 @@ import numpy as np
 import yaml
 from matplotlib.figure import Figure
 
-from performers.records import read_json
+from performers.records import holding, read_json
 from performers.viz.figures import attention_figure, curves_figure
 
 __all__ = ["write_report"]
@@ -42,13 +42,23 @@ def write_report(run: Path) -> Path:
     Reads metrics.json and, where a model left one, its attention.npz. The page contains its images
     and styles, and loads nothing from a network.
     """
-    metrics = read_json(run / "metrics.json", "Delete it, and train --resume writes it anew.")
+    source, remedy = run / "metrics.json", "Delete it, and train --resume writes it anew."
+    metrics = read_json(source, remedy)
+    with holding(source, "the numbers of a run", remedy):
+        page = _page(run, metrics)
+    path = run / "report.html"
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+def _page(run: Path, metrics: Mapping[str, Any]) -> str:
+    """The page, and the pictures that are saved beside it."""
     models = metrics["models"]
     curves = curves_figure(
         {model["attention"]: model["history"] for model in models},
         metrics["baseline"]["valid"],
     )
-    page = Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
+    return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
         title=html.escape(f"{models[0]['attention']} on proteins"),
         headline=html.escape(_headline(metrics)),
         subtitle=html.escape(_subtitle(metrics)),
@@ -62,9 +72,6 @@ def write_report(run: Path) -> Path:
         facts=_facts(metrics),
         config=html.escape(yaml.safe_dump(metrics["config"], sort_keys=False).rstrip()),
     )
-    path = run / "report.html"
-    path.write_text(page, encoding="utf-8")
-    return path
 
 
 def _headline(metrics: Mapping[str, Any]) -> str:

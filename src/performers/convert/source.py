@@ -1,0 +1,79 @@
+"""The pretrained model that is converted or measured: whether it is there, and whole."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
+
+__all__ = ["read_tensors", "source_config", "source_tokenizer"]
+
+# What transformers raises for a config.json that it cannot use, or that is not there.
+UNREADABLE = (OSError, ValueError, TypeError, LookupError, AttributeError, StrictDataclassError)
+
+
+def source_config(source: str | Path) -> PreTrainedConfig:
+    """The configuration of a model folder, or of a model that transformers knows by its name.
+
+    Of the weights of a folder only the headers are read. transformers itself would speak of a
+    connection where there is no folder, and of a header where a file is cut short.
+
+    Raises FileNotFoundError where there is no model, ValueError for one that is damaged.
+    """
+    folder = Path(source)
+    try:
+        config = AutoConfig.from_pretrained(source)
+    except UNREADABLE as error:
+        path = folder / "config.json"
+        if path.is_file():
+            words = " ".join(str(error).split())[:200]
+            raise ValueError(f"{path} must describe a model of transformers: {words}") from error
+        raise FileNotFoundError(
+            f"there is no model {source}: no folder with a config.json, and no name that "
+            "transformers can load. Give a folder that save_pretrained wrote."
+        ) from error
+    weights = sorted(folder.glob("*.safetensors"))
+    if folder.is_dir() and not weights and not any(folder.glob("*.bin")):
+        raise FileNotFoundError(
+            f"{folder} must hold the weights of a model, model.safetensors or its parts, and has "
+            "none. Give a folder that save_pretrained wrote."
+        )
+    for path in weights:
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except SafetensorError as error:
+            raise ValueError(
+                f"{path} is damaged and cannot be loaded: {error}. Copy or download it again."
+            ) from error
+    return config
+
+
+def source_tokenizer(source: str | Path) -> Any:
+    """The tokenizer of a model. Raises ValueError where there is none, or a damaged one."""
+    try:
+        return AutoTokenizer.from_pretrained(source)
+    except Exception as error:  # the class that tokenizers raises
+        words = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"{source} must hold a whole tokenizer, tokenizer.json and tokenizer_config.json or "
+            f"their like: {words}. Save the model's own there, with tokenizer.save_pretrained."
+        ) from error
+
+
+def read_tensors(path: str | Path, remedy: str) -> dict[str, Tensor]:
+    """The tensors of a safetensors file. `remedy`: a sentence, what to do about another file.
+
+    Raises ValueError that names the file.
+    """
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path} must be a safetensors file, and is none or is damaged: {error}. {remedy}"
+        ) from error

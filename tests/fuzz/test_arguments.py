@@ -1,0 +1,140 @@
+"""No argument of a public function may be mistaken for another kind of thing."""
+
+import inspect
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from refusals import few, outcome
+
+import performers
+from performers import functional
+from performers.typing import LinearState
+
+QUERY, KEY, VALUE = torch.randn(3, 2, 3, 7, 4, generator=torch.Generator().manual_seed(1)).unbind()
+MASK = torch.tensor([[True] * 7, [True] * 5 + [False] * 2])
+PHI = performers.SoftmaxFeatures(4, 8)
+SHARP = performers.SharpFeatures(4, 8, num_heads=3)
+STATE = functional.absorb_keys(KEY, PHI)
+ATTENTION = performers.FavorAttention(8, 2, batch_first=True)
+TOKENS = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(2))
+OMEGA = functional.draw_projection(8, 4)
+
+
+class Stranger:
+    """An object of which nothing is known."""
+
+
+# By kind: a value of no kind that an argument has, and values of each kind that one might have.
+OTHERS = {
+    "none": None, "true": True, "negative": -1, "zero": 0, "three": 3, "fraction": 2.5,
+    "nan": float("nan"), "infinity": float("inf"), "beyond float": 10**400, "word": "x",
+    "empty word": "", "long word": "x" * 10**6, "bytes": b"x", "list": [1, 2], "dict": {"a": 1},
+    "tuple": (), "set": {1}, "array": np.zeros((2, 3, 7, 4), np.float32), "numpy int": np.int64(3),
+    "scalar": torch.tensor(1.0), "index": torch.tensor(3), "vector": torch.zeros(3),
+    "bools": torch.zeros(2, 3, 7, 4, dtype=torch.bool), "integers": torch.zeros(2, 3, 7, 4).long(),
+    "sparse": torch.eye(3).to_sparse(), "complex": torch.zeros(2, 3, 7, 4, dtype=torch.complex64),
+    "nested": torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)]),
+    "float8": torch.zeros(2, 3, 7, 4).to(torch.float8_e4m3fn),
+    "meta": torch.zeros(2, 3, 7, 4, device="meta"), "half": torch.zeros(2, 3, 7, 4).half(),
+    "no dim": torch.zeros(2, 3, 7, 0), "no batch": torch.zeros(0, 3, 7, 4),
+    "no heads": torch.zeros(2, 0, 7, 4), "no length": torch.zeros(2, 3, 0, 4),
+    "rank 3": torch.zeros(2, 7, 4), "rank 5": torch.zeros(1, 2, 3, 7, 4),
+    "generator": iter(()), "function": len, "class": performers.SoftmaxFeatures,
+    "object": Stranger(), "dtype": torch.float32, "state": STATE, "map": PHI,
+}  # fmt: skip
+
+NEAR = {"window_size": 2, "num_sinks": 1, "far": True}
+INPUTS = {"query": QUERY, "key": KEY, "is_causal": False, "key_padding_mask": MASK, "scale": 0.5}
+LINEAR = {
+    **INPUTS, **NEAR, "value": VALUE, "phi": PHI, "normalize": True, "enable_gqa": False,
+    "initial_state": None, "return_state": False, "backend": None,
+}  # fmt: skip
+DRAWN = {"dim": 4, "num_projections": 8, "projection": "iid", "seed": 0, "layer": 0}
+
+# Function → arguments that it serves.
+SERVED = {
+    performers.favor_attention: LINEAR,
+    functional.linear_attention: LINEAR,
+    performers.softmax_attention: {**INPUTS, "value": VALUE, "enable_gqa": False},
+    performers.attention_matrix: {
+        **INPUTS, **NEAR, "phi": PHI, "normalize": True, "enable_gqa": False
+    },
+    performers.draw_projection: {
+        "num_projections": 8, "dim": 4, "kind": "iid", "distribution": "sphere", "generator": None
+    },
+    functional.positive_features: {"x": QUERY, "omega": OMEGA},
+    functional.hyperbolic_features: {"x": QUERY, "omega": OMEGA},
+    functional.trigonometric_features: {"x": QUERY, "omega": OMEGA},
+    functional.kernel_features: {"x": QUERY, "omega": OMEGA, "fn": "relu", "epsilon": 1e-3},
+    functional.absorb_keys: {"key": KEY, "phi": PHI, "key_padding_mask": MASK, "scale": 0.5},
+    functional.log_normalizer: {"query": QUERY, "phi": PHI, "state": STATE, "scale": 0.5},
+    functional.approximate_cross_entropy: {
+        "hidden": QUERY[0, 0], "output_embeddings": KEY[0, 0], "targets": torch.arange(7),
+        "phi": PHI, "ignore_index": -100, "reduction": "mean",
+    },
+    performers.SoftmaxFeatures: {**DRAWN, "estimator": "positive", "distribution": "sphere"},
+    performers.KernelFeatures: {
+        **DRAWN, "fn": "relu", "epsilon": 1e-3, "distribution": "gaussian"
+    },
+    performers.SharpFeatures: {
+        **DRAWN, "num_heads": 3, "statistics": "call", "shift": True, "balance": True,
+        "optimal": "isotropic", "query_ratio": 1.0,
+    },
+    SHARP.calibrate: {"query": QUERY, "key": KEY, "key_padding_mask": MASK, "scale": 0.5},
+    PHI.redraw: {"generator": None},
+    performers.FavorAttention: {
+        "embed_dim": 8, "num_heads": 2, "dropout": 0.0, "bias": True, "add_bias_kv": False,
+        "add_zero_attn": False, "kdim": None, "vdim": None, "batch_first": True,
+        "feature_map": None,
+    },
+    ATTENTION.forward: {
+        "query": TOKENS, "key": TOKENS, "value": TOKENS, "attn_mask": None, "is_causal": False,
+        "key_padding_mask": None, "need_weights": False, "average_attn_weights": True,
+    },
+    performers.diagnose: {
+        **INPUTS, "value": VALUE, "phi": PHI, "enable_gqa": False, "window_size": None,
+        "target_error": None, "max_projections": 16,
+    },
+    performers.FavorOptions: {
+        "num_projections": 8, "features": "sharp", "projection": "iid", "statistics": None,
+        "window_size": None, "num_sinks": None, "far": None, "layers": None, "exact_heads": {},
+        "seed": 0,
+    },
+}  # fmt: skip
+
+# They take a function of the caller, who knows what it takes.
+NOT_OURS = (functional.implied_matrix, functional.Kernel)
+
+
+def test_every_function_of_the_paper_and_every_argument_is_under_this_law():
+    public = [getattr(functional, name) for name in functional.__all__]
+    assert [one for one in public if callable(one) and one not in (*SERVED, *NOT_OURS)] == []
+    for function, arguments in SERVED.items():
+        known = inspect.signature(function).parameters.keys()
+        assert known - arguments.keys() <= {"device", "dtype", "distribution"}, function
+
+
+@pytest.mark.parametrize("function", SERVED, ids=lambda one: one.__qualname__)
+def test_the_arguments_are_served(function):
+    function(**SERVED[function])
+
+
+@few
+@given(st.data())
+@pytest.mark.filterwarnings("ignore")  # of dropout and of signs
+@pytest.mark.parametrize("function", SERVED, ids=lambda one: one.__qualname__)
+def test_another_kind_of_thing_is_served_or_refused_by_name(function, data):
+    arguments = SERVED[function]
+    name = data.draw(st.sampled_from(sorted(arguments)))
+    kind = data.draw(st.sampled_from(sorted(OTHERS)))
+    assume(not (name == "fn" and callable(OTHERS[kind])))  # its errors are its own
+    outcome(lambda: function(**{**arguments, name: OTHERS[kind]}))
+
+
+def test_a_state_of_other_features_is_no_state_of_these():
+    other = LinearState.empty(2, 3, 5, 0)
+    words = outcome(lambda: functional.log_normalizer(QUERY, PHI, other)).words
+    assert "state must hold sums of 8 features for 3 heads" in words
