@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from performers.functional.favor import favor_attention
@@ -51,6 +51,7 @@ def attention_matrix(
     window_size: int | None = None,
     num_sinks: int = 0,
     far: bool = True,
+    segment_ids: Int[Tensor, "batch key_length"] | None = None,
 ) -> Float[Tensor, "batch heads query_length key_length"]:
     """The matrix that `favor_attention` with these arguments applies to its values: D⁻¹ Q′K′ᵀ.
 
@@ -73,6 +74,7 @@ def attention_matrix(
             window_size=window_size,
             num_sinks=num_sinks,
             far=far,
+            segment_ids=segment_ids,
         ),
         key,
     )
