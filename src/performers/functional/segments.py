@@ -14,7 +14,7 @@ from torch import Tensor
 
 from performers.checks import check_segment_ids
 
-__all__ = ["attend_by_segment", "restarts", "segments_between"]
+__all__ = ["attend_by_segment", "restarts"]
 
 Output = Float[Tensor, "batch heads length value_dim"]
 
@@ -68,16 +68,6 @@ def restarts(position_ids: Int[Tensor, "rows length"]) -> Int[Tensor, "rows leng
     """The segments of positions that count on by one within each: 0 1 2 0 1 ─► 0 0 0 1 1."""
     goes_on = position_ids.diff(dim=1) == 1
     return torch.nn.functional.pad((~goes_on).cumsum(dim=1), (1, 0))
-
-
-def segments_between(
-    boundaries: Int[Tensor, " segments_and_one"], length: int
-) -> Int[Tensor, "1 length"]:
-    """The segments of a row that is cut at these places, as flash attention has them in
-    `cu_seqlens`: 0 3 5 ─► 0 0 0 1 1.
-    """
-    position = torch.arange(length, device=boundaries.device)
-    return torch.bucketize(position, boundaries[1:], right=True).unsqueeze(0)
 
 
 def _lengths(segment_ids: Tensor) -> list[int]:
