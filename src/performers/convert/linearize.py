@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 from transformers.utils import cached_file
 
 from performers.checks import check_attention_mask
@@ -31,6 +31,7 @@ from performers.convert.interface import favor_layer
 from performers.convert.layer import FavorLayer
 from performers.convert.options import FAVOR, FavorOptions
 from performers.convert.sites import Sites, check_convertible, head_dim, is_converted
+from performers.models.cache import no_continuous_batching
 
 __all__ = ["converted_layers", "linearize", "load_linearized", "options_of", "restore"]
 
@@ -46,6 +47,8 @@ NOTE = (
 BEFORE = "attention_before_favor"
 # And the hook that looks at its masks, before transformers makes bools of them.
 MASKS = "masks_before_favor"
+# The method that generate_batch begins with.
+BATCHING = "init_continuous_batching"
 
 # What from_pretrained may be told about where a file is.
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
@@ -132,6 +135,8 @@ def _linearize(sites: Sites, options: FavorOptions) -> None:
         model, MASKS, model.base_model.register_forward_pre_hook(_check_masks, with_kwargs=True)
     )
     generate_in_constant_memory(model)
+    if isinstance(model, GenerationMixin):
+        setattr(model, BATCHING, no_continuous_batching)
     _write(sites, options, tensors=None)
     for site in sites:
         layer = None
@@ -152,7 +157,7 @@ def _restore(sites: Sites) -> None:
             delattr(site.module, FAVOR)
     for config in sites.configs:
         vars(config).pop(FAVOR, None)
-    for method in ("save_pretrained", PREPARE_CACHE):
+    for method in ("save_pretrained", PREPARE_CACHE, BATCHING):
         vars(model).pop(method, None)
     if hasattr(model, MASKS):
         vars(model).pop(MASKS).remove()

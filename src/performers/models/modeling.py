@@ -25,7 +25,7 @@ from transformers.utils.generic import can_return_tuple
 
 from performers.functional import implied_matrix
 from performers.functional.segments import attend_by_segment
-from performers.models.cache import PerformerCache
+from performers.models.cache import PerformerCache, no_continuous_batching
 from performers.models.config import PerformerConfig
 from performers.models.masks import Packing, count_positions, packed_segments, padding_mask
 from performers.models.mechanisms import MECHANISMS
@@ -345,6 +345,7 @@ class PerformerForCausalLM(PerformerPreTrainedModel, GenerationMixin):
 
     _tied_weights_keys: ClassVar[dict[str, str]] = TIED
     accepts_loss_kwargs = True  # tells the Trainer to pass num_items_in_batch
+    init_continuous_batching = no_continuous_batching
 
     def __init__(self, config: PerformerConfig) -> None:
         super().__init__(_with_is_decoder(config, True))
