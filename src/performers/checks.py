@@ -32,6 +32,7 @@ __all__ = [
     "check_rows",
     "check_same_near_field",
     "check_seed",
+    "check_segment_ids",
     "check_state",
     "check_tensor",
     "check_whole_number",
@@ -285,6 +286,27 @@ def check_key_padding_mask(mask: Tensor | None, key: Tensor) -> None:
     if mask.device != key.device:
         raise ValueError(
             f"key_padding_mask must be on the device of key: {mask.device} and {key.device}."
+        )
+
+
+def check_segment_ids(segment_ids: Tensor, query: Tensor, key: Tensor) -> None:
+    """Raise unless there is a whole number for each token, and one query per key."""
+    if segment_ids.is_floating_point() or segment_ids.is_complex():
+        raise TypeError(
+            "segment_ids must be whole numbers, one for each token and another where a new "
+            f"sequence begins, got {segment_ids.dtype}."
+        )
+    if query.shape[2] != key.shape[2]:
+        raise ValueError(
+            "packed sequences attend to themselves, so segment_ids need one query per key: query "
+            f"length is {query.shape[2]}, key length is {key.shape[2]}. In cross-attention make "
+            "one call per sequence."
+        )
+    shape = (key.shape[0], key.shape[2])
+    if segment_ids.shape != shape:
+        raise ValueError(
+            f"segment_ids must be (batch, length) = {shape}, got {_shape(segment_ids)}. From "
+            "cumulative lengths make them by torch.repeat_interleave(torch.arange(count), lengths)."
         )
 
 

@@ -410,3 +410,11 @@ with torch.no_grad():
 @pytest.mark.parametrize("window_size", [0, 3])
 def test_a_compiled_step_writes_the_same_and_is_compiled_once(window_size, fresh_python):
     assert fresh_python(COMPILED.replace("WINDOW", repr(window_size))) == "True"
+
+
+@pytest.mark.usefixtures("without_shape_checks")
+def test_continuous_batching_is_refused_with_the_reason_until_restored():
+    model = linearize(llama())
+    with pytest.raises(NotImplementedError, match="linear attention keeps a sum in their place"):
+        model.generate_batch([[5, 6, 7], [8, 9]], max_new_tokens=3)
+    assert "init_continuous_batching" not in vars(restore(model))

@@ -495,14 +495,6 @@ def test_a_mask_of_pairs_of_new_positions_continues_a_sequence():
             {"attention_mask": torch.ones(2, 1, 13, 13, dtype=torch.bool).tril().triu(-4)},
             "and it is not causality and padding: of sequence 0, query 5 does not see key 0",
         ),
-        (
-            {
-                "attention_mask": None,
-                "position_ids": torch.arange(13).remainder(7)[None],
-                "use_cache": False,
-            },
-            "packed sequences or a custom mask",
-        ),
     ],
 )
 def test_masks_of_pairs_are_refused(changes, words):

@@ -261,3 +261,9 @@ def test_in_bfloat16_the_state_is_float32(model, tokens):
     cache = model(tokens).past_key_values
     assert cache.layers[0].state.values.dtype == torch.float32
     assert written(model, tokens, do_sample=False).shape == (3, 11 + NEW)
+
+
+def test_continuous_batching_is_refused_with_the_reason(tiny_model):
+    model = tiny_model(PerformerForCausalLM, attention="performer-relu")
+    with pytest.raises(NotImplementedError, match="linear attention keeps a sum in their place"):
+        model.generate_batch([[5, 6, 7], [8, 9]], max_new_tokens=3)

@@ -135,6 +135,11 @@ def _capture(
     names, calls = _calls.get()
     name = names.get(module, type(module).__name__)
     given = other_attention(options)
+    given += [
+        f"packed sequences ({word}=)"
+        for word in ("cu_seq_lens_q", "seq_idx")
+        if options.get(word) is not None
+    ]
     if attention_mask is not None:
         given.append("a mask (of padding, a window shorter than the input, or packed sequences)")
     if given:

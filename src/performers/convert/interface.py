@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedConfig
 from transformers.masking_utils import (
@@ -32,11 +32,15 @@ from performers.convert.plain_attention import check_architecture, other_attenti
 from performers.convert.sites import is_cross_attention, layer_number, layer_types
 from performers.functional.masks import Seen, is_hidden, keys_of_pairs
 from performers.functional.readout import apply_matrix, implied_matrix
+from performers.functional.softmax import softmax_attention
+from performers.models.masks import Packing, packed_segments
 
 __all__ = ["attend_exactly", "favor", "favor_layer", "favor_mask", "keys_seen", "register"]
 
-# What masks are made of in transformers, by the functions' names. Others are packed or custom.
+# What masks are made of in transformers, by the functions' names. Others are custom.
 PLAIN = {"causal_mask_function", "bidirectional_mask_function"}
+PACKED = "packed_sequence_mask_function"
+COMBINING = {"and_masks", "or_masks", "remap_positions_for_packed_sequence"}
 LOCAL = {"sliding_window_overlay", "sliding_window_bidirectional_overlay", "chunked_overlay"}
 
 
@@ -88,6 +92,11 @@ def favor(
         # A single query, the last position, sees every key; an encoder's keys are not its own.
         is_causal = seen.is_causal or query.shape[2] == 1
         is_own = memory.number == layer_number(module) and query.shape[2] == key.shape[2]
+        if seen.segment_ids is not None:
+            raise ValueError(
+                f"{_name(module)} got packed sequences and a FavorCache, which continues one "
+                "sequence per row: pass use_cache=False, or each sequence in a row of its own."
+            )
         if not (has_state and is_own and is_causal):
             raise ValueError(_foreign_cache(_name(module)))
         if wants_weights and past_length:
@@ -118,6 +127,14 @@ def attend_exactly(
     """Softmax attention as transformers computes it, for a mask that `favor_mask` made."""
     query_length, key_length = query.shape[2], key.shape[2]
     is_causal = _is_causal(module, options["is_causal"])
+    segment_ids = _segments(module, query, key, attention_mask, is_causal, options)
+    if segment_ids is not None:
+        # Where a window is shorter than the keys, there is a mask of pairs.
+        options["sliding_window"] = None
+        seen = keys_seen(module, query, key, attention_mask, **options)
+        return softmax_attention(
+            query, key, value, scale=scaling, enable_gqa=True, **seen._asdict()
+        )
     if attention_mask is None and is_causal and 1 < query_length < key_length:
         # Without a mask, sdpa would take the first query for one of the first key.
         attention_mask = torch.ones_like(key[:, 0, :, 0], dtype=torch.bool)
@@ -149,7 +166,8 @@ def keys_seen(
     Without a mask the keyword says it, or else the module, as with transformers' own functions.
     `past_length`: the number of keys before these, where a state has taken their place.
 
-    A mask of pairs of the caller's own may be causality and padding in other words.
+    A mask of pairs of the caller's own may be causality, padding or packed sequences in other
+    words.
 
     Raises ValueError for windows shorter than the keys and for other masks of pairs.
     """
@@ -160,24 +178,28 @@ def keys_seen(
             f"{key_length} keys: FAVOR+ would see them all. Keep such layers exact with "
             "FavorOptions(layers=...), or use another attn_implementation."
         )
+    is_causal = _is_causal(module, is_causal)
+    segment_ids = _segments(module, query, key, attention_mask, is_causal, options)
     if attention_mask is None:
-        return Seen(None, _is_causal(module, is_causal))
+        return Seen(None, is_causal, segment_ids)
+    if _is_packed(attention_mask):
+        return Seen(None, True, segment_ids)
     if attention_mask.dtype == torch.bool and attention_mask.ndim == 2:
-        return Seen(attention_mask[:, -key.shape[2] :], is_causal=True)
+        return Seen(attention_mask[:, -key.shape[2] :], True, segment_ids)
     if attention_mask.dtype == torch.bool and attention_mask.shape[1:-1] == (1, 1):
-        return Seen(attention_mask[:, 0, 0, -key.shape[2] :], is_causal=False)
+        return Seen(attention_mask[:, 0, 0, -key.shape[2] :], False, segment_ids)
     shape = (len(query), -1, query.shape[2], key_length)
-    pairs = _keys_of_pairs(attention_mask, shape, _is_causal(module, is_causal))
+    pairs = _keys_of_pairs(attention_mask, shape, is_causal)
     if isinstance(pairs, str):
         raise ValueError(
             f"{_name(module)} got a mask of pairs, {attention_mask.dtype} "
-            f"{tuple(attention_mask.shape)}, and {pairs}: a window shorter than the input, a bias, "
-            "packed sequences or a mask of your own. FAVOR+ sees padding, (batch, length), and "
-            "causality. Pass a two-dimensional attention_mask, keep such layers exact with "
+            f"{tuple(attention_mask.shape)}, and {pairs}: a window shorter than the input, a bias "
+            "or a mask of your own. FAVOR+ sees padding, (batch, length), causality and packed "
+            "sequences. Pass a two-dimensional attention_mask, keep such layers exact with "
             "FavorOptions(layers=...), or use another attn_implementation."
         )
     mask = pairs.key_padding_mask
-    return Seen(None if mask is None else mask[:, -key.shape[2] :], pairs.is_causal)
+    return pairs._replace(key_padding_mask=None if mask is None else mask[:, -key.shape[2] :])
 
 
 def favor_mask(
@@ -197,19 +219,22 @@ def favor_mask(
     """The mask of one forward pass: which keys are real, None for all.
 
     Its shape says how they are seen: (batch, key_length) causally, (batch, 1, 1, key_length) in
-    both directions. Where a window or a chunk is shorter than the keys, it is the mask of pairs
+    both directions. Of packed sequences it is their numbers, int64, (batch, key_length). Where a
+    window or a chunk is shorter than the keys, it is the mask of pairs
     that transformers makes for exact attention: layers that stay exact use it, others refuse it.
 
-    Raises ValueError for packed sequences, custom masks and static caches. While compiling,
-    transformers declares every causal mask packed, so packed sequences are not noticed then.
+    Raises ValueError for custom masks and static caches. While compiling, transformers declares
+    every causal mask packed; `favor` then looks at the positions itself.
     """
+    packed = None
     if torch.compiler.is_compiling():
         is_plain, is_fixed = not use_vmap, isinstance(q_offset, Tensor)
     else:
         if config is not None:
             check_architecture(type(config).__name__, type(config).__module__)
-        parts = set(_parts(mask_function))
-        is_plain = parts <= PLAIN | LOCAL and not use_vmap
+        parts = dict(_parts(mask_function))
+        is_plain = parts.keys() <= PLAIN | LOCAL | {PACKED} and not use_vmap
+        packed = parts.get(PACKED)
         # A cache of fixed length offers empty places as keys. A causal mask shows it: otherwise the
         # last query stands where the last key does.
         is_fixed = isinstance(q_offset, Tensor) or (
@@ -217,9 +242,8 @@ def favor_mask(
         )
     if not is_plain:
         raise ValueError(
-            "FAVOR+ sees padding and causality, and this model attends with packed sequences or a "
-            "custom mask of pairs, which has no linear-time form. Give packed sequences as rows of "
-            "a padded batch with an attention_mask, or use another attn_implementation."
+            "FAVOR+ sees padding, causality and packed sequences, and this model attends with a "
+            "custom mask of pairs, which has no linear-time form. Use another attn_implementation."
         )
     if is_fixed:
         raise ValueError(
@@ -243,6 +267,9 @@ def favor_mask(
             **options | {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False},
         )
         return mask
+    if packed is not None:
+        (numbers,) = (cell.cell_contents for cell in packed.__closure__)
+        return numbers
     if attention_mask is None:
         return None
     keys = attention_mask[:, kv_offset : kv_offset + kv_length]
@@ -311,15 +338,46 @@ def _wants_weights(options: dict[str, Any]) -> bool:
     return any("attentions" in kind for kind in wanted or ())
 
 
-def _parts(mask_function: Any) -> Iterator[str]:
-    """Names of the functions that a mask function is made of, without those that combine."""
+def _parts(mask_function: Any) -> Iterator[tuple[str, Any]]:
+    """The functions that a mask function is made of, by name, without those that combine."""
     name = mask_function.__qualname__.split(".")[0]
-    if name not in {"and_masks", "or_masks"}:
-        yield name
+    if name not in COMBINING:
+        yield name, mask_function
         return
     for cell in mask_function.__closure__:
-        for part in cell.cell_contents:
-            yield from _parts(part)
+        held = cell.cell_contents
+        for part in held if isinstance(held, tuple) else (held,):
+            if callable(part):  # others are positions
+                yield from _parts(part)
+
+
+def _is_packed(attention_mask: Tensor | None) -> bool:
+    """Whether `favor_mask` made it of packed sequences."""
+    return attention_mask is not None and attention_mask.dtype == torch.int64
+
+
+def _segments(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    attention_mask: Tensor | None,
+    is_causal: bool,
+    options: dict[str, Any],
+) -> Int[Tensor, "batch length"] | None:
+    """The numbers of packed sequences, from the mask that `favor_mask` made, or from what models
+    pass on to attention: lengths, numbers or, in causal attention without a mask, positions that
+    restart.
+    """
+    if _is_packed(attention_mask):
+        return attention_mask
+    is_of_pairs = attention_mask is not None and attention_mask.shape[1:-1] not in ((), (1, 1))
+    if is_of_pairs or is_cross_attention(module) or query.shape[2] != key.shape[2]:
+        return None
+    position_ids = options.get("position_ids") if is_causal and attention_mask is None else None
+    if position_ids is not None and position_ids.ndim != 2:  # of an image, in several directions
+        position_ids = None
+    given = {word: options.get(word) for word in Packing.__annotations__}
+    return packed_segments(len(query), query.shape[2], position_ids, **given)
 
 
 def _foreign_cache(name: str) -> str:

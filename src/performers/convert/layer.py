@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from performers.convert.options import FavorOptions
 from performers.functional.favor import favor_attention
+from performers.functional.segments import attend_by_segment
 from performers.functional.softmax import softmax_attention
 from performers.nn.feature_maps import KernelFeatures, SoftmaxFeatures
 from performers.nn.sharp import SharpFeatures
@@ -84,13 +86,17 @@ class FavorLayer(nn.Module):
         is_causal: bool,
         key_padding_mask: Bool[Tensor, "batch key_length"] | None,
         scale: float | None,
+        segment_ids: Int[Tensor, "batch key_length"] | None = None,
     ) -> Float[Tensor, "batch heads query_length value_dim"]:
         """`favor_attention` with this layer's φ, except for heads that stay exact. In causal
         attention there may be fewer queries than keys: they are then the last positions of the
-        sequence.
+        sequence. `segment_ids`: of packed sequences, each of which attends to itself alone.
 
         Raises ValueError for statistics of the call in cross-attention.
         """
+        if segment_ids is not None:
+            attend = partial(self.forward, is_causal=is_causal, scale=scale)
+            return attend_by_segment(attend, segment_ids, query, key, value, key_padding_mask)
         phi = self.feature_map_for(query, is_causal=is_causal)
         scale = query.shape[-1] ** -0.5 if scale is None else scale
         query_length, key_length = query.shape[2], key.shape[2]

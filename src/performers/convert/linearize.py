@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 from transformers.utils import cached_file
 
 from performers.checks import check_attention_mask, check_instance
@@ -43,6 +43,7 @@ from performers.convert.sites import (
     is_unmoved_by_shifts,
 )
 from performers.convert.source import read_tensors
+from performers.models.cache import no_continuous_batching
 
 __all__ = ["converted_layers", "linearize", "load_linearized", "options_of", "restore"]
 
@@ -58,6 +59,8 @@ NOTE = (
 BEFORE = "attention_before_favor"
 # And the hooks that look at its masks, before transformers makes bools of them.
 HOOKS = "hooks_of_favor"
+# The method that generate_batch begins with.
+BATCHING = "init_continuous_batching"
 
 # What from_pretrained may be told about where a file is.
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
@@ -153,6 +156,8 @@ def _linearize(sites: Sites, options: FavorOptions) -> None:
     register = model.base_model.register_forward_pre_hook
     setattr(model, HOOKS, [register(hook, with_kwargs=True) for hook in hooks])
     generate_in_constant_memory(model)
+    if isinstance(model, GenerationMixin):
+        setattr(model, BATCHING, no_continuous_batching)
     _write(sites, options, tensors=None)
     for site in sites.within(options):
         layer = None
@@ -178,7 +183,7 @@ def _undo(sites: Sites) -> None:
             delattr(site.module, FAVOR)
     # A model inside this one may have been converted by itself, before or after.
     for module in sites.configured.values():
-        for method in ("save_pretrained", PREPARE_CACHE):
+        for method in ("save_pretrained", PREPARE_CACHE, BATCHING):
             vars(module).pop(method, None)
         for hook in vars(module).pop(HOOKS, []):
             hook.remove()

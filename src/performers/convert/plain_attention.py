@@ -53,7 +53,6 @@ OTHER_ATTENTION = {
     "softcap": Other("a soft cap on its logits", in_every_call=False),
     "indices": Other("keys chosen for each query", in_every_call=True),
     "block_indices": Other("keys chosen for each query", in_every_call=True),
-    "cu_seq_lens_q": Other("packed sequences", in_every_call=False),
     "cache": Other("a paged cache", in_every_call=False),
 }
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Literal, overload
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from performers.checks import check_attention_inputs, check_feature_map_parts, check_flags
 from performers.functional.autocast import autocast_inputs, without_autocast
 from performers.functional.linear import linear_attention
+from performers.functional.segments import attend_by_segment
 from performers.typing import FeatureMap, LinearState
 
 __all__ = ["favor_attention", "without_sinks"]
@@ -37,6 +39,7 @@ def favor_attention(
     initial_state: LinearState | None = ...,
     return_state: Literal[False] = ...,
     backend: str | None = ...,
+    segment_ids: Tensor | None = ...,
 ) -> Tensor: ...
 
 
@@ -60,6 +63,7 @@ def favor_attention(
     *,
     return_state: Literal[True],
     backend: str | None = ...,
+    segment_ids: Tensor | None = ...,
 ) -> tuple[Tensor, LinearState]: ...
 
 
@@ -81,6 +85,7 @@ def favor_attention(
     initial_state: LinearState | None = None,
     return_state: bool = False,
     backend: str | None = None,
+    segment_ids: Int[Tensor, "batch key_length"] | None = None,
 ) -> Output | tuple[Output, LinearState]:
     """softmax(scale · QKᵀ) V, or any kernel in place of exp, at a cost linear in the length.
 
@@ -109,6 +114,9 @@ def favor_attention(
     `initial_state`, `return_state`: continue a sequence. Prefill, chunked prefill and one-token
     decoding are this same call. With `return_state=True` the result is `(out, LinearState)`.
     `backend`: None chooses; "reference", "chunked", "landmarks" or "triton" is obeyed or refused.
+    `segment_ids`: of packed sequences. A new one begins where the number changes, and each attends
+    to itself alone: same bits as one call per sequence, blocks and sinks included (with more than
+    256 of them, same up to rounding). A compiled graph breaks here.
 
     Under torch.autocast the inputs are cast as those of torch's `scaled_dot_product_attention` are,
     and all sums stay float32.
@@ -138,6 +146,18 @@ def favor_attention(
         enable_gqa=enable_gqa, scale=scale,
     )  # fmt: skip
     check_flags(far=far, return_state=return_state)
+    if segment_ids is not None:
+        if return_state or initial_state is not None:
+            raise ValueError(
+                "a state belongs to one sequence, and segment_ids pack several: pass each by "
+                "itself, or initial_state=None and return_state=False."
+            )
+        attend = partial(
+            favor_attention, phi=phi, is_causal=is_causal, scale=scale, normalize=normalize,
+            enable_gqa=enable_gqa, window_size=window_size, num_sinks=num_sinks, far=far,
+            far_limit=far_limit, num_heavy=num_heavy, backend=backend,
+        )  # fmt: skip
+        return attend_by_segment(attend, segment_ids, query, key, value, key_padding_mask)
     if far:
         is_streaming = is_causal or return_state or initial_state is not None
         estimated = key_padding_mask

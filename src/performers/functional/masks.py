@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 from torch import Tensor
+from torch.nn import functional as F
 
 __all__ = ["Seen", "is_hidden", "keys_of_pairs"]
 
@@ -20,6 +21,7 @@ class Seen(NamedTuple):
 
     key_padding_mask: Bool[Tensor, "batch key_length"] | None
     is_causal: bool
+    segment_ids: Int[Tensor, "batch key_length"] | None = None
 
 
 def is_hidden(mask: Tensor) -> Bool[Tensor, "*shape"] | None:
@@ -33,12 +35,12 @@ def is_hidden(mask: Tensor) -> Bool[Tensor, "*shape"] | None:
 def keys_of_pairs(
     visible: Bool[Tensor, "batch heads query_length key_length"], *, prefers_causal: bool
 ) -> Seen | str:
-    """The padding, and whether causality, that leave just these pairs visible; or in words why
-    there are none.
+    """The padding or the packed sequences, and whether causality, that leave just these pairs
+    visible; or in words why there are none.
 
     The queries are the last of the sequence that the keys are. A padded query, whose own key is
     hidden from all, may also see nothing. `prefers_causal` decides where both readings hold, as
-    they do for one query.
+    they do for one query. Blocks along the diagonal are packed sequences without padding.
 
     Cost: O(batch · heads · query_length · key_length), as the mask itself.
     """
@@ -59,6 +61,13 @@ def keys_of_pairs(
         if not bool(wrong.any()):
             return Seen(None if bool(is_real.all()) else is_real, is_causal)
         unexplained.append((is_causal, wrong))
+    if offset == 0 and bool(is_real.all()):
+        sees_the_one_before = pairs.diagonal(-1, dim1=1, dim2=2)
+        segment_ids = F.pad((~sees_the_one_before).cumsum(dim=1), (1, 0))
+        blocks = segment_ids.unsqueeze(1) == segment_ids.unsqueeze(2)
+        for is_causal, expected in ((True, blocks & earlier), (False, blocks)):
+            if torch.equal(pairs, expected):
+                return Seen(None, is_causal, segment_ids)
     # The reading that explains more tells more of what is wrong.
     is_causal, wrong = min(unexplained, key=lambda reading: int(reading[1].sum()))
     row, query, key = wrong.nonzero()[0].tolist()

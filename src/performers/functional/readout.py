@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from performers.checks import check_tensor
@@ -66,6 +66,7 @@ def attention_matrix(
     far: bool = True,
     far_limit: float | None = None,
     num_heavy: int = 0,
+    segment_ids: Int[Tensor, "batch key_length"] | None = None,
 ) -> Float[Tensor, "batch heads query_length key_length"]:
     """The matrix that `favor_attention` with these arguments applies to its values: D⁻¹ Q′K′ᵀ.
 
@@ -90,6 +91,7 @@ def attention_matrix(
             far=far,
             far_limit=far_limit,
             num_heavy=num_heavy,
+            segment_ids=segment_ids,
         ),
         key,
     )

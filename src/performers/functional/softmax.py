@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from performers.checks import check_attention_inputs
 from performers.functional.autocast import autocast_inputs
+from performers.functional.segments import attend_by_segment
 
 __all__ = ["softmax_attention"]
 
@@ -21,10 +24,11 @@ def softmax_attention(
     key_padding_mask: Bool[Tensor, "batch key_length"] | None = None,
     scale: float | None = None,
     enable_gqa: bool = False,
+    segment_ids: Int[Tensor, "batch key_length"] | None = None,
 ) -> Float[Tensor, "batch heads query_length value_dim"]:
     """softmax(scale · QKᵀ) V with the masks of `favor_attention`; 0 for a query that sees no key.
 
-    `scale` is 1/√dim unless given.
+    `scale` is 1/√dim unless given. Cost with `segment_ids`: the squares of their lengths.
     Cost: O(query_length · key_length · dim).  Source: Choromanski et al. 2021, Eq. 1 and 2.
     """
     query, key, value = autocast_inputs(query, key, value)
@@ -37,6 +41,9 @@ def softmax_attention(
         enable_gqa=enable_gqa,
         scale=scale,
     )
+    if segment_ids is not None:
+        attend = partial(softmax_attention, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa)
+        return attend_by_segment(attend, segment_ids, query, key, value, key_padding_mask)
     if key_padding_mask is None:
         return scaled_dot_product_attention(
             query, key, value, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa

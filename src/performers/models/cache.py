@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any, NoReturn
+
 from transformers.cache_utils import Cache
 
 from performers.models.config import PerformerConfig
 from performers.models.mechanisms import causal_memory
 
-__all__ = ["PerformerCache"]
+__all__ = ["PerformerCache", "no_continuous_batching"]
 
 
 class PerformerCache(Cache):
@@ -25,3 +27,14 @@ class PerformerCache(Cache):
     def __init__(self, config: PerformerConfig) -> None:
         memory = causal_memory(config)
         super().__init__(layers=[memory() for _ in range(config.num_hidden_layers)])
+
+
+def no_continuous_batching(*args: Any, **options: Any) -> NoReturn:
+    """In the place of `init_continuous_batching`, which `generate_batch` begins with: a thread of
+    its own would report what the attention layers say to nobody.
+    """
+    raise NotImplementedError(
+        "generate_batch keeps keys and values in pages, and linear attention keeps a sum in their "
+        "place, so continuous batching is not possible. Generate from a padded batch: "
+        "generate(input_ids, attention_mask=...)."
+    )

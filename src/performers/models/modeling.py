@@ -6,7 +6,8 @@ embeddings ─► [ x + attention(norm(x)) ─► x + mlp(norm(x)) ] × layers �
 from __future__ import annotations
 
 import copy
-from typing import Any, ClassVar
+from functools import partial
+from typing import Any, ClassVar, Unpack
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -24,9 +25,10 @@ from transformers.utils.generic import can_return_tuple
 
 from performers.baselines import Drawn
 from performers.functional import apply_matrix, implied_matrix
-from performers.models.cache import PerformerCache
+from performers.functional.segments import attend_by_segment
+from performers.models.cache import PerformerCache, no_continuous_batching
 from performers.models.config import PerformerConfig
-from performers.models.masks import count_positions, padding_mask
+from performers.models.masks import Packing, count_positions, packed_segments, padding_mask
 from performers.models.mechanisms import MECHANISMS
 from performers.models.positions import POSITIONS, Rotation
 from performers.nn import RandomFeatures
@@ -65,6 +67,7 @@ class PerformerAttention(nn.Module):
         key_padding_mask: Bool[Tensor, "batch past_and_length"] | None = None,
         past_key_values: PerformerCache | None = None,
         output_attentions: bool = False,
+        segment_ids: Int[Tensor, "batch length"] | None = None,
     ) -> tuple[
         Float[Tensor, "batch length hidden"], Float[Tensor, "batch heads length length"] | None
     ]:
@@ -76,14 +79,12 @@ class PerformerAttention(nn.Module):
         if rotation is not None:
             query, key = rotation.turn(query), rotation.turn(key)
 
+        mechanism = partial(self.mechanism, is_causal=self.is_causal)
+
         def attend(value: Tensor) -> Tensor:
-            return self.mechanism(
-                query,
-                key,
-                value,
-                is_causal=self.is_causal,
-                key_padding_mask=key_padding_mask,
-            )
+            if segment_ids is None:
+                return mechanism(query, key, value, key_padding_mask=key_padding_mask)
+            return attend_by_segment(mechanism, segment_ids, query, key, value, key_padding_mask)
 
         matrix = implied_matrix(attend, key) if output_attentions else None
         if past_key_values is None:
@@ -130,6 +131,7 @@ class PerformerLayer(GradientCheckpointingLayer):
         rotation: Rotation | None,
         key_padding_mask: Bool[Tensor, "batch past_and_length"] | None,
         output_attentions: bool,
+        segment_ids: Int[Tensor, "batch length"] | None,
         past_key_values: PerformerCache | None,
     ) -> tuple[
         Float[Tensor, "batch length hidden"], Float[Tensor, "batch heads length length"] | None
@@ -140,6 +142,7 @@ class PerformerLayer(GradientCheckpointingLayer):
             key_padding_mask,
             past_key_values,
             output_attentions,
+            segment_ids,
         )
         hidden = hidden + self.dropout(out)
         if self.norm_first:
@@ -214,12 +217,15 @@ class PerformerModel(PerformerPreTrainedModel):
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
+        **packing: Unpack[Packing],
     ) -> BaseModelOutputWithPast:
         """Hidden states of every position.
 
         `attention_mask`: (batch, length), 1 or True for a real token, 0 for padding on either side;
         with a cache it covers the cached positions as well. Positions are counted over real tokens
-        unless `position_ids` gives them.
+        unless `position_ids` gives them. Without a mask, positions that do not count on by one
+        begin a new one of packed sequences, each of which is computed as if it were alone; so does
+        what `packing` says in the words of transformers' DataCollatorWithFlattening.
         `past_key_values`: a `PerformerCache`, changed in place; the inputs continue its sequence.
         `use_cache`: make one; by default only causal models do, outside of training.
         `output_attentions`: return the matrix that each layer implies, quadratic in the length.
@@ -234,19 +240,32 @@ class PerformerModel(PerformerPreTrainedModel):
             output_attentions = self.config.output_attentions
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        past_key_values = self._cache(past_key_values, use_cache)
-        past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
+        cache = self._cache(past_key_values, use_cache)
+        past_length = 0 if cache is None else cache.get_seq_length()
+        batch, length = inputs_embeds.shape[:2]
+        is_whole = attention_mask is None and past_length == 0
+        segment_ids = packed_segments(batch, length, position_ids if is_whole else None, **packing)
+        if segment_ids is not None:
+            if past_key_values is not None or use_cache:
+                raise ValueError(
+                    "a cache continues one sequence per row, and these rows are packed with "
+                    "several: pass each in a row of its own, or past_key_values=None and "
+                    "use_cache=False."
+                )
+            cache = None
         if output_attentions and past_length:
             raise ValueError(
                 "output_attentions needs the keys of the whole sequence, and the cache does not "
                 "keep them. Pass the whole sequence with use_cache=False."
             )
-        batch, length = inputs_embeds.shape[:2]
         key_padding_mask = padding_mask(attention_mask, batch, past_length, length)
         if position_ids is None:
             counts_padding = (self.config.dialect or {}).get("padding_counts", False)
             position_ids = count_positions(
-                None if counts_padding else key_padding_mask, past_length, inputs_embeds
+                None if counts_padding else key_padding_mask,
+                past_length,
+                inputs_embeds,
+                segment_ids,
             )
 
         hidden = self.dropout(self.positions.add_to(inputs_embeds, position_ids))
@@ -258,7 +277,8 @@ class PerformerModel(PerformerPreTrainedModel):
                 rotation,
                 key_padding_mask,
                 output_attentions,
-                past_key_values=past_key_values,
+                segment_ids,
+                past_key_values=cache,
             )
             hidden_states.append(hidden)
             matrices.append(matrix)
@@ -266,7 +286,7 @@ class PerformerModel(PerformerPreTrainedModel):
         hidden_states[-1] = hidden = self.norm(hidden)
         return BaseModelOutputWithPast(
             last_hidden_state=hidden,
-            past_key_values=past_key_values,
+            past_key_values=cache,
             hidden_states=tuple(hidden_states) if output_hidden_states else None,
             attentions=tuple(matrices) if output_attentions else None,
         )
@@ -318,6 +338,7 @@ class PerformerForMaskedLM(PerformerPreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         num_items_in_batch: Tensor | int | None = None,
+        **packing: Unpack[Packing],
     ) -> MaskedLMOutput:
         """Logits and, given `labels` (−100 where nothing is to be predicted), the loss.
 
@@ -332,6 +353,7 @@ class PerformerForMaskedLM(PerformerPreTrainedModel):
             inputs_embeds=inputs_embeds,
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
+            **packing,
         )
         logits = self.lm_head(outputs.last_hidden_state)
         return MaskedLMOutput(
@@ -347,6 +369,7 @@ class PerformerForCausalLM(PerformerPreTrainedModel, GenerationMixin):
 
     _tied_weights_keys: ClassVar[dict[str, str]] = TIED
     accepts_loss_kwargs = True  # tells the Trainer to pass num_items_in_batch
+    init_continuous_batching = no_continuous_batching
 
     def __init__(self, config: PerformerConfig) -> None:
         super().__init__(_with_is_decoder(config, True))
@@ -369,6 +392,7 @@ class PerformerForCausalLM(PerformerPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Int[Tensor, " positions"] = 0,
         shift_labels: Int[Tensor, "batch length"] | None = None,
         num_items_in_batch: Tensor | int | None = None,
+        **packing: Unpack[Packing],
     ) -> CausalLMOutputWithPast:
         """Logits and, given `labels`, the loss of predicting each label from what precedes it.
 
@@ -387,6 +411,7 @@ class PerformerForCausalLM(PerformerPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
+            **packing,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept])

@@ -35,10 +35,10 @@ class FavorAttention(nn.MultiheadAttention):
     unless given.
 
     What differs, because no attention matrix exists to change: `dropout` is not applied (a warning
-    says so once), and `attn_mask` may only say causality and padding, in any form: bool, or
-    additive with −∞ or another number of at most −1e4. `need_weights=True` (torch's default!)
-    computes the implied matrix, which is quadratic in the length; pass False where the output alone
-    is wanted. While compiling, is_causal=True is believed without a look at the mask.
+    says so once), and `attn_mask` may only say causality, padding and packed sequences, in any
+    form: bool, or additive with −∞ or another number of at most −1e4. `need_weights=True` (torch's
+    default!) computes the implied matrix, which is quadratic in the length; pass False where the
+    output alone is wanted. While compiling, is_causal=True is believed without a look at the mask.
 
     >>> attention = FavorAttention(64, 4, batch_first=True)
     >>> x = torch.randn(2, 100, 64)
@@ -139,7 +139,7 @@ class FavorAttention(nn.MultiheadAttention):
                 key_padding_mask = key_padding_mask.unsqueeze(0)
         elif not self.batch_first:
             query, key, value = (x.transpose(0, 1) for x in (query, key, value))
-        visible, is_causal = self._seen(attn_mask, is_causal, query, key)
+        visible, is_causal, segment_ids = self._seen(attn_mask, is_causal, query, key)
         if key_padding_mask is not None:
             unpadded = self._visible_keys(key_padding_mask)
             visible = unpadded if visible is None else visible & unpadded
@@ -153,10 +153,10 @@ class FavorAttention(nn.MultiheadAttention):
             x.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for x in (query, key, value)
         )
         phi: FeatureMap = self.feature_map  # type: ignore[assignment]  # nn.Module attribute
-        out = favor_attention(query, key, value, phi, is_causal, visible)
+        out = favor_attention(query, key, value, phi, is_causal, visible, segment_ids=segment_ids)
         weights = None
         if need_weights:
-            weights = attention_matrix(query, key, phi, is_causal, visible)
+            weights = attention_matrix(query, key, phi, is_causal, visible, segment_ids=segment_ids)
             # torch has its extra keys at the end, so their columns move there.
             weights = weights.roll(-self.num_extra_keys, dims=-1)
         if is_causal and self.num_extra_keys:
@@ -335,7 +335,10 @@ class FavorAttention(nn.MultiheadAttention):
             return (
                 "it adds, or learns to add, numbers other than 0 and those that hide, at most -1e4"
             )
-        return keys_of_pairs(~hidden, prefers_causal=False)
+        seen = keys_of_pairs(~hidden, prefers_causal=False)
+        if self.num_extra_keys and not isinstance(seen, str) and seen.segment_ids is not None:
+            return "it packs sequences, which add_bias_kv and add_zero_attn would give other keys"
+        return seen
 
 
 def _must_be_called(module: nn.Module, inputs: tuple[Any, ...]) -> None:
