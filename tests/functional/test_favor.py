@@ -4,7 +4,7 @@ import pytest
 import torch
 from cases import MASKS, inputs
 
-from performers import SharpFeatures, favor_attention
+from performers import SharpFeatures, SoftmaxFeatures, favor_attention
 
 
 @pytest.mark.parametrize("mask", MASKS)
@@ -24,3 +24,17 @@ def test_features_of_the_call_learn_from_the_keys_that_are_not_sinks(mask):
     torch.testing.assert_close(attend(phi), attend(fitted))
     with_sinks = phi.fitted(query, key, mask, scale=5**-0.5, is_streaming=False)
     assert not torch.allclose(attend(phi), attend(with_sinks))
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_without_the_far_field_attention_is_softmax_over_near_keys_and_sinks(is_causal):
+    query, key, value = inputs(key_heads=6)
+    out = favor_attention(
+        query, key, value, SoftmaxFeatures(5, 11), is_causal, window_size=3, num_sinks=2, far=False
+    )
+    position = torch.arange(23)
+    is_near = ((position[:, None] // 3 - position // 3).abs() <= 1) | (position < 2)
+    if is_causal:
+        is_near = is_near.tril()
+    scores = (query @ key.mT / 5**0.5).masked_fill(~is_near, -torch.inf)
+    torch.testing.assert_close(out, scores.softmax(dim=-1) @ value)
