@@ -5,7 +5,9 @@ several tiles of rows and of features. Its bfloat16 products are not those of a 
 are tested with products of float32.
 """
 
+import functools
 import itertools
+import re
 
 import pytest
 import torch
@@ -17,10 +19,17 @@ from performers.backends import Call, choose_backend
 from performers.nn import RandomFeatures
 
 config = pytest.importorskip("performers.backends.triton.config")
+maps = pytest.importorskip("performers.backends.triton.maps")
 pytest.importorskip("triton")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-MAPS = ("positive", "hyperbolic", "sharp", "relu", "elu+1")
+# The feature maps that the kernels compute; they refuse the others.
+MAPS = [
+    name
+    for name, build in FEATURE_MAPS.items()
+    if maps.kernel_map(build(5, 3), torch.empty(1, 5)) is not None
+]
+REFUSED = [name for name in FEATURE_MAPS if name not in MAPS]
 CAUSAL = (False, True)
 
 pytestmark = pytest.mark.usefixtures("small_tiles", "poisoned_memory")
@@ -382,17 +391,23 @@ def with_learned_omega() -> SoftmaxFeatures:
 
 
 REFUSALS = [
-    (lambda: KernelFeatures(5, 7, "exp"), {}, "and KernelFeatures is none of these"),
-    (lambda: KernelFeatures(5, 7, torch.relu, projection=None), {}, "is none of these"),
-    (lambda: SoftmaxFeatures(5, 7, "trigonometric"), {}, "and SoftmaxFeatures is none of these"),
-    (with_learned_omega, {}, "it has no gradient of omega"),
+    *((functools.partial(feature_map, name, 7), "is none of these") for name in REFUSED),
+    (lambda: KernelFeatures(5, 7, torch.relu, projection=None), "and KernelFeatures is none of"),
+    (with_learned_omega, "it has no gradient of omega"),
 ]
 
 
-@pytest.mark.parametrize(("build", "options", "reason"), REFUSALS)
-def test_what_the_kernels_cannot_do_is_refused_with_the_reason(build, options, reason):
+@pytest.mark.parametrize(("build", "reason"), REFUSALS)
+def test_what_the_kernels_cannot_do_is_refused_with_the_reason(build, reason):
     with pytest.raises(ValueError, match=f'^backend="triton" cannot serve this call:.*{reason}'):
-        attend(inputs(5), build().to(DEVICE), True, **options)
+        attend(inputs(5), build().to(DEVICE), True)
+
+
+def test_what_is_refused_is_what_the_error_does_not_offer():
+    kinds = {name.split()[0]: name in MAPS for name in FEATURE_MAPS}
+    assert {kind for kind, is_served in kinds.items() if is_served} == {
+        kind for kind in kinds if re.search(rf"\b{re.escape(kind)}\b", maps.SUPPORTED)
+    }
 
 
 def test_shapes_and_dtypes_beyond_the_limit_are_refused_with_the_limit():

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from columns import columns
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
@@ -25,6 +26,7 @@ from typer.testing import CliRunner
 
 from performers import FavorOptions, load_linearized
 from performers.cli import app
+from performers.cli.convert import _table
 from performers.convert.fidelity import Fidelity, measure_fidelity
 from performers.convert.sequences import Sequences, text_windows
 from performers.theory import exact_operations, favor_operations
@@ -110,6 +112,93 @@ def test_a_converted_folder_holds_the_model_and_its_report(kind, saved, text, tm
     assert model(tokens)[0].isfinite().all()
 
 
+@pytest.mark.parametrize("kind", ["encoder", "causal-lm"])
+def test_every_number_is_that_of_the_saved_model_beside_the_exact_one(kind, saved, text, tmp_path):
+    build, auto_class = MODELS[kind]
+    folder, output = saved(build()), tmp_path / "converted"
+    result = run(folder, "--data", text, "--output", output, *SMALL, "--no-recovery", "--window", 3)
+    assert result.exit_code == 0, result.output
+    record = json.loads((output / "conversion.json").read_text())
+    stage = record["stages"]["calibrated"]
+    table = columns(result.stdout.split("\n\n")[0])
+    assert table[0] == ["error of the layer's output", "averaging", "calibrated"]
+    printed = {name: numbers for name, *numbers in table}
+    exact = auto_class.from_pretrained(folder, attn_implementation="eager").eval()
+    model = load_linearized(auto_class, output)
+    rows = held_out_rows(exact, text)
+    with torch.no_grad():
+        ours, theirs = (one(rows, output_hidden_states=True) for one in (model, exact))
+        if kind == "encoder":
+            pair = (one.last_hidden_state.mean(dim=1) for one in (ours, theirs))
+            cosine = float(torch.cosine_similarity(*pair).mean())
+            distance, agreement, quality, perfect = 1 - cosine, None, cosine, 1.0
+            for number in range(2):
+                name = f"encoder.layer.{number}.attention.self"
+                averaging, error = errors_of_layer(
+                    exact.get_submodule(name), model.get_submodule(name),
+                    theirs.hidden_states[number],
+                )  # fmt: skip
+                assert record["averaging"][name] == pytest.approx(averaging, rel=1e-4)
+                assert stage["layers"][name] == pytest.approx(error, rel=1e-4)
+                assert printed[name] == [f"{averaging:.3f}", f"{error:.3f}"]
+        else:
+            log_p, log_q = (one.logits.log_softmax(dim=-1) for one in (theirs, ours))
+            distance = float((log_p.exp() * (log_p - log_q)).sum(dim=-1).mean())
+            agreement = float((log_p.argmax(-1) == log_q.argmax(-1)).double().mean())
+            perfect, quality = (
+                -float(x[:, :-1].gather(2, rows[:, 1:, None]).mean()) for x in (log_p, log_q)
+            )
+            assert printed["positions with its likeliest token"] == [f"{agreement:.4f}"]
+    assert stage["fidelity"]["distance"] == pytest.approx(distance, rel=1e-3, abs=1e-6)
+    assert stage["fidelity"]["agreement"] == (agreement and pytest.approx(agreement))
+    assert stage["quality"] == pytest.approx(quality, rel=1e-4)
+    assert record["exact"] == pytest.approx(perfect, rel=1e-4)
+    (of_model,) = printed["distance of the model to the exact one"]
+    assert float(of_model) == pytest.approx(distance, abs=1e-4)
+    (of_task,) = printed[f"{record['measure']} (exact: {record['exact']:.4f})"]
+    assert float(of_task) == pytest.approx(quality, abs=1e-4)
+
+
+@pytest.mark.parametrize("agreement", [None, 0.5])
+def test_each_stage_has_its_column(agreement):
+    stages = {
+        stage: {
+            "layers": {"0.self": 0.1 + index, "1.self": 0.2 + index},
+            "quality": 0.3 + index,
+            "fidelity": {"distance": 0.4 + index, "agreement": agreement and agreement + index},
+        }
+        for index, stage in enumerate(["calibrated", "after fine-tuning"])
+    }
+    record = {
+        "averaging": {"0.self": 0.6, "1.self": 0.7}, "stages": stages, "measure": "loss",
+        "exact": 0.8,
+    }  # fmt: skip
+    agreements = [["positions with its likeliest token", "0.5000", "1.5000"]]
+    assert columns(_table(record)) == [
+        ["error of the layer's output", "averaging", "calibrated", "after fine-tuning"],
+        ["0.self", "0.600", "0.100", "1.100"],
+        ["1.self", "0.700", "0.200", "1.200"],
+        ["distance of the model to the exact one", "0.4000", "1.4000"],
+        *(agreements if agreement else []),
+        ["loss (exact: 0.8000)", "0.3000", "1.3000"],
+    ]
+
+
+def errors_of_layer(exact, converted, hidden):
+    """‖out − exact‖ / ‖exact‖ of averaging all values, and of a converted layer of BERT."""
+    query, key, value = (
+        getattr(exact, part)(hidden).unflatten(2, (3, 8)).transpose(1, 2)
+        for part in ("query", "key", "value")
+    )
+    outputs = [
+        (query @ key.mT / 8**0.5).softmax(dim=-1) @ value,
+        value.mean(dim=2, keepdim=True).expand_as(value),
+    ]
+    whole, averaged = (x.transpose(1, 2).flatten(2) for x in outputs)
+    found = converted(hidden)[0]
+    return [float((x - whole).norm() / whole.norm()) for x in (averaged, found)]
+
+
 def test_no_recovery_stops_after_calibration_and_leaves_the_weights_alone(saved, text, tmp_path):
     model = BertModel(BertConfig(**SIZES)).eval()
     folder, output = saved(model), tmp_path / "converted"
@@ -153,17 +242,19 @@ def test_the_far_field_stays_where_it_brings_the_model_closer_to_the_exact_one(
         assert found["estimated"] != found["left out"]
     # what is saved is what was chosen
     model, exact = load_linearized(auto_class, output), auto_class.from_pretrained(folder)
+    batch = {"input_ids": held_out_rows(exact, text)}
     held_out = record["stages"]["calibrated"]["fidelity"]["distance"]
-    assert held_out == pytest.approx(distance_on_held_out(model, exact, text), rel=0.02)
+    assert held_out == pytest.approx(
+        measure_fidelity(model, exact.eval(), [batch]).distance, rel=0.02
+    )
 
 
-def distance_on_held_out(model, exact, text):
-    """Of the last tenth of the sequences of 31 tokens, as the conversion cuts them."""
+def held_out_rows(exact, text):
+    """The last tenth of the sequences of 31 tokens, as the conversion cuts them."""
     rows = text_windows(
         AutoTokenizer.from_pretrained(exact.config.name_or_path), text.read_text(), 31
     )
-    held_out = rows[-max(1, len(rows) // 10) :]
-    return measure_fidelity(model, exact.eval(), [{"input_ids": held_out}]).distance
+    return rows[-max(1, len(rows) // 10) :]
 
 
 def test_the_layer_that_costs_most_stays_exact_and_the_config_names_the_others(

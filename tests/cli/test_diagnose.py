@@ -4,12 +4,15 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from columns import columns
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
+from performers import SharpFeatures, SoftmaxFeatures, favor_attention
 from performers.cli import app
+from performers.functional.sharp import QUERY_RATIO
 
 
 def run(*arguments):
@@ -66,6 +69,53 @@ def test_tensors_are_diagnosed_layer_by_layer(tensors, tmp_path, causal):
     assert (tmp_path / "picture.svg").exists()
     assert "cheaper than exact attention at length 29" in result.stdout
     assert (tmp_path / "picture-frontier.png").stat().st_size > 10_000
+
+
+def test_every_column_of_the_layers_is_what_its_heading_says(tensors, tmp_path):
+    result = run(tensors, *SMALL, "--output", tmp_path / "picture.png")
+    rows = columns(result.stdout.split("\n\n")[0])
+    assert rows[0] == [
+        "error of the output", "averaging", "positive", "sharp", "sharp + window",
+        "E‖q + k‖²", "sharp", "features", "sharp",
+    ]  # fmt: skip
+    parts = load_file(tensors)
+    for layer, row in enumerate(rows[1:3]):
+        query, key, value = (parts[f"{layer}.{part}"] for part in PARTS)
+        plain = SoftmaxFeatures(7, 16)
+        sharp, beside_window = (
+            SharpFeatures(7, 16, 3, "call", query_ratio=ratio) for ratio in (QUERY_RATIO, 1.0)
+        )
+        exact = (query @ key.mT / 7**0.5).softmax(dim=-1) @ value
+
+        def error(out, exact=exact):
+            difference, size = ((out - exact).flatten(2).norm(dim=2), exact.flatten(2).norm(dim=2))
+            return float((difference / size).mean())
+
+        errors = [
+            error(value.mean(dim=2, keepdim=True).expand_as(exact)),
+            error(favor_attention(query, key, value, plain)),
+            error(favor_attention(query, key, value, sharp)),
+            error(favor_attention(query, key, value, beside_window, window_size=4)),
+        ]
+        spreads, counts = zip(
+            spread_and_count(query, key, plain), spread_and_count(query, key, sharp), strict=True
+        )
+        assert len({f"{x:.3f}" for x in errors}) == 4
+        numbers = [*(f"{x:.3f}" for x in errors), *(f"{x:.1f}" for x in (*spreads, *counts))]
+        assert row == [str(layer), *numbers]
+
+
+def spread_and_count(query, key, phi):
+    """E‖q + k‖² over all pairs as φ has them, and (Σ_m u_m)² / Σ_m u_m² of a normalizer Σ_m u_m."""
+    query, key = query.double() * 7**-0.25, key.double() * 7**-0.25
+    fitted = phi.fitted(query, key, None, scale=1.0, is_streaming=False)
+    u = fitted.query_features(query).dense() * fitted.key_features(key).dense().sum(2, keepdim=True)
+    count = (u.sum(-1).square() / u.square().sum(-1)).mean()
+    if isinstance(phi, SharpFeatures):
+        query = fitted.query_side(torch.float64).log_linear(query).inputs
+        key = fitted.key_side(torch.float64).log_linear(key).inputs
+    spread = (query[:, :, :, None] + key[:, :, None]).square().sum(-1).mean()
+    return float(spread), float(count)
 
 
 def test_heads_and_targets_are_shown_when_asked_for(tensors, tmp_path):

@@ -8,8 +8,11 @@ from standard_errors import assert_mean_within
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from performers.functional import positive_features
 from performers.functional.normalizer import absorb_keys, approximate_cross_entropy, log_normalizer
 from performers.nn import KernelFeatures, SharpFeatures, SoftmaxFeatures
+from performers.nn.estimators import ESTIMATORS, Estimator
+from performers.typing import Features
 
 DIM, LENGTH, KEYS = 5, 7, 31
 
@@ -146,6 +149,19 @@ def test_cross_entropy_has_the_target_exact_and_the_others_estimated():
         approximate_cross_entropy(hidden, tokens, targets, phi, reduction="none"),
         (logit.exp() + others).log() - logit,
     )
+
+
+def test_it_does_not_matter_whether_features_come_as_values_or_as_exponents(monkeypatch):
+    def as_values(x, omega):
+        return Features(values=positive_features(x, omega).dense())
+
+    monkeypatch.setitem(ESTIMATORS, "toy", Estimator(as_values, is_nonnegative=True))
+    hidden, tokens, targets = hidden_and_tokens(norm=2.0, dtype=torch.float64)
+    losses = (
+        approximate_cross_entropy(hidden, tokens, targets, features(name), reduction="none")
+        for name in ("positive", "toy")
+    )
+    torch.testing.assert_close(*losses)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])

@@ -54,3 +54,22 @@ def test_any_mechanism_that_is_linear_in_its_values_can_be_read():
     query, key, _ = inputs(key_heads=6)
     matrix = implied_matrix(lambda value: softmax_attention(query, key, value), key)
     torch.testing.assert_close(matrix, (query @ key.mT / 5**0.5).softmax(dim=-1))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"scale": 0.3},
+        {"window_size": 3},
+        {"window_size": 3, "num_sinks": 2},
+        {"window_size": 3, "far": False},
+    ],
+)
+def test_each_option_of_attention_is_one_of_the_matrix(options):
+    query, key, value = inputs(key_heads=6)
+    phi = SoftmaxFeatures(5, 11)
+    matrix = attention_matrix(query, key, phi, **options)
+    torch.testing.assert_close(matrix @ value, favor_attention(query, key, value, phi, **options))
+    *others, last = options
+    without = attention_matrix(query, key, phi, **{name: options[name] for name in others})
+    assert not torch.allclose(matrix, without), f"{last} must make a difference"

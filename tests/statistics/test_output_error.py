@@ -7,12 +7,12 @@ from torch import Tensor
 
 from performers import SoftmaxFeatures, draw_projection, theory
 from performers.functional.sharp import Reparametrization, ReparametrizedFeatures
+from performers.nn.estimators import ESTIMATORS
 from performers.typing import FeatureMap
 
+# Of the estimators that have one, by the names of their rows.
 JOINT_MOMENTS = {
-    "positive": (theory.log_joint_moment_positive, theory.mse_positive),
-    "hyperbolic": (theory.log_joint_moment_hyperbolic, theory.mse_hyperbolic),
-    "trigonometric": (theory.log_joint_moment_trigonometric, theory.mse_trigonometric),
+    name: row.log_joint_moment for name, row in ESTIMATORS.items() if row.log_joint_moment
 }
 PARAMETER = torch.tensor([-0.05, -0.3, 0.01, 0.0, 0.02], dtype=torch.float64)
 M, DRAWS = 512, 1009
@@ -49,7 +49,7 @@ def test_the_error_of_the_output_is_the_closed_form(estimator, num_exact):
     else:
         phi = SoftmaxFeatures(5, 1, estimator)
         phi.omega = omega
-        moment = JOINT_MOMENTS[estimator][0](query, key)
+        moment = JOINT_MOMENTS[estimator](query, key)
     is_exact = torch.arange(7) < num_exact
     log_weights = (key @ query).log_softmax(dim=-1)
     expected = theory.mse_attention(log_weights, value, moment, M, is_exact)
@@ -59,9 +59,9 @@ def test_the_error_of_the_output_is_the_closed_form(estimator, num_exact):
 @pytest.mark.parametrize("estimator", JOINT_MOMENTS)
 def test_the_diagonal_of_the_joint_moment_is_lemma_2(estimator):
     query, key, _ = vectors()
-    log_joint_moment, mse = JOINT_MOMENTS[estimator]
-    relative = log_joint_moment(query, key).diagonal().expm1()
-    expected = mse(query.expand(7, 5), key, 1) / (2 * (key @ query)).exp()
+    relative = JOINT_MOMENTS[estimator](query, key).diagonal().expm1()
+    mean_squared_error = getattr(theory, f"mse_{estimator}")
+    expected = mean_squared_error(query.expand(7, 5), key, 1) / (2 * (key @ query)).exp()
     torch.testing.assert_close(relative, expected, rtol=1e-10, atol=0)
 
 

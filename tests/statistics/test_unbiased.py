@@ -11,7 +11,7 @@ from standard_errors import assert_mean_within
 from torch import Tensor
 
 from performers import draw_projection
-from performers.functional import kernel_features, positive_features
+from performers.functional import KERNELS, kernel_features, positive_features
 from performers.nn.estimators import ESTIMATORS, Estimator
 from performers.typing import Features
 
@@ -76,29 +76,36 @@ def test_a_qr_draw_without_its_signs_fixed_is_seen_to_be_biased(dim):
         assert_mean_within(samples, math.exp(1 / 4), standard_errors=4)
 
 
-def closed_form(fn: str, x: Tensor, y: Tensor) -> float:
-    """E[f(ω·x) f(ω·y)] for Gaussian ω."""
+def kernel(fn: str, x: Tensor, y: Tensor) -> float:
+    """E[f(ω·x) f(ω·y)] for Gaussian ω, an integral over the plane of x and y."""
+    along = torch.linspace(-10, 10, 401, dtype=torch.float64)
+    density = (-along.square() / 2).exp() / (2 * math.pi) ** 0.5 * (along[1] - along[0])
     cosine = float(x @ y / (x.norm() * y.norm()))
-    lengths, angle = float(x.norm() * y.norm()), math.acos(cosine)
-    return {
-        "identity": lengths * cosine,
-        "relu": lengths * (math.sin(angle) + (math.pi - angle) * cosine) / (2 * math.pi),
-        "abs": lengths * 2 / math.pi * (math.sin(angle) + cosine * math.asin(cosine)),
-        "exp": math.exp(float((x + y).square().sum()) / 2),
-        "cos": (
-            math.exp(-float((x - y).square().sum()) / 2)
-            + math.exp(-float((x + y).square().sum()) / 2)
-        )
-        / 2,
-    }[fn]
+    across = cosine * along[:, None] + (1 - cosine**2) ** 0.5 * along
+
+    def f(projected: Tensor) -> Tensor:
+        values = KERNELS[fn].fn(projected)
+        return values.exp() if KERNELS[fn].is_exponential else values
+
+    of_y = f(float(y.norm()) * across) @ density
+    return float((f(float(x.norm()) * along) * of_y) @ density)
+
+
+def test_the_integral_meets_a_closed_form():
+    x, y = torch.tensor([0.8, 0.0]), torch.tensor([0.3, 0.5])
+    cosine = float(x @ y / (x.norm() * y.norm()))
+    angle = math.acos(cosine)
+    arc_cosine = (math.sin(angle) + (math.pi - angle) * cosine) / (2 * math.pi)
+    assert kernel("relu", x, y) == pytest.approx(float(x.norm() * y.norm()) * arc_cosine, rel=1e-3)
+    assert kernel("exp", x, y) == pytest.approx(math.exp(float((x + y).square().sum()) / 2))
 
 
 @pytest.mark.parametrize("dim", DIMS)
 @pytest.mark.parametrize("kind", ["iid", "orthogonal"])
-@pytest.mark.parametrize("fn", ["identity", "relu", "abs", "exp", "cos"])
-def test_generalized_kernels_meet_their_closed_forms(fn, kind, dim):
+@pytest.mark.parametrize("fn", KERNELS)
+def test_generalized_kernels_meet_their_integrals(fn, kind, dim):
     omega = draw_blocks(dim, kind)
     for direction in sums(dim).values():
         x, y = 0.7 * direction, 0.3 * direction + 0.5 * torch.eye(dim)[1]
         features = [kernel_features(point[None], omega, fn, epsilon=0.0) for point in (x, y)]
-        assert_mean_within(estimates(*features, dim), closed_form(fn, x, y), standard_errors=4)
+        assert_mean_within(estimates(*features, dim), kernel(fn, x, y), standard_errors=4)
