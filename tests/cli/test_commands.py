@@ -110,14 +110,14 @@ def test_every_argument_and_option_of_a_command_says_what_it_is_for(words):
 
 @pytest.mark.parametrize("words", COMMANDS)
 def test_every_command_is_a_file_of_its_own(words):
-    name = words.split()[-1]
+    name = words.split()[-1].replace("-", "_")
     assert COMMANDS[words].__name__ == name
     assert COMMANDS[words].__module__ == f"performers.cli.{name}"
 
 
 def test_every_file_of_a_command_is_in_the_table():
     files = {path.stem for path in Path(performers.cli.__file__).parent.glob("*.py")}
-    assert files - SHARED == {words.split()[-1] for words in COMMANDS}
+    assert files - SHARED == {words.split()[-1].replace("-", "_") for words in COMMANDS}
 
 
 def test_a_group_of_commands_explains_itself():

@@ -225,6 +225,18 @@ def test_a_checkpoint_with_a_weight_too_few_or_of_another_size_is_refused(weight
     assert "classifier.weight is not" in refusal(more, "performer-pytorch")
 
 
+def test_tensors_of_another_rank_are_refused(weights):
+    for name, words in (
+        ("performer.net.layers.0.0.fn.to_q.weight", "shape"),
+        ("performer.net.layers.0.0.fn.fast_attention.projection_matrix", "shape"),
+        ("token_emb.weight", "in the checkpoint and must be"),
+    ):
+        assert words in refusal(weights | {name: torch.ones(DIM)}, "performer-pytorch")
+    tree = restated.google_tree(omega="own")
+    tree["Transformer1DBlock_2"]["SelfAttention_1"]["query"]["kernel"] = torch.ones(HIDDEN)
+    assert "shape" in refusal(tree, "google-jax")
+
+
 def test_a_new_omega_is_drawn_only_where_it_is_asked_for():
     tree = restated.google_tree()
     model = import_checkpoint(tree, "google-jax", num_projections=19)

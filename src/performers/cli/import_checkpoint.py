@@ -58,13 +58,11 @@ def import_checkpoint(
 
         performers import-checkpoint model.pt --library performer-pytorch --output imported
 
-        performers import-checkpoint model.pt --library performer-pytorch --causal --output imported
+        performers import-checkpoint model.pt --library performer-pytorch --output lm --causal
 
-        performers import-checkpoint encoder.pt --library fast-transformers --heads 8 --output
-        imported
+        performers import-checkpoint model.pt --library fast-transformers --output lm --heads 8
 
-        performers import-checkpoint params.npz --library google-jax --features relu --output
-        imported
+        performers import-checkpoint model.npz --library google-jax --output lm --features relu
     """
     from safetensors import SafetensorError
 

@@ -36,6 +36,13 @@ LIBRARIES: dict[str, Library] = {
 Imported = PerformerForMaskedLM | PerformerForCausalLM | PerformerModel | PerformerAttention
 
 
+# The fields of a config that say how many rows a tensor has.
+ROWS = {
+    "embed_tokens.weight": "vocab_size",
+    "layers.0.mlp.up_proj.weight": "intermediate_size",
+    "positions.embedding.weight": "max_position_embeddings",
+    "positions.added": "max_position_embeddings",
+}
 # Attention without biases, and models that read inputs_embeds.
 ZERO_IF_ABSENT = (
     *(f"{part}_proj.bias" for part in ("q", "k", "v", "out")),
@@ -92,9 +99,8 @@ def import_checkpoint(
     and shapes that do not fit.
     """
     check_choice("library", library, LIBRARIES)
-    row, told = LIBRARIES[library], Told(
-        features, is_causal, num_heads, num_projections, hidden_act, scale
-    )  # fmt: skip
+    row = LIBRARIES[library]
+    told = Told(features, is_causal, num_heads, num_projections, hidden_act, scale)
     renamed = _renamed(read_tensors(source), library, prefix)
     config = _config(renamed, row, told)
     config.origin = {
@@ -110,7 +116,13 @@ def import_checkpoint(
 
 def _renamed(tensors: Mapping[str, Tensor], library: str, prefix: str) -> Renamed:
     chosen = _inside(tensors, prefix)
-    found = LIBRARIES[library].rename(chosen)
+    try:
+        found = LIBRARIES[library].rename(chosen)
+    except (IndexError, RuntimeError) as error:  # of torch, on its way to our shapes
+        raise ValueError(
+            f"the shapes of the checkpoint must be those of a model of {library}: {error}. Pass "
+            "the whole state dict of one model, or its library= if it is of another."
+        ) from error
     if found.is_whole():
         return found
     remedy = "Pass the state dict of that model alone, or its library= if it is of another."
@@ -149,6 +161,12 @@ def _config(renamed: Renamed, row: Library, told: Told) -> PerformerConfig:
     tensors = renamed.tensors
     query = next(tensor for name, tensor in tensors.items() if name.endswith("q_proj.weight"))
     omega = next((tensor for name, tensor in tensors.items() if name.endswith(OMEGA)), None)
+    for what, tensor in (("projections of queries", query), ("ω", omega)):
+        if tensor is not None and tensor.ndim != 2:
+            raise ValueError(
+                f"{what} must be a matrix in a checkpoint, got shape {tuple(tensor.shape)}. Pass "
+                "the whole state dict of one model."
+            )
     features = row.default(omega is not None) if told.features is None else told.features
     check_choice("features of this library", features, row.features)
     num_heads, head_dim = _heads(len(query), omega, renamed.num_heads, told.num_heads)
@@ -167,14 +185,9 @@ def _config(renamed: Renamed, row: Library, told: Told) -> PerformerConfig:
         )
     if told.hidden_act is not None:
         fields["hidden_act"] = told.hidden_act
-    for name, part, axis in (
-        ("vocab_size", "embed_tokens.weight", 0),
-        ("intermediate_size", "layers.0.mlp.up_proj.weight", 0),
-        ("max_position_embeddings", "positions.embedding.weight", 0),
-        ("max_position_embeddings", "positions.added", 0),
-    ):
+    for part, name in ROWS.items():
         if part in tensors:
-            fields[name] = tensors[part].shape[axis]
+            fields[name] = len(tensors[part])
     layers = {name.split(".")[1] for name in tensors if name.startswith("layers.")}
     return PerformerConfig(
         **{"vocab_size": 1, **fields},
