@@ -142,11 +142,11 @@ def _linearize(sites: Sites, options: FavorOptions) -> None:
         raise
     # Trainers save by this method too; it also writes what was learned.
     model.save_pretrained = MethodType(_save_pretrained, model)
-    hooks = [_check_masks]
-    if is_unmoved_by_shifts(model.base_model):
-        hooks.append(_count_from_the_first_token)
     register = model.base_model.register_forward_pre_hook
-    setattr(model, HOOKS, [register(hook, with_kwargs=True) for hook in hooks])
+    hooks = [register(_check_masks, with_kwargs=True)]
+    if is_unmoved_by_shifts(model.base_model):
+        hooks.append(register(_count_from_the_first_token, with_kwargs=True))
+    setattr(model, HOOKS, hooks)
     generate_in_constant_memory(model)
     _write(sites, options, tensors=None)
     for site in sites.within(options):
@@ -177,7 +177,7 @@ def _undo(sites: Sites) -> None:
             vars(module).pop(method, None)
         for hook in vars(module).pop(HOOKS, []):
             hook.remove()
-    for module in reversed(sites.configured.values()):
+    for module in reversed([*sites.configured.values()]):
         give_back(sites, vars(module).pop(BEFORE, []))
 
 
@@ -256,7 +256,7 @@ def _save_pretrained(
 
 def _write(sites: Sites, options: FavorOptions, tensors: str | None) -> None:
     """Say in the configuration how the model was converted, for every part that attends."""
-    written = {"options": options.to_dict(), "tensors": tensors, "note": NOTE}
+    written: dict[str, Any] = {"options": options.to_dict(), "tensors": tensors, "note": NOTE}
     if isinstance(options.layers, Mapping):
         written[CAUSAL_LAYERS] = sorted(
             {
