@@ -150,11 +150,11 @@ def _linearize(sites: Sites, options: FavorOptions) -> None:
     # Trainers save by this method too; it also writes what was learned. No bound method, which
     # pickle would look for among the attributes of the model.
     model.save_pretrained = partial(_save_pretrained, model)
-    hooks = [_check_masks]
-    if is_unmoved_by_shifts(model.base_model):
-        hooks.append(_count_from_the_first_token)
     register = model.base_model.register_forward_pre_hook
-    setattr(model, HOOKS, [register(hook, with_kwargs=True) for hook in hooks])
+    hooks = [register(_check_masks, with_kwargs=True)]
+    if is_unmoved_by_shifts(model.base_model):
+        hooks.append(register(_count_from_the_first_token, with_kwargs=True))
+    setattr(model, HOOKS, hooks)
     generate_in_constant_memory(model)
     if isinstance(model, GenerationMixin):
         setattr(model, BATCHING, no_continuous_batching)
@@ -187,7 +187,7 @@ def _undo(sites: Sites) -> None:
             vars(module).pop(method, None)
         for hook in vars(module).pop(HOOKS, []):
             hook.remove()
-    for module in reversed(sites.configured.values()):
+    for module in reversed([*sites.configured.values()]):
         give_back(sites, vars(module).pop(BEFORE, []))
 
 
@@ -286,7 +286,7 @@ def _attention_before(model: PreTrainedModel) -> Iterator[None]:
 
 def _write(sites: Sites, options: FavorOptions, tensors: str | None) -> None:
     """Say in the configuration how the model was converted, for every part that attends."""
-    written = {"options": options.to_dict(), "tensors": tensors, "note": NOTE}
+    written: dict[str, Any] = {"options": options.to_dict(), "tensors": tensors, "note": NOTE}
     if isinstance(options.layers, Mapping):
         written[CAUSAL_LAYERS] = sorted(
             {
