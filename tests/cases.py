@@ -14,7 +14,7 @@ from performers.backends import BACKENDS, Call, choose_backend
 from performers.functional import KERNELS
 from performers.nn import KernelFeatures, RandomFeatures, SharpFeatures, SoftmaxFeatures
 from performers.nn.estimators import ESTIMATORS
-from performers.typing import NearField
+from performers.state import NearField
 
 
 def calibrated(dim: int, num_projections: int) -> SharpFeatures:

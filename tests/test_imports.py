@@ -30,7 +30,9 @@ LAYERS = (
     {"nn", "baselines", "distributed", "sklearn"},
     {"functional"},
     {"backends"},
-    {"theory", "data", "records"},
+    {"theory", "data"},
+    {"records"},
+    {"state"},
     {"typing", "checks", "kernels"},
 )
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
@@ -42,6 +44,7 @@ CORE = {
     "backends",
     "theory",
     "records",
+    "state",
     "typing",
     "checks",
     "kernels",

@@ -41,7 +41,7 @@ if TYPE_CHECKING:  # for type checkers and editors: what the table below says at
         SharpFeatures,
         SoftmaxFeatures,
     )
-    from performers.typing import LinearState
+    from performers.state import LinearState
 
     __version__: str
 
@@ -92,7 +92,7 @@ _HOME = {
     "SharpFeatures": "nn",
     "SoftmaxFeatures": "nn",
     "diagnose": "diagnosis",
-    "LinearState": "typing",
+    "LinearState": "state",
 }
 
 

@@ -16,7 +16,7 @@ from triton.backends.compiler import GPUTarget
 from performers.backends import Call
 from performers.backends.triton import attend, attention, near
 from performers.nn import {feature_map}
-from performers.typing import LinearState, NearField
+from performers.state import LinearState, NearField
 
 TYPES = {{torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}}
 TYPES[torch.int64] = "*i64"

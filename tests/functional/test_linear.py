@@ -5,7 +5,7 @@ import torch
 from cases import backends, inputs
 
 from performers import SoftmaxFeatures, favor_attention
-from performers.typing import Maker
+from performers.state import Maker
 
 
 @pytest.mark.parametrize("backend", backends(is_causal=True, has_state=True))

@@ -11,7 +11,7 @@ from refusals import few, outcome
 
 import performers
 from performers import functional
-from performers.typing import LinearState
+from performers.state import LinearState
 
 QUERY, KEY, VALUE = torch.randn(3, 2, 3, 7, 4, generator=torch.Generator().manual_seed(1)).unbind()
 MASK = torch.tensor([[True] * 7, [True] * 5 + [False] * 2])

@@ -38,7 +38,8 @@ from performers.backends.derivatives import is_differentiated, is_transformed, p
 from performers.backends.fused_softmax import HIDDEN
 from performers.backends.plain import state_of_heads
 from performers.backends.reference import absorb, exact_partial, read
-from performers.typing import LinearState, LogLinearSide
+from performers.state import LinearState
+from performers.typing import LogLinearSide
 
 __all__ = ["BlockAttention", "Problem", "block_attention"]
 

@@ -11,7 +11,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from performers.typing import FeatureMap, LinearState, NearField
+from performers.state import LinearState, NearField
+from performers.typing import FeatureMap
 
 __all__ = ["Backend", "Call"]
 

@@ -31,7 +31,8 @@ from performers.backends.tiles import (
     recomputed,
     rows_of_a_piece,
 )
-from performers.typing import LinearState, elementwise, is_log_linear
+from performers.state import LinearState
+from performers.typing import elementwise, is_log_linear
 
 __all__ = ["attend"]
 

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from performers.backends.call import Call
 from performers.backends.slots import Slots
-from performers.typing import NearKeys
+from performers.state import NearKeys
 
 __all__ = ["HeavyKeys", "Kept", "heavier", "heavy_keys"]
 

@@ -34,7 +34,8 @@ from performers.backends.call import Call
 from performers.backends.derivatives import is_differentiated, is_transformed, plain_gradients
 from performers.backends.reference import SIGNED_STABILIZER, absorb, read
 from performers.kernels import KERNELS
-from performers.typing import Elementwise, Features, LinearState
+from performers.state import LinearState
+from performers.typing import Elementwise, Features
 
 __all__ = ["attend"]
 

@@ -22,11 +22,8 @@ from torch import Tensor
 
 from performers.backends.call import Call
 from performers.backends.fused_softmax import HAS_BFLOAT16, HIDDEN, fused_softmax
-from performers.typing import (
-    LinearState,
-    LogLinearSide,
-    is_log_linear,
-)
+from performers.state import LinearState
+from performers.typing import LogLinearSide, is_log_linear
 
 __all__ = ["attend", "refusal"]
 

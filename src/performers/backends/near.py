@@ -23,14 +23,8 @@ from performers.backends.heavy import Kept, heavy_keys
 from performers.backends.reference import remembered
 from performers.backends.slots import Slots
 from performers.backends.tiles import absorb_one
-from performers.typing import (
-    FeatureMap,
-    LinearState,
-    LogLinearSide,
-    NearField,
-    NearKeys,
-    is_log_linear,
-)
+from performers.state import LinearState, NearField, NearKeys
+from performers.typing import FeatureMap, LogLinearSide, is_log_linear
 
 __all__ = ["attend"]
 

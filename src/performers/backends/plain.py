@@ -16,7 +16,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from performers.backends.reference import Partial, absorb, key_exponent, read
-from performers.typing import Features, LinearState, exp_difference
+from performers.state import LinearState, exp_difference
+from performers.typing import Features
 
 __all__ = ["causal", "state_of_heads"]
 

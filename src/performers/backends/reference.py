@@ -26,13 +26,8 @@ from torch import Tensor
 from performers.backends.call import Call
 from performers.backends.heavy import HeavyKeys, heavy_keys
 from performers.backends.slots import Slots
-from performers.typing import (
-    Features,
-    LinearState,
-    NearField,
-    NearKeys,
-    exp_difference,
-)
+from performers.state import LinearState, NearField, NearKeys, exp_difference
+from performers.typing import Features
 
 __all__ = [
     "Partial",

@@ -32,7 +32,8 @@ from performers.backends import plain
 from performers.backends.derivatives import is_differentiated, is_transformed, plain_gradients
 from performers.backends.reference import Partial
 from performers.backends.tiles import MAX_RISE, exponent_at, rows_below
-from performers.typing import Features, LinearState, LogLinear, exp_difference
+from performers.state import LinearState, exp_difference
+from performers.typing import Features, LogLinear
 
 __all__ = ["scan"]
 

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from performers.typing import NearField, NearKeys
+from performers.state import NearField, NearKeys
 
 __all__ = ["Slots"]
 

@@ -22,7 +22,8 @@ from performers.backends.reference import (
     key_weights,
     read_weights,
 )
-from performers.typing import Features, LinearState
+from performers.state import LinearState
+from performers.typing import Features
 
 __all__ = [
     "MAX_RISE",

@@ -10,7 +10,7 @@ from torch import Tensor
 from performers.backends.slots import Slots
 from performers.checks import check_attention_inputs
 from performers.functional.autocast import autocast_inputs
-from performers.typing import NearField
+from performers.state import NearField
 
 __all__ = ["check_bidirectional", "real_tokens", "rows_of_tokens"]
 

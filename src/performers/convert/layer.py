@@ -16,7 +16,8 @@ from performers.functional.segments import attend_by_segment
 from performers.functional.softmax import softmax_attention
 from performers.nn.feature_maps import KernelFeatures, SoftmaxFeatures
 from performers.nn.sharp import SharpFeatures
-from performers.typing import FeatureMap, LinearState
+from performers.state import LinearState
+from performers.typing import FeatureMap
 
 __all__ = ["FavorLayer", "drop_keys"]
 

@@ -8,14 +8,9 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from performers.checks import (
-    check_choice,
-    check_count,
-    check_far_limit,
-    check_num_heavy,
-    check_whole_number,
-)
+from performers.checks import check_choice, check_count, check_whole_number
 from performers.diagnosis.frontier import NUM_SINKS, Frontier
+from performers.functional.near_field import check_far_limit, check_num_heavy
 from performers.functional.projections import PROJECTIONS
 from performers.nn import KernelFeatures, SharpFeatures, SoftmaxFeatures
 from performers.nn.sharp import STATISTICS

@@ -13,7 +13,8 @@ from performers.checks import check_attention_inputs, check_feature_map_parts, c
 from performers.functional.autocast import autocast_inputs, without_autocast
 from performers.functional.linear import linear_attention
 from performers.functional.segments import attend_by_segment
-from performers.typing import FeatureMap, LinearState
+from performers.state import LinearState
+from performers.typing import FeatureMap
 
 __all__ = ["favor_attention", "without_sinks"]
 

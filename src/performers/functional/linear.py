@@ -16,14 +16,17 @@ from performers.checks import (
     check_flags,
     check_instance,
     check_made_by,
-    check_near_field,
-    check_near_keys,
     check_number,
-    check_same_near_field,
     check_state,
 )
 from performers.functional.autocast import autocast_inputs, without_autocast
-from performers.typing import FeatureMap, LinearState, Maker, NearField, NearKeys, is_log_linear
+from performers.functional.near_field import (
+    check_near_field,
+    check_near_keys,
+    check_same_near_field,
+)
+from performers.state import LinearState, Maker, NearField, NearKeys
+from performers.typing import FeatureMap, is_log_linear
 
 __all__ = ["linear_attention"]
 

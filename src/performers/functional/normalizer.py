@@ -43,7 +43,8 @@ from performers.checks import (
 )
 from performers.functional.autocast import without_autocast
 from performers.functional.favor import favor_attention
-from performers.typing import FeatureMap, LinearState, Maker, exp_difference
+from performers.state import LinearState, Maker, exp_difference
+from performers.typing import FeatureMap
 
 __all__ = ["absorb_keys", "approximate_cross_entropy", "log_normalizer"]
 

@@ -15,7 +15,8 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from performers.nn.dialect import DialectFavor
 from performers.nn.mechanisms import Favor
-from performers.typing import Attention, LinearState
+from performers.state import LinearState
+from performers.typing import Attention
 
 __all__ = [
     "KeysAndValues",

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from performers.checks import check_choice, check_omega
 from performers.functional import favor_attention
 from performers.nn.feature_maps import KernelFeatures, SoftmaxFeatures
-from performers.typing import FeatureMap, Features, LinearState
+from performers.state import LinearState
+from performers.typing import FeatureMap, Features
 
 __all__ = ["Dialect", "DialectFavor", "EpsilonFeatures"]
 

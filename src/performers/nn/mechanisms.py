@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from performers.functional import favor_attention, softmax_attention
 from performers.nn.feature_maps import KernelFeatures, SoftmaxFeatures
 from performers.nn.sharp import SharpFeatures
-from performers.typing import LinearState
+from performers.state import LinearState
 
 __all__ = ["Exact", "Favor"]
 

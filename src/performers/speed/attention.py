@@ -32,8 +32,8 @@ from performers.speed.timing import (
     matmul_rate,
     peak_bytes,
 )
+from performers.state import LinearState
 from performers.theory.cost import exact_operations
-from performers.typing import LinearState
 
 __all__ = ["run"]
 

@@ -17,7 +17,7 @@ from performers.backends.call import Call
 from performers.backends.near import attend as attend_near
 from performers.backends.triton.config import MAX_DIM, MAX_HEADS, OPERANDS
 from performers.backends.triton.maps import SUPPORTED, kernel_map
-from performers.typing import LinearState
+from performers.state import LinearState
 
 __all__ = ["attend", "refusal"]
 

@@ -28,7 +28,8 @@ from performers.backends.derivatives import refuse_second_derivative, refuse_tra
 from performers.backends.triton import decoding, gradients, reading, states
 from performers.backends.triton.config import OPERANDS, Config, config_for
 from performers.backends.triton.maps import KernelMap, for_heads, mapped, numbers
-from performers.typing import LinearState, LogLinearSide
+from performers.state import LinearState
+from performers.typing import LogLinearSide
 
 __all__ = ["contract"]
 
