@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from functools import partial
-from typing import Any, ClassVar, Unpack
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -27,7 +27,7 @@ from performers.functional import implied_matrix
 from performers.functional.segments import attend_by_segment
 from performers.models.cache import PerformerCache, no_continuous_batching
 from performers.models.config import PerformerConfig
-from performers.models.masks import Packing, count_positions, packed_segments, padding_mask
+from performers.models.masks import count_positions, packed_segments, padding_mask
 from performers.models.mechanisms import MECHANISMS
 from performers.models.positions import POSITIONS, Rotation
 from performers.nn import RandomFeatures
@@ -197,7 +197,7 @@ class PerformerModel(PerformerPreTrainedModel):
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
-        **packing: Unpack[Packing],
+        **packing: Any,
     ) -> BaseModelOutputWithPast:
         """Hidden states of every position.
 
@@ -314,7 +314,7 @@ class PerformerForMaskedLM(PerformerPreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         num_items_in_batch: Tensor | int | None = None,
-        **packing: Unpack[Packing],
+        **packing: Any,
     ) -> MaskedLMOutput:
         """Logits and, given `labels` (−100 where nothing is to be predicted), the loss.
 
@@ -367,7 +367,7 @@ class PerformerForCausalLM(PerformerPreTrainedModel, GenerationMixin):
         output_hidden_states: bool | None = None,
         logits_to_keep: int | Int[Tensor, " positions"] = 0,
         num_items_in_batch: Tensor | int | None = None,
-        **packing: Unpack[Packing],
+        **packing: Any,
     ) -> CausalLMOutputWithPast:
         """Logits and, given `labels`, the loss of predicting each label from what precedes it.
 
