@@ -24,7 +24,7 @@ Output = Float[Tensor, "batch heads length value_dim"]
 MOST_CALLS = 256
 
 
-@torch.compiler.disable(  # type: ignore[untyped-decorator]  # torch.compiler's own annotation
+@torch.compiler.disable(
     reason="how packed sequences are cut depends on the numbers in segment_ids, which a graph "
     "cannot hold: compile without fullgraph=True, or pass a padded batch and a mask"
 )

@@ -19,13 +19,12 @@ from transformers.modeling_outputs import (
     MaskedLMOutput,
 )
 from transformers.utils.generic import can_return_tuple
-from typing_extensions import Unpack
 
 from performers.baselines import Drawn
 from performers.models.cache import PerformerCache, no_continuous_batching
 from performers.models.config import PerformerConfig
 from performers.models.layers import PerformerLayer
-from performers.models.masks import Packing, count_positions, packed_segments, padding_mask
+from performers.models.masks import count_positions, packed_segments, padding_mask
 from performers.models.positions import POSITIONS
 from performers.nn import RandomFeatures
 
@@ -105,7 +104,7 @@ class PerformerModel(PerformerPreTrainedModel):
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
-        **packing: Unpack[Packing],
+        **packing: Any,
     ) -> BaseModelOutputWithPast:
         """Hidden states of every position.
 
@@ -226,7 +225,7 @@ class PerformerForMaskedLM(PerformerPreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         num_items_in_batch: Tensor | int | None = None,
-        **packing: Unpack[Packing],
+        **packing: Any,
     ) -> MaskedLMOutput:
         """Logits and, given `labels` (−100 where nothing is to be predicted), the loss.
 
@@ -280,7 +279,7 @@ class PerformerForCausalLM(PerformerPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Int[Tensor, " positions"] = 0,
         shift_labels: Int[Tensor, "batch length"] | None = None,
         num_items_in_batch: Tensor | int | None = None,
-        **packing: Unpack[Packing],
+        **packing: Any,
     ) -> CausalLMOutputWithPast:
         """Logits and, given `labels`, the loss of predicting each label from what precedes it.
 
