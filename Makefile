@@ -9,7 +9,7 @@ PYTEST := $(VENV)/bin/python -m pytest
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint format clean
+.PHONY: help demo test test-slow mutants lint format clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -23,6 +23,9 @@ test: $(VENV)/installed-for-development ## run the tests, the examples in docstr
 
 test-slow: $(VENV)/installed-for-development ## run the tests that take long
 	$(PYTEST) -n 2 -m slow
+
+mutants: $(VENV)/installed-for-development ## see whether the tests notice faults in MODULE=src/performers/…
+	$(VENV)/bin/python tests/mutants.py $(MODULE)
 
 lint: $(VENV)/installed-for-development ## check style, formatting and types
 	$(VENV)/bin/ruff check .
