@@ -10,7 +10,7 @@ PYTEST := $(VENV)/bin/python -m pytest
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow fuzz lint format package clean
+.PHONY: help demo test test-slow fuzz mutants lint format package clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -29,6 +29,9 @@ fuzz: export HYPOTHESIS_PROFILE = fuzz
 fuzz: $(VENV)/installed-for-development ## throw malformed inputs at everything for FUZZ_MINUTES, 60 unless given
 	end=$$(( $$(date +%s) + 60 * $(FUZZ_MINUTES) )); \
 	while [ $$(date +%s) -lt $$end ]; do $(PYTEST) -n 2 -q tests/fuzz || exit 1; done
+
+mutants: $(VENV)/installed-for-development ## see whether the tests notice faults in MODULE=src/performers/…
+	$(VENV)/bin/python tests/mutants.py $(MODULE)
 
 lint: $(VENV)/installed-for-development ## check style, formatting and types
 	$(VENV)/bin/ruff check .

@@ -1,7 +1,6 @@
 """What linear attention hands on to the call that continues it."""
 
 import pytest
-import torch
 from cases import backends, inputs
 
 from performers import SoftmaxFeatures, favor_attention
@@ -20,10 +19,3 @@ def test_a_state_knows_the_features_that_it_was_made_with(options, backend):
     step = (x[:, :, :1] for x in (query, key, value))
     _, after = favor_attention(*step, phi, True, initial_state=state, **options)
     assert after.made_by == state.made_by
-
-
-def test_it_knows_them_where_a_formula_stands_in_for_the_operator():
-    phi = SoftmaxFeatures(5, 11)
-    with torch.autograd.forward_ad.dual_level():
-        _, state = favor_attention(*inputs(key_heads=6), phi, True, return_state=True)
-    assert state.made_by == Maker.of(phi, phi.default_scale)
