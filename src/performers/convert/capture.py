@@ -21,7 +21,12 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from performers.checks import check_tensor
 from performers.convert.modes import evaluating
 from performers.convert.plain_attention import other_attention
-from performers.convert.source import read_tensors, source_config, source_tokenizer
+from performers.convert.source import (
+    check_source_weights,
+    read_tensors,
+    source_config,
+    source_tokenizer,
+)
 from performers.diagnosis.captured import Captured
 
 __all__ = ["capture_attention", "capture_text", "read_captured", "text_windows"]
@@ -77,6 +82,7 @@ def capture_text(
     inputs = {"input_ids": windows}
     if config.is_encoder_decoder:
         inputs["decoder_input_ids"] = windows
+    check_source_weights(folder)
     return capture_attention(AutoModel.from_pretrained(folder), **inputs)
 
 

@@ -41,7 +41,7 @@ from performers.convert.fidelity import measure_fidelity
 from performers.convert.linearize import linearize, load_linearized
 from performers.convert.mixed import choose_layers, layer_costs
 from performers.convert.options import FavorOptions
-from performers.convert.source import source_config, source_tokenizer
+from performers.convert.source import check_source_weights, source_config, source_tokenizer
 from performers.diagnosis import Frontier, measure_frontier
 from performers.nn.words import SHARP
 from performers.records.environment import describe_environment
@@ -111,9 +111,9 @@ class ConversionConfig:
         check_seed(self.seed)
         for name in ("exact_layers", "transfer_steps", "steps", "lora_rank"):
             check_count(name, getattr(self, name), least=0)
-        for name in ("error", "transfer_learning_rate", "learning_rate"):
-            if getattr(self, name) is not None:
-                check_number(name, getattr(self, name))
+        error = () if self.error is None else ("error",)
+        for name in ("transfer_learning_rate", "learning_rate", *error):
+            check_number(name, getattr(self, name))
         if self.lora_rank and importlib.util.find_spec("peft") is None:
             raise ModuleNotFoundError(
                 "lora_rank needs peft, which is not installed. Install it with: pip install "
@@ -178,6 +178,7 @@ class Conversion:
                 f"tokens, and better hundreds: {config.text} has {len(rows)}. Give a longer text "
                 "or a smaller length."
             )
+        check_source_weights(config.model)
         if force:
             shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)
         count = min(max(1, len(rows) // 10), MOST_HELD_OUT)
