@@ -155,7 +155,6 @@ class Conversion:
         it.
         """
         _check_output(config, output, resume, force)
-        text = read_text(Path(config.text))
         model = source_config(config.model)
         task = fine_tuning_task(model)
         tokenizer = source_tokenizer(config.model)
@@ -171,7 +170,7 @@ class Conversion:
                 f"exact_layers must leave a layer to convert: this model has {layers}, and "
                 f"{config.exact_layers} would stay exact."
             )
-        rows = text_windows(tokenizer, text, config.length)
+        rows = text_windows(tokenizer, read_text(Path(config.text)), config.length)
         if len(rows) < FEWEST_SEQUENCES:
             raise ValueError(
                 f"the text must have at least {FEWEST_SEQUENCES} sequences of {config.length} "
