@@ -403,12 +403,14 @@ def test_what_cannot_be_converted_is_refused_before_the_model_is_touched(saved, 
     options = ("--output", output, *SMALL)
     assert "must have at least 31 tokens" in refused(folder, "--data", empty, *options)
     assert "at least 4 sequences of 31 tokens" in refused(folder, "--data", short, *options)
-    assert "No such file" in refused(folder, "--data", tmp_path / "nothing.txt", *options)
+    assert "there is no text file" in refused(folder, "--data", tmp_path / "nothing.txt", *options)
     given = (folder, "--data", text)
     assert "length must be at most 47" in refused(*given, *options, "--length", 53)
     assert "unknown features" in refused(*given, *options, "--features", "sharpe")
     assert "is the model itself" in refused(*given, "--output", folder, "--force")
-    assert "learning_rate must be above 0" in refused(*given, *options, "--learning-rate", 0)
+    assert "learning_rate must be positive and finite" in refused(
+        *given, *options, "--learning-rate", 0
+    )
     assert "finite, got nan" in refused(*given, *options, "--transfer-learning-rate", "nan")
     assert "seed must be a whole number from 0" in refused(*given, *options, "--seed", -1)
     line = refused(*given, *options, "--exact-layers", 2)

@@ -22,7 +22,12 @@ from performers.checks import check_tensor
 from performers.convert.modes import evaluating
 from performers.convert.plain_attention import other_attention
 from performers.convert.sequences import Sequences
-from performers.convert.source import read_tensors, source_config, source_tokenizer
+from performers.convert.source import (
+    check_source_weights,
+    read_tensors,
+    source_config,
+    source_tokenizer,
+)
 from performers.data.files import Record
 from performers.diagnosis.captured import Captured
 
@@ -86,6 +91,7 @@ def capture_text(
     inputs = {"input_ids": windows}
     if config.is_encoder_decoder:
         inputs["decoder_input_ids"] = windows
+    check_source_weights(folder)
     return capture_attention(AutoModel.from_pretrained(folder), **inputs)
 
 

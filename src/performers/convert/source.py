@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
-__all__ = ["read_tensors", "source_config", "source_tokenizer"]
+__all__ = ["check_source_weights", "read_tensors", "source_config", "source_tokenizer"]
 
 # What transformers raises for a config.json that it cannot use, or that is not there.
 UNREADABLE = (OSError, ValueError, TypeError, LookupError, AttributeError, StrictDataclassError)
@@ -20,14 +20,13 @@ UNREADABLE = (OSError, ValueError, TypeError, LookupError, AttributeError, Stric
 def source_config(source: str | Path) -> PreTrainedConfig:
     """The configuration of a model folder, or of a model that transformers knows by its name.
 
-    Of the weights of a folder only the headers are read. transformers itself would speak of a
-    connection where there is no folder, and of a header where a file is cut short.
+    transformers itself would speak of a connection where there is no folder.
 
-    Raises FileNotFoundError where there is no model, ValueError for one that is damaged.
+    Raises FileNotFoundError where there is no model, ValueError for a config.json that is damaged.
     """
     folder = Path(source)
     try:
-        config = AutoConfig.from_pretrained(source)
+        return AutoConfig.from_pretrained(source)
     except UNREADABLE as error:
         path = folder / "config.json"
         if path.is_file():
@@ -37,6 +36,13 @@ def source_config(source: str | Path) -> PreTrainedConfig:
             f"there is no model {source}: no folder with a config.json, and no name that "
             "transformers can load. Give a folder that save_pretrained wrote."
         ) from error
+
+
+def check_source_weights(source: str | Path) -> None:
+    """Raise FileNotFoundError for a model folder without weights, ValueError where a file is
+    damaged. Only the headers are read.
+    """
+    folder = Path(source)
     weights = sorted(folder.glob("*.safetensors"))
     if folder.is_dir() and not weights and not any(folder.glob("*.bin")):
         raise FileNotFoundError(
@@ -51,7 +57,6 @@ def source_config(source: str | Path) -> PreTrainedConfig:
             raise ValueError(
                 f"{path} is damaged and cannot be loaded: {error}. Copy or download it again."
             ) from error
-    return config
 
 
 def source_tokenizer(source: str | Path) -> Any:

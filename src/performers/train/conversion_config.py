@@ -63,9 +63,9 @@ class ConversionConfig:
         check_seed(self.seed)
         for name in ("exact_layers", "transfer_steps", "steps", "lora_rank"):
             check_count(name, getattr(self, name), least=0)
-        for name in ("error", "transfer_learning_rate", "learning_rate"):
-            if getattr(self, name) is not None:
-                check_number(name, getattr(self, name))
+        error = () if self.error is None else ("error",)
+        for name in ("transfer_learning_rate", "learning_rate", *error):
+            check_number(name, getattr(self, name))
         if self.lora_rank and importlib.util.find_spec("peft") is None:
             raise ModuleNotFoundError(
                 "lora_rank needs peft, which is not installed. Install it with: pip install "

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from performers.convert.sequences import Sequences
-from performers.convert.source import source_config, source_tokenizer
+from performers.convert.source import check_source_weights, source_config, source_tokenizer
 from performers.data.files import read_texts
 from performers.nn.words import SHARP
 from performers.theory import cheaper_from
@@ -71,6 +71,7 @@ class ConversionData:
                 f"better hundreds: {config.text} has {len(found)}. Give a longer text or a smaller "
                 "length."
             )
+        check_source_weights(config.model)
         _check_blocks(config, int(found.lengths.max()))
         generator = torch.Generator().manual_seed(config.seed)
         if not isinstance(texts, str):  # which may be sorted
