@@ -73,11 +73,38 @@ def test_no_causal_far_field_sees_the_future(attend, inputs, far):
 
 @both
 @pytest.mark.parametrize("far", ["averaged", "normal"])
-def test_equal_far_keys_with_equal_values_leave_nothing_to_estimate(attend, inputs, is_causal, far):
+def test_equal_keys_leave_nothing_to_estimate(attend, inputs, is_causal, far):
     query, key, value = inputs
-    key, value = key[:, :1].expand_as(key), value[:, :1].expand_as(value)
-    found, _ = attend(is_causal, 7, far, given=(query, key, value))
-    torch.testing.assert_close(found, exact(query, key, value, is_causal), rtol=1e-4, atol=1e-5)
+    given = query, key[:, :1].expand_as(key), value
+    found, _ = attend(is_causal, 7, far, given=given)
+    torch.testing.assert_close(found, exact(*given, is_causal), rtol=1e-4, atol=1e-5)
+
+
+@both
+@pytest.mark.parametrize(("far", "order"), [("averaged", 1), ("normal", 2)])
+def test_an_expansion_is_right_to_its_order_in_the_norm_of_keys(
+    attend, inputs, is_causal, far, order
+):
+    query, key, value = (x.double() for x in inputs)
+    errors = []
+    for size in (0.02, 0.01):
+        found, _ = attend(is_causal, 7, far, given=(query, size * key, value))
+        errors.append((found - exact(query, size * key, value, is_causal)).norm())
+    # The first term left out is of the next order: for an average the tilt of values, of order 1.
+    assert errors[0] / errors[1] == pytest.approx(2**order, rel=0.1)
+
+
+@pytest.mark.parametrize(("far", "order"), [("averaged", 2), ("normal", 3)])
+def test_the_mass_of_an_expansion_is_right_to_the_next_order(attend, inputs, far, order):
+    query, key, value = (x.double() for x in inputs)
+    # Seen from the first block, near values are 0 and far ones 1: it outputs the far share.
+    value = torch.ones_like(value)
+    value[:, :14] = 0.0
+    errors = []
+    for size in (0.2, 0.1):
+        found, _ = attend(False, 7, far, given=(query, size * key, value))
+        errors.append((found - exact(query, size * key, value, False))[:, :7].norm())
+    assert errors[0] / errors[1] == pytest.approx(2**order, rel=0.2)
 
 
 def test_a_cap_bounds_what_far_keys_weigh(fields, attend, inputs):
