@@ -249,7 +249,7 @@ def test_a_mechanism_of_one_row_without_memory_is_refused_where_it_would_be_caus
 ):
     monkeypatch.setitem(MECHANISMS, "toy", Mechanism(lambda config, layer: LaterHalf()))
     assert PerformerForMaskedLM(tiny_config(attention="toy"))(tokens).logits.isfinite().all()
-    with pytest.raises(ValueError, match=r"'toy' cannot be causal.*choose one of \['exact',"):
+    with pytest.raises(ValueError, match=r"'toy' cannot be causal.*choose one of \[.*'exact',"):
         tiny_config(attention="toy", is_decoder=True)
     with pytest.raises(ValueError, match="'toy' cannot be causal"):
         PerformerForCausalLM(tiny_config(attention="toy"))
