@@ -162,9 +162,9 @@ def _attend_near(
         partial = exact_partial(row, exact_keys, exact_values, mask)
         if near.num_heavy:
             number = slot // near.window_size
-            of_block = (x[:, :, number] for x in (heavy_key, heavy_value))
+            of_key, of_value = heavy_key[:, :, number], heavy_value[:, :, number]
             is_there = heavy.of_blocks.weight[:, :, number, None] > -torch.inf
-            partial = partial.merge(exact_partial(row, *of_block, is_there))
+            partial = partial.merge(exact_partial(row, of_key, of_value, is_there))
         if near.far:
             far = absorb(state, features, value, seen & ~is_near)
             estimated_far = read(far, call.phi.query_features(row))

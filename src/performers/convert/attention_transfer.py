@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -142,10 +142,12 @@ class _Averaging(FavorLayer):
         is_causal: bool,
         key_padding_mask: Bool[Tensor, "batch key_length"] | None,
         scale: float | None,
+        segment_ids: Int[Tensor, "batch key_length"] | None = None,
     ) -> Float[Tensor, "batch heads query_length value_dim"]:
         return softmax_attention(
-            torch.zeros_like(query), key, value, is_causal, key_padding_mask, scale, enable_gqa=True
-        )
+            torch.zeros_like(query), key, value, is_causal, key_padding_mask, scale,
+            enable_gqa=True, segment_ids=segment_ids,
+        )  # fmt: skip
 
 
 class _Call(NamedTuple):

@@ -23,7 +23,7 @@ from performers.models import (
     PerformerForMaskedLM,
     PerformerModel,
 )
-from performers.models.modeling import PerformerAttention
+from performers.models.layers import PerformerAttention
 
 __all__ = ["LIBRARIES", "import_checkpoint"]
 
