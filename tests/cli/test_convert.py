@@ -219,7 +219,12 @@ def test_no_recovery_stops_after_calibration_and_leaves_the_weights_alone(saved,
 
 @pytest.mark.parametrize(
     ("kind", "asked"),
-    [*((kind, ()) for kind in MODELS), ("encoder", ("--far",)), ("encoder", ("--no-far",))],
+    [
+        *((kind, ()) for kind in MODELS),
+        ("encoder", ("--far",)),
+        ("encoder", ("--no-far",)),
+        ("encoder", ("--far-limit", 0.3)),
+    ],
 )
 def test_the_far_field_stays_where_it_brings_the_model_closer_to_the_exact_one(
     kind, asked, saved, text, tmp_path
@@ -233,13 +238,17 @@ def test_the_far_field_stays_where_it_brings_the_model_closer_to_the_exact_one(
     assert result.exit_code == 0, result.output
     record = json.loads((output / "conversion.json").read_text())
     if asked:
-        assert record["options"]["far"] is (asked == ("--far",))
+        assert (record["options"]["far"] is False) == (asked == ("--no-far",))
+        assert record["options"]["far_limit"] == (0.3 if 0.3 in asked else None)
         assert record["far_field"] is None
     else:
         found = {name: fidelity["distance"] for name, fidelity in record["far_field"].items()}
-        closest = min(found, key=found.get)
-        assert record["options"]["far"] is (closest == "estimated")
-        assert found["estimated"] != found["left out"]
+        chosen = conversion_run.FAR_FIELDS[min(found, key=found.get)]
+        assert record["options"]["far"] is chosen["far"]
+        assert record["options"]["num_heavy"] == chosen.get("num_heavy", 0)
+        assert record["options"]["far_limit"] == chosen.get("far_limit")
+        assert found.keys() == conversion_run.FAR_FIELDS.keys()
+        assert len(set(found.values())) > 2
     # what is saved is what was chosen
     model, exact = load_linearized(auto_class, output), auto_class.from_pretrained(folder)
     batch = {"input_ids": held_out_rows(exact, text)}

@@ -262,6 +262,8 @@ EFFECTS: dict[str, dict[str, Call | Shown]] = {
         "window": convert("", "options.window_size", 3, "linearize"),
         "sinks": convert("--sinks 5", "options.num_sinks", 5, "linearize"),
         "far": convert("--no-far", "options.far", False, "linearize"),
+        "far_limit": convert("--far-limit 0.3", "options.far_limit", 0.3, "linearize"),
+        "heavy": convert("--no-far --heavy 5", "options.num_heavy", 5, "linearize"),
         "exact_layers": convert("--exact-layers 1", "num_exact", 1, "choose_layers"),
         "length": Call(
             "convert {bert} --data {text} --output {new}/out --length 23 --window 3",

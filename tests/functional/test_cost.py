@@ -48,6 +48,14 @@ def test_a_near_field_costs_its_pairs_its_sinks_and_the_merging_of_its_blocks():
     assert rest == pytest.approx(merged / 2)
 
 
+def test_heavy_keys_cost_their_scores_and_values_and_once_more_the_scores_of_what_is_near():
+    length, dim, window, sinks, heavy = 37, 11, 5, 3, 7
+    alone = favor_operations(length, dim, 0, window, sinks)
+    found = favor_operations(length, dim, 0, window, sinks, num_heavy=heavy)
+    scores = 2 * dim * (near_pairs(length, window) + sinks * length)
+    assert found - alone == 4 * dim * heavy * length + scores
+
+
 def test_a_window_of_the_whole_length_costs_what_exact_attention_does():
     assert favor_operations(37, 11, 0, 37) == exact_operations(37, 11)
 

@@ -154,7 +154,7 @@ def test_a_window_of_any_size_costs_what_one_of_the_whole_length_does(is_causal,
     tensors, phi, mask = inputs(heads=3), feature_map(), MASKS["left"](23)
     options = {"is_causal": is_causal, "key_padding_mask": mask, "backend": backend}
     expected = favor_attention(*tensors, phi, window_size=23, num_sinks=23, **options)
-    for size in (10**9, 10**30):
+    for size in (10**9, 2**62):
         out = favor_attention(*tensors, phi, window_size=size, num_sinks=size, **options)
         assert torch.equal(out, expected)
 

@@ -133,7 +133,9 @@ def heavy_keys(call: Call, slots: Slots, earlier: NearKeys | None) -> HeavyKeys:
 
     def kept(weights: Tensor, places: Tensor) -> Kept:
         of_key, of_value = (
-            x.take_along_dim(places.flatten(2).unsqueeze(-1), dim=2).view(*places.shape, -1)
+            x.take_along_dim(places.flatten(2).unsqueeze(-1), dim=2).view(
+                *places.shape, x.shape[-1]
+            )
             for x in (key, value)
         )
         return Kept(of_key, of_value, weights)
@@ -154,7 +156,7 @@ def _none(call: Call, slots: Slots) -> HeavyKeys:
     return HeavyKeys(kept(1), kept(), like.new_empty(*heads, 0))
 
 
-Choice = tuple[Float[Tensor, "*batch keys"], Int[Tensor, "*batch keys"]]
+Choice = tuple[Float[Tensor, "*batch _"], Int[Tensor, "*batch _"]]
 
 
 def heavier(one: Choice, other: Choice) -> Choice:
@@ -171,7 +173,7 @@ def _running(first: Choice, blocks: list[Choice]) -> list[Choice]:
 
 def _received(
     call: Call, slots: Slots, earlier: NearKeys | None
-) -> tuple[Float[Tensor, "batch key_heads slots"], Float[Tensor, "#batch 1 slots"]]:
+) -> tuple[Float[Tensor, "batch key_heads slots"], Int[Tensor, "#batch 1 slots"]]:
     """The sum of what near queries pay each key, and how many queries it is near of."""
     near, is_causal = call.near, call.is_causal
     assert near is not None, "weights are those of near queries"
@@ -196,7 +198,7 @@ def _received(
     sink_key, _, is_sink = slots.sinks(earlier)
     sink_key = call.scaled(sink_key)[:, :, None, None]
     sink_place = torch.arange(near.num_sinks, device=key.device)
-    sums = torch.zeros(*key.shape[:4], dtype=call.dtype, device=key.device)
+    received: list[list[Tensor]] = [[] for _ in range(count)]
     hidden = torch.finfo(call.dtype).min  # of rows that see nothing: no NaN, which times 0 is one
     offsets = (0, -1) if is_causal else (0, -1, 1)  # from a block of queries to a block of keys
     later = torch.ones(size, size, dtype=torch.bool, device=key.device).triu_(1)
@@ -216,10 +218,10 @@ def _received(
         weights = (weights * is_new[:, None, None, block, :, None]).sum(dim=(2, 3))
         _, *found = weights.split([near.num_sinks, *[size] * len(near_blocks)], dim=-1)
         for other, weight in zip(near_blocks, found, strict=True):
-            sums[:, :, other] += weight
-    sums = sums.flatten(2)[..., :slot_count]
+            received[other].append(weight)
+    sums = torch.cat([torch.stack(x).sum(dim=0) for x in received], dim=-1)[..., :slot_count]
     if earlier is not None:
-        sums[..., : 2 * size] += earlier.heavy_sums
+        sums = sums + F.pad(earlier.heavy_sums, (0, slot_count - 2 * size))
     if is_causal:  # when they are far, the queries of both blocks have come
         seen = 2 * size - torch.arange(slot_count, device=key.device) % size
         return sums, seen[None, None]

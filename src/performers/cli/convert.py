@@ -83,7 +83,22 @@ def convert(
         typer.Option(
             "--far/--no-far",
             help="Estimate the keys beyond the window and the sinks, or leave them out. Unless "
-            "given, whichever keeps the model closer to the exact one.",
+            "given, what keeps the model closest to the exact one, of these, 64 heavy keys and a "
+            "limited estimate.",
+        ),
+    ] = None,
+    far_limit: Annotated[
+        float | None,
+        typer.Option(
+            help="Far keys weigh at most this multiple of the near keys of a query, such as 0.2."
+        ),
+    ] = None,
+    heavy: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="With --no-far, keep this many far keys exact: those that near queries attended "
+            "to most.",
         ),
     ] = None,
     exact_layers: Annotated[
@@ -155,6 +170,8 @@ def convert(
             "window_size": window,
             "num_projections": num_projections,
             "far": far,
+            "far_limit": far_limit,
+            "num_heavy": heavy,
         }
         config = ConversionConfig(
             model=model,

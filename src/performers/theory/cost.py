@@ -25,6 +25,7 @@ def favor_operations(
     num_sinks: int = 0,
     is_causal: bool = False,
     is_sharp: bool = False,
+    num_heavy: int = 0,
 ) -> float:
     """`favor_attention`: d operations per token and head, in order
 
@@ -33,6 +34,7 @@ def favor_operations(
         2·m·(d + 1) / w     of each direction: a block's sums join those of the blocks before
         4·d·n               exact scores and their values, of n = near_pairs / L keys
         4·d·s               the same for s sinks
+        4·d·h, 2·d·(n + s)  the same for h heavy keys, and the scores that choose them
 
     `num_projections`: 0 for a near field alone (`far=False`), which has none of the first three.
     `window_size`: None for no near field.
@@ -40,6 +42,8 @@ def favor_operations(
     operations = 4.0 * dim * num_sinks * length
     if window_size is not None:
         operations += 4 * dim * near_pairs(length, window_size, is_causal)
+    if num_heavy:
+        operations += operations / 2 + 4 * dim * num_heavy * length
     if num_projections:
         operations += 8 * num_projections * dim * length
         operations += 4 * dim**2 * length if is_sharp else 0
@@ -56,11 +60,12 @@ def cheaper_from(
     num_sinks: int = 0,
     is_causal: bool = False,
     is_sharp: bool = False,
+    num_heavy: int = 0,
 ) -> int:
     """The first length at which `favor_operations` are fewer than `exact_operations`."""
 
     def is_cheaper(length: int) -> bool:
-        setting = (num_projections, window_size, num_sinks, is_causal, is_sharp)
+        setting = (num_projections, window_size, num_sinks, is_causal, is_sharp, num_heavy)
         return favor_operations(length, dim, *setting) < exact_operations(length, dim, is_causal)
 
     # Linear against quadratic: there is such a length.

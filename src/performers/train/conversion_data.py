@@ -112,6 +112,7 @@ def _warnings(
         near.get("num_sinks", 0),
         task.name == "causal-lm",
         options.features == SHARP,
+        near.get("num_heavy", 0),
     )
     if first <= longest:
         return ()

@@ -76,6 +76,14 @@ CHOICE_TOKENS = 4096
 SINKS = (0, 1, NUM_SINKS)
 WORTH_A_SINK = 0.05
 
+# What is tried for the keys beyond the near field and the sinks, the cheapest first.
+FAR_FIELDS: dict[str, dict[str, Any]] = {
+    "left out": {"far": False},
+    "heavy keys": {"far": False, "num_heavy": 64},
+    "estimated": {"far": True},
+    "estimated, limited": {"far": True, "far_limit": 0.2},
+}
+
 
 @dataclass(frozen=True)
 class Conversion:
@@ -175,7 +183,6 @@ class Conversion:
             options, costs = self._choose_layers(model, options, report)
         teacher = exact_copy(linearize(model, options))
         options, num_sinks = self._choose_sinks(model, teacher, options, report)
-        self._linearize(model, options)
         options, far_field = self._choose_far(model, teacher, options, report)
         record: dict[str, Any] = {
             "created_with": describe_environment(),
@@ -259,7 +266,8 @@ class Conversion:
             return options, None
         found = {}
         for count in SINKS:
-            linearize(model, dataclasses.replace(options, num_sinks=count, far=False))
+            nothing_far = {"far": False, "far_limit": None}
+            linearize(model, dataclasses.replace(options, num_sinks=count, **nothing_far))
             found[count] = self._fidelity(model, teacher, self._for_choices()).distance
         enough = min(found.values()) / (1 - WORTH_A_SINK)
         chosen = next(count for count in SINKS if found[count] <= enough)
@@ -275,26 +283,25 @@ class Conversion:
         options: FavorOptions,
         report: Callable[[str], None],
     ) -> tuple[FavorOptions, dict[str, Any] | None]:
-        """The options with a far field or without, whichever leaves the converted model closer to
-        the exact one, and the fidelity of both; as they are where that was asked for.
+        """The options with the far field that leaves the converted model closest to the exact one,
+        and the fidelity of each; as they are where a far field was asked for.
 
         A model bears what is missing better than an estimate with a heavy tail, and no error of a
         single layer shows it.
         """
-        if options.far is not None or not options.window_size:
+        is_asked = options.far is not None or options.far_limit is not None
+        if is_asked or not options.window_size:
+            self._linearize(model, options)
             return options, None
-        sequences = self._for_choices()
-        estimated = self._fidelity(model, teacher, sequences)
-        chosen = dataclasses.replace(options, far=False)
+        found = {}
+        for name, words in FAR_FIELDS.items():
+            self._linearize(model, dataclasses.replace(options, **words))
+            found[name] = self._fidelity(model, teacher, self._for_choices())
+            report(f"far keys {name}: {found[name]}")
+        closest = min(found, key=lambda name: found[name].distance)
+        report(f"chosen: far keys {closest}")
+        chosen = dataclasses.replace(options, **FAR_FIELDS[closest])
         self._linearize(model, chosen)
-        alone = self._fidelity(model, teacher, sequences)
-        if estimated.distance < alone.distance:
-            chosen = dataclasses.replace(options, far=True)
-            self._linearize(model, chosen)
-        report(f"with an estimated far field: {estimated}")
-        report(f"with the near field alone: {alone}")
-        report("chosen: " + ("the estimate" if chosen.far else "nothing far, which costs less"))
-        found = {"estimated": estimated, "left out": alone}
         return chosen, {name: dataclasses.asdict(fidelity) for name, fidelity in found.items()}
 
     def _linearize(self, model: PreTrainedModel, options: FavorOptions) -> None:
