@@ -132,13 +132,11 @@ def heavy_keys(call: Call, slots: Slots, earlier: NearKeys | None) -> HeavyKeys:
         value = torch.cat([earlier.heavy_value.to(value.dtype), value], dim=2)
 
     def kept(weights: Tensor, places: Tensor) -> Kept:
-        of_key, of_value = (
-            x.take_along_dim(places.flatten(2).unsqueeze(-1), dim=2).view(
-                *places.shape, x.shape[-1]
-            )
-            for x in (key, value)
-        )
-        return Kept(of_key, of_value, weights)
+        def taken(x: Tensor) -> Tensor:
+            found = x.take_along_dim(places.flatten(2).unsqueeze(-1), dim=2)
+            return found.view(*places.shape, x.shape[-1])
+
+        return Kept(taken(key), taken(value), weights)
 
     return HeavyKeys(kept(weights, places), kept(*later), kept_sums)
 
