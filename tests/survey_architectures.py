@@ -274,7 +274,7 @@ def exact_estimates() -> Iterator[list[bool]]:
 
     def attend(query: Any, key: Any, value: Any, phi: Any, **options: Any) -> Any:
         calls.append(True)
-        for word in ("window_size", "num_sinks", "far"):
+        for word in ("window_size", "num_sinks", "far", "far_limit", "num_heavy"):
             options.pop(word, None)
         return softmax_attention(query, key, value, **options)
 

@@ -25,7 +25,7 @@ from transformers import (
 )
 from transformers.masking_utils import AttentionMaskInterface
 
-from performers.convert.capture import text_windows
+from performers.convert.sequences import text_windows
 from performers.reproduction import read_texts
 from performers.theory.cost import exact_operations, favor_operations
 from performers.viz.figures import BASELINE_COLOR, COLORS, STYLE

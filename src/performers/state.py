@@ -77,7 +77,7 @@ class NearKeys:
     heavy_key: Float[Tensor, "batch key_heads num_heavy dim"]
     heavy_value: Float[Tensor, "batch key_heads num_heavy value_dim"]
     heavy_weight: Float[Tensor, "batch key_heads num_heavy"]
-    heavy_sums: Float[Tensor, "batch key_heads two_blocks"]
+    heavy_sums: Float[Tensor, "batch key_heads num_sums"]
     count: Int[Tensor, " batch"]
     pending: LinearState
 

@@ -77,7 +77,7 @@ class HeavyKeys(NamedTuple):
 
     of_blocks: Kept
     later: Kept
-    sums: Float[Tensor, "batch key_heads two_blocks"]
+    sums: Float[Tensor, "batch key_heads num_sums"]
 
 
 def heavy_keys(call: Call, slots: Slots, earlier: NearKeys | None) -> HeavyKeys:

@@ -277,7 +277,6 @@ class PerformerForCausalLM(PerformerPreTrainedModel, GenerationMixin):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         logits_to_keep: int | Int[Tensor, " positions"] = 0,
-        shift_labels: Int[Tensor, "batch length"] | None = None,
         num_items_in_batch: Tensor | int | None = None,
         **packing: Any,
     ) -> CausalLMOutputWithPast:
@@ -289,6 +288,9 @@ class PerformerForCausalLM(PerformerPreTrainedModel, GenerationMixin):
         `logits_to_keep`: only the logits of the last so many positions, or of the given ones.
         Other arguments are those of `PerformerModel.forward` and `PerformerForMaskedLM.forward`.
         """
+        # Were it an argument by name, the Trainer would take a batch without it for one that has no
+        # labels.
+        shift_labels = packing.pop("shift_labels", None)
         outputs = self.performer(
             input_ids=input_ids,
             attention_mask=attention_mask,
