@@ -282,6 +282,7 @@ def check_key_padding_mask(mask: Tensor | None, key: Tensor) -> None:
 
 def check_segment_ids(segment_ids: Tensor, query: Tensor, key: Tensor) -> None:
     """Raise unless there is a whole number for each token, and one query per key."""
+    check_tensor("segment_ids", segment_ids)
     if segment_ids.is_floating_point() or segment_ids.is_complex():
         raise TypeError(
             "segment_ids must be whole numbers, one for each token and another where a new "

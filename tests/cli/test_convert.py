@@ -121,7 +121,7 @@ def test_every_number_is_that_of_the_saved_model_beside_the_exact_one(kind, save
     record = json.loads((output / "conversion.json").read_text())
     stage = record["stages"]["calibrated"]
     table = columns(result.stdout.split("\n\n")[0])
-    assert table[0] == ["error of the layer's output", "averaging", "calibrated"]
+    assert table[0] == ["on text that was not trained on", "calibrated"]
     printed = {name: numbers for name, *numbers in table}
     exact = auto_class.from_pretrained(folder, attn_implementation="eager").eval()
     model = load_linearized(auto_class, output)
@@ -131,7 +131,7 @@ def test_every_number_is_that_of_the_saved_model_beside_the_exact_one(kind, save
         if kind == "encoder":
             pair = (one.last_hidden_state.mean(dim=1) for one in (ours, theirs))
             cosine = float(torch.cosine_similarity(*pair).mean())
-            distance, agreement, quality, perfect = 1 - cosine, None, cosine, 1.0
+            distance, agreement, loss, perfect = 1 - cosine, None, None, None
             for number in range(2):
                 name = f"encoder.layer.{number}.attention.self"
                 averaging, error = errors_of_layer(
@@ -140,23 +140,25 @@ def test_every_number_is_that_of_the_saved_model_beside_the_exact_one(kind, save
                 )  # fmt: skip
                 assert record["averaging"][name] == pytest.approx(averaging, rel=1e-4)
                 assert stage["layers"][name] == pytest.approx(error, rel=1e-4)
-                assert printed[name] == [f"{averaging:.3f}", f"{error:.3f}"]
+                title = f"error of {name} (averaging: {averaging:.3f})"
+                assert printed[title] == [f"{error:.3f}"]
         else:
             log_p, log_q = (one.logits.log_softmax(dim=-1) for one in (theirs, ours))
             distance = float((log_p.exp() * (log_p - log_q)).sum(dim=-1).mean())
             agreement = float((log_p.argmax(-1) == log_q.argmax(-1)).double().mean())
-            perfect, quality = (
+            perfect, loss = (
                 -float(x[:, :-1].gather(2, rows[:, 1:, None]).mean()) for x in (log_p, log_q)
             )
             assert printed["positions with its likeliest token"] == [f"{agreement:.4f}"]
     assert stage["fidelity"]["distance"] == pytest.approx(distance, rel=1e-3, abs=1e-6)
     assert stage["fidelity"]["agreement"] == (agreement and pytest.approx(agreement))
-    assert stage["quality"] == pytest.approx(quality, rel=1e-4)
-    assert record["exact"] == pytest.approx(perfect, rel=1e-4)
-    (of_model,) = printed["distance of the model to the exact one"]
+    (of_model,) = printed["distance to the exact model (KL, or 1 - cosine)"]
     assert float(of_model) == pytest.approx(distance, abs=1e-4)
-    (of_task,) = printed[f"{record['measure']} (exact: {record['exact']:.4f})"]
-    assert float(of_task) == pytest.approx(quality, abs=1e-4)
+    assert stage["task_loss"] == (loss and pytest.approx(loss, rel=1e-4))
+    assert record["exact_task_loss"] == (perfect and pytest.approx(perfect, rel=1e-4))
+    if loss is not None:
+        (of_task,) = printed[f"loss of its task (exact: {record['exact_task_loss']:.4f})"]
+        assert float(of_task) == pytest.approx(loss, abs=1e-4)
 
 
 @pytest.mark.parametrize("agreement", [None, 0.5])
@@ -164,23 +166,27 @@ def test_each_stage_has_its_column(agreement):
     stages = {
         stage: {
             "layers": {"0.self": 0.1 + index, "1.self": 0.2 + index},
-            "quality": 0.3 + index,
-            "fidelity": {"distance": 0.4 + index, "agreement": agreement and agreement + index},
+            "task_loss": 0.3 + index,
+            "is_kept": index == 0,
+            "fidelity": {
+                "distance": 0.4 + index,
+                "agreement": agreement and agreement + index,
+                "neighbors": None,
+            },
         }
         for index, stage in enumerate(["calibrated", "after fine-tuning"])
     }
     record = {
-        "averaging": {"0.self": 0.6, "1.self": 0.7}, "stages": stages, "measure": "loss",
-        "exact": 0.8,
+        "averaging": {"0.self": 0.6, "1.self": 0.7}, "stages": stages, "exact_task_loss": 0.8,
     }  # fmt: skip
     agreements = [["positions with its likeliest token", "0.5000", "1.5000"]]
     assert columns(_table(record)) == [
-        ["error of the layer's output", "averaging", "calibrated", "after fine-tuning"],
-        ["0.self", "0.600", "0.100", "1.100"],
-        ["1.self", "0.700", "0.200", "1.200"],
-        ["distance of the model to the exact one", "0.4000", "1.4000"],
+        ["on text that was not trained on", "calibrated", "after fine-tuning (undone)"],
+        ["distance to the exact model (KL, or 1 - cosine)", "0.4000", "1.4000"],
         *(agreements if agreement else []),
-        ["loss (exact: 0.8000)", "0.3000", "1.3000"],
+        ["loss of its task (exact: 0.8000)", "0.3000", "1.3000"],
+        ["error of 0.self (averaging: 0.600)", "0.100", "1.100"],
+        ["error of 1.self (averaging: 0.700)", "0.200", "1.200"],
     ]
 
 

@@ -224,7 +224,8 @@ def test_window_layers_beside_layers_without_a_window_stay_exact(model, tmp_path
     model = model().eval()
     (name,) = converted_layers(linearize(model, FavorOptions(window_size=13)))
     assert "layers.1." in name
-    inputs = inputs_for(model)
+    is_rotary = isinstance(model, Gemma3TextModel)
+    inputs = with_positions(inputs_for(model), "Llama" if is_rotary else "")
     ours = outputs_of(model, inputs)
     model.save_pretrained(tmp_path)
     loaded = AutoModel.from_pretrained(tmp_path, attn_implementation="favor").eval()
@@ -357,7 +358,7 @@ def test_options_are_those_of_the_cheapest_setting_within_an_error():
         ({"far_limit": -1.0}, "far_limit must be a positive number"),
         ({"far_limit": 0.2, "far": False}, "and far=False leaves them out"),
         ({"num_heavy": 5}, "the estimate of the far keys would count them again: pass far=False"),
-        ({"window_size": -1}, "window_size must be a whole number of at least 1"),
+        ({"window_size": -1}, "window_size must be a whole number of at least 0"),
         ({"layers": [-1]}, "numbers of layers, counted from 0"),
         ({"exact_heads": {0: [1.5]}}, r"such as \{3: \[0, 5\]\}: got \{0: \[1\.5\]\}"),
         ({"features": "relu", "exact_heads": {0: [1]}}, "put softmax attention beside its estima"),

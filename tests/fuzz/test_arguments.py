@@ -46,7 +46,7 @@ OTHERS = {
     "object": Stranger(), "dtype": torch.float32, "state": STATE, "map": PHI,
 }  # fmt: skip
 
-NEAR = {"window_size": 2, "num_sinks": 1, "far": True}
+NEAR = {"window_size": 2, "num_sinks": 1, "far": True, "far_limit": 0.5, "num_heavy": 0}
 INPUTS = {"query": QUERY, "key": KEY, "is_causal": False, "key_padding_mask": MASK, "scale": 0.5}
 LINEAR = {
     **INPUTS, **NEAR, "value": VALUE, "phi": PHI, "normalize": True, "enable_gqa": False,
@@ -56,11 +56,14 @@ DRAWN = {"dim": 4, "num_projections": 8, "projection": "iid", "seed": 0, "layer"
 
 # Function → arguments that it serves.
 SERVED = {
-    performers.favor_attention: LINEAR,
+    performers.favor_attention: LINEAR | {"segment_ids": None},
     functional.linear_attention: LINEAR,
-    performers.softmax_attention: {**INPUTS, "value": VALUE, "enable_gqa": False},
+    performers.softmax_attention: {
+        **INPUTS, "value": VALUE, "enable_gqa": False, "segment_ids": None
+    },
     performers.attention_matrix: {
-        **INPUTS, **NEAR, "phi": PHI, "normalize": True, "enable_gqa": False
+        **INPUTS, **NEAR, "phi": PHI, "normalize": True, "enable_gqa": False,
+        "segment_ids": None,
     },
     performers.draw_projection: {
         "num_projections": 8, "dim": 4, "kind": "iid", "distribution": "sphere", "generator": None
@@ -100,7 +103,8 @@ SERVED = {
     },
     performers.FavorOptions: {
         "num_projections": 8, "features": "sharp", "projection": "iid", "statistics": None,
-        "window_size": None, "num_sinks": None, "far": None, "layers": None, "exact_heads": {},
+        "window_size": None, "num_sinks": None, "far": None, "far_limit": 0.5,
+        "num_heavy": 0, "layers": None, "exact_heads": {},
         "seed": 0,
     },
 }  # fmt: skip

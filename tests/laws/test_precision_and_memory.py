@@ -100,7 +100,10 @@ def bytes_kept(length: int, num_features: int, is_causal: bool, window_size: int
 def living_storages() -> dict[int, int]:
     """Address and size of the memory of all tensors that Python knows."""
     gc.collect()
-    storages = [x.untyped_storage() for x in gc.get_objects() if type(x) is torch.Tensor]
+    tensors = [x for x in gc.get_objects() if type(x) is torch.Tensor]
+    storages = [
+        x.untyped_storage() for x in tensors if x.layout == torch.strided
+    ]  # others have none
     return {storage.data_ptr(): storage.nbytes() for storage in storages}
 
 

@@ -16,14 +16,13 @@ from performers.functional.normalizer import (
     log_normalizer,
 )
 from performers.functional.projections import draw_projection
-from performers.functional.readout import apply_matrix, attention_matrix, implied_matrix
+from performers.functional.readout import attention_matrix, implied_matrix
 from performers.functional.softmax import softmax_attention
 
 __all__ = [
     "KERNELS",
     "Kernel",
     "absorb_keys",
-    "apply_matrix",
     "approximate_cross_entropy",
     "attention_matrix",
     "draw_projection",

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from performers.functional import apply_matrix, implied_matrix
+from performers.functional.readout import apply_matrix, implied_matrix
 from performers.functional.segments import attend_by_segment
 from performers.models.cache import PerformerCache
 from performers.models.config import PerformerConfig

@@ -71,8 +71,8 @@ class ConversionData:
                 f"better hundreds: {config.text} has {len(found)}. Give a longer text or a smaller "
                 "length."
             )
-        check_source_weights(config.model)
         _check_blocks(config, int(found.lengths.max()))
+        check_source_weights(config.model)
         generator = torch.Generator().manual_seed(config.seed)
         if not isinstance(texts, str):  # which may be sorted
             found = found[torch.randperm(len(found), generator=generator)]
