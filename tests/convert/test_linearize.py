@@ -355,7 +355,7 @@ def test_options_are_those_of_the_cheapest_setting_within_an_error():
         ({"features": "relu", "num_sinks": 2}, "belong to an exact near field, and there is none"),
         ({"window_size": 0, "far": False}, "belong to an exact near field, and there is none"),
         ({"window_size": 0, "far_limit": 0.2}, "belong to an exact near field, and there is none"),
-        ({"far_limit": -1.0}, "far_limit must be a positive number"),
+        ({"far_limit": -1.0}, "far_limit must be positive and finite"),
         ({"far_limit": 0.2, "far": False}, "and far=False leaves them out"),
         ({"num_heavy": 5}, "the estimate of the far keys would count them again: pass far=False"),
         ({"window_size": -1}, "window_size must be a whole number of at least 0"),

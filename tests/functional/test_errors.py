@@ -244,7 +244,7 @@ class TestNearField:
 
     @pytest.mark.parametrize("far_limit", [0, -0.2, float("inf"), float("nan"), True, "0.2"])
     def test_with_an_odd_limit_on_far_keys(self, far_limit):
-        with refused("far_limit must be a positive number"):
+        with refused("far_limit must be positive and finite"):
             favor_attention(
                 *inputs(key_heads=6), SoftmaxFeatures(5), window_size=3, far_limit=far_limit
             )

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 from torch import Tensor
 
-from performers.checks import check_count, described
+from performers.checks import check_count, check_number
 
 __all__ = [
     "check_far_limit",
@@ -25,13 +24,10 @@ def check_far_limit(far_limit: float | None, far: bool | None) -> None:
     """Raise unless a limit on far keys is a positive number, and there are far keys."""
     if far_limit is None:
         return
-    is_number = isinstance(far_limit, int | float) and not isinstance(far_limit, bool)
-    if not is_number or not 0 < far_limit < math.inf:
-        raise ValueError(
-            "far_limit must be a positive number, the most that the far keys of a query weigh "
-            f"together when its near ones weigh 1, got {described(far_limit)}. Pass for example "
-            "0.2, None for no limit, or far=False to leave the far keys out."
-        )
+    check_number(
+        "far_limit", far_limit, otherwise="It is what all far keys of a query weigh at most when its "
+        "near ones weigh 1, such as 0.2; None sets no limit, and far=False leaves far keys out.",
+    )  # fmt: skip
     if far is False:
         raise ValueError(
             f"far_limit={far_limit} limits the far keys, and far=False leaves them out. Pass one "
