@@ -24,10 +24,11 @@ def check_far_limit(far_limit: float | None, far: bool | None) -> None:
     """Raise unless a limit on far keys is a positive number, and there are far keys."""
     if far_limit is None:
         return
-    check_number(
-        "far_limit", far_limit, otherwise="It is what all far keys of a query weigh at most when its "
-        "near ones weigh 1, such as 0.2; None sets no limit, and far=False leaves far keys out.",
-    )  # fmt: skip
+    meaning = (
+        "It is what all far keys of a query weigh at most when its near ones weigh 1, such as 0.2; "
+        "None sets no limit, and far=False leaves far keys out."
+    )
+    check_number("far_limit", far_limit, otherwise=meaning)
     if far is False:
         raise ValueError(
             f"far_limit={far_limit} limits the far keys, and far=False leaves them out. Pass one "

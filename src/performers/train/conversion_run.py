@@ -266,8 +266,8 @@ class Conversion:
             return options, None
         found = {}
         for count in SINKS:
-            nothing_far = {"far": False, "far_limit": None}
-            linearize(model, dataclasses.replace(options, num_sinks=count, **nothing_far))
+            tried = dataclasses.replace(options, num_sinks=count, far=False, far_limit=None)
+            linearize(model, tried)
             found[count] = self._fidelity(model, teacher, self._for_choices()).distance
         enough = min(found.values()) / (1 - WORTH_A_SINK)
         chosen = next(count for count in SINKS if found[count] <= enough)
