@@ -7,7 +7,7 @@ from restated import DIM, HEADS, HIDDEN, MAX_LENGTH, VOCABULARY
 
 from performers import PerformerForCausalLM, PerformerForMaskedLM, PerformerModel, import_checkpoint
 from performers.models import PerformerCache
-from performers.models.modeling import PerformerAttention
+from performers.models.layers import PerformerAttention
 
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
 
