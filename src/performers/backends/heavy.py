@@ -54,9 +54,12 @@ class Kept(NamedTuple):
         size = key.shape[2]
         weight = sums[..., :size] / (2 * size - torch.arange(size, device=key.device))
         weight = weight.masked_fill(~is_known, -torch.inf)
-        weight, top = torch.cat([self.weight, weight], dim=-1).topk(self.weight.shape[-1], dim=-1)
+        number = self.weight.shape[-1]
+        places = torch.arange(number + size, device=key.device)
+        own, of_block = (x.expand(*key.shape[:2], -1) for x in places.split([number, size]))
+        weight, chosen = heavier((self.weight, own), (weight, of_block))
         one_key, one_value = (
-            torch.cat(x, dim=2).take_along_dim(top.unsqueeze(-1), dim=2)
+            torch.cat(x, dim=2).take_along_dim(chosen.unsqueeze(-1), dim=2)
             for x in ((self.key, key), (self.value, value))
         )
         return Kept(one_key, one_value, weight)
@@ -103,10 +106,10 @@ def heavy_keys(call: Call, slots: Slots, earlier: NearKeys | None) -> HeavyKeys:
         nothing = torch.full_like(weights[..., :1], -torch.inf).expand(-1, -1, number)
         first = nothing if earlier is None else earlier.heavy_weight.to(weights.dtype)
         of_first = torch.arange(number, device=sums.device).expand_as(first)
-        before = _running((first, of_first), [*zip(blocks, of_blocks, strict=True)])
+        pairs = [*zip(blocks, of_blocks, strict=True)]
+        before = _running((first, of_first), pairs)
         chosen = [before[max(0, block - 1)] for block in range(count)]
         if not call.is_causal:
-            pairs = [*zip(blocks, of_blocks, strict=True)]
             after = _running((nothing, of_first), pairs[::-1])
             chosen = [
                 heavier(one, after[max(0, count - 2 - block)]) for block, one in enumerate(chosen)
@@ -118,10 +121,7 @@ def heavy_keys(call: Call, slots: Slots, earlier: NearKeys | None) -> HeavyKeys:
             for x in zip(*before, strict=True)
         ]
         position = slots.next_start() + torch.arange(2 * size, device=sums.device)
-        slot = position - slots.start
-        is_here = (slot >= 0) & (slot < slot_count) & (position >= 0) & (position < slots.count)
-        slot = slot.clamp(0, slot_count - 1)[:, None].expand(-1, sums.shape[1], -1)
-        kept_sums = sums.gather(2, slot).masked_fill(~is_here[:, None], 0.0)
+        kept_sums = slots.rows_at(position, sums.unsqueeze(-1)).squeeze(-1)
         weights, places = (torch.stack(x, dim=2) for x in zip(*chosen, strict=True))
 
     key, value = (F.pad(x, (0, 0, 0, count * size - slot_count)) for x in (slots.key, slots.value))
@@ -188,21 +188,18 @@ def _received(
         1, (count, size)
     )
     is_new, position = (F.pad(x, (0, rest)).unflatten(1, (count, size)) for x in (is_new, position))
-    query = call.scaled(F.pad(slots.query, (0, 0, 0, rest)))
-    query = query.unflatten(3, (count, size)).transpose(
-        2, 3
-    )  # [batch, heads, count, group, size, dim]
+    query = call.scaled(F.pad(slots.query, (0, 0, 0, rest))).unflatten(3, (count, size))
     key = call.scaled(F.pad(slots.key, (0, 0, 0, rest))).unflatten(2, (count, size))
     sink_key, _, is_sink = slots.sinks(earlier)
-    sink_key = call.scaled(sink_key)[:, :, None, None]
+    sink_key = call.scaled(sink_key).unsqueeze(2)  # for all queries of a group
     sink_place = torch.arange(near.num_sinks, device=key.device)
     received: list[list[Tensor]] = [[] for _ in range(count)]
     hidden = torch.finfo(call.dtype).min  # of rows that see nothing: no NaN, which times 0 is one
     offsets = (0, -1) if is_causal else (0, -1, 1)  # from a block of queries to a block of keys
     later = torch.ones(size, size, dtype=torch.bool, device=key.device).triu_(1)
     for block in range(count):
-        rows, place = query[:, :, block], position[:, None, None, block, :, None]
-        logits = rows @ sink_key.squeeze(2).mT
+        rows, place = query[:, :, :, block], position[:, None, None, block, :, None]
+        logits = rows @ sink_key.mT
         seen_sinks = is_sink[:, None, None, None] & ((sink_place <= place) | (not is_causal))
         parts = [logits.masked_fill(~seen_sinks, hidden)]
         near_blocks = [block + x for x in offsets if 0 <= block + x < count]

@@ -120,12 +120,16 @@ class Slots:
         Float[Tensor, "batch key_heads places value_dim"],
     ]:
         """Keys and values at these positions; 0 where there is none, or none in a slot."""
+        return self.rows_at(position, self.key), self.rows_at(position, self.value)
+
+    def rows_at(
+        self, position: Int[Tensor, "*batch places"], x: Float[Tensor, "batch *heads slots _"]
+    ) -> Float[Tensor, "batch *heads places _"]:
+        """What each slot has of x, at these positions; 0 where there is none, or none in a slot."""
         slot = position - self.start
         is_here = (slot >= 0) & (position >= 0) & (position < self.count)
         slot = slot.clamp(0, self.key.shape[2] - 1)
-        absent = ~is_here[:, None, :, None]
-        key, value = (_taken(x, slot).masked_fill(absent, 0.0) for x in (self.key, self.value))
-        return key, value
+        return _taken(x, slot).masked_fill(~is_here[:, None, :, None], 0.0)
 
     def tokens(
         self, rows: Float[Tensor, "batch key_heads group slots _"]

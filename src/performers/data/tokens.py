@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from performers.checks import check_count
 from performers.data.vocabulary import BOS_TOKEN_ID, EOS_TOKEN_ID
 
-__all__ = ["TokenDataset", "concatenate_tokens", "crop_tokens"]
+__all__ = ["TokenDataset", "concatenate_tokens", "crop_tokens", "frame_tokens"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,13 +47,15 @@ class TokenDataset(Dataset[dict[str, Tensor]]):
         return torch.bincount(self.tokens, minlength=self.vocab_size)
 
 
+def frame_tokens(row: Integer[Tensor, " length"]) -> Integer[Tensor, " length_plus_two"]:
+    """`<bos> row <eos>`."""
+    return torch.cat([row.new_tensor([BOS_TOKEN_ID]), row, row.new_tensor([EOS_TOKEN_ID])])
+
+
 def crop_tokens(rows: Sequence[Tensor], length: int, vocab_size: int) -> TokenDataset:
     """`<bos> row <eos>`, of which the first `length` tokens stay; one that is cut has no <eos>."""
     check_count("length", length)
-    framed = [
-        torch.cat([row.new_tensor([BOS_TOKEN_ID]), row, row.new_tensor([EOS_TOKEN_ID])])[:length]
-        for row in rows
-    ]
+    framed = [frame_tokens(row)[:length] for row in rows]
     ends = torch.tensor([0] + [len(row) for row in framed]).cumsum(0)
     return TokenDataset(_join(framed), ends, vocab_size)
 

@@ -27,7 +27,8 @@ from tqdm.auto import tqdm
 
 from performers.checks import check_choice, check_count
 from performers.data.fasta import FastaRecord, read_fasta
-from performers.data.vocabulary import BOS_TOKEN_ID, EOS_TOKEN_ID, PAD_TOKEN_ID, encode
+from performers.data.tokens import frame_tokens
+from performers.data.vocabulary import PAD_TOKEN_ID, encode
 from performers.records.files import read_json
 from performers.train.checkpoints import load_model, saving, write_atomically
 from performers.train.tasks import Model
@@ -174,10 +175,7 @@ class Embedding:
         self, model: Model, sequences: Sequence[str], device: torch.device
     ) -> Iterator[Float[Tensor, "rows hidden"]]:
         """The last hidden states of the residues of each protein, or their mean."""
-        framed = [
-            torch.cat([torch.tensor([BOS_TOKEN_ID]), encode(x), torch.tensor([EOS_TOKEN_ID])])
-            for x in sequences
-        ]
+        framed = [frame_tokens(encode(x)) for x in sequences]
         tokens = pad_sequence(framed, batch_first=True, padding_value=PAD_TOKEN_ID).to(device)
         mask = tokens != PAD_TOKEN_ID
         hidden = model.performer(tokens, attention_mask=mask).last_hidden_state.float()

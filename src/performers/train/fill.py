@@ -9,10 +9,9 @@ from typing import Any
 import torch
 
 from performers.checks import check_count
+from performers.data.tokens import frame_tokens
 from performers.data.vocabulary import (
     AMINO_ACID_IDS,
-    BOS_TOKEN_ID,
-    EOS_TOKEN_ID,
     MASK_TOKEN_ID,
     TOKENS,
     encode,
@@ -69,8 +68,7 @@ class Filling:
         tokens = encode(self.sequence.replace(HIDDEN_LETTER, "X"))
         places = [i for i, letter in enumerate(self.sequence) if letter == HIDDEN_LETTER]
         tokens[places] = MASK_TOKEN_ID
-        ends = torch.tensor([BOS_TOKEN_ID]), torch.tensor([EOS_TOKEN_ID])
-        logits = model(torch.cat([ends[0], tokens, ends[1]])[None].to(device)).logits[0, 1:-1]
+        logits = model(frame_tokens(tokens)[None].to(device)).logits[0, 1:-1]
         first = AMINO_ACID_IDS.start
         likely = logits[places, first:].float().softmax(dim=-1).cpu().topk(self.top, dim=-1)
         letters = list(self.sequence)
