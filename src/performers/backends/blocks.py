@@ -57,8 +57,7 @@ HEADS_BYTES = 64 * 2**20
 
 class BlockAttention(NamedTuple):
     """Outputs, the log of their normalizers, the averages of all blocks and of the state before
-    them (s̃_m and F_m), and what the way back
-    needs of the features.
+    them (s̃_m and F_m), and the log-sums of features, which the way back goes on from.
     """
 
     out: Float[Tensor, "heads group length value_dim"]
@@ -300,7 +299,8 @@ class _Heads:
         ω as key    s̃ + numbers       0                  1         its product: d number of queries
         ω as query  0                 1                  0         its product: d number of keys
 
-    Numbers are less the largest of their block, `key_shift` and `far_shift`: small logits are exact.
+    Numbers are less the largest of their block, `key_shift` and `far_shift`, so that they are
+    about as large as products.
     """
 
     def __init__(self, problem: Problem, sizes: _Sizes, heads: slice) -> None:
@@ -325,7 +325,9 @@ class _Heads:
             _scaled(x[heads], factor, whole[:, own, : x.shape[-1]])
             whole[:, own, x.shape[-1] :].zero_()
             whole[:, own.stop :].zero_()
-        self.hide(self.key, self.hidden(problem.hidden_near, length, own))
+        self.key[:, : own.start, dim] = self.key[:, own.stop :, dim] = HIDDEN
+        if problem.hidden_near is not None:
+            self.hide(self.key[:, own], problem.hidden_near[heads])
         self.sink_key = self.wide(problem.sink_key, self.root)
         self.sink_value = self.wide(problem.sink_value)
         self.heavy_key = self.wide(problem.heavy_key, self.root)
@@ -345,8 +347,10 @@ class _Heads:
             self.query_y, self.query_number = self.mapped("query", self.query_side, self.query)
             rows = self.key[:, start : start + count * block].unflatten(1, (count, block))
             self.key_y, key_number = self.mapped("key", self.key_side, rows)
-            hidden = self.hidden(problem.hidden_far, count * block, slice(0, sizes.length))
-            key_number.masked_fill_(hidden.unflatten(1, (count, block)), HIDDEN)
+            numbers = key_number.flatten(1)
+            numbers[:, sizes.length :] = HIDDEN
+            if problem.hidden_far is not None:
+                numbers[:, : sizes.length].masked_fill_(problem.hidden_far[heads], HIDDEN)
             self.key_shift = key_number.amax(dim=-1, keepdim=True)
             torch.sub(key_number, self.key_shift, out=self.key_y[..., dim + 1])
             self.far_key = self.take("features as keys", sizes.tile, sizes.features, sizes.width)
@@ -388,16 +392,6 @@ class _Heads:
         yield x[:, :, :stop].unflatten(2, (whole, -1)).transpose(1, 2), blocks[:, :whole]
         if rest:
             yield x[:, :, stop:], blocks[:, whole, :, :rest]
-
-    def hidden(self, mask: Tensor | None, length: int, real: slice) -> Bool[Tensor, "#heads rows"]:
-        """Rows without a key to be seen, one row for all heads where all are alike."""
-        if mask is None:
-            hidden = torch.ones(1, length, dtype=torch.bool, device=self.like.device)
-            hidden[:, real] = False
-        else:
-            mask = mask[self.heads]
-            hidden = F.pad(mask, (real.start, length - real.stop), value=True)
-        return hidden
 
     def mapped(
         self, name: str, side: _Side, x: Float[Tensor, "heads blocks rows width"]
@@ -464,16 +458,17 @@ class _Heads:
         features, if there are any."""
         sizes, problem = self.sizes, self.problem
         query, blocks = self.query[index, tile], tile.stop - tile.start
-        near = (self.windows(rows[index], tile) for rows in (self.key, self.value))
-        parts = [_Part(query, *near, self.near_mask)]
+        key, value = self.windows(self.key[index], tile), self.windows(self.value[index], tile)
+        parts = [_Part(query, key, value, self.near_mask)]
         if sizes.sinks:
             place = torch.arange(blocks * sizes.block, device=query.device)
             place += tile.start * sizes.block
             unseen = place[:, None] < problem.sink_start[self.heads.start + index]
             mask = self.like.new_zeros(unseen.shape).masked_fill_(unseen, HIDDEN)
             mask = mask.unflatten(0, (blocks, sizes.block)).repeat(1, sizes.group, 1)
-            sinks = (x[index].expand(blocks, -1, -1) for x in (self.sink_key, self.sink_value))
-            parts.append(_Part(query, *sinks, mask))
+            key = self.sink_key[index].expand(blocks, -1, -1)
+            value = self.sink_value[index].expand(blocks, -1, -1)
+            parts.append(_Part(query, key, value, mask))
         if sizes.heavy:
             parts.append(_Part(query, self.heavy_key[index, tile], self.heavy_value[index, tile]))
         if not sizes.features:
@@ -596,17 +591,13 @@ class _Backward(_Heads):
                     torch.mul(of_out, share.unsqueeze(-1), out=of_share)
                     of_share[..., value_dim] = out[..., value_dim + 1] = far_lost * share
                     of_share[..., value_dim + 1] = 1.0
-                    query, key, value, mask = part
                     of_y[index, tile], of_directions, of_far[index, tile] = exact.attend_back(
-                        of_share, query, key, value, out, own_log_sum, mask
+                        of_share, *part, out, own_log_sum
                     )
                     if self.with_directions:
                         self.of_query_directions[index] += of_directions.sum(dim=0)
                 out[..., value_dim + 1] = lost
-                of_near = [
-                    exact.attend_back(of_out, query, key, value, out, log_sum, mask)
-                    for query, key, value, mask in near
-                ]
+                of_near = [exact.attend_back(of_out, *part, out, log_sum) for part in near]
                 of_query, of_key, of_value = of_near[0]
                 self.of_query[index, tile] = of_query
                 self.add_near(self.of_key[index], tile, of_key)
@@ -677,7 +668,7 @@ class _Backward(_Heads):
                 out = outputs[: len(lost)]
                 out[..., value_dim + 1] = lost
                 of_directions, of_y[index, tile], of_value = exact.attend_back(
-                    of_average, part.query, part.key, part.value, out, log_sum[index, tile]
+                    of_average, *part, out, log_sum[index, tile]
                 )
                 rows = slice(shift + tile.start * sizes.block, shift + tile.stop * sizes.block)
                 self.of_value[index, rows].unflatten(0, (-1, sizes.block)).add_(of_value)
