@@ -10,7 +10,7 @@ PYTEST := $(VENV)/bin/python -m pytest
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow fuzz mutants lint format package clean
+.PHONY: help demo test test-slow fuzz mutants lint format docs package clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -41,6 +41,10 @@ lint: $(VENV)/installed-for-development ## check style, formatting and types
 format: $(VENV)/installed-for-development ## rewrite the code in the project's format
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
+
+docs: $(VENV)/installed-for-development ## build the documents as a site in build/docs, with links checked
+	$(INSTALL) ".[docs]"
+	$(VENV)/bin/sphinx-build --quiet --fail-on-warning --keep-going -c docs . build/docs
 
 package: $(VENV)/installed-for-development ## build the wheel and the sdist into dist/, and check them
 	rm -rf dist

@@ -218,7 +218,7 @@ def table(record: dict[str, Any]) -> str:
     lines = []
     for section, rows in record.items():
         notes: list[str] = []
-        lines += [f"### {section}", "", "| | " + " | ".join(NAMES) + " |", "|---" * 7 + "|"]
+        lines += [f"## {section}", "", "| | " + " | ".join(NAMES) + " |", "|---" * 7 + "|"]
         for says, cells in rows.items():
             words = []
             for name in NAMES:
