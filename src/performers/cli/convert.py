@@ -180,6 +180,7 @@ def convert(
             columns=tuple(column or ()),
             options=_options(error, measured, statistics=statistics, num_sinks=sinks, seed=seed),
             error=error,
+            larger_blocks=window is None,
             exact_layers=exact_layers,
             length=length,
             batch_size=batch_size,
