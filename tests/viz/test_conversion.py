@@ -22,4 +22,4 @@ def test_layers_are_named_by_what_tells_them_apart(names, labels, around):
     (axes,) = conversion_figure(record).axes
     assert [label.get_text() for label in axes.get_xticklabels()] == labels
     assert axes.get_xlabel() == around
-    assert axes.lines[1].get_ydata() == [0.1] * len(names)
+    assert list(axes.lines[1].get_ydata()) == [0.1] * len(names)
