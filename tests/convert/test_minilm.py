@@ -76,9 +76,9 @@ def mean_cosine(model, paragraphs, is_calibrated, **options):
     [
         (False, {"window_size": 0}, 0.84),
         (True, {"window_size": 0}, 0.80),
-        (False, {"window_size": 64}, 0.985),
-        (True, {"window_size": 64, "far_limit": 0.2}, 0.985),
-        (False, {"window_size": 64, "far": False}, 0.985),
+        (False, {"window_size": 64}, 0.98),
+        (True, {"window_size": 64, "far_limit": 0.2}, 0.97),
+        (False, {"window_size": 64, "far": False}, 0.96),
     ],
 )
 def test_what_is_left_of_a_sentence_embedding(model, paragraphs, is_calibrated, options, at_least):
