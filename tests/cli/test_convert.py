@@ -30,7 +30,7 @@ from performers.cli.convert import _table
 from performers.convert.fidelity import Fidelity, measure_fidelity
 from performers.convert.sequences import Sequences, text_windows
 from performers.theory import exact_operations, favor_operations
-from performers.train import conversion_config, conversion_run, fine_tuning
+from performers.train import conversion_choices, conversion_config, conversion_run, fine_tuning
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "to", "be", "or", "not", "that", "is"]
 SIZES = {
@@ -248,13 +248,17 @@ def test_the_far_field_stays_where_it_brings_the_model_closer_to_the_exact_one(
         assert record["options"]["far_limit"] == (0.3 if 0.3 in asked else None)
         assert record["far_field"] is None
     else:
-        found = {name: fidelity["distance"] for name, fidelity in record["far_field"].items()}
-        chosen = conversion_run.FAR_FIELDS[min(found, key=found.get)]
+        found = record["far_field"]
+        costs = [one["cost"] for one in found.values()]
+        assert costs == sorted(costs)
+        enough = min(one["distance"] for one in found.values()) / 0.95
+        name = next(name for name, one in found.items() if one["distance"] <= enough)
+        chosen = conversion_choices.FAR_FIELDS[name]
         assert record["options"]["far"] is chosen["far"]
         assert record["options"]["num_heavy"] == chosen.get("num_heavy", 0)
         assert record["options"]["far_limit"] == chosen.get("far_limit")
-        assert found.keys() == conversion_run.FAR_FIELDS.keys()
-        assert len(set(found.values())) > 2
+        assert found.keys() == conversion_choices.FAR_FIELDS.keys()
+        assert f"{found[name]['cost']:.2f} of the operations of exact attention" in result.stderr
     # what is saved is what was chosen
     model, exact = load_linearized(auto_class, output), auto_class.from_pretrained(folder)
     batch = {"input_ids": held_out_rows(exact, text)}
@@ -262,6 +266,22 @@ def test_the_far_field_stays_where_it_brings_the_model_closer_to_the_exact_one(
     assert held_out == pytest.approx(
         measure_fidelity(model, exact.eval(), [batch]).distance, rel=0.02
     )
+
+
+def test_larger_blocks_are_tried_where_no_window_was_asked_for(saved, text, tmp_path, monkeypatch):
+    monkeypatch.setattr(conversion_choices, "BLOCK_STEP", 1)
+    monkeypatch.setattr("performers.convert.options.WINDOW_SIZE", 3)
+    folder, output = saved(BertModel(BertConfig(**SIZES))), tmp_path / "converted"
+    options = (folder, "--data", text, "--output", output, "--length", 31, "--no-recovery")
+    assert run(*options, "--sinks", 0).exit_code == 0
+    found = json.loads((output / "conversion.json").read_text())["far_field"]
+    larger = found[conversion_choices.LARGER_BLOCKS]
+    assert larger["window_size"] > 3 == found["left out"]["window_size"]
+    assert found["left out"]["cost"] < larger["cost"] <= found["estimated"]["cost"]
+    assert larger["distance"] < found["left out"]["distance"]
+    assert run(*options, "--sinks", 0, "--window", 3, "--force").exit_code == 0
+    found = json.loads((output / "conversion.json").read_text())["far_field"]
+    assert {one["window_size"] for one in found.values()} == {3}
 
 
 def held_out_rows(exact, text):
@@ -547,14 +567,14 @@ def test_the_number_of_sinks_is_the_smallest_that_is_about_as_good_as_any(
         ({0: 0.3, 1: 0.2, 4: 0.195}, 1),
         ({0: 0.3, 1: 0.25, 4: 0.2}, 4),
     ):
-        measure = conversion_run.measure_fidelity
 
-        def measured(model, exact, batches, measure=measure, distances=distances):
-            sinks, far = (model.config.favor["options"][x] for x in ("num_sinks", "far"))
-            return Fidelity(distances[sinks]) if far is False else measure(model, exact, batches)
+        def measured(models, exact, batches, distances=distances):
+            given = [(n, model.config.favor["options"]) for n, model in models.items()]
+            assert all((x["num_sinks"], x["far"]) == (n, False) for n, x in given)
+            return {n: Fidelity(distances[n]) for n in models}
 
         with monkeypatch.context() as patch:
-            patch.setattr(conversion_run, "measure_fidelity", measured)
+            patch.setattr(conversion_choices, "compare_fidelity", measured)
             result = run(*options, "--output", output, "--force")
         assert result.exit_code == 0, result.output
         record = json.loads((output / "conversion.json").read_text())

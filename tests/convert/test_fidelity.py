@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny_models import WORDS, bert, llama
 
-from performers.convert.fidelity import measure_fidelity
+from performers.convert.fidelity import compare_fidelity, measure_fidelity
 
 
 @pytest.mark.parametrize("sizes", [[6], [1, 3, 2]])
@@ -56,3 +56,14 @@ def test_padding_does_not_count(build):
     found, expected = (measure_fidelity(model, exact, batches) for batches in (padded, alone))
     assert found.distance == pytest.approx(expected.distance, rel=1e-3)
     assert found.agreement == expected.agreement
+
+
+@pytest.mark.parametrize("build", [bert, llama])
+def test_several_models_are_compared_with_one_pass_of_the_exact_one(build):
+    models, exact, calls = {n: build() for n in (3, 7)}, build(), []
+    exact.register_forward_hook(lambda *call: calls.append(call))
+    batches = [{"input_ids": torch.randint(5, WORDS, (n, 13))} for n in (2, 3)]
+    found = compare_fidelity(models, exact, batches)
+    assert len(calls) == 2
+    assert found == {n: measure_fidelity(model, exact, batches) for n, model in models.items()}
+    assert found[3].distance != found[7].distance

@@ -36,14 +36,14 @@ def test_errors_are_those_of_attention_with_the_setting(is_causal):
     if is_causal:
         phi.calibrate(layer.query[:1], layer.key[:1], scale=layer.scale)
     frontier = measure_frontier([layer], num_sinks=0, num_projections=[16], windows=[16])
-    found = {x.num_projections: x for x in frontier.settings}
-    for m in (0, 16):
+    found = {(x.window_size, x.num_projections): x for x in frontier.settings}
+    for window, m in ((16, 0), (16, 16), (24, 0)):
         out = favor_attention(
             layer.query[part], layer.key[part], layer.value[part], phi, is_causal,
-            scale=layer.scale, enable_gqa=True, window_size=16, far=m > 0,
+            scale=layer.scale, enable_gqa=True, window_size=window, far=m > 0,
         )  # fmt: skip
         expected = relative_error(out, layer, part)
-        torch.testing.assert_close(torch.tensor(found[m].error), expected)
+        torch.testing.assert_close(torch.tensor(found[window, m].error), expected)
 
 
 def test_off_the_frontier_something_no_dearer_is_no_worse():

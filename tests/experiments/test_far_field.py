@@ -56,6 +56,17 @@ def test_the_near_field_and_features_are_those_of_the_library(attend, inputs, is
 
 
 @both
+@pytest.mark.parametrize("number", [3, 16])
+def test_the_keys_that_are_kept_are_those_of_the_library(attend, inputs, is_causal, number):
+    found, phi = attend(is_causal, 7, "kept", number)
+    expected = favor_attention(
+        *(x[None] for x in inputs), phi, is_causal=is_causal, enable_gqa=True, window_size=7,
+        num_sinks=4, far=False, num_heavy=number,
+    )  # fmt: skip
+    torch.testing.assert_close(found, expected[0], rtol=1e-4, atol=1e-5)
+
+
+@both
 def test_keeping_every_far_key_is_exact_attention(attend, inputs, is_causal):
     found, _ = attend(is_causal, 7, "kept", 61)
     torch.testing.assert_close(found, exact(*inputs, is_causal), rtol=1e-4, atol=1e-5)

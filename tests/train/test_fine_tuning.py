@@ -42,7 +42,7 @@ def weight_of(model):
     return model.base_model.embeddings.word_embeddings.weight.detach().clone()
 
 
-def trained(folder, distances, steps):
+def trained(folder, distances, steps, **options):
     """A model after fine-tuning in which these distances were measured, and its weights then."""
     torch.manual_seed(0)
     model, teacher, seen = bert(), bert(), []
@@ -54,6 +54,7 @@ def trained(folder, distances, steps):
     model = fine_tune(
         model, teacher, ENCODER, tokens(), None, folder,
         steps=steps, batch_size=3, learning_rate=1e-2, lora_rank=0, seed=0, measure=measure,
+        **options,
     )  # fmt: skip
     return model, seen
 
@@ -71,6 +72,15 @@ def test_fine_tuning_ends_where_it_no_longer_brings_the_model_closer(tmp_path):
     model, seen = trained(tmp_path, distances, steps=10)
     assert len(seen) == 5  # one that is better, then three that are no improvement
     assert torch.equal(weight_of(model), seen[1])
+
+
+@pytest.mark.parametrize(("sequences", "measured"), [(0, 11), (3, 6), (12, 3), (300, 2)])
+def test_measuring_takes_at_most_a_quarter_as_long_as_training(sequences, measured, tmp_path):
+    """Two forward passes of what is measured, beside four of each step's three sequences."""
+    _, seen = trained(tmp_path, [float(-n) for n in range(11)], 10, measured_sequences=sequences)
+    assert len(seen) == measured  # before the first step and after the last one too
+    between = measured - 2
+    assert between * 2 * sequences <= 0.25 * 10 * 4 * 3
 
 
 def test_an_interrupted_fine_tuning_keeps_the_same_weights(tmp_path, monkeypatch):

@@ -67,7 +67,7 @@ def convert(
         typer.Option(
             min=0,
             help="Keys of a block of this size and of its neighbors are scored exactly; 0: none. "
-            "That of FavorOptions unless given.",
+            "That of FavorOptions unless given, or larger ones in the place of an estimate.",
         ),
     ] = None,
     sinks: Annotated[
@@ -83,8 +83,8 @@ def convert(
         typer.Option(
             "--far/--no-far",
             help="Estimate the keys beyond the window and the sinks, or leave them out. Unless "
-            "given, what keeps the model closest to the exact one, of these, 64 heavy keys and a "
-            "limited estimate.",
+            "given, the cheapest that keeps the model close to the exact one, of these, 64 heavy "
+            "keys, a limited estimate and larger windows.",
         ),
     ] = None,
     far_limit: Annotated[
@@ -180,6 +180,7 @@ def convert(
             columns=tuple(column or ()),
             options=_options(error, measured, statistics=statistics, num_sinks=sinks, seed=seed),
             error=error,
+            larger_blocks=window is None,
             exact_layers=exact_layers,
             length=length,
             batch_size=batch_size,

@@ -18,7 +18,7 @@ from __future__ import annotations
 import copy
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -33,7 +33,13 @@ from performers.convert.options import FAVOR
 from performers.convert.sites import Sites
 from performers.functional.softmax import softmax_attention
 
-__all__ = ["averaging_errors", "exact_copy", "layer_errors", "transfer_attention"]
+__all__ = [
+    "LayerErrors",
+    "averaging_errors",
+    "exact_copy",
+    "layer_errors",
+    "transfer_attention",
+]
 
 Batch = Mapping[str, Tensor]
 
@@ -62,28 +68,54 @@ def exact_copy(model: PreTrainedModel) -> PreTrainedModel:
     return teacher
 
 
-@torch.no_grad()
+class LayerErrors:
+    """The teacher, whose every pass also compares layers with its own:
+
+        measure = LayerErrors(model, teacher)
+        output = measure(**batch)          # that of the teacher
+        measure.errors()                   # of each converted layer: ‖out − exact‖ / ‖exact‖
+
+    Each layer is given what the exact layer is given. `out` is what the attention module returns:
+    in most decoders after the output projection.
+    """
+
+    def __init__(self, model: PreTrainedModel, teacher: PreTrainedModel) -> None:
+        self.model, self.teacher = model, teacher
+        self.layers: Mapping[str, nn.Module] = _converted_modules(model)
+        self.sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+
+    @torch.no_grad()
+    def __call__(self, **batch: Tensor) -> Any:
+        output, calls = _attention_calls(self.teacher, self.layers, batch)
+        with evaluating(self.model):
+            for call in calls:
+                square, whole = call.compare(self.layers[call.name])
+                self.sums[call.name][0] += float(square)
+                self.sums[call.name][1] += float(whole)
+        return output
+
+    def errors(self) -> dict[str, float]:
+        return {name: math.sqrt(square / whole) for name, (square, whole) in self.sums.items()}
+
+
 def layer_errors(
     model: PreTrainedModel, teacher: PreTrainedModel, batches: Iterable[Batch]
 ) -> dict[str, float]:
-    """‖out − exact‖ / ‖exact‖ of each converted layer, given what the exact layer is given.
-
-    `out` is what the attention module returns: in most decoders after the output projection.
-    """
-    with evaluating(model):
-        return _errors(_converted_modules(model), teacher, batches)
+    """‖out − exact‖ / ‖exact‖ of each converted layer, see `LayerErrors`."""
+    return _errors(LayerErrors(model, teacher), batches)
 
 
-@torch.no_grad()
 def averaging_errors(
     model: PreTrainedModel, teacher: PreTrainedModel, batches: Iterable[Batch]
 ) -> dict[str, float]:
     """`layer_errors` of averaging the visible values; a useful estimate has smaller ones."""
+    measure = LayerErrors(model, teacher)
     layers = {}
     for name, layer in converted_layers(model).items():
         layers[name] = copy.deepcopy(teacher.get_submodule(name))
         setattr(layers[name], FAVOR, _Averaging(layer.options, layer.number))
-    return _errors(layers, teacher, batches)
+    measure.layers = layers
+    return _errors(measure, batches)
 
 
 def transfer_attention(
@@ -111,7 +143,7 @@ def transfer_attention(
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate * (1 - step / len(batches))
             losses = []
-            for call in _attention_calls(teacher, layers, batch):
+            for call in _attention_calls(teacher, layers, batch)[1]:
                 square, whole = call.compare(layers[call.name])
                 # Each layer by its own size: outputs of layers differ by orders of magnitude.
                 losses.append(square / whole)
@@ -167,7 +199,8 @@ class _Call(NamedTuple):
 
 def _attention_calls(
     teacher: PreTrainedModel, names: Iterable[str], batch: Batch
-) -> Iterator[_Call]:
+) -> tuple[Any, list[_Call]]:
+    """The output of the teacher, and the calls of its attention modules of these names."""
     # The inputs of all these layers are kept until the batch is done, as a forward pass with
     # gradients keeps them.
     calls: list[_Call] = []
@@ -192,11 +225,11 @@ def _attention_calls(
     ]
     try:
         with torch.no_grad():
-            teacher(**batch)
+            output = teacher(**batch)
     finally:
         for handle in handles:
             handle.remove()
-    yield from calls
+    return output, calls
 
 
 def _output(output: Any) -> Tensor:
@@ -204,16 +237,10 @@ def _output(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
-def _errors(
-    layers: Mapping[str, nn.Module], teacher: PreTrainedModel, batches: Iterable[Batch]
-) -> dict[str, float]:
-    sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+def _errors(measure: LayerErrors, batches: Iterable[Batch]) -> dict[str, float]:
     for batch in batches:
-        for call in _attention_calls(teacher, layers, batch):
-            square, whole = call.compare(layers[call.name])
-            sums[call.name][0] += float(square)
-            sums[call.name][1] += float(whole)
-    return {name: math.sqrt(square / whole) for name, (square, whole) in sums.items()}
+        measure(**batch)
+    return measure.errors()
 
 
 def _converted_modules(model: PreTrainedModel) -> dict[str, nn.Module]:

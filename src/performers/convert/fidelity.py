@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Bool, Float
@@ -14,7 +15,9 @@ from transformers import PreTrainedModel
 
 from performers.convert.modes import evaluating
 
-__all__ = ["Fidelity", "divergence", "measure_fidelity", "real_positions"]
+__all__ = ["Fidelity", "compare_fidelity", "divergence", "measure_fidelity", "real_positions"]
+
+Name = TypeVar("Name")
 
 
 @dataclass(frozen=True)
@@ -47,33 +50,62 @@ class Fidelity:
         return f"cosine to the exact embedding {1 - self.distance:.4f}{kept}"
 
 
-@torch.no_grad()
 def measure_fidelity(
-    model: PreTrainedModel, exact: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]]
+    model: PreTrainedModel, exact: Callable[..., Any], batches: Iterable[Mapping[str, Tensor]]
 ) -> Fidelity:
     """The fidelity of a model to the exact one (`exact_copy`) on batches of arguments of both,
     whatever the batches are.
 
     Cost: a forward pass of each.
     """
-    distance, same, count = 0.0, 0.0, 0
-    embeddings: list[tuple[Tensor, Tensor]] = []
-    with evaluating(model):
+    return compare_fidelity({"model": model}, exact, batches)["model"]
+
+
+@torch.no_grad()
+def compare_fidelity(
+    models: Mapping[Name, PreTrainedModel],
+    exact: Callable[..., Any],
+    batches: Iterable[Mapping[str, Tensor]],
+) -> dict[Name, Fidelity]:
+    """`measure_fidelity` of several models. Cost: a forward pass of each, and one of the exact."""
+    sums = {name: _Sums() for name in models}
+    with ExitStack() as stack:
+        for model in models.values():
+            stack.enter_context(evaluating(model))
         for batch in batches:
-            found, wanted = model(**batch), exact(**batch)
-            if not hasattr(wanted, "logits"):
-                embeddings.append((embedding(found, batch), embedding(wanted, batch)))
+            wanted = exact(**batch)
+            for name, model in models.items():
+                sums[name].add(model(**batch), wanted, batch)
+    return {name: one.fidelity() for name, one in sums.items()}
+
+
+class _Sums:
+    """What the fidelity of a model is computed from, over batches."""
+
+    def __init__(self) -> None:
+        self.distance, self.same, self.count = 0.0, 0.0, 0
+        self.embeddings: list[tuple[Tensor, Tensor]] = []
+
+    def add(self, found: Any, wanted: Any, batch: Mapping[str, Tensor]) -> None:
+        if not hasattr(wanted, "logits"):
+            self.embeddings.append((embedding(found, batch), embedding(wanted, batch)))
+            return
+        is_real = real_positions(wanted.logits, batch)
+        # One sequence at a time: logits of all words are the largest tensors that there are.
+        for real, *logits in zip(is_real, found.logits, wanted.logits, strict=True):
+            ours, theirs = (x[real] for x in logits)
+            if not len(ours):
                 continue
-            is_real = real_positions(wanted.logits, batch)
-            ours, theirs = (out.logits[is_real] for out in (found, wanted))
-            distance += float(divergence(ours, theirs).double()) * len(ours)
-            same += float((ours.argmax(dim=-1) == theirs.argmax(dim=-1)).sum())
-            count += len(ours)
-    if not embeddings:
-        return Fidelity(distance / count, agreement=same / count)
-    ours, theirs = (torch.cat(of) for of in zip(*embeddings, strict=True))
-    cosine = F.cosine_similarity(ours, theirs).double().mean()
-    return Fidelity(1 - float(cosine), neighbors=_neighbors_kept(ours, theirs))
+            self.distance += float(divergence(ours, theirs).double()) * len(ours)
+            self.same += float((ours.argmax(dim=-1) == theirs.argmax(dim=-1)).sum())
+            self.count += len(ours)
+
+    def fidelity(self) -> Fidelity:
+        if not self.embeddings:
+            return Fidelity(self.distance / self.count, agreement=self.same / self.count)
+        ours, theirs = (torch.cat(of) for of in zip(*self.embeddings, strict=True))
+        cosine = F.cosine_similarity(ours, theirs).double().mean()
+        return Fidelity(1 - float(cosine), neighbors=_neighbors_kept(ours, theirs))
 
 
 def divergence(

@@ -54,8 +54,8 @@ class FavorOptions:
     `num_heavy`: with far=False, so many far keys stay exact, those that near queries attended to
     most.
     `far` None is True. But `performers convert` measures what None leaves open: it takes fewer
-    sinks where these are as good, and of an estimated far field, heavy keys and nothing far
-    what leaves the model closest to the exact one.
+    sinks where these are as good, and of an estimated far field, heavy keys and nothing far the
+    cheapest that leaves the model about as close to the exact one as any.
     `layers`: numbers of the layers that are converted, the others stay exact. None: all, other than
     the sliding-window layers of models that also have layers without one. By the names of parts of
     the model, such as {"encoder": None, "decoder": [0, 2]}: these layers of these parts, and no

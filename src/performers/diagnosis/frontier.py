@@ -23,7 +23,8 @@ from performers.theory.cost import exact_operations, favor_operations
 
 __all__ = ["NUM_SINKS", "PROJECTIONS", "WINDOWS", "Frontier", "Setting", "measure_frontier"]
 
-# The grid, each step twice the cost of the one before. None is no near field.
+# The grid, each step twice the cost of the one before. None is no near field. Blocks half as large
+# again, with nothing far, cost about what features beside the smaller ones do.
 WINDOWS = (None, 16, 32, 64, 128, 256)
 PROJECTIONS = (16, 32, 64, 128, 256)
 
@@ -162,7 +163,8 @@ def measure_frontier(
     `statistics`: of sharp features. None: those of each sequence, and "calibrated" where attention
     is causal. Calibrated features learn on the first half of the batch and are measured on the
     other half; a batch of one serves for both.
-    `windows`: those that leave more than two blocks; with two or one attention is exact.
+    `windows`: those that leave more than two blocks; with two or one attention is exact. With
+    nothing far, blocks half as large again are tried too.
 
     Raises ValueError where there is no self-attention, nothing to try, or too little to learn from.
     Cost: the grid's, and that of exact attention, once for every layer.
@@ -171,7 +173,8 @@ def measure_frontier(
     >>> layer = Captured("layer", query, key, value, scale=None, is_causal=False)
     >>> frontier = measure_frontier([layer], windows=[None, 16], num_projections=[32])
     >>> [str(setting) for setting in frontier.settings]
-    ['blocks of 16 alone', 'positive, m = 32', 'sharp, m = 32', 'blocks of 16, sharp, m = 32']
+    ['blocks of 16 alone', 'positive, m = 32', 'blocks of 24 alone', 'sharp, m = 32', \
+'blocks of 16, sharp, m = 32']
     """
     layers = [layer for layer in layers if layer.query.shape[2] == layer.key.shape[2]]
     if not layers:
@@ -231,8 +234,12 @@ def _grid(
         if window is None:
             for m in num_projections:
                 yield from (("positive", None, m, 0), ("sharp", None, m, 0))
-        elif 2 * window < length:
+            continue
+        if 2 * window < length:
             yield from (("sharp", window, m, num_sinks) for m in (0, *num_projections))
+        larger = window * 3 // 2
+        if window < larger and 2 * larger < length:
+            yield ("sharp", larger, 0, num_sinks)
 
 
 def _marked(

@@ -30,6 +30,8 @@ class ConversionConfig:
     `error`: take the cheapest setting with which the mean error of the heads is at most this
     (`FavorOptions.within`), instead of the features, near field and number of projections among the
     options.
+    `larger_blocks`: among what is tried for far keys are larger blocks of near ones than those of
+    the options, at no more operations than an estimate of the far keys.
     `exact_layers`: this many layers stay exact, those that cost most (`layer_costs`). The setting
     is chosen first, for all layers, because a better setting costs less than exact attention.
     `transfer_steps`, `steps`: of attention transfer and of fine-tuning; 0 leaves that stage out.
@@ -47,6 +49,7 @@ class ConversionConfig:
     columns: tuple[str, ...] = ()
     options: FavorOptions = field(default_factory=FavorOptions)
     error: float | None = None
+    larger_blocks: bool = False
     exact_layers: int = 0
     length: int = 512
     batch_size: int = 8

@@ -11,15 +11,15 @@ from transformers import PreTrainedConfig
 from performers.convert.sequences import Sequences
 from performers.convert.source import check_source_weights, source_config, source_tokenizer
 from performers.data.files import read_texts
-from performers.nn.words import SHARP
 from performers.theory import cheaper_from
+from performers.train.conversion_choices import Size
 from performers.train.conversion_config import ConversionConfig
 from performers.train.fine_tuning import FineTuningTask, fine_tuning_task
 
 __all__ = ["ConversionData"]
 
 # Measuring these costs about as much as two steps of training at the default batch size.
-MOST_HELD_OUT = 16
+MOST_HELD_OUT, MOST_TOKENS = 16, 8192
 
 # The fewest sequences with which there is something to calibrate on, to train on and to hold out.
 FEWEST_SEQUENCES = 4
@@ -28,8 +28,9 @@ FEWEST_SEQUENCES = 4
 @dataclass(frozen=True)
 class ConversionData:
     """The last tenth of a running text is held out, and the tenth before it is for validation, at
-    most 16 sequences of each. Records are shuffled first.
+    most 16 sequences of each, and of long ones fewer. Records are shuffled first.
 
+    `size`: of a sequence; None where the dim of heads is not known.
     `warnings`: what is worth knowing before the work.
     """
 
@@ -38,6 +39,7 @@ class ConversionData:
     train: Sequences
     validation: Sequences
     held_out: Sequences
+    size: Size | None
     warnings: tuple[str, ...]
 
     @classmethod
@@ -76,12 +78,14 @@ class ConversionData:
         generator = torch.Generator().manual_seed(config.seed)
         if not isinstance(texts, str):  # which may be sorted
             found = found[torch.randperm(len(found), generator=generator)]
-        count = min(max(1, len(found) // 10), MOST_HELD_OUT)
+        count = min(len(found) // 10, MOST_HELD_OUT, MOST_TOKENS // config.length)
+        count = max(count, 1)
         train, held_out = found[: -2 * count], found[-count:]
         validation = found[-2 * count : -count]
         order = torch.randperm(len(train), generator=generator)
-        warnings = _warnings(config, model, task, longest)
-        return cls(task, tokenizer, train[order], validation, held_out, warnings)
+        warnings = _warnings(config, _size(task, model, longest))
+        size = _size(task, model, config.length)
+        return cls(task, tokenizer, train[order], validation, held_out, size, warnings)
 
 
 def _check_blocks(config: ConversionConfig, longest: int) -> None:
@@ -95,29 +99,24 @@ def _check_blocks(config: ConversionConfig, longest: int) -> None:
         )
 
 
-def _warnings(
-    config: ConversionConfig, model: PreTrainedConfig, task: FineTuningTask, longest: int
-) -> tuple[str, ...]:
-    """What is worth knowing before the work: whether this setting ever saves an operation."""
-    options = config.options
+def _size(task: FineTuningTask, model: PreTrainedConfig, length: int) -> Size | None:
     heads, width = (getattr(model, name, None) for name in ("num_attention_heads", "hidden_size"))
     dim = getattr(model, "head_dim", None) or (heads and width and width // heads)
-    if config.error is not None or not dim:
+    return Size(length, dim, task.name == "causal-lm") if dim else None
+
+
+def _warnings(config: ConversionConfig, size: Size | None) -> tuple[str, ...]:
+    """What is worth knowing before the work: whether this setting ever saves an operation.
+
+    `size`: of the longest input.
+    """
+    if config.error is not None or size is None:
         return ()
-    near = options.near_field()
-    first = cheaper_from(
-        dim,
-        options.num_projections if near.get("far", True) else 0,
-        near.get("window_size"),
-        near.get("num_sinks", 0),
-        task.name == "causal-lm",
-        options.features == SHARP,
-        near.get("num_heavy", 0),
-    )
-    if first <= longest:
+    first = cheaper_from(size.dim, **size.setting(config.options))
+    if first <= size.length:
         return ()
     return (
         f"warning: this setting needs fewer operations than exact attention from {first} tokens "
-        f"on, and the model reads at most {longest}. Choose a smaller window or fewer projections, "
-        "or keep exact attention.",
+        f"on, and the model reads at most {size.length}. Choose a smaller window or fewer "
+        "projections, or keep exact attention.",
     )

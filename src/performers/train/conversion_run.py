@@ -30,9 +30,9 @@ from torch.utils.data import default_collate
 from transformers import AutoConfig, PreTrainedModel
 
 from performers.convert.attention_transfer import (
+    LayerErrors,
     averaging_errors,
     exact_copy,
-    layer_errors,
     transfer_attention,
 )
 from performers.convert.calibration import calibrate
@@ -44,10 +44,10 @@ from performers.convert.options import FavorOptions
 from performers.convert.sequences import Sequences
 from performers.diagnosis import Frontier, measure_frontier
 from performers.diagnosis.frontier import NUM_SINKS
-from performers.nn.words import SHARP
 from performers.records.environment import describe_environment
 from performers.records.files import read_json
 from performers.train.checkpoints import saving, write_atomically
+from performers.train.conversion_choices import Chooser, learns
 from performers.train.conversion_config import (
     CHECKPOINTS,
     REPORT,
@@ -68,21 +68,11 @@ MEASURED_SEQUENCES = 2
 # Calibration reads this much of the text. More would hardly change the statistics.
 CALIBRATION_TOKENS = 8192
 
-# Whether sinks and a far field are worth their place is measured on so many, for validation.
+# Sinks, far fields and the steps of fine-tuning are compared on so many tokens, for validation.
 CHOICE_TOKENS = 4096
 
-# Numbers of sinks that are tried, and by what share a larger one must lower the distance to the
-# exact model: some of the first tokens are always seen a little better by being exact.
-SINKS = (0, 1, NUM_SINKS)
-WORTH_A_SINK = 0.05
-
-# What is tried for the keys beyond the near field and the sinks, the cheapest first.
-FAR_FIELDS: dict[str, dict[str, Any]] = {
-    "left out": {"far": False},
-    "heavy keys": {"far": False, "num_heavy": 64},
-    "estimated": {"far": True},
-    "estimated, limited": {"far": True, "far_limit": 0.2},
-}
+# A batch of so many tokens is measured at a time.
+TOKENS_AT_ONCE = 2048
 
 
 @dataclass(frozen=True)
@@ -155,7 +145,8 @@ class Conversion:
                 learning_rate=self.config.learning_rate,
                 lora_rank=self.config.lora_rank,
                 seed=self.config.seed,
-                measure=lambda one: self._fidelity(one, teacher, self.data.validation).distance,
+                measure=lambda one: self._fidelity(one, teacher, self._for_choices()).distance,
+                measured_sequences=len(self._for_choices()),
             )
             record["seconds"] = round(record["seconds"] + time.perf_counter() - began, 1)
             self._keep_if_closer("after fine-tuning", model, before, teacher, record, report)
@@ -182,8 +173,7 @@ class Conversion:
         if self.config.exact_layers:
             options, costs = self._choose_layers(model, options, report)
         teacher = exact_copy(linearize(model, options))
-        options, num_sinks = self._choose_sinks(model, teacher, options, report)
-        options, far_field = self._choose_far(model, teacher, options, report)
+        model, options, choices = self._choose(model, teacher, options, report)
         record: dict[str, Any] = {
             "created_with": describe_environment(),
             "config": self.config.to_dict(),
@@ -195,8 +185,7 @@ class Conversion:
             },
             "frontier": None if frontier is None else dataclasses.asdict(frontier),
             "cost_by_layer": costs,
-            "num_sinks": num_sinks,
-            "far_field": far_field,
+            **choices,
             "averaging": averaging_errors(model, teacher, self._batches(self.data.held_out)),
             "exact_task_loss": self._task_loss(teacher),
             "stages": {},
@@ -250,66 +239,34 @@ class Conversion:
         chosen = dataclasses.replace(options, layers=layers)
         return chosen, {str(number): cost for number, cost in costs.items()}
 
-    def _choose_sinks(
+    def _choose(
         self,
         model: PreTrainedModel,
         teacher: PreTrainedModel,
         options: FavorOptions,
         report: Callable[[str], None],
-    ) -> tuple[FavorOptions, dict[str, float] | None]:
-        """The options with the smallest number of sinks that is about as good as any, and the
-        distance to the exact model with each; as they are where a number was asked for.
-
-        Measured with nothing else far, where sinks count most and nothing has to be calibrated.
+    ) -> tuple[PreTrainedModel, FavorOptions, dict[str, Any]]:
+        """The converted and calibrated model, with the sinks and the far field that leave it
+        closest to the exact one where they were not asked for; and what was measured for that.
         """
-        if options.num_sinks is not None or not options.window_size:
-            return options, None
-        found = {}
-        for count in SINKS:
-            tried = dataclasses.replace(options, num_sinks=count, far=False, far_limit=None)
-            linearize(model, tried)
-            found[count] = self._fidelity(model, teacher, self._for_choices()).distance
-        enough = min(found.values()) / (1 - WORTH_A_SINK)
-        chosen = next(count for count in SINKS if found[count] <= enough)
-        distances = ", ".join(f"{distance:.4f} with {n}" for n, distance in found.items())
-        report(f"sinks: a distance to the exact model of {distances}; chosen: {chosen}")
-        options = dataclasses.replace(options, num_sinks=chosen)
-        return options, {str(count): distance for count, distance in found.items()}
-
-    def _choose_far(
-        self,
-        model: PreTrainedModel,
-        teacher: PreTrainedModel,
-        options: FavorOptions,
-        report: Callable[[str], None],
-    ) -> tuple[FavorOptions, dict[str, Any] | None]:
-        """The options with the far field that leaves the converted model closest to the exact one,
-        and the fidelity of each; as they are where a far field was asked for.
-
-        A model bears what is missing better than an estimate with a heavy tail, and no error of a
-        single layer shows it.
-        """
-        is_asked = options.far is not None or options.far_limit is not None
-        if is_asked or not options.window_size:
-            self._linearize(model, options)
-            return options, None
-        found = {}
-        for name, words in FAR_FIELDS.items():
-            self._linearize(model, dataclasses.replace(options, **words))
-            found[name] = self._fidelity(model, teacher, self._for_choices())
-            report(f"far keys {name}: {found[name]}")
-        closest = min(found, key=lambda name: found[name].distance)
-        report(f"chosen: far keys {closest}")
-        chosen = dataclasses.replace(options, **FAR_FIELDS[closest])
-        self._linearize(model, chosen)
-        return chosen, {name: dataclasses.asdict(fidelity) for name, fidelity in found.items()}
+        measured: dict[str, Any] = {"num_sinks": None, "far_field": None}
+        batches, learn_from = self._batches(self._for_choices()), self._to_calibrate()
+        chooser = Chooser(model, teacher, batches, learn_from, self.data.size, report)
+        if options.num_sinks is None and options.window_size:
+            chosen, counts = chooser.sinks(options)
+            options = dataclasses.replace(options, num_sinks=chosen)
+            measured["num_sinks"] = {str(n): x.fidelity.distance for n, x in counts.items()}
+        if options.far is None and options.far_limit is None and options.window_size:
+            name, fields = chooser.far_field(options, self.config.larger_blocks)
+            measured["far_field"] = {other: one.to_dict() for other, one in fields.items()}
+            return fields[name].model, fields[name].options, measured
+        self._linearize(model, options)
+        return model, options, measured
 
     def _linearize(self, model: PreTrainedModel, options: FavorOptions) -> None:
         linearize(model, options)
-        learns = options.features == SHARP and options.statistics != "call"
-        if learns and options.far is not False:
-            sequences = self.data.train[: max(1, CALIBRATION_TOKENS // self.config.length)]
-            calibrate(model, self._batches(sequences))
+        if learns(options):
+            calibrate(model, self._to_calibrate())
 
     def _measure(
         self,
@@ -320,8 +277,9 @@ class Conversion:
         report: Callable[[str], None],
     ) -> None:
         """Add to the record how far the whole and the layers are from exact, on held-out text."""
-        layers = layer_errors(model, teacher, self._batches(self.data.held_out))
-        fidelity = self._fidelity(model, teacher, self.data.held_out)
+        exact = LayerErrors(model, teacher)
+        fidelity = measure_fidelity(model, exact, self._batches(self.data.held_out))
+        layers = exact.errors()
         loss = self._task_loss(model)
         record["stages"][stage] = {
             "fidelity": dataclasses.asdict(fidelity),
@@ -365,15 +323,25 @@ class Conversion:
         return data.task.task_loss(model, batches)
 
     def _for_choices(self) -> Sequences:
-        return self.data.validation[: max(1, CHOICE_TOKENS // self.config.length)]
+        return self.data.validation[: self._sequences(CHOICE_TOKENS)]
+
+    def _to_calibrate(self) -> list[dict[str, Tensor]]:
+        return self._batches(self.data.train[: self._sequences(CALIBRATION_TOKENS)])
+
+    def _sequences(self, tokens: int) -> int:
+        """How many sequences have so many tokens, at least one."""
+        return max(1, tokens // self.config.length)
 
     def _batches(self, sequences: Sequences) -> list[dict[str, Tensor]]:
-        return sequences.batches(self.config.batch_size, _device())
+        """Batches to measure on, of no more tokens than the predictions of which fit in memory."""
+        size = min(self.config.batch_size, self._sequences(TOKENS_AT_ONCE))
+        return sequences.batches(size, _device())
 
     def _transfer_batches(self) -> list[dict[str, Tensor]]:
         """A batch for each step of attention transfer; sequences repeat if there are too few."""
         count = self.config.transfer_steps * self.config.batch_size
-        return self._batches(self.data.train[torch.arange(count) % len(self.data.train)])
+        rows = self.data.train[torch.arange(count) % len(self.data.train)]
+        return rows.batches(self.config.batch_size, _device())
 
     def _load(self) -> PreTrainedModel:
         """The exact model, in the precision that it is trained in."""

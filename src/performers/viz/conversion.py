@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import takewhile
 from typing import Any
 
 from matplotlib import style
@@ -35,6 +36,25 @@ def conversion_figure(record: Mapping[str, Any]) -> Figure:
             axes.plot(positions, errors, color=color, marker="o", label=label)
         axes.set_ylim(bottom=0)
         axes.set_title("Relative error of the output of each attention layer, on held-out text")
-        axes.set_xticks(positions, list(averaging), rotation=30, ha="right")
+        labels, words = _numbered(list(averaging))
+        axes.set_xticks(positions, labels)
+        axes.set_xlabel(words)
         figure.legend(loc="outside lower center", ncols=2)
         return figure
+
+
+def _numbered(names: Sequence[str]) -> tuple[list[str], str]:
+    """What tells the names apart, most often the numbers of layers, and the words around that."""
+    if len(names) == 1:
+        return list(names), ""
+    parts = [name.split(".") for name in names]
+    start = _shared(parts)
+    end = _shared([part[start:][::-1] for part in parts])
+    labels = [".".join(part[start : len(part) - end]) for part in parts]
+    return labels, ".".join([*parts[0][:start], "…", *parts[0][len(parts[0]) - end :]])
+
+
+def _shared(rows: Sequence[Sequence[str]]) -> int:
+    """How many words all begin with."""
+    columns = zip(*rows, strict=False)
+    return sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
