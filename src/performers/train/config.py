@@ -29,7 +29,7 @@ from typing import Any
 import yaml
 from transformers import PreTrainedConfig, TrainingArguments
 
-from performers.checks import check_choice, check_seed
+from performers.checks import check_choice, check_seed, described
 from performers.models import MECHANISMS, PerformerConfig
 from performers.models.mechanisms import in_current_words
 from performers.train.clock import SCHEDULES
@@ -319,7 +319,7 @@ def _check_time(max_seconds: float, trainer: Mapping[str, Any]) -> None:
 def _section(owner: type, given: object, name: str, source: str) -> dict[str, Any]:
     """The keys of one section, each known to `owner` and of its type."""
     if not isinstance(given, Mapping):
-        raise ValueError(f"{name} in {source} must be a mapping of keys, got {given!r}.")
+        raise ValueError(f"{name} in {source} must be a mapping of keys, got {described(given)}.")
     known = {entry.name for entry in dataclasses.fields(owner)}
     checked = {}
     for key, value in given.items():
@@ -372,7 +372,7 @@ def _typed(value: object, annotation: Any, key: str) -> Any:
             return None
         if isinstance(option, type) and type(value) is option:
             if isinstance(value, list) and not all(isinstance(item, str) for item in value):
-                raise ValueError(f"{key} must be a list of words, got {value!r}.")
+                raise ValueError(f"{key} must be a list of words, got {described(value)}.")
             return value
     if float in plain and isinstance(value, int | str) and not isinstance(value, bool):
         try:
@@ -381,5 +381,5 @@ def _typed(value: object, annotation: Any, key: str) -> Any:
             pass
     if set(plain) <= WORDS.keys():
         expected = " or ".join(WORDS[option] for option in plain)
-        raise ValueError(f"{key} must be {expected}, got {value!r}.")
+        raise ValueError(f"{key} must be {expected}, got {described(value)}.")
     return value
