@@ -56,18 +56,18 @@ LINEAR = {
     **INPUTS, **NEAR, "value": VALUE, "phi": PHI, "normalize": True, "enable_gqa": False,
     "initial_state": None, "return_state": False, "backend": None,
 }  # fmt: skip
+ORDERED = {"segment_ids": None, "prefix_lengths": None, "seen_lengths": None}
 DRAWN = {"dim": 4, "num_projections": 8, "projection": "iid", "seed": 0, "layer": 0}
 
 # Function → arguments that it serves.
 SERVED = {
-    performers.favor_attention: LINEAR | {"segment_ids": None},
+    performers.favor_attention: LINEAR | ORDERED,
     functional.linear_attention: LINEAR,
     performers.softmax_attention: {
-        **INPUTS, "value": VALUE, "enable_gqa": False, "segment_ids": None
+        **INPUTS, **ORDERED, "value": VALUE, "enable_gqa": False
     },
     performers.attention_matrix: {
-        **INPUTS, **NEAR, "phi": PHI, "normalize": True, "enable_gqa": False,
-        "segment_ids": None,
+        **INPUTS, **NEAR, **ORDERED, "phi": PHI, "normalize": True, "enable_gqa": False,
     },
     performers.draw_projection: {
         "num_projections": 8, "dim": 4, "kind": "iid", "distribution": "sphere", "generator": None
