@@ -10,7 +10,7 @@ position, (batch, 2, length): whether it is real, and how many keys it sees.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from jaxtyping import Bool, Int
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from performers.functional.masks import Seen, keys_of_staircase
 
-__all__ = ["BLOCKS", "keys_of_blocks", "mask_of_blocks"]
+__all__ = ["BLOCKS", "is_of_blocks", "keys_of_blocks", "mask_of_blocks"]
 
 BLOCKS = "blockwise_overlay"  # the function of transformers that makes such masks
 
@@ -44,6 +44,12 @@ def mask_of_blocks(
     ends = torch.zeros(len(blocks), length + 1, dtype=torch.int64, device=blocks.device)
     ends = ends.scatter_reduce(1, number, own, "amax")
     return torch.stack([is_real.long(), ends.gather(1, number).where(blocks >= 0, own)], dim=1)
+
+
+def is_of_blocks(attention_mask: Tensor | None) -> TypeGuard[Tensor]:
+    """Whether it is a mask of such blocks."""
+    is_of_numbers = attention_mask is not None and attention_mask.dtype == torch.int64
+    return is_of_numbers and attention_mask is not None and attention_mask.ndim == 3
 
 
 def keys_of_blocks(mask: Int[Tensor, "batch 2 length"]) -> Seen:

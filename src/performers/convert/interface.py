@@ -11,10 +11,10 @@ these are `favor` and `favor_mask`. Which modules ask it is in `performers.conve
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedConfig
 from transformers.masking_utils import (
@@ -26,16 +26,16 @@ from transformers.masking_utils import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.output_capturing import _active_collector
 
-from performers.convert.blocks import BLOCKS, keys_of_blocks, mask_of_blocks
+from performers.convert.blocks import BLOCKS, is_of_blocks, keys_of_blocks, mask_of_blocks
 from performers.convert.cache import memory_of
 from performers.convert.layer import FavorLayer, drop_keys
 from performers.convert.options import FAVOR, FavorOptions
+from performers.convert.packing import is_packed, segments, within_sequences
 from performers.convert.plain_attention import check_architecture, other_attention, refusal
 from performers.convert.sites import is_cross_attention, layer_number, layer_types
 from performers.functional.masks import Seen, is_hidden, keys_of_pairs
 from performers.functional.readout import apply_matrix, implied_matrix
 from performers.functional.softmax import softmax_attention
-from performers.models.masks import Packing, packed_segments
 
 __all__ = ["attend_exactly", "favor", "favor_layer", "favor_mask", "keys_seen", "register"]
 
@@ -131,8 +131,9 @@ def attend_exactly(
     """Softmax attention as transformers computes it, for a mask that `favor_mask` made."""
     query_length, key_length = query.shape[2], key.shape[2]
     is_causal = _is_causal(module, options["is_causal"])
-    segment_ids = _segments(module, query, key, attention_mask, is_causal, options)
-    if segment_ids is not None or _is_of_blocks(attention_mask):
+    attention_mask = within_sequences(module, query, key, attention_mask, options)
+    segment_ids = segments(module, query, key, attention_mask, is_causal, options)
+    if segment_ids is not None or is_of_blocks(attention_mask):
         # Where a window is shorter than the keys, there is a mask of pairs.
         options["sliding_window"] = None
         seen = keys_seen(module, query, key, attention_mask, **options)
@@ -183,12 +184,13 @@ def keys_seen(
             "FavorOptions(layers=...), or use another attn_implementation."
         )
     is_causal = _is_causal(module, is_causal)
-    segment_ids = _segments(module, query, key, attention_mask, is_causal, options)
+    attention_mask = within_sequences(module, query, key, attention_mask, options)
+    segment_ids = segments(module, query, key, attention_mask, is_causal, options)
     if attention_mask is None:
         return Seen(None, is_causal, segment_ids)
-    if _is_packed(attention_mask):
+    if is_packed(attention_mask):
         return Seen(None, True, segment_ids)
-    if _is_of_blocks(attention_mask):
+    if is_of_blocks(attention_mask):
         return keys_of_blocks(attention_mask)
     if attention_mask.dtype == torch.bool and attention_mask.ndim == 2:
         return Seen(attention_mask[:, -key.shape[2] :], True, segment_ids)
@@ -381,48 +383,6 @@ def _parts(mask_function: Any) -> Iterator[tuple[str, Any]]:
         for part in held if isinstance(held, tuple) else (held,):
             if callable(part):  # others are positions
                 yield from _parts(part)
-
-
-def _is_packed(attention_mask: Tensor | None) -> bool:
-    """Whether `favor_mask` made it of packed sequences."""
-    return _is_of_numbers(attention_mask, ndim=2)
-
-
-def _is_of_blocks(attention_mask: Tensor | None) -> TypeGuard[Tensor]:
-    """Whether `favor_mask` made it of blocks that see each other."""
-    return _is_of_numbers(attention_mask, ndim=3)
-
-
-def _is_of_numbers(attention_mask: Tensor | None, ndim: int) -> bool:
-    return (
-        attention_mask is not None
-        and attention_mask.dtype == torch.int64
-        and attention_mask.ndim == ndim
-    )
-
-
-def _segments(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    attention_mask: Tensor | None,
-    is_causal: bool,
-    options: dict[str, Any],
-) -> Int[Tensor, "batch length"] | None:
-    """The numbers of packed sequences, from the mask that `favor_mask` made, or from what models
-    pass on to attention: lengths, numbers or, in causal attention without a mask, positions that
-    restart.
-    """
-    if _is_packed(attention_mask):
-        return attention_mask
-    is_of_pairs = attention_mask is not None and attention_mask.shape[1:-1] not in ((), (1, 1))
-    if is_of_pairs or is_cross_attention(module) or query.shape[2] != key.shape[2]:
-        return None
-    position_ids = options.get("position_ids") if is_causal and attention_mask is None else None
-    if position_ids is not None and position_ids.ndim != 2:  # of an image, in several directions
-        position_ids = None
-    given = {word: options.get(word) for word in Packing.__annotations__}
-    return packed_segments(len(query), query.shape[2], position_ids, **given)
 
 
 def _foreign_cache(name: str) -> str:

@@ -100,7 +100,8 @@ def favor_attention(
         out = D⁻¹ Q′ (K′ᵀ V),    Q′ = φ(√scale · Q),   K′ = φ(√scale · K),   D = diag(Q′ K′ᵀ 1)
 
     `phi`: the feature map, e.g. `performers.SoftmaxFeatures(dim)`; only `phi.redraw()` changes it.
-    `is_causal`: position i attends to j ≤ i; nothing it sees depends on later keys or values.
+    `is_causal`: position i attends to j ≤ i; nothing it sees depends on later keys or values, as
+    long as these are finite: 0 · NaN is NaN, in the same chunk of at most 128 positions, or block.
     `key_padding_mask`: True = a real key. Masked keys count neither in the numerator nor in the
     normalizer; a query that sees no key returns zeros. Outputs of padded queries mean nothing:
     ignore them.
