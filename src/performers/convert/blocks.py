@@ -9,7 +9,6 @@ position, (batch, 2, length): whether it is real, and how many keys it sees.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, TypeGuard
 
 import torch
@@ -24,10 +23,10 @@ BLOCKS = "blockwise_overlay"  # the function of transformers that makes such mas
 
 
 def mask_of_blocks(
-    overlay: Callable[..., Any], attention_mask: Bool[Tensor, "batch length"] | None, length: int
+    overlay: Any, attention_mask: Bool[Tensor, "batch length"] | None, length: int
 ) -> Int[Tensor, "batch 2 length"] | None:
     """From the mask function of transformers and the padding; None if a block is in two places."""
-    (blocks,) = (cell.cell_contents for cell in overlay.__closure__)  # type: ignore[attr-defined]
+    (blocks,) = (cell.cell_contents for cell in overlay.__closure__)
     blocks = blocks[:, :length]
     is_real = torch.ones_like(blocks, dtype=torch.bool)
     if attention_mask is not None:

@@ -156,7 +156,7 @@ class FavorAttention(nn.MultiheadAttention):
         )
         phi: FeatureMap = self.feature_map  # type: ignore[assignment]  # nn.Module attribute
         # Every query sees the extra keys, which come before the others.
-        order = {"segment_ids": seen.segment_ids} | {
+        order: dict[str, Any] = {"segment_ids": seen.segment_ids} | {
             name: None if lengths is None else lengths + self.num_extra_keys
             for name, lengths in (
                 ("prefix_lengths", seen.prefix_lengths), ("seen_lengths", seen.seen_lengths)
