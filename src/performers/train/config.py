@@ -229,7 +229,7 @@ def _check_keys_differ(root: yaml.Node) -> None:
                 continue
             if key.value in lines:
                 raise ValueError(
-                    f"a key must be given once, and {key.value!r} is given in line "
+                    f"a key must be given once, and {described(key.value)} is given in line "
                     f"{lines[key.value]} and in line {line}. Take one of the two away."
                 )
             lines[key.value] = line
@@ -329,7 +329,7 @@ def _section(owner: type, given: object, name: str, source: str) -> dict[str, An
         if key not in known:
             near = difflib.get_close_matches(str(key), known - SET_BY_THE_RUN.get(name, {}).keys())
             hint = f"Did you mean {near[0]!r}?" if near else f"See the fields of {owner.__name__}."
-            raise ValueError(f"unknown key {dotted!r} in {source}. {hint}")
+            raise ValueError(f"unknown key {described(dotted)} in {source}. {hint}")
         checked[str(key)] = _typed(value, _annotation(owner, key), dotted)
         row = TRAINER_OPTIONS.get(key) if name == "trainer" else None
         if isinstance(row, Served):
@@ -377,7 +377,7 @@ def _typed(value: object, annotation: Any, key: str) -> Any:
     if float in plain and isinstance(value, int | str) and not isinstance(value, bool):
         try:
             return float(value)
-        except ValueError:
+        except (ValueError, OverflowError):
             pass
     if set(plain) <= WORDS.keys():
         expected = " or ".join(WORDS[option] for option in plain)
