@@ -36,6 +36,7 @@ def attended(
     far: bool = True,
     far_limit: float | None = None,
     num_heavy: int = 0,
+    seen_lengths: Tensor | None = None,
 ) -> Attended:
     """Every row by itself, in the frame of its largest term. Key heads are repeated for groups.
 
@@ -48,6 +49,8 @@ def attended(
     if is_causal:
         visible = visible.tril()
     visible = visible.expand(len(query), 1, -1, -1)
+    if seen_lengths is not None:
+        visible = visible & (torch.arange(key.shape[2]) < seen_lengths[:, None, :, None])
     if key_padding_mask is not None:
         absent = ~key_padding_mask[:, None, :, None]
         key, value = key.masked_fill(absent, 0), value.masked_fill(absent, 0)

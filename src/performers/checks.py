@@ -45,6 +45,7 @@ LONGEST_WORD = 100
 # Of what came a message shows the ends.
 SHORT = Repr()
 SHORT.maxstring = SHORT.maxother = SHORT.maxlong = 80
+SHORT.maxlevel = 2
 
 # What attention asks of a feature map: the names of `typing.FeatureMap`.
 FEATURE_MAP_PARTS = (
@@ -344,6 +345,7 @@ def check_state(
     sums.
     """
     for name, part in parts.items():
+        check_tensor(f"initial_state.{name}", part)
         if part.shape != shapes[name]:
             raise ValueError(
                 f"initial_state.{name} must have shape {shapes[name]} for these inputs, got "
@@ -364,10 +366,12 @@ def check_state(
 
 
 def described(given: object) -> str:
-    """What came, in a few words, whatever it is: arrays and lists may be long."""
+    """What came, in a few words, whatever it is: lists may be long, and `repr` of a tensor is a
+    page. All that a message shows of what has not been checked comes from here.
+    """
     if isinstance(given, type):
         return f"the class {given.__name__}"
-    if given is None or isinstance(given, Number | str):
+    if given is None or isinstance(given, Number | str | list | tuple | dict | set):
         return SHORT.repr(given)
     kind = type(given)
     return kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"

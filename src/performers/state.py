@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from performers.checks import check_count, check_instance, check_tensor, described
 from performers.typing import FeatureMap
 
 __all__ = ["LinearState", "Maker", "NearField", "NearKeys", "exp_difference"]
@@ -182,6 +183,13 @@ class LinearState:
         dtype: torch.dtype = torch.float32,
     ) -> LinearState:
         """The state that has seen no key."""
+        sizes = {"batch": batch, "key_heads": key_heads, "num_features": num_features}
+        for name, size in (sizes | {"value_dim": value_dim}).items():
+            if not isinstance(size, torch.SymInt):
+                check_count(name, size, least=0)
+        if device is not None:
+            device = _device(device)
+        check_instance("dtype", dtype, torch.dtype, "a dtype of torch")
         shape = (batch, key_heads, num_features)
         return cls(
             log_scale=torch.full(shape, -torch.inf, device=device, dtype=dtype),
@@ -193,6 +201,7 @@ class LinearState:
         """The same sums in another frame, which must not be so far below this one that exp
         overflows.
         """
+        _check_like("log_scale", log_scale, self.log_scale)
         decay = exp_difference(self.log_scale, log_scale)
         values = self.values * decay.unsqueeze(-1)
         return replace(self, log_scale=log_scale, normalizer=self.normalizer * decay, values=values)
@@ -209,6 +218,8 @@ class LinearState:
 
     def emptied(self, where: Bool[Tensor, "batch 1 1"]) -> LinearState:
         """The same sums, but 0 for some sequences of the batch."""
+        shape = (len(self.values), 1, 1)
+        _check_like("where", where, self.values.new_empty(shape, dtype=torch.bool))
         return replace(
             self,
             log_scale=self.log_scale.masked_fill(where, -torch.inf),
@@ -218,6 +229,7 @@ class LinearState:
 
     def merge(self, other: LinearState) -> LinearState:
         """The state of both key sets together. Associative and commutative up to rounding."""
+        check_instance("other", other, LinearState, "a LinearState")
         if self.near is not None or other.near is not None:
             raise ValueError(
                 "states with a window cannot merge: their recent keys are near for one sequence "
@@ -229,6 +241,8 @@ class LinearState:
                 "states can merge only if the same features at the same scale made both: sums over "
                 "one draw of ω and over another have nothing in common. Make both with one phi."
             )
+        for name, part in self.parts().items():
+            _check_like(f"other.{name}", getattr(other, name), part)
         # In the larger frame neither side can overflow; the smaller one may vanish, as it should.
         log_scale = torch.maximum(self.log_scale, other.log_scale)
         mine, theirs = self.rescaled(log_scale), other.rescaled(log_scale)
@@ -241,10 +255,12 @@ class LinearState:
 
     def index_select(self, index: Int[Tensor, " chosen"]) -> LinearState:
         """The states of the given batch rows (reordering of beams)."""
+        _check_index(index, len(self.values))
         return self.map(lambda part: part.index_select(0, index.to(part.device)))
 
     def repeat_interleave(self, repeats: int) -> LinearState:
         """Each batch row `repeats` times in succession (expansion to beams)."""
+        check_count("repeats", repeats)
         return self.map(lambda part: part.repeat_interleave(repeats, dim=0))
 
     def detach(self) -> LinearState:
@@ -253,6 +269,7 @@ class LinearState:
 
     def to(self, device: torch.device | str) -> LinearState:
         """The same state on another device; its precision is not the caller's to change."""
+        device = _device(device)
         return self.map(lambda part: part.to(device))
 
     def parts(self) -> dict[str, Tensor]:
@@ -266,10 +283,59 @@ class LinearState:
 
     def map(self, function: Callable[[Tensor], Tensor]) -> LinearState:
         """The state with a function of a tensor applied to every part."""
+        if not callable(function):
+            raise TypeError(f"function must be one of a tensor, got {described(function)}.")
         return LinearState(
             function(self.log_scale),
             function(self.normalizer),
             function(self.values),
             None if self.near is None else self.near.map(function),
             self.made_by,
+        )
+
+
+def _device(device: torch.device | str) -> torch.device:
+    """Raise unless torch has such a device, at least in principle."""
+    try:
+        return torch.device(device)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"device must be one of torch's, such as 'cpu' or 'cuda:0', got {described(device)}."
+        ) from error
+
+
+def _check_like(name: str, given: Tensor, part: Tensor) -> None:
+    """Raise unless a tensor has the shape and the dtype of a part of a state, or of a mask."""
+    check_tensor(name, given)
+    if given.device != part.device:
+        raise ValueError(
+            f"{name} must be on the device of this state: it is on {given.device}, the state on "
+            f"{part.device}. Move it with .to({str(part.device)!r})."
+        )
+    if given.shape != part.shape or given.dtype != part.dtype:
+        raise ValueError(
+            f"{name} must be {part.dtype} of shape {tuple(part.shape)} for this state, got "
+            f"{given.dtype} of shape {tuple(given.shape)}: two states go together if they are of "
+            "one batch, feature map, value_dim and dtype."
+        )
+
+
+def _check_index(index: Tensor, batch: int) -> None:
+    """Raise unless these are numbers of batch rows, as far as the CPU knows them."""
+    check_tensor("index", index)
+    if index.ndim != 1 or index.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            "index must be a vector of whole numbers, int32 or int64, one for each batch row that "
+            f"is chosen, got {index.dtype} of shape {tuple(index.shape)}."
+        )
+    if (
+        torch.compiler.is_compiling()
+        or index.device.type != "cpu"
+        or torch._C._functorch.is_batchedtensor(index)
+    ):
+        return  # a GPU would have to be waited for
+    outside = index[(index < 0) | (index >= batch)]
+    if outside.numel():
+        raise ValueError(
+            f"index must hold numbers of batch rows, 0 to {batch - 1}, got {int(outside[0])}."
         )

@@ -77,5 +77,5 @@ def test_what_sinkhorn_attention_cannot_do_is_refused():
         made()(*inputs(31))
     with pytest.raises(ValueError, match="sorts for 3 key heads, got 2"):
         made()(*inputs(7, heads=2, key_heads=2))
-    with pytest.raises(ValueError, match=r"temperature must be above 0 and finite, got 0\.0"):
+    with pytest.raises(ValueError, match=r"temperature must be positive and finite, got 0\.0"):
         SinkhornOptions(temperature=0.0)

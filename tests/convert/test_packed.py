@@ -64,6 +64,16 @@ def test_layers_that_stay_exact_see_packed_sequences_too(name):
     torch.testing.assert_close(model(**flattened()).logits, alone(model), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("word", ["return_flash_attn_kwargs", "return_seq_idx"])
+def test_a_window_ends_where_a_packed_sequence_does(word):
+    """Lengths and numbers reach attention alone; the mask of the window is made without them."""
+    # A window of the whole length is exact, and so does not mind that positions go on.
+    model = linearize(gemma3(), FavorOptions(window_size=32, layers=[1]))
+    given = flattened(**{word: True}, return_position_ids=False) | {"use_cache": False}
+    given.pop("labels", None)
+    torch.testing.assert_close(model(**given).logits, alone(model), rtol=1e-4, atol=1e-4)
+
+
 def test_exact_packed_sequences_are_those_of_the_exact_model():
     model = llama()
     expected = model(**flattened()).logits

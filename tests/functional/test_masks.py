@@ -70,3 +70,41 @@ def test_heads_must_see_the_same():
     same(keys_of_pairs(visible, prefers_causal=True), PADDING, True)
     visible[0, 2, 5, 1] = False
     assert keys_of_pairs(visible, prefers_causal=True) == "it differs between heads"
+
+
+LENGTHS = torch.arange(1, KEYS + 1)
+
+
+def of_lengths(lengths, is_real=PADDING):
+    """Who sees whom where each query sees the first so many keys, those that are real."""
+    return (torch.arange(KEYS) < lengths[..., None]).expand(2, -1, -1)[:, None] & is_real[
+        :, None, None
+    ]
+
+
+@pytest.mark.parametrize("prefers_causal", [False, True])
+def test_a_prefix_is_read(prefers_causal):
+    prefixes = torch.tensor([3, 5])
+    visible = of_lengths(torch.maximum(LENGTHS, prefixes[:, None]))
+    for free in (False, True):
+        if free:
+            visible[1, :, :2] = False  # padded queries
+        found = keys_of_pairs(visible, prefers_causal=prefers_causal)
+        same(found, PADDING, True)
+        assert torch.equal(found.prefix_lengths, prefixes)
+
+
+@pytest.mark.parametrize("query_length", [3, KEYS])
+def test_chunks_are_read(query_length):
+    lengths = ((torch.arange(query_length) // 2 + 1) * 2).clamp(max=KEYS)
+    visible = of_lengths(lengths)
+    found = keys_of_pairs(visible, prefers_causal=True)
+    assert not found.is_causal
+    # A key that no query sees may count as padding.
+    assert torch.equal(of_lengths(found.seen_lengths, found.key_padding_mask), visible)
+
+
+def test_lengths_that_fall_are_no_staircase():
+    lengths = LENGTHS.flip(0)
+    found = keys_of_pairs(of_lengths(lengths), prefers_causal=True)
+    assert found.startswith("it is not ")

@@ -1,6 +1,7 @@
 """No argument of a public function may be mistaken for another kind of thing."""
 
 import inspect
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -8,9 +9,12 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from refusals import few, outcome
+from torch import Tensor
 
 import performers
 from performers import functional
+from performers.models.mechanisms import MECHANISMS
+from performers.nn.dialect import Dialect
 from performers.state import LinearState
 
 QUERY, KEY, VALUE = torch.randn(3, 2, 3, 7, 4, generator=torch.Generator().manual_seed(1)).unbind()
@@ -52,18 +56,18 @@ LINEAR = {
     **INPUTS, **NEAR, "value": VALUE, "phi": PHI, "normalize": True, "enable_gqa": False,
     "initial_state": None, "return_state": False, "backend": None,
 }  # fmt: skip
+ORDERED = {"segment_ids": None, "prefix_lengths": None, "seen_lengths": None}
 DRAWN = {"dim": 4, "num_projections": 8, "projection": "iid", "seed": 0, "layer": 0}
 
 # Function → arguments that it serves.
 SERVED = {
-    performers.favor_attention: LINEAR | {"segment_ids": None},
+    performers.favor_attention: LINEAR | ORDERED,
     functional.linear_attention: LINEAR,
     performers.softmax_attention: {
-        **INPUTS, "value": VALUE, "enable_gqa": False, "segment_ids": None
+        **INPUTS, **ORDERED, "value": VALUE, "enable_gqa": False
     },
     performers.attention_matrix: {
-        **INPUTS, **NEAR, "phi": PHI, "normalize": True, "enable_gqa": False,
-        "segment_ids": None,
+        **INPUTS, **NEAR, **ORDERED, "phi": PHI, "normalize": True, "enable_gqa": False,
     },
     performers.draw_projection: {
         "num_projections": 8, "dim": 4, "kind": "iid", "distribution": "sphere", "generator": None
@@ -101,6 +105,17 @@ SERVED = {
         **INPUTS, "value": VALUE, "phi": PHI, "enable_gqa": False, "window_size": None,
         "target_error": None, "max_projections": 16,
     },
+    LinearState.empty: {
+        "batch": 2, "key_heads": 3, "num_features": 8, "value_dim": 4, "device": "cpu",
+        "dtype": torch.float32,
+    },
+    STATE.merge: {"other": STATE},
+    STATE.rescaled: {"log_scale": STATE.log_scale},
+    STATE.emptied: {"where": torch.ones(2, 1, 1, dtype=torch.bool)},
+    STATE.index_select: {"index": torch.tensor([1, 0])},
+    STATE.repeat_interleave: {"repeats": 2},
+    STATE.to: {"device": "cpu"},
+    STATE.map: {"function": torch.clone},
     performers.FavorOptions: {
         "num_projections": 8, "features": "sharp", "projection": "iid", "statistics": None,
         "window_size": None, "num_sinks": None, "far": None, "far_limit": 0.5,
@@ -134,8 +149,58 @@ def test_another_kind_of_thing_is_served_or_refused_by_name(function, data):
     arguments = SERVED[function]
     name = data.draw(st.sampled_from(sorted(arguments)))
     kind = data.draw(st.sampled_from(sorted(OTHERS)))
-    assume(not (name == "fn" and callable(OTHERS[kind])))  # its errors are its own
+    # A function of the caller's has errors of its own.
+    assume(not (name in ("fn", "function") and callable(OTHERS[kind])))
     outcome(lambda: function(**{**arguments, name: OTHERS[kind]}))
+
+
+def test_every_method_of_a_state_and_every_argument_is_under_this_law():
+    given = [name for name, method in inspect.getmembers(STATE, callable) if name[0] != "_"]
+    alone = [name for name in given if not inspect.signature(getattr(STATE, name)).parameters]
+    served = {function.__name__ for function in SERVED if "LinearState." in function.__qualname__}
+    assert served == set(given) - set(alone)
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: STATE.merge(None), "other must be a LinearState, got None"),
+        (lambda: STATE.merge(STATE.map(lambda part: part[:1])), "must be torch.float32 of shape"),
+        (lambda: STATE.merge(STATE.map(Tensor.double)), "must be torch.float32 of shape"),
+        (
+            lambda: STATE.merge(STATE.to("meta")),
+            "must be on the device of this state: it is on meta",
+        ),
+        (lambda: STATE.index_select([1, 0]), "index must be a torch.Tensor"),
+        (lambda: STATE.index_select(torch.tensor([2])), "numbers of batch rows, 0 to 1, got 2"),
+        (lambda: STATE.index_select(torch.tensor([-1])), "numbers of batch rows, 0 to 1, got -1"),
+        (lambda: STATE.index_select(torch.tensor(1)), "index must be a vector of whole numbers"),
+        (lambda: STATE.repeat_interleave(0), "repeats must be a whole number of at least 1"),
+        (lambda: STATE.to("the moon"), "device must be one of torch's"),
+        (lambda: LinearState.empty(2, 3, -1, 4), "num_features must be at least 0, got -1"),
+    ],
+)
+def test_a_state_says_what_it_is_not_given(call, words):
+    with pytest.raises((ValueError, TypeError), match=words):
+        call()
+
+
+# Each field with each kind of thing: there are few, and no call is long.
+OPTIONS = {
+    performers.FavorOptions: SERVED[performers.FavorOptions],
+    Dialect: {field.name: field.default for field in fields(Dialect)},
+    **{
+        row.options: {field.name: field.default for field in fields(row.options)}
+        for row in MECHANISMS.values()
+    },
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda one: one.__name__)
+def test_another_kind_of_thing_in_any_option_is_served_or_refused_by_name(options):
+    for name in OPTIONS[options]:
+        for thing in OTHERS.values():
+            outcome(lambda given={name: thing}: options(**{**OPTIONS[options], **given}))
 
 
 def test_a_state_of_other_features_is_no_state_of_these():

@@ -25,6 +25,43 @@ def test_later_keys_and_values_leave_earlier_outputs_bit_identical(norms, name, 
             assert torch.equal(before[:, :, :position], after[:, :, :position])
 
 
+@pytest.mark.parametrize(
+    ("name", "number"),
+    [
+        ("positive", torch.nan), ("positive", torch.inf), ("relu", torch.nan),
+        ("exp", torch.nan), ("near field", torch.inf),
+    ],
+)  # fmt: skip
+def test_a_later_value_that_is_not_finite_stays_in_its_chunk_and_column(name, number):
+    """Its weight is 0 for earlier rows of the chunk, and 0 · NaN is NaN."""
+    window = {"window_size": 32, "num_sinks": 2} if name == "near field" else {}
+    chunk = window.get("window_size", 128)
+    phi = FEATURE_MAPS["positive" if window else name](5, 11)
+    query, key, value = inputs(300)
+    before = favor_attention(query, key, value, phi, True, enable_gqa=True, **window)
+    position, column = 270, 3
+    first = position // chunk * chunk
+    for x in (key, value):
+        kept, x[0, 1, position, column] = x[0, 1, position, column].clone(), number
+        after = favor_attention(query, key, value, phi, True, enable_gqa=True, **window)
+        changed = after != before
+        x[0, 1, position, column] = kept
+        assert changed[0, 2:4, position].any(dim=-1).all()
+        changed[0, 2:4, position:] = False
+        if x is value:
+            changed[0, 2:4, first:, column] = False
+        assert not changed.any()
+    value[0, 1, position, column] = number
+    state, last = None, []
+    for start, stop in ((0, first), *((i, i + 1) for i in range(first, position))):
+        rows = (x[:, :, start:stop] for x in (query, key, value))
+        out, state = favor_attention(
+            *rows, phi, True, enable_gqa=True, initial_state=state, return_state=True, **window
+        )
+        last.append(out)
+    assert torch.cat(last, dim=2).isfinite().all()
+
+
 @every_backend
 def test_a_longer_sequence_begins_as_the_shorter_one(backend):
     phi = SoftmaxFeatures(5, 11)

@@ -10,7 +10,7 @@ from torch import Generator, Tensor
 from torch.nn import functional as F
 
 from performers.baselines.drawn import Drawn
-from performers.checks import check_count
+from performers.checks import check_count, check_number, described
 
 __all__ = ["ClusterOptions", "Clusters"]
 
@@ -24,8 +24,9 @@ class ClusterOptions:
 
     def __post_init__(self) -> None:
         check_count("num_clusters", self.num_clusters)
-        if not 0 <= self.decay <= 1:
-            raise ValueError(f"decay must be from 0 to 1, got {self.decay!r}.")
+        check_number("decay", self.decay, or_zero=True)
+        if self.decay > 1:
+            raise ValueError(f"decay must be from 0 to 1, got {described(self.decay)}.")
 
 
 class Clusters(Drawn):

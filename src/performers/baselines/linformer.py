@@ -12,7 +12,7 @@ from torch import Generator, Tensor
 from performers.baselines.block_sparse import combined, part
 from performers.baselines.drawn import Drawn
 from performers.baselines.tokens import check_bidirectional, real_tokens, rows_of_tokens
-from performers.checks import check_choice, check_count
+from performers.checks import check_choice, check_count, described
 
 __all__ = ["LinformerAttention", "LinformerOptions"]
 
@@ -35,7 +35,7 @@ class LinformerOptions:
         check_count("num_projections", self.num_projections)
         check_choice("sharing", self.sharing, SHARING)
         if not isinstance(self.is_learned, bool):
-            raise TypeError(f"is_learned must be true or false, got {self.is_learned!r}.")
+            raise TypeError(f"is_learned must be true or false, got {described(self.is_learned)}.")
 
 
 class LinformerAttention(Drawn):

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from performers.baselines.block_sparse import combined, part
 from performers.baselines.drawn import Drawn
 from performers.baselines.tokens import check_bidirectional, real_tokens, rows_of_tokens
-from performers.checks import check_count
+from performers.checks import check_count, check_number
 
 __all__ = ["SinkhornAttention", "SinkhornOptions"]
 
@@ -38,8 +38,7 @@ class SinkhornOptions:
         check_count("block_size", self.block_size)
         check_count("num_iterations", self.num_iterations, least=0)
         check_count("hidden_size", self.hidden_size)
-        if not 0 < self.temperature < math.inf:
-            raise ValueError(f"temperature must be above 0 and finite, got {self.temperature!r}.")
+        check_number("temperature", self.temperature)
 
 
 class SinkhornAttention(Drawn):

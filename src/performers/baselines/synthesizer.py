@@ -13,7 +13,7 @@ from performers.backends.slots import Slots
 from performers.baselines.block_sparse import combined, is_there, part_of_scores
 from performers.baselines.drawn import Drawn
 from performers.baselines.tokens import real_tokens, rows_of_tokens
-from performers.checks import check_choice, check_count
+from performers.checks import check_choice, check_count, described
 
 __all__ = ["SynthesizerAttention", "SynthesizerOptions"]
 
@@ -37,7 +37,7 @@ class SynthesizerOptions:
         check_count("hidden_size", self.hidden_size)
         check_count("rank", self.rank)
         if not isinstance(self.is_learned, bool):
-            raise TypeError(f"is_learned must be true or false, got {self.is_learned!r}.")
+            raise TypeError(f"is_learned must be true or false, got {described(self.is_learned)}.")
         if self.kind == "dense" and not self.is_learned:
             raise ValueError(
                 "is_learned=False leaves scores as they were drawn, and those of kind='dense' are "

@@ -175,10 +175,13 @@ class _Averaging(FavorLayer):
         key_padding_mask: Bool[Tensor, "batch key_length"] | None,
         scale: float | None,
         segment_ids: Int[Tensor, "batch key_length"] | None = None,
+        prefix_lengths: Int[Tensor, " batch"] | None = None,
+        seen_lengths: Int[Tensor, "batch query_length"] | None = None,
     ) -> Float[Tensor, "batch heads query_length value_dim"]:
         return softmax_attention(
             torch.zeros_like(query), key, value, is_causal, key_padding_mask, scale,
-            enable_gqa=True, segment_ids=segment_ids,
+            enable_gqa=True, segment_ids=segment_ids, prefix_lengths=prefix_lengths,
+            seen_lengths=seen_lengths,
         )  # fmt: skip
 
 

@@ -13,13 +13,14 @@ import inspect
 from functools import partial
 from typing import Any
 
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from performers.convert.layer import FavorLayer
 from performers.convert.options import FAVOR, FavorOptions
+from performers.functional.masks import Seen
 from performers.models.memory import LinearMemory
 from performers.typing import FeatureMap
 
@@ -101,6 +102,7 @@ class FavorMemory(LinearMemory):
                 "keys: generate(past_key_values=DynamicCache(config=model.config))."
             )
         self.is_waiting = True
+        self.lazy_initialization(key_states, value_states)
         self.num_tokens += key_states.shape[2]
         # A view, because an attribute on the caller's own tensor would outlive this call.
         key_states = key_states.view_as(key_states)
@@ -113,7 +115,7 @@ class FavorMemory(LinearMemory):
         query: Float[Tensor, "batch heads length dim"],
         key: Float[Tensor, "batch key_heads length dim"],
         value: Float[Tensor, "batch key_heads length value_dim"],
-        key_padding_mask: Bool[Tensor, "batch length"] | None,
+        seen: Seen,
         scale: float | None,
     ) -> Float[Tensor, "batch heads length value_dim"]:
         """Attention of the new positions over all so far."""
@@ -121,7 +123,7 @@ class FavorMemory(LinearMemory):
             query,
             key,
             value,
-            key_padding_mask=key_padding_mask,
+            seen=seen,
             scale=scale,
             state=self.state,
             phi=self.phi,

@@ -14,26 +14,28 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedConfig
 from transformers.masking_utils import (
     ALL_MASK_ATTENTION_FUNCTIONS,
     AttentionMaskInterface,
+    and_masks,
     causal_mask_function,
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.output_capturing import _active_collector
 
+from performers.convert.blocks import BLOCKS, is_of_blocks, keys_of_blocks, mask_of_blocks
 from performers.convert.cache import memory_of
 from performers.convert.layer import FavorLayer, drop_keys
 from performers.convert.options import FAVOR, FavorOptions
+from performers.convert.packing import is_packed, segments, within_sequences
 from performers.convert.plain_attention import check_architecture, other_attention, refusal
 from performers.convert.sites import is_cross_attention, layer_number, layer_types
 from performers.functional.masks import Seen, is_hidden, keys_of_pairs
 from performers.functional.readout import apply_matrix, implied_matrix
 from performers.functional.softmax import softmax_attention
-from performers.models.masks import Packing, packed_segments
 
 __all__ = ["attend_exactly", "favor", "favor_layer", "favor_mask", "keys_seen", "register"]
 
@@ -41,6 +43,8 @@ __all__ = ["attend_exactly", "favor", "favor_layer", "favor_mask", "keys_seen", 
 PLAIN = {"causal_mask_function", "bidirectional_mask_function"}
 PACKED = "packed_sequence_mask_function"
 COMBINING = {"and_masks", "or_masks", "remap_positions_for_packed_sequence"}
+# The functions that `or_masks` makes, by their own name.
+UNIONS = {"or_mask"}
 LOCAL = {"sliding_window_overlay", "sliding_window_bidirectional_overlay", "chunked_overlay"}
 
 
@@ -90,7 +94,7 @@ def favor(
         seen = keys_seen(module, query, key, attention_mask, past_length=past_length, **options)
         has_state = layer is not None and layer.number not in layer.options.exact_heads
         # A single query, the last position, sees every key; an encoder's keys are not its own.
-        is_causal = seen.is_causal or query.shape[2] == 1
+        is_causal = seen.is_causal or seen.seen_lengths is not None or query.shape[2] == 1
         is_own = memory.number == layer_number(module) and query.shape[2] == key.shape[2]
         if seen.segment_ids is not None:
             raise ValueError(
@@ -111,7 +115,7 @@ def favor(
         out = attend(value) if weights is None else apply_matrix(weights, value)
     else:
         assert layer is not None, "checked above"
-        out = memory.attend(layer, query, key, value, seen.key_padding_mask, scaling)
+        out = memory.attend(layer, query, key, value, seen, scaling)
     return out.transpose(1, 2).contiguous(), weights
 
 
@@ -127,8 +131,9 @@ def attend_exactly(
     """Softmax attention as transformers computes it, for a mask that `favor_mask` made."""
     query_length, key_length = query.shape[2], key.shape[2]
     is_causal = _is_causal(module, options["is_causal"])
-    segment_ids = _segments(module, query, key, attention_mask, is_causal, options)
-    if segment_ids is not None:
+    attention_mask = within_sequences(module, query, key, attention_mask, options)
+    segment_ids = segments(module, query, key, attention_mask, is_causal, options)
+    if segment_ids is not None or is_of_blocks(attention_mask):
         # Where a window is shorter than the keys, there is a mask of pairs.
         options["sliding_window"] = None
         seen = keys_seen(module, query, key, attention_mask, **options)
@@ -157,21 +162,21 @@ def keys_seen(
     *,
     is_causal: bool | None,
     sliding_window: int | None = None,
-    past_length: int = 0,
+    past_length: int | None = None,
     **options: Any,
 ) -> Seen:
     """Padding and causality, from what a layer got.
 
     A mask that `favor_mask` made says both: not all architectures say it in their own words too.
     Without a mask the keyword says it, or else the module, as with transformers' own functions.
-    `past_length`: the number of keys before these, where a state has taken their place.
+    `past_length`: the number of keys before these, where a state takes their place.
 
     A mask of pairs of the caller's own may be causality, padding or packed sequences in other
     words.
 
     Raises ValueError for windows shorter than the keys and for other masks of pairs.
     """
-    key_length = past_length + key.shape[2]
+    key_length = (past_length or 0) + key.shape[2]
     if sliding_window is not None and sliding_window < key_length:
         raise ValueError(
             f"{_name(module)} attends to a window of {sliding_window} positions, and there are "
@@ -179,11 +184,14 @@ def keys_seen(
             "FavorOptions(layers=...), or use another attn_implementation."
         )
     is_causal = _is_causal(module, is_causal)
-    segment_ids = _segments(module, query, key, attention_mask, is_causal, options)
+    attention_mask = within_sequences(module, query, key, attention_mask, options)
+    segment_ids = segments(module, query, key, attention_mask, is_causal, options)
     if attention_mask is None:
         return Seen(None, is_causal, segment_ids)
-    if _is_packed(attention_mask):
+    if is_packed(attention_mask):
         return Seen(None, True, segment_ids)
+    if is_of_blocks(attention_mask):
+        return keys_of_blocks(attention_mask)
     if attention_mask.dtype == torch.bool and attention_mask.ndim == 2:
         return Seen(attention_mask[:, -key.shape[2] :], True, segment_ids)
     if attention_mask.dtype == torch.bool and attention_mask.shape[1:-1] == (1, 1):
@@ -194,12 +202,21 @@ def keys_seen(
         raise ValueError(
             f"{_name(module)} got a mask of pairs, {attention_mask.dtype} "
             f"{tuple(attention_mask.shape)}, and {pairs}: a window shorter than the input, a bias "
-            "or a mask of your own. FAVOR+ sees padding, (batch, length), causality and packed "
-            "sequences. Pass a two-dimensional attention_mask, keep such layers exact with "
-            "FavorOptions(layers=...), or use another attn_implementation."
+            "or a mask of your own. FAVOR+ sees padding, (batch, length), causality, packed "
+            "sequences, and of each query the first keys, however many. Pass a two-dimensional "
+            "attention_mask, keep such layers exact with FavorOptions(layers=...), or use another "
+            "attn_implementation."
         )
-    mask = pairs.key_padding_mask
-    return pairs._replace(key_padding_mask=None if mask is None else mask[:, -key.shape[2] :])
+    mask, seen = pairs.key_padding_mask, pairs.seen_lengths
+    is_whole = not pairs.is_causal and seen is None and query.shape[2] == key_length > 1
+    if is_whole and (is_causal or past_length == 0) and not is_cross_attention(module):
+        # A prompt that sees itself whole, which other tokens follow.
+        lengths = torch.full((len(query),), key_length, device=query.device)
+        pairs = pairs._replace(is_causal=True, prefix_lengths=lengths)
+    return pairs._replace(
+        key_padding_mask=None if mask is None else mask[:, -key.shape[2] :],
+        seen_lengths=None if seen is None else seen - (past_length or 0),  # those of a state aside
+    )
 
 
 def favor_mask(
@@ -219,22 +236,28 @@ def favor_mask(
     """The mask of one forward pass: which keys are real, None for all.
 
     Its shape says how they are seen: (batch, key_length) causally, (batch, 1, 1, key_length) in
-    both directions. Of packed sequences it is their numbers, int64, (batch, key_length). Where a
-    window or a chunk is shorter than the keys, it is the mask of pairs
-    that transformers makes for exact attention: layers that stay exact use it, others refuse it.
+    both directions. Of packed sequences it is their numbers, int64, (batch, key_length); of blocks
+    that see each other what `mask_of_blocks` makes. Where a window or a chunk is shorter than the
+    keys, or blocks go with what is in the cache, it is the mask of pairs that transformers makes
+    for exact attention: layers that stay exact use it, others read it or refuse it.
 
     Raises ValueError for custom masks and static caches. While compiling, transformers declares
     every causal mask packed; `favor` then looks at the positions itself.
     """
-    packed = None
+    packed = blocks = None
+    is_local = local_size is not None and local_size < kv_length
     if torch.compiler.is_compiling():
-        is_plain, is_fixed = not use_vmap, isinstance(q_offset, Tensor)
+        # No more of a mask function can be asked.
+        is_plain = not use_vmap and mask_function.__name__ not in UNIONS
+        is_fixed = isinstance(q_offset, Tensor)
     else:
         if config is not None:
             check_architecture(type(config).__name__, type(config).__module__)
         parts = dict(_parts(mask_function))
-        is_plain = parts.keys() <= PLAIN | LOCAL | {PACKED} and not use_vmap
-        packed = parts.get(PACKED)
+        is_plain = parts.keys() <= PLAIN | LOCAL | {PACKED, BLOCKS}
+        packed, blocks = parts.get(PACKED), parts.get(BLOCKS)
+        # Of a model that makes the window itself no one says how wide it is.
+        is_local = is_local or (use_vmap and not parts.keys().isdisjoint(LOCAL))
         # A cache of fixed length offers empty places as keys. A causal mask shows it: otherwise the
         # last query stands where the last key does.
         is_fixed = isinstance(q_offset, Tensor) or (
@@ -242,8 +265,9 @@ def favor_mask(
         )
     if not is_plain:
         raise ValueError(
-            "FAVOR+ sees padding, causality and packed sequences, and this model attends with a "
-            "custom mask of pairs, which has no linear-time form. Use another attn_implementation."
+            "FAVOR+ sees padding, causality, packed sequences and, unless compiled, blocks of "
+            "positions that see each other, and this model attends with a custom mask of pairs, "
+            "which has no linear-time form. Use another attn_implementation."
         )
     if is_fixed:
         raise ValueError(
@@ -251,9 +275,14 @@ def favor_mask(
             f"{kv_length} keys for {q_length} queries. Generate with the default cache, not with "
             "cache_implementation='static'."
         )
-    if local_size is not None and local_size < kv_length:
+    mask: Tensor | None = None
+    if blocks is not None and q_length == 1:
+        blocks = None  # the last position sees all
+    if blocks is not None and packed is None and q_length == kv_length:
+        mask = mask_of_blocks(blocks, attention_mask, kv_length)
+    if is_local or (blocks is not None and mask is None):
         # Never None for a mask that sdpa could do without: here None means that every key is seen.
-        mask: Tensor | None = ALL_MASK_ATTENTION_FUNCTIONS["sdpa"](
+        mask = ALL_MASK_ATTENTION_FUNCTIONS["sdpa"](
             batch_size=batch_size,
             q_length=q_length,
             kv_length=kv_length,
@@ -266,6 +295,7 @@ def favor_mask(
             config=config,
             **options | {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False},
         )
+    if mask is not None:
         return mask
     if packed is not None:
         (numbers,) = (cell.cell_contents for cell in packed.__closure__)
@@ -339,8 +369,12 @@ def _wants_weights(options: dict[str, Any]) -> bool:
 
 
 def _parts(mask_function: Any) -> Iterator[tuple[str, Any]]:
-    """The functions that a mask function is made of, by name, without those that combine."""
+    """The functions that a mask function is made of, by name, without those that combine. What is
+    not of transformers has its module before its name.
+    """
     name = mask_function.__qualname__.split(".")[0]
+    if mask_function.__module__ != and_masks.__module__:
+        name = f"{mask_function.__module__}.{name}"
     if name not in COMBINING:
         yield name, mask_function
         return
@@ -349,35 +383,6 @@ def _parts(mask_function: Any) -> Iterator[tuple[str, Any]]:
         for part in held if isinstance(held, tuple) else (held,):
             if callable(part):  # others are positions
                 yield from _parts(part)
-
-
-def _is_packed(attention_mask: Tensor | None) -> bool:
-    """Whether `favor_mask` made it of packed sequences."""
-    return attention_mask is not None and attention_mask.dtype == torch.int64
-
-
-def _segments(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    attention_mask: Tensor | None,
-    is_causal: bool,
-    options: dict[str, Any],
-) -> Int[Tensor, "batch length"] | None:
-    """The numbers of packed sequences, from the mask that `favor_mask` made, or from what models
-    pass on to attention: lengths, numbers or, in causal attention without a mask, positions that
-    restart.
-    """
-    if _is_packed(attention_mask):
-        return attention_mask
-    is_of_pairs = attention_mask is not None and attention_mask.shape[1:-1] not in ((), (1, 1))
-    if is_of_pairs or is_cross_attention(module) or query.shape[2] != key.shape[2]:
-        return None
-    position_ids = options.get("position_ids") if is_causal and attention_mask is None else None
-    if position_ids is not None and position_ids.ndim != 2:  # of an image, in several directions
-        position_ids = None
-    given = {word: options.get(word) for word in Packing.__annotations__}
-    return packed_segments(len(query), query.shape[2], position_ids, **given)
 
 
 def _foreign_cache(name: str) -> str:

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from performers.convert.options import FavorOptions
 from performers.functional.favor import favor_attention
+from performers.functional.masks import Seen
 from performers.functional.segments import attend_by_segment
 from performers.functional.softmax import softmax_attention
 from performers.nn.feature_maps import KernelFeatures, SoftmaxFeatures
@@ -88,21 +89,24 @@ class FavorLayer(nn.Module):
         key_padding_mask: Bool[Tensor, "batch key_length"] | None,
         scale: float | None,
         segment_ids: Int[Tensor, "batch key_length"] | None = None,
+        prefix_lengths: Int[Tensor, " batch"] | None = None,
+        seen_lengths: Int[Tensor, "batch query_length"] | None = None,
     ) -> Float[Tensor, "batch heads query_length value_dim"]:
         """`favor_attention` with this layer's φ, except for heads that stay exact. In causal
         attention there may be fewer queries than keys: they are then the last positions of the
-        sequence. `segment_ids`: of packed sequences, each of which attends to itself alone.
+        sequence. The other arguments are those of `favor_attention`.
 
         Raises ValueError for statistics of the call in cross-attention.
         """
         if segment_ids is not None:
             attend = partial(self.forward, is_causal=is_causal, scale=scale)
             return attend_by_segment(attend, segment_ids, query, key, value, key_padding_mask)
-        phi = self.feature_map_for(query, is_causal=is_causal)
+        streams = is_causal or seen_lengths is not None
+        phi = self.feature_map_for(query, is_causal=streams)
         scale = query.shape[-1] ** -0.5 if scale is None else scale
         query_length, key_length = query.shape[2], key.shape[2]
         near_field = self.options.near_field()
-        if self.is_cross or (not is_causal and query_length != key_length):
+        if self.is_cross or (not streams and query_length != key_length):
             near_field = {}  # tokens of two sequences have no distance, so none are near
         # One query, the last, sees every key: the same in both directions, without a scan.
         is_last = is_causal and query_length == 1 and not near_field
@@ -120,6 +124,8 @@ class FavorLayer(nn.Module):
             key_padding_mask=key_padding_mask,
             scale=scale,
             enable_gqa=True,
+            prefix_lengths=prefix_lengths,
+            seen_lengths=seen_lengths,
             **near_field,
         )
         heads = self.options.exact_heads.get(self.number)
@@ -134,6 +140,8 @@ class FavorLayer(nn.Module):
                 is_causal=is_causal and not is_last,
                 key_padding_mask=key_padding_mask,
                 scale=scale,
+                prefix_lengths=prefix_lengths,
+                seen_lengths=seen_lengths,
             )
             # φ has numbers for every head, so all are estimated and these replaced.
             out = out.index_copy(1, torch.tensor(heads, device=out.device), exact)
@@ -145,26 +153,30 @@ class FavorLayer(nn.Module):
         key: Float[Tensor, "batch key_heads length dim"],
         value: Float[Tensor, "batch key_heads length value_dim"],
         *,
-        key_padding_mask: Bool[Tensor, "batch length"] | None,
+        seen: Seen,
         scale: float | None,
         state: LinearState | None,
         phi: FeatureMap | None,
     ) -> tuple[Float[Tensor, "batch heads length value_dim"], LinearState, FeatureMap]:
-        """Causal attention of positions that continue a sequence. Returns also the state after them
-        and the φ that this state belongs to, for the next call. Both are None before the first
-        call.
+        """Attention of positions that continue a sequence, causal but for a prefix or for blocks
+        that see each other. Returns also the state after them and the φ that this state belongs to,
+        for the next call. Both are None before the first call.
         """
         scale = query.shape[-1] ** -0.5 if scale is None else scale
         if phi is None:
             feature_map = self.feature_map_for(query, is_causal=True)
-            phi = feature_map.fitted(query, key, key_padding_mask, scale=scale, is_streaming=True)
+            phi = feature_map.fitted(
+                query, key, seen.key_padding_mask, scale=scale, is_streaming=True
+            )
         out, state = favor_attention(
             query,
             key,
             value,
             phi,
-            is_causal=True,
-            key_padding_mask=key_padding_mask,
+            is_causal=seen.seen_lengths is None,
+            key_padding_mask=seen.key_padding_mask,
+            prefix_lengths=seen.prefix_lengths,
+            seen_lengths=seen.seen_lengths,
             scale=scale,
             enable_gqa=True,
             initial_state=state,

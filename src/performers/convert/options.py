@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from performers.checks import check_choice, check_count, check_whole_number
+from performers.checks import check_choice, check_count, check_flags, check_whole_number, described
 from performers.diagnosis.frontier import NUM_SINKS, Frontier
 from performers.functional.near_field import check_far_limit, check_num_heavy
 from performers.functional.projections import PROJECTIONS
@@ -104,6 +104,10 @@ class FavorOptions:
                     f"features in {_with_windows()}, got "
                     f"{self.features!r} with window_size={self.window_size}. Pass window_size=0."
                 )
+        if self.num_sinks is not None:
+            check_count("num_sinks", self.num_sinks, least=0)
+        if self.far is not None:
+            check_flags(far=self.far)
         check_far_limit(self.far_limit, self.far)
         check_num_heavy(self.num_heavy, self.far)
         if not self.window_size and (self.num_sinks or self.far is False or self.far_limit):
@@ -113,8 +117,6 @@ class FavorOptions:
                 f"far_limit={self.far_limit!r}, features={self.features!r}. Pass window_size= too, "
                 f"with features in {_with_windows()}."
             )
-        if self.num_sinks is not None:
-            check_count("num_sinks", self.num_sinks, least=0)
         check_whole_number("seed", self.seed)
         object.__setattr__(self, "layers", _checked_layers(self.layers))
         if not isinstance(self.exact_heads, Mapping) or not all(
@@ -123,7 +125,7 @@ class FavorOptions:
         ):
             raise ValueError(
                 "exact_heads must be numbers of heads by the number of their layer, both counted "
-                f"from 0, such as {{3: [0, 5]}}: got {self.exact_heads!r}."
+                f"from 0, such as {{3: [0, 5]}}: got {described(self.exact_heads)}."
             )
         if estimator_of(self.features) is None and self.exact_heads:
             raise ValueError(
@@ -249,7 +251,7 @@ def _checked_layers(layers: Any) -> tuple[int, ...] | dict[str, tuple[int, ...] 
             raise ValueError(
                 "layers must be numbers of layers, counted from 0, or None for all, or these by "
                 "the names of parts, such as {'encoder': None, 'decoder': [0, 2]}: got "
-                f"{layers!r}."
+                f"{described(layers)}."
             )
     tidy = {
         part: None if numbers is None else tuple(sorted(set(numbers)))

@@ -13,6 +13,7 @@ from performers.checks import check_attention_inputs, check_feature_map_parts, c
 from performers.functional.autocast import autocast_inputs, without_autocast
 from performers.functional.linear import linear_attention
 from performers.functional.segments import attend_by_segment
+from performers.functional.staircase import Order, check_staircase, with_prefix
 from performers.state import LinearState
 from performers.typing import FeatureMap
 
@@ -41,6 +42,8 @@ def favor_attention(
     return_state: Literal[False] = ...,
     backend: str | None = ...,
     segment_ids: Tensor | None = ...,
+    prefix_lengths: Tensor | None = ...,
+    seen_lengths: Tensor | None = ...,
 ) -> Tensor: ...
 
 
@@ -65,6 +68,8 @@ def favor_attention(
     return_state: Literal[True],
     backend: str | None = ...,
     segment_ids: Tensor | None = ...,
+    prefix_lengths: Tensor | None = ...,
+    seen_lengths: Tensor | None = ...,
 ) -> tuple[Tensor, LinearState]: ...
 
 
@@ -87,13 +92,16 @@ def favor_attention(
     return_state: bool = False,
     backend: str | None = None,
     segment_ids: Int[Tensor, "batch key_length"] | None = None,
+    prefix_lengths: Int[Tensor, " batch"] | None = None,
+    seen_lengths: Int[Tensor, "batch query_length"] | None = None,
 ) -> Output | tuple[Output, LinearState]:
     """softmax(scale · QKᵀ) V, or any kernel in place of exp, at a cost linear in the length.
 
         out = D⁻¹ Q′ (K′ᵀ V),    Q′ = φ(√scale · Q),   K′ = φ(√scale · K),   D = diag(Q′ K′ᵀ 1)
 
     `phi`: the feature map, e.g. `performers.SoftmaxFeatures(dim)`; only `phi.redraw()` changes it.
-    `is_causal`: position i attends to j ≤ i; nothing it sees depends on later keys or values.
+    `is_causal`: position i attends to j ≤ i; nothing it sees depends on later keys or values, as
+    long as these are finite: 0 · NaN is NaN, in the same chunk of at most 128 positions, or block.
     `key_padding_mask`: True = a real key. Masked keys count neither in the numerator nor in the
     normalizer; a query that sees no key returns zeros. Outputs of padded queries mean nothing:
     ignore them.
@@ -118,6 +126,13 @@ def favor_attention(
     `segment_ids`: of packed sequences. A new one begins where the number changes, and each attends
     to itself alone: same bits as one call per sequence, blocks and sinks included (with more than
     256 of them, same up to rounding). A compiled graph breaks here.
+    `prefix_lengths`: causal attention in which the first so many positions, padding counted, see
+    each other, as in prefix language models. The state is that of causal attention, so what follows
+    continues it. Cost: the prefix once more.
+    `seen_lengths`: query i sees the first seen_lengths[i] keys, and all of an initial state. Chunks
+    of c positions that see themselves and what came before: (i // c + 1) · c, with a look-ahead
+    more; keys may be those of another sequence. Not with a window, nor with features that learn
+    from the call. Cost: as causal attention of query_length + key_length positions at most.
 
     Under torch.autocast the inputs are cast as those of torch's `scaled_dot_product_attention` are,
     and all sums stay float32.
@@ -147,18 +162,37 @@ def favor_attention(
         enable_gqa=enable_gqa, scale=scale,
     )  # fmt: skip
     check_flags(far=far, return_state=return_state)
-    if segment_ids is not None:
-        if return_state or initial_state is not None:
-            raise ValueError(
-                "a state belongs to one sequence, and segment_ids pack several: pass each by "
-                "itself, or initial_state=None and return_state=False."
-            )
-        attend = partial(
-            favor_attention, phi=phi, is_causal=is_causal, scale=scale, normalize=normalize,
-            enable_gqa=enable_gqa, window_size=window_size, num_sinks=num_sinks, far=far,
-            far_limit=far_limit, num_heavy=num_heavy, backend=backend,
+    if segment_ids is not None or prefix_lengths is not None or seen_lengths is not None:
+        check_staircase(
+            seen_lengths, prefix_lengths, query, key, is_causal=is_causal, segment_ids=segment_ids,
+            window_size=window_size, has_state=initial_state is not None,
         )  # fmt: skip
-        return attend_by_segment(attend, segment_ids, query, key, value, key_padding_mask)
+        attend = partial(
+            favor_attention, phi=phi, scale=scale, normalize=normalize, enable_gqa=enable_gqa,
+            window_size=window_size, num_sinks=num_sinks, far=far, far_limit=far_limit,
+            num_heavy=num_heavy, backend=backend,
+        )  # fmt: skip
+        if segment_ids is not None:
+            if return_state or initial_state is not None:
+                raise ValueError(
+                    "a state belongs to one sequence, and segment_ids pack several: pass each by "
+                    "itself, or initial_state=None and return_state=False."
+                )
+            attend = partial(attend, is_causal=is_causal)
+            return attend_by_segment(attend, segment_ids, query, key, value, key_padding_mask)
+        inputs = query, key, value, key_padding_mask
+        order = None if seen_lengths is None else Order.of(seen_lengths, key.shape[2])
+        *rows, mask = inputs if order is None else order.laid_out(*inputs)
+        found = attend(
+            *rows, key_padding_mask=mask, is_causal=True, initial_state=initial_state,
+            return_state=return_state,
+        )  # fmt: skip
+        out, *after = found if return_state else (found,)
+        if order is not None:
+            out = order.of_queries(out)
+        if prefix_lengths is not None:
+            out = with_prefix(attend, prefix_lengths, *inputs, out)
+        return (out, *after) if return_state else out
     if far:
         is_streaming = is_causal or return_state or initial_state is not None
         estimated = key_padding_mask

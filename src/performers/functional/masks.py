@@ -9,7 +9,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["Seen", "is_hidden", "keys_of_pairs"]
+__all__ = ["Seen", "is_hidden", "keys_of_pairs", "keys_of_staircase"]
 
 # An additive mask hides by −∞, by the least number of its dtype, by −1e9 or by −1e4, which half
 # precision can hold: exp of any of these is 0 in every dtype.
@@ -22,6 +22,8 @@ class Seen(NamedTuple):
     key_padding_mask: Bool[Tensor, "batch key_length"] | None
     is_causal: bool
     segment_ids: Int[Tensor, "batch key_length"] | None = None
+    prefix_lengths: Int[Tensor, " batch"] | None = None
+    seen_lengths: Int[Tensor, "batch query_length"] | None = None
 
 
 def is_hidden(mask: Tensor) -> Bool[Tensor, "*shape"] | None:
@@ -35,8 +37,8 @@ def is_hidden(mask: Tensor) -> Bool[Tensor, "*shape"] | None:
 def keys_of_pairs(
     visible: Bool[Tensor, "batch heads query_length key_length"], *, prefers_causal: bool
 ) -> Seen | str:
-    """The padding or the packed sequences, and whether causality, that leave just these pairs
-    visible; or in words why there are none.
+    """The padding, the packed sequences or the staircase, and whether causality, that leave just
+    these pairs visible; or in words why there are none.
 
     The queries are the last of the sequence that the keys are. A padded query, whose own key is
     hidden from all, may also see nothing. `prefers_causal` decides where both readings hold, as
@@ -68,6 +70,13 @@ def keys_of_pairs(
         for is_causal, expected in ((True, blocks & earlier), (False, blocks)):
             if torch.equal(pairs, expected):
                 return Seen(None, is_causal, segment_ids)
+    # Up to the last key that each query sees.
+    seen_lengths = (pairs * torch.arange(1, key_length + 1, device=pairs.device)).amax(dim=2)
+    position = torch.arange(key_length, device=pairs.device)
+    never_falls = (seen_lengths == seen_lengths.cummax(dim=1).values) | is_free
+    expected = is_real.unsqueeze(1) & (position < seen_lengths.unsqueeze(2))
+    if bool(never_falls.all()) and torch.equal(pairs, expected):
+        return keys_of_staircase(is_real, seen_lengths)
     # The reading that explains more tells more of what is wrong.
     is_causal, wrong = min(unexplained, key=lambda reading: int(reading[1].sum()))
     row, query, key = wrong.nonzero()[0].tolist()
@@ -76,3 +85,17 @@ def keys_of_pairs(
         f"it is not {reading}: of sequence {row}, query {query} "
         f"{'sees' if pairs[row, query, key] else 'does not see'} key {key}"
     )
+
+
+def keys_of_staircase(
+    is_real: Bool[Tensor, "batch key_length"], seen_lengths: Int[Tensor, "batch query_length"]
+) -> Seen:
+    """Queries that see the first so many keys, those that are real: a prefix if that is all."""
+    padding = None if bool(is_real.all()) else is_real
+    if seen_lengths.shape == is_real.shape and is_real.numel():
+        own = torch.arange(1, is_real.shape[1] + 1, device=is_real.device)
+        prefix_lengths = seen_lengths.where(seen_lengths > own, 0).amax(dim=1)
+        expected = torch.maximum(own, prefix_lengths.unsqueeze(1))
+        if bool(((seen_lengths == expected) | ~is_real).all()):
+            return Seen(padding, True, prefix_lengths=prefix_lengths)
+    return Seen(padding, False, seen_lengths=seen_lengths)

@@ -67,6 +67,8 @@ def attention_matrix(
     far_limit: float | None = None,
     num_heavy: int = 0,
     segment_ids: Int[Tensor, "batch key_length"] | None = None,
+    prefix_lengths: Int[Tensor, " batch"] | None = None,
+    seen_lengths: Int[Tensor, "batch query_length"] | None = None,
 ) -> Float[Tensor, "batch heads query_length key_length"]:
     """The matrix that `favor_attention` with these arguments applies to its values: D⁻¹ Q′K′ᵀ.
 
@@ -92,6 +94,8 @@ def attention_matrix(
             far_limit=far_limit,
             num_heavy=num_heavy,
             segment_ids=segment_ids,
+            prefix_lengths=prefix_lengths,
+            seen_lengths=seen_lengths,
         ),
         key,
     )

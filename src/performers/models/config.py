@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers.activations import ACT2FN
 
-from performers.checks import check_choice, check_count, check_whole_number
+from performers.checks import check_choice, check_count, check_whole_number, described
 from performers.functional.projections import DISTRIBUTIONS, PROJECTIONS
 from performers.models.fields import PerformerFields
 from performers.models.mechanisms import (
@@ -145,7 +145,7 @@ class PerformerConfig(PerformerFields):
         if not isinstance(self.attention_options, dict | None):
             raise TypeError(
                 "attention_options must be a mapping of options to values, got "
-                f"{self.attention_options!r}."
+                f"{described(self.attention_options)}."
             )
         own_options(self)  # refuses what the mechanism does not have
         mechanism.check(self)
@@ -188,7 +188,9 @@ class PerformerConfig(PerformerFields):
             "lm_head_bias",
         ):
             if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"{name} must be true or false, got {getattr(self, name)!r}.")
+                raise TypeError(
+                    f"{name} must be true or false, got {described(getattr(self, name))}."
+                )
         check_whole_number("seed", self.seed)
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
             self._check_token(name)
@@ -204,12 +206,12 @@ class PerformerConfig(PerformerFields):
         number = getattr(self, name)
         if not isinstance(number, (int, float)) or isinstance(number, bool):
             raise TypeError(
-                f"{name} must be a number, got {number!r}. In YAML write 1.0e-5, not 1e-5, which "
-                "is a string there."
+                f"{name} must be a number, got {described(number)}. In YAML write 1.0e-5, not "
+                "1e-5, which is a string there."
             )
         if not lowest <= number < below:
             raise ValueError(
-                f"{name} must be at least {lowest:g} and below {below:g}, got {number!r}."
+                f"{name} must be at least {lowest:g} and below {below:g}, got {described(number)}."
             )
 
     def _check_token(self, name: str) -> None:
@@ -220,5 +222,5 @@ class PerformerConfig(PerformerFields):
             if not isinstance(token, int) or not 0 <= token < self.vocab_size:
                 raise ValueError(
                     f"{name} must be None or a token of the vocabulary, 0 to "
-                    f"{self.vocab_size - 1}, got {token!r}."
+                    f"{self.vocab_size - 1}, got {described(token)}."
                 )

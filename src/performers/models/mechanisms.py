@@ -37,7 +37,7 @@ from performers.baselines import (
     SynthesizerAttention,
     SynthesizerOptions,
 )
-from performers.checks import check_choice
+from performers.checks import check_choice, described
 from performers.models.fields import PerformerFields
 from performers.models.memory import KeysAndValues, Nothing, QueriesAndValues, Rerun, State
 from performers.nn.dialect import Dialect, DialectFavor
@@ -287,7 +287,7 @@ MECHANISMS: dict[str, Mechanism] = {
 def check_dialect(config: PerformerFields) -> None:
     """Raise ValueError or TypeError for a dialect with wrong fields, or of another mechanism."""
     if not isinstance(config.dialect, dict):
-        raise TypeError(f"dialect must be a dict or None, got {config.dialect!r}.")
+        raise TypeError(f"dialect must be a dict or None, got {described(config.dialect)}.")
     dialect = Dialect.from_dict(config.dialect)
     _, _, features = config.attention.partition("performer-")
     if features not in FEATURES or features == SHARP or config.window_size is not None:

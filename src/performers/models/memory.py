@@ -67,6 +67,7 @@ class Memory(CacheLayerMixin):
 
     def reset(self) -> None:
         self.num_tokens = 0
+        self.is_initialized = False
 
 
 class Nothing(Memory):

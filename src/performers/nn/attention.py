@@ -35,8 +35,9 @@ class FavorAttention(nn.MultiheadAttention):
     unless given.
 
     What differs, because no attention matrix exists to change: `dropout` is not applied (a warning
-    says so once), and `attn_mask` may only say causality, padding and packed sequences, in any
-    form: bool, or additive with −∞ or another number of at most −1e4. `need_weights=True` (torch's
+    says so once), and `attn_mask` may only say causality, padding, packed sequences, or how many of
+    the first keys each query sees (a prefix, chunks), in any form: bool, or additive with −∞ or
+    another number of at most −1e4. `need_weights=True` (torch's
     default!) computes the implied matrix, which is quadratic in the length; pass False where the
     output alone is wanted. While compiling, is_causal=True is believed without a look at the mask.
 
@@ -139,7 +140,8 @@ class FavorAttention(nn.MultiheadAttention):
                 key_padding_mask = key_padding_mask.unsqueeze(0)
         elif not self.batch_first:
             query, key, value = (x.transpose(0, 1) for x in (query, key, value))
-        visible, is_causal, segment_ids = self._seen(attn_mask, is_causal, query, key)
+        seen = self._seen(attn_mask, is_causal, query, key)
+        visible, is_causal = seen.key_padding_mask, seen.is_causal
         if key_padding_mask is not None:
             unpadded = self._visible_keys(key_padding_mask)
             visible = unpadded if visible is None else visible & unpadded
@@ -153,10 +155,17 @@ class FavorAttention(nn.MultiheadAttention):
             x.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for x in (query, key, value)
         )
         phi: FeatureMap = self.feature_map  # type: ignore[assignment]  # nn.Module attribute
-        out = favor_attention(query, key, value, phi, is_causal, visible, segment_ids=segment_ids)
+        # Every query sees the extra keys, which come before the others.
+        order: dict[str, Any] = {"segment_ids": seen.segment_ids} | {
+            name: None if lengths is None else lengths + self.num_extra_keys
+            for name, lengths in (
+                ("prefix_lengths", seen.prefix_lengths), ("seen_lengths", seen.seen_lengths)
+            )
+        }  # fmt: skip
+        out = favor_attention(query, key, value, phi, is_causal, visible, **order)
         weights = None
         if need_weights:
-            weights = attention_matrix(query, key, phi, is_causal, visible, segment_ids=segment_ids)
+            weights = attention_matrix(query, key, phi, is_causal, visible, **order)
             # torch has its extra keys at the end, so their columns move there.
             weights = weights.roll(-self.num_extra_keys, dims=-1)
         if is_causal and self.num_extra_keys:
@@ -296,7 +305,7 @@ class FavorAttention(nn.MultiheadAttention):
         return ~padding
 
     def _seen(self, attn_mask: Tensor | None, is_causal: bool, query: Tensor, key: Tensor) -> Seen:
-        """What an attn_mask says: padding, causality or both."""
+        """What an attn_mask says."""
         (batch, query_length), key_length = query.shape[:2], key.shape[1]
         if attn_mask is None:
             if is_causal:
@@ -311,7 +320,8 @@ class FavorAttention(nn.MultiheadAttention):
         seen = self._read(attn_mask, batch, query_length, key_length)
         if isinstance(seen, str):
             raise ValueError(
-                "attn_mask must be None or the causal mask, with padding or without, of shape "
+                "attn_mask must be None or say causality, padding, packed sequences or how many of "
+                "the first keys each query sees, and have the shape "
                 f"(query_length, key_length) = {(query_length, key_length)}, with (batch · "
                 f"num_heads) or (batch, num_heads) before it or not: got {tuple(attn_mask.shape)}, "
                 f"and {seen}. Arbitrary masks have no linear-time form; use key_padding_mask for "

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from performers.checks import check_choice, check_omega
+from performers.checks import check_choice, check_omega, described
 from performers.functional import favor_attention
 from performers.nn.feature_maps import KernelFeatures, SoftmaxFeatures
 from performers.state import LinearState
@@ -58,15 +58,17 @@ class Dialect:
             number = getattr(self, name)
             if not _is_number(number) or not 0 <= number < math.inf:
                 raise ValueError(
-                    f"dialect {name} must be a finite number of at least 0, got {number!r}."
+                    f"dialect {name} must be a finite number of at least 0, got "
+                    f"{described(number)}."
                 )
         if not isinstance(self.padding_counts, bool):
             raise TypeError(
-                f"dialect padding_counts must be true or false, got {self.padding_counts!r}."
+                "dialect padding_counts must be true or false, got "
+                f"{described(self.padding_counts)}."
             )
         if self.scale is not None and not (_is_number(self.scale) and 0 < self.scale < math.inf):
             raise ValueError(
-                f"dialect scale must be positive and finite, or None, got {self.scale!r}."
+                f"dialect scale must be positive and finite, or None, got {described(self.scale)}."
             )
 
     @classmethod

@@ -29,7 +29,7 @@ from typing import Any
 import yaml
 from transformers import PreTrainedConfig, TrainingArguments
 
-from performers.checks import check_choice, check_seed
+from performers.checks import check_choice, check_seed, described
 from performers.models import MECHANISMS, PerformerConfig
 from performers.models.mechanisms import in_current_words
 from performers.train.clock import SCHEDULES
@@ -229,7 +229,7 @@ def _check_keys_differ(root: yaml.Node) -> None:
                 continue
             if key.value in lines:
                 raise ValueError(
-                    f"a key must be given once, and {key.value!r} is given in line "
+                    f"a key must be given once, and {described(key.value)} is given in line "
                     f"{lines[key.value]} and in line {line}. Take one of the two away."
                 )
             lines[key.value] = line
@@ -319,7 +319,7 @@ def _check_time(max_seconds: float, trainer: Mapping[str, Any]) -> None:
 def _section(owner: type, given: object, name: str, source: str) -> dict[str, Any]:
     """The keys of one section, each known to `owner` and of its type."""
     if not isinstance(given, Mapping):
-        raise ValueError(f"{name} in {source} must be a mapping of keys, got {given!r}.")
+        raise ValueError(f"{name} in {source} must be a mapping of keys, got {described(given)}.")
     known = {entry.name for entry in dataclasses.fields(owner)}
     checked = {}
     for key, value in given.items():
@@ -329,7 +329,7 @@ def _section(owner: type, given: object, name: str, source: str) -> dict[str, An
         if key not in known:
             near = difflib.get_close_matches(str(key), known - SET_BY_THE_RUN.get(name, {}).keys())
             hint = f"Did you mean {near[0]!r}?" if near else f"See the fields of {owner.__name__}."
-            raise ValueError(f"unknown key {dotted!r} in {source}. {hint}")
+            raise ValueError(f"unknown key {described(dotted)} in {source}. {hint}")
         checked[str(key)] = _typed(value, _annotation(owner, key), dotted)
         row = TRAINER_OPTIONS.get(key) if name == "trainer" else None
         if isinstance(row, Served):
@@ -372,14 +372,14 @@ def _typed(value: object, annotation: Any, key: str) -> Any:
             return None
         if isinstance(option, type) and type(value) is option:
             if isinstance(value, list) and not all(isinstance(item, str) for item in value):
-                raise ValueError(f"{key} must be a list of words, got {value!r}.")
+                raise ValueError(f"{key} must be a list of words, got {described(value)}.")
             return value
     if float in plain and isinstance(value, int | str) and not isinstance(value, bool):
         try:
             return float(value)
-        except ValueError:
+        except (ValueError, OverflowError):
             pass
     if set(plain) <= WORDS.keys():
         expected = " or ".join(WORDS[option] for option in plain)
-        raise ValueError(f"{key} must be {expected}, got {value!r}.")
+        raise ValueError(f"{key} must be {expected}, got {described(value)}.")
     return value
