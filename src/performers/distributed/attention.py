@@ -88,9 +88,7 @@ def sequence_parallel_attention(
     computed once more.
     """
     group = group_of(mesh)
-    # Under autocast ranks compare what they will compute with.
-    cast = autocast_inputs(query, key, value) if _are_tensors(query, key, value) else None
-    query, key, value = (query, key, value) if cast is None else cast
+    query, key, value = autocast_inputs(query, key, value)
     options: dict[str, Any] = {
         "is_causal": is_causal,
         "scale": scale,
@@ -136,10 +134,6 @@ def sequence_parallel_attention(
         key_padding_mask=key_padding_mask,
         initial_state=merged_where(state, earlier, group),
     )
-
-
-def _are_tensors(*arguments: object) -> bool:
-    return all(isinstance(x, Tensor) for x in arguments)
 
 
 def _described(

@@ -12,7 +12,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.nn import functional as F
 
 from performers.checks import check_instance
 from performers.convert.layer import FavorLayer
@@ -20,6 +19,7 @@ from performers.convert.sites import Sites
 from performers.distributed.agreement import agree, report
 from performers.distributed.attention import sequence_parallel_attention
 from performers.distributed.collectives import group_of, rank_in, size_of, summed
+from performers.distributed.loss import next_tokens, summed_loss
 from performers.distributed.positions import counts_by_itself, default_positions
 from performers.functional import favor_attention
 from performers.functional.fingerprint import fingerprint
@@ -96,13 +96,14 @@ def _attending(model: nn.Module) -> list[Favor | FavorLayer]:
 
     Raises ValueError where it is anything else than FAVOR+ of a sequence with itself.
     """
-    title, found = type(model).__name__, []
+    title = type(model).__name__
+    found: list[tuple[str, nn.Module | None]] = []
     for name, module in model.named_modules():
         if isinstance(module, PerformerAttention):
             found.append((name, module.mechanism))
     if not found and hasattr(model, "base_model"):
-        sites = Sites.of(model)  # type: ignore[arg-type]  # one of transformers, which it looks for
-        found = [(site.name, sites.layers.get(site)) for site in sites]
+        sites = Sites.of(model)
+        found += [(site.name, sites.layers.get(site)) for site in sites]
         found += [(name, None) for name in sites.by_themselves]
     if not found:
         raise ValueError(
@@ -237,8 +238,7 @@ class _Pieces:
                 f"labels must be (batch, length) = {shape}, got {tuple(labels.shape)}."
             )
         if LOSSES[kind]:
-            # Shifted here, because a piece does not have the token after it.
-            labels = F.pad(labels[:, 1:], (0, 1), value=-100)
+            labels = next_tokens(labels)
         return {"labels": labels, "num_items_in_batch": (labels != -100).sum().clamp(min=1)}
 
     @torch.compiler.disable(reason="ranks first tell each other of errors")
@@ -252,10 +252,7 @@ class _Pieces:
         labels, self.labels = self.labels, None
         if labels is None:
             return outputs
-        # In float32, because a sum of many losses in half precision would stop growing.
-        logits = outputs["logits"].flatten(0, 1).float()
-        total = F.cross_entropy(logits, labels.flatten(), ignore_index=-100, reduction="sum")
-        loss = summed(total, self.group) / self.num_labels
+        loss = summed(summed_loss(outputs["logits"], labels), self.group) / self.num_labels
         return type(outputs)(**{**outputs, "loss": loss})
 
 
