@@ -161,7 +161,7 @@ def test_states_of_other_features_layers_and_files_are_refused(tmp_path):
     saved_states.save_state(cache, path)
     redrawn = copy.deepcopy(model)
     redrawn.redraw_features()
-    with pytest.raises(ValueError, match="initial_state was made by other features"):
+    with pytest.raises(ValueError, match="initial_state must have been made by the same features"):
         redrawn(ids, past_key_values=saved_states.load_state(redrawn, path))
     with pytest.raises(ValueError, match="states of 2 layers, and PerformerForCausalLM has 1"):
         saved_states.load_state(causal(num_hidden_layers=1), path)
