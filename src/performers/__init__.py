@@ -21,7 +21,10 @@ if TYPE_CHECKING:  # for type checkers and editors: what the table below says at
         register,
         restore,
     )
+    from performers.convert.saved_states import load_state, save_state
     from performers.diagnosis import diagnose
+    from performers.distributed import sequence_parallel_attention
+    from performers.distributed.models import parallelize
     from performers.functional import (
         attention_matrix,
         draw_projection,
@@ -42,6 +45,7 @@ if TYPE_CHECKING:  # for type checkers and editors: what the table below says at
         SoftmaxFeatures,
     )
     from performers.state import LinearState
+    from performers.train.through_time import backward_through_time
 
     __version__: str
 
@@ -58,6 +62,7 @@ __all__ = [
     "SharpFeatures",
     "SoftmaxFeatures",
     "attention_matrix",
+    "backward_through_time",
     "calibrate",
     "diagnose",
     "draw_projection",
@@ -65,8 +70,12 @@ __all__ = [
     "import_checkpoint",
     "linearize",
     "load_linearized",
+    "load_state",
+    "parallelize",
     "register",
     "restore",
+    "save_state",
+    "sequence_parallel_attention",
     "softmax_attention",
 ]
 
@@ -78,6 +87,10 @@ _HOME = {
     "load_linearized": "convert",
     "register": "convert",
     "restore": "convert",
+    "load_state": "convert.saved_states",
+    "save_state": "convert.saved_states",
+    "sequence_parallel_attention": "distributed",
+    "parallelize": "distributed.models",
     "attention_matrix": "functional",
     "draw_projection": "functional",
     "favor_attention": "functional",
@@ -93,6 +106,7 @@ _HOME = {
     "SoftmaxFeatures": "nn",
     "diagnose": "diagnosis",
     "LinearState": "state",
+    "backward_through_time": "train.through_time",
 }
 
 

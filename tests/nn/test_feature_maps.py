@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from performers import KernelFeatures, SoftmaxFeatures, favor_attention
+from performers import KernelFeatures, SharpFeatures, SoftmaxFeatures, favor_attention
 from performers.functional import Kernel
 from performers.functional.projections import DISTRIBUTIONS
 
@@ -244,3 +244,16 @@ def test_a_callable_that_is_said_to_be_nonnegative_does_not_warn(recwarn):
     phi = KernelFeatures(5, 7, fn=Kernel(torch.square, is_nonnegative=True))
     assert phi.is_nonnegative
     assert not recwarn.list
+
+
+@pytest.mark.parametrize("make", [KernelFeatures, SoftmaxFeatures, SharpFeatures])
+def test_a_copy_that_is_redrawn_is_told_from_the_first(make):
+    phi = make(7)
+    for _ in range(3):  # changes that a copy does not count
+        phi.reset_parameters()
+    before = phi.fingerprint
+    assert copy.deepcopy(phi).fingerprint == before
+    other = copy.deepcopy(phi)
+    for _ in range(9):  # at some time the copy has as many changes as the first had
+        other.redraw()
+        assert other.fingerprint != before

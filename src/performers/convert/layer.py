@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import torch
@@ -37,6 +37,9 @@ class FavorLayer(nn.Module):
     window, even between sequences of one length. Nor are there statistics of the call: those of a
     decoder's queries would tell each position about later ones, and in generation there is only one
     query at a time.
+
+    `attend`: `favor_attention`, or a function of the same arguments for whole sequences, as over
+    the pieces of a sequence that is split (`performers.distributed`).
     """
 
     feature_map: SharpFeatures | SoftmaxFeatures | KernelFeatures | None
@@ -48,6 +51,7 @@ class FavorLayer(nn.Module):
         self.is_cross = is_cross
         self.is_calibrated = False
         self.feature_map = None
+        self.attend: Callable[..., Tensor] = favor_attention
 
     def prepare(self, dim: int, device: torch.device, num_heads: int = 1) -> None:
         """Draw φ for heads of this dim. The result depends on nothing else but the options."""
@@ -108,14 +112,15 @@ class FavorLayer(nn.Module):
         near_field = self.options.near_field()
         if self.is_cross or (not streams and query_length != key_length):
             near_field = {}  # tokens of two sequences have no distance, so none are near
-        # One query, the last, sees every key: the same in both directions, without a scan.
-        is_last = is_causal and query_length == 1 and not near_field
+        # One query, the last of several keys, sees them all: the same in both directions, without a
+        # scan.
+        is_last = is_causal and query_length == 1 < key_length and not near_field
         # Causal attention takes one query per key. Without a state of what came before, queries of
         # the past are zeros, and their outputs are cut off at the end: it costs as much as the
         # whole sequence.
         if is_causal and not is_last and query_length < key_length:
             query = F.pad(query, (0, 0, key_length - query_length, 0))
-        out = favor_attention(
+        out = self.attend(
             query,
             key,
             value,

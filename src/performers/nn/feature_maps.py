@@ -133,6 +133,11 @@ class RandomFeatures(nn.Module):
         )
         self.omega.copy_(omega)
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Versions are of these tensors: those of a copy count anew, and may come to the same number
+        # for another draw.
+        return {**self.__dict__, "_known": None}
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         # .half() and .to(dtype) cast every floating buffer. Those of φ are put back, on the new
         # device.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
@@ -16,7 +18,11 @@ Output = Float[Tensor, "batch heads query_length value_dim"]
 
 
 class Favor(nn.Module):
-    """`favor_attention` with its own feature map, and with a near field if given a window."""
+    """`favor_attention` with its own feature map, and with a near field if given a window.
+
+    `attend` is what computes it: another function of the same arguments may take its place, as over
+    the pieces of a sequence that is split (`performers.distributed`).
+    """
 
     def __init__(
         self,
@@ -26,6 +32,7 @@ class Favor(nn.Module):
         super().__init__()
         self.feature_map = feature_map
         self.window_size = window_size
+        self.attend: Callable[..., Tensor] = favor_attention
 
     def forward(
         self,
@@ -37,7 +44,7 @@ class Favor(nn.Module):
         key_padding_mask: Bool[Tensor, "batch key_length"] | None = None,
     ) -> Output:
         """Arguments and result are those of `favor_attention`."""
-        return favor_attention(
+        return self.attend(
             query,
             key,
             value,

@@ -224,7 +224,7 @@ class SharpFeatures(RandomFeatures):
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_ready": None}  # its versions are of these tensors, not of copies
+        return {**super().__getstate__(), "_ready": None}
 
     def _calibrated(self) -> ReparametrizedFeatures:
         """The features of the calibration. They are made again only when a buffer has changed: what
