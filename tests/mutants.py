@@ -30,6 +30,7 @@ import resource
 import signal
 import sys
 import tempfile
+import time
 import types
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -78,7 +79,7 @@ PARTS = {
     "src/performers/train/metrics.py": ("train/test_metrics.py", "train/test_evaluate.py"),
     "src/performers/data/masking.py": ("data/test_masking.py",),
 }
-SECONDS = 60.0  # of tests for one mutant, as long as they took when they were recorded
+SECONDS = 60.0  # of tests for one mutant, in time of the processor when they were recorded
 MEMORY = 16 * 2**30  # a mutated size must not take all memory of the machine
 
 COMPARISONS: dict[type[ast.cmpop], tuple[type[ast.cmpop], ...]] = {
@@ -229,6 +230,13 @@ class Module:
             zip(self.compiled(self.source), self.compiled(ast.unparse(self.tree)), strict=True)
         )
 
+    @functools.cached_property
+    def functions(self) -> list[types.FunctionType]:
+        """What runs code of this file, found once: forks that looked for it would copy the heap."""
+        # isinstance would ask lazy modules for their class, which imports them.
+        objects = (x for x in gc.get_objects() if type(x) is types.FunctionType)
+        return [x for x in objects if x.__code__.co_filename == str(self.path)]
+
     def compiled(self, source: str) -> Iterator[types.CodeType]:
         """The code of the functions; the loader of the module inserts jaxtyping's checks."""
         file = str(self.path)
@@ -244,9 +252,7 @@ class Module:
             for (running, before), after in zip(codes, self.compiled(edited), strict=True)
             if before != after
         ]
-        # isinstance would ask lazy modules for their class, which imports them.
-        functions = [x for x in gc.get_objects() if type(x) is types.FunctionType]
-        planted = [function for function in functions if function.__code__ == old]
+        planted = [function for function in self.functions if function.__code__ == old]
         assert planted, f"no function runs {old}"
         for function in planted:
             function.__code__ = new
@@ -286,9 +292,12 @@ class Recorder:
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
         self.coverage.switch_context(nodeid)
+        self.began = processor_seconds()
+
+    def pytest_runtest_logfinish(self, nodeid: str) -> None:
+        self.seconds[nodeid] = processor_seconds() - self.began
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        self.seconds[report.nodeid] = self.seconds.get(report.nodeid, 0.0) + report.duration
         if report.failed:
             self.failed.add(report.nodeid)
 
@@ -301,10 +310,16 @@ class Recorder:
 
 
 class Killer:
-    """A pytest plugin: the name of the test that failed."""
+    """A pytest plugin: the name of the test that failed, and no test far longer than it should."""
 
-    def __init__(self, file: Path) -> None:
-        self.file = file
+    def __init__(self, file: Path, seconds: dict[str, float]) -> None:
+        self.file, self.seconds = file, seconds
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+        signal.signal(signal.SIGXCPU, signal.SIG_DFL)
+
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        limit = int(time.process_time() + 10 + 5 * self.seconds[nodeid])
+        resource.setrlimit(resource.RLIMIT_CPU, (limit, resource.RLIM_INFINITY))
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.failed:
@@ -333,6 +348,10 @@ class Mutation:
         """None in a fork, where pytest then runs the tests of the session as ever."""
         plugins = session.config.pluginmanager
         session.items = some_cases(session.items, self.cases)
+        for module in self.modules:
+            assert module.codes, "there are functions, and every fork has their codes"
+            assert module.functions, "the module is imported, and every fork has its functions"
+        gc.freeze()  # or the collector of every fork would copy the heap
         if self.fork():
             plugins.register(Recorder(self.folder, self.modules))
             return None
@@ -345,7 +364,6 @@ class Mutation:
         for module in self.modules:
             ran = data.contexts_by_lineno(str(module.path))
             results: Results = []
-            assert module.codes, "there are functions, and every fork has their codes"
             for mutant in module.tried:
                 names = {name for line in mutant.lines() for name in ran.get(line, ())}
                 tests = fastest({name: seconds[name] for name in names if name in seconds})
@@ -359,8 +377,7 @@ class Mutation:
                     os.dup2(silence, 1)
                     os.dup2(silence, 2)
                     module.plant(mutant)
-                    plugins.register(Killer(killer))
-                    limit_resources(sum(seconds[name] for name in tests))
+                    plugins.register(Killer(killer, seconds))
                     return None
                 entry, killed_by = module.describe(mutant), None
                 if killer.exists():
@@ -376,10 +393,14 @@ class Mutation:
 
 
 def some_cases(items: Sequence[pytest.Item], number: int) -> list[pytest.Item]:
-    """At most so many cases of every parametrized test, drawn at random, as they came."""
+    """At most so many cases of every parametrized test, drawn at random, as they came.
+
+    None of those that run code in a new process, which imports the package without the fault.
+    """
     of_test: dict[str, list[pytest.Item]] = {}
     for item in random.Random(0).sample(items, len(items)):
-        of_test.setdefault(item.nodeid.partition("[")[0], []).append(item)
+        if "fresh_python" not in getattr(item, "fixturenames", ()):
+            of_test.setdefault(item.nodeid.partition("[")[0], []).append(item)
     chosen = {item for cases in of_test.values() for item in cases[:number]}
     return [item for item in items if item in chosen]
 
@@ -395,12 +416,9 @@ def fastest(seconds: dict[str, float]) -> list[str]:
     return chosen
 
 
-def limit_resources(seconds: float) -> None:
-    """End this process when it takes far more time than its tests took, or too much memory."""
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    signal.signal(signal.SIGXCPU, signal.SIG_DFL)
-    limit = int(20 + 5 * seconds)
-    resource.setrlimit(resource.RLIMIT_CPU, (limit, limit + 10))
+def processor_seconds() -> float:
+    """What this process and those that it has waited for took, however busy the machine is."""
+    return sum(os.times()[:4])
 
 
 def mutate(modules: Sequence[Module], tests: Sequence[str], cases: int, done: Done) -> None:
