@@ -141,6 +141,17 @@ def test_every_mechanism_has_the_memory_it_needs(model, tokens, memory):
     assert [type(layer) for layer in cache.layers] == [memory, memory]
 
 
+@pytest.mark.parametrize("mechanism", [MECHANISMS["exact"]])
+def test_a_token_of_exact_attention_is_one_query(model, tokens):
+    cache = model(tokens[:, :-1]).past_key_values
+    lengths = []
+    mechanism = model.performer.layers[0].attention.mechanism
+    mechanism.register_forward_pre_hook(lambda module, inputs: lengths.append(inputs[0].shape[2]))
+    logits = model(tokens[:, -1:], past_key_values=cache).logits
+    assert lengths == [1]  # not of the whole sequence, which costs its length as often
+    torch.testing.assert_close(logits, model(tokens).logits[:, -1:], rtol=1e-4, atol=1e-4)
+
+
 @every_mechanism
 def test_batch_rows_of_a_cache_can_be_reordered_chosen_and_repeated(model, tokens):
     head, tail = tokens[:, :7], tokens[:, 7:]
