@@ -252,6 +252,7 @@ class Module:
             for (running, before), after in zip(codes, self.compiled(edited), strict=True)
             if before != after
         ]
+        new = new.replace(co_freevars=old.co_freevars)  # also where the edit took the only super()
         planted = [function for function in self.functions if function.__code__ == old]
         assert planted, f"no function runs {old}"
         for function in planted:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from performers import KernelFeatures, SharpFeatures, SoftmaxFeatures, favor_attention
-from performers.functional import Kernel
+from performers.functional import KERNELS, Kernel
 from performers.functional.projections import DISTRIBUTIONS
 from performers.nn import feature_maps
 
@@ -221,6 +221,19 @@ def test_any_elementwise_callable_is_a_kernel():
     torch.testing.assert_close(
         favor_attention(*tensors, by_name), favor_attention(*tensors, by_hand)
     )
+
+
+@pytest.mark.parametrize("fn", KERNELS)
+def test_elementwise_features_are_those_of_the_map(fn):
+    phi = KernelFeatures(5, 11, fn, epsilon=0.25)
+    # A kernel without a derivative by hand, or without a name, is left to autograd.
+    assert (phi.elementwise is None) == (KERNELS[fn].backward is None)
+    assert KernelFeatures(5, 11, KERNELS[fn]).elementwise is None
+    if phi.elementwise is not None:
+        name, epsilon, directions = phi.elementwise
+        x = torch.randn(7, 5)
+        values = (KERNELS[name].fn(x @ directions.T) + epsilon) / 11**0.5
+        torch.testing.assert_close(phi.query_features(x).dense(), values)
 
 
 ONE_GRAPH = """
