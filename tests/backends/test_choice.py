@@ -44,3 +44,10 @@ def test_queries_and_keys_share_the_scale(scale):
     asked = Call(FEATURE_MAPS["positive"](5, 3), scale, False, True, None, False, torch.float64)
     assert asked.scaled(x).dtype == torch.float64
     torch.testing.assert_close(asked.scaled(x), x.double() * scale**0.5)
+
+
+@pytest.mark.usefixtures("without_shape_checks")
+@pytest.mark.parametrize("name", ["chunk", 3])
+def test_a_backend_that_there_is_not_is_refused(name):
+    with pytest.raises((ValueError, TypeError), match=r"backend.*'chunked', 'landmarks'"):
+        choose_backend(name, CALLS["positive"], X, X, X)

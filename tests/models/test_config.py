@@ -110,6 +110,8 @@ def test_a_saved_config_comes_back_equal(tiny_config, tmp_path):
         ("hidden_act", "gellu", "Did you mean 'gelu'"),
         ("num_projections", 0, "num_projections must be a whole number of at least 1, got 0"),
         ("num_hidden_layers", "6", "num_hidden_layers must be a whole number of at least 1"),
+        ("num_attention_heads", 0, "num_attention_heads must be a whole number of at least 1"),
+        ("hidden_size", "24", "hidden_size must be a whole number of at least 1, got '24'"),
         ("vocab_size", 2.5, "vocab_size must be a whole number"),
         (
             "num_attention_heads",

@@ -15,6 +15,14 @@ def test_a_mask_of_other_numbers_than_0_and_1_is_refused(past_length, length):
         padding_mask(mask, 1, past_length, length)
 
 
+@pytest.mark.usefixtures("without_shape_checks")
+def test_masks_that_add_or_are_of_another_shape_are_refused():
+    with pytest.raises(TypeError, match=r"got torch\.float32. An additive mask"):
+        padding_mask(torch.zeros(1, 7), 1, 0, 7)
+    with pytest.raises(ValueError, match=r"= \(1, 7\), the cached positions included, got \(1, 2"):
+        padding_mask(torch.ones(1, 2).bool(), 1, 5, 2)
+
+
 def test_the_numbers_of_a_mask_are_not_read_again_for_each_token():
     # A GPU would have to be waited for.
     assert padding_mask(ODD, 1, 6, 1).all()
