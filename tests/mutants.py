@@ -70,6 +70,8 @@ PARTS = {
         "backends/test_derivatives.py",
         "backends/test_landmarks.py",
         "backends/test_plain.py",
+        "backends/test_reference.py",
+        "backends/test_tiles.py",
         "laws/test_causality.py",
         "laws/test_definition.py",
         "laws/test_derivatives.py",
@@ -251,16 +253,21 @@ class Module:
         """Exchange the code of the function that the mutant edits, in every object that runs it."""
         codes = self.codes  # of the tree without the edit
         edited = ast.unparse(Exchange(mutant).visit(self.tree))
-        [(old, new)] = [
+        # An inner function may run already, if it was made at import; else the outer makes it.
+        changed = [
             (running, after)
             for (running, before), after in zip(codes, self.compiled(edited), strict=True)
             if before != after
         ]
-        new = new.replace(co_freevars=old.co_freevars)  # also where the edit took the only super()
-        planted = [function for function in self.functions if function.__code__ == old]
-        assert planted, f"no function runs {old}"
-        for function in planted:
-            function.__code__ = new
+        planted = 0
+        for old, new in changed:
+            if not new.co_freevars:  # the edit took the only super()
+                new = new.replace(co_freevars=old.co_freevars)
+            for function in self.functions:
+                if function.__code__ == old and new.co_freevars == old.co_freevars:
+                    function.__code__ = new
+                    planted += 1
+        assert planted, f"no function runs {changed}"
 
 
 def identity(entry: dict[str, Any]) -> tuple[str, str, str]:
@@ -269,13 +276,12 @@ def identity(entry: dict[str, Any]) -> tuple[str, str, str]:
 
 
 def functions_of(code: types.CodeType) -> Iterator[types.CodeType]:
-    """The code of the functions of a module or class, methods included, in order."""
+    """The code of all functions of a module, methods and inner functions included, in order."""
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
             if constant.co_flags & inspect.CO_OPTIMIZED:
                 yield constant
-            else:
-                yield from functions_of(constant)
+            yield from functions_of(constant)
 
 
 # The mutants of a module as the record names them, and who killed each; what takes these.

@@ -112,6 +112,18 @@ def test_the_frame_of_a_state_does_not_matter(is_causal):
         torch.testing.assert_close(other.rescaled(after.log_scale).values, after.values)
 
 
+@pytest.mark.parametrize(
+    ("is_causal", "length", "count"), [(False, 5, 1), (False, 1, 1), (True, 5, 1), (True, 1, 0)]
+)
+def test_all_but_a_step_of_decoding_goes_through_the_operator(
+    monkeypatch, is_causal, length, count
+):
+    calls, attend = [], kernel_tiles.attend
+    monkeypatch.setattr(kernel_tiles, "attend", lambda *x: calls.append(x) or attend(*x))
+    favor_attention(*inputs(length), KernelFeatures(5, 11), is_causal, enable_gqa=True)
+    assert len(calls) == count
+
+
 def test_a_callable_may_hold_parameters_that_learn():
     slope = torch.nn.PReLU(dtype=torch.float64)
     out = favor_attention(*inputs(), KernelFeatures(5, 11, slope), enable_gqa=True)
