@@ -71,6 +71,7 @@ PARTS = {
         "backends/test_landmarks.py",
         "backends/test_plain.py",
         "backends/test_reference.py",
+        "backends/test_slots.py",
         "backends/test_tiles.py",
         "laws/test_causality.py",
         "laws/test_definition.py",
