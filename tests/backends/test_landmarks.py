@@ -32,3 +32,13 @@ def test_they_need_a_query_and_a_key(query_length, key_length, is_served):
     )
     out = favor_attention(query, key, key, phi)  # by another backend, if need be
     assert torch.equal(out, query if key_length else query * 0)
+
+
+@pytest.mark.parametrize("scale", [0.3, 1.0])
+def test_sums_that_are_not_divided_are_those_of_the_definition(scale):
+    query, key, value = torch.randn(3, 2, 3, 7, 5).unbind()
+    options = {"scale": scale, "normalize": False}
+    phi = SoftmaxFeatures(5, 11)
+    found = favor_attention(query, key, value, phi, **options, backend="landmarks")
+    expected = favor_attention(query, key, value, phi, **options, backend="reference")
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
