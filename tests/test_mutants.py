@@ -60,12 +60,17 @@ def test_each_kind_of_edit(statement, expected):
 
 def test_the_record_names_survivors_and_no_file_is_touched(tmp_path, fresh_python):
     toy, tests = tmp_path / "toy.py", tmp_path / "test_toy.py"
-    toy.write_text("def clipped(x, low=0):\n    if x < low:\n        return low\n    return x\n")
+    toy.write_text(
+        "def clipped(x, low=0):\n    if x < low:\n        return low\n    return x\n"
+        "def adder(n):\n    def add(x):\n        return x + n\n    return add\n"
+        "one_more = adder(1)\n"
+    )
     tests.write_text(
-        "import pytest\nfrom toy import clipped\n"
+        "import pytest\nfrom toy import clipped, one_more\n"
         "@pytest.mark.parametrize('x', [3, 5, 7])\n"
         "def test_large(x): assert clipped(x) == x\n"
         "def test_small(): assert clipped(-1) == 0\n"
+        "def test_more(): assert one_more(4) == 5\n"
         "def test_unrelated(): pass\n"
     )
     before = {path: path.read_bytes() for path in (toy, tests)}
@@ -82,9 +87,12 @@ with contextlib.redirect_stdout(io.StringIO()):
 print(json.dumps(results))
 """)
     killers = {entry["change"]: killer for entry, killer in json.loads(found)}
-    assert killers.keys() == {"x < low → x <= low", "x < low → x >= low", "return None"}
+    assert killers.keys() == {
+        "x < low → x <= low", "x < low → x >= low", "return None", "x + n → x - n"
+    }  # fmt: skip
     assert killers["x < low → x <= low"] is None  # they are the same where x = low
     assert killers["x < low → x >= low"].startswith("test_toy.py::test_")
+    assert killers["x + n → x - n"] == "test_toy.py::test_more"  # of a function made at import
     assert {path: path.read_bytes() for path in before} == before
 
 

@@ -144,6 +144,8 @@ def test_a_tile_fits_the_memory_that_it_is_given(monkeypatch, rows, keys, dtype)
         monkeypatch.setattr(module, "TILE_BYTES", size)
         row_tile, key_tile = module._tile_sizes(11, rows, keys, dtype)
         assert min(row_tile, key_tile) >= min(rows, keys, 64)
+        shorter = row_tile if rows <= keys else key_tile
+        assert shorter == min(rows, keys, module.SHORT_SIDE)  # is whole
         needed = module.HEADS * min(row_tile, rows) * min(key_tile, keys) * dtype.itemsize
         assert needed <= max(size, module.HEADS * 64 * min(rows, keys) * dtype.itemsize)
 

@@ -25,6 +25,20 @@ def inputs(length=17, dtype=torch.float64):
     return [torch.randn(shape, dtype=dtype, requires_grad=True) for shape in shapes]
 
 
+@pytest.mark.parametrize("num_features", [11, 256, 4099])
+@pytest.mark.parametrize("count", [1, 3, 64])
+def test_a_tile_is_of_whole_chunks_and_fills_the_memory_that_it_is_given(count, num_features):
+    values = torch.zeros(count, num_features, 1)
+    heads, rows = kernel_tiles._sizes(values, is_causal=False)
+    assert heads == kernel_tiles.HEADS
+    assert rows % kernel_tiles.CHUNK == 0
+    of_chunk = 4 * min(heads, count) * num_features * kernel_tiles.CHUNK  # bytes
+    assert rows == kernel_tiles.CHUNK * max(1, kernel_tiles.TILE_BYTES // of_chunk)
+    assert kernel_tiles._sizes(values, is_causal=True) == [heads, kernel_tiles.CHUNK]
+    on_another = kernel_tiles._sizes(values.to("meta"), is_causal=False)
+    assert on_another == [count, 8 * kernel_tiles.CHUNK]
+
+
 def test_every_kernel_that_has_values_has_a_derivative():
     assert set(BY_HAND) == {name for name, kernel in KERNELS.items() if not kernel.is_exponential}
 
@@ -96,6 +110,18 @@ def test_the_frame_of_a_state_does_not_matter(is_causal):
         out, other = favor_attention(*tensors, phi, initial_state=moved, **options)
         torch.testing.assert_close(out, expected)
         torch.testing.assert_close(other.rescaled(after.log_scale).values, after.values)
+
+
+@pytest.mark.parametrize(
+    ("is_causal", "length", "count"), [(False, 5, 1), (False, 1, 1), (True, 5, 1), (True, 1, 0)]
+)
+def test_all_but_a_step_of_decoding_goes_through_the_operator(
+    monkeypatch, is_causal, length, count
+):
+    calls, attend = [], kernel_tiles.attend
+    monkeypatch.setattr(kernel_tiles, "attend", lambda *x: calls.append(x) or attend(*x))
+    favor_attention(*inputs(length), KernelFeatures(5, 11), is_causal, enable_gqa=True)
+    assert len(calls) == count
 
 
 def test_a_callable_may_hold_parameters_that_learn():

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from mechanisms import EVERY
 from transformers import AutoConfig
 
 from performers import FavorOptions
@@ -109,6 +110,8 @@ def test_a_saved_config_comes_back_equal(tiny_config, tmp_path):
         ("hidden_act", "gellu", "Did you mean 'gelu'"),
         ("num_projections", 0, "num_projections must be a whole number of at least 1, got 0"),
         ("num_hidden_layers", "6", "num_hidden_layers must be a whole number of at least 1"),
+        ("num_attention_heads", 0, "num_attention_heads must be a whole number of at least 1"),
+        ("hidden_size", "24", "hidden_size must be a whole number of at least 1, got '24'"),
         ("vocab_size", 2.5, "vocab_size must be a whole number"),
         (
             "num_attention_heads",
@@ -353,3 +356,72 @@ def test_heads_of_another_dim_remember_what_they_read(tiny_model, tokens):
     for token in tokens.split(1, dim=1):
         steps.append(model(token, past_key_values=cache).logits)
     torch.testing.assert_close(torch.cat(steps, 1), model(tokens).logits, rtol=1e-4, atol=1e-4)
+
+
+# Mechanisms without anything random, and those in which heads draw for themselves.
+NOTHING_DRAWN = {
+    "exact", "identity", "linear-transformer", "local", "sparse-transformer", "longformer"
+}  # fmt: skip
+BY_KEY_HEAD = {"big-bird", "linformer", "sinkhorn", "routing-transformer", "clustered-favor"}
+BY_QUERY_HEAD = {"synthesizer", "reformer"}
+LIMITED = {"linformer", "synthesizer", "sinkhorn"}
+
+
+def built(name, layer=3, **fields):
+    """The mechanism of one layer, of four heads of queries and two of keys."""
+    options = {"num_projections": 5, "sharing": "none"} if name == "linformer" else None
+    return MECHANISMS[name].build(
+        PerformerConfig(
+            **{
+                **EVERY[name],
+                **({"attention_options": options} if options else {}),
+                "hidden_size": 16,
+                "num_attention_heads": 4,
+                "num_key_value_heads": 2,
+                "max_position_embeddings": 13,
+                **fields,
+            }
+        ),
+        layer,
+    )
+
+
+def drawn(name, **fields):
+    """What this mechanism has drawn, by name."""
+    return {
+        part: x
+        for part, x in built(name, **fields).state_dict().items()
+        # Counts are no draws, and sharp features have statistics besides ω.
+        if not part.endswith("num_redraws") and ("sharp" not in name or part.endswith("omega"))
+    }
+
+
+@pytest.mark.parametrize("name", MECHANISMS)
+def test_what_a_layer_draws_is_a_function_of_the_seed_and_of_its_number(name):
+    first = drawn(name, seed=5)
+    assert bool(first) == (name not in NOTHING_DRAWN)
+    for part, x in drawn(name, seed=5).items():
+        assert torch.equal(x, first[part]), part
+    for others in (drawn(name, seed=7), drawn(name, seed=5, layer=2)):
+        for part, x in others.items():
+            assert x.unique().numel() == 1 or not torch.equal(x, first[part]), part
+
+
+@pytest.mark.parametrize("name", MECHANISMS)
+def test_a_mechanism_serves_all_positions_of_its_config_and_its_shared_key_heads(name):
+    mechanism = built(name)
+    query, (key, value) = torch.randn(2, 4, 13, 4), torch.randn(2, 2, 2, 13, 4)
+    assert mechanism(query, key, value).shape == (2, 4, 13, 4)
+    if name in LIMITED:
+        query, key, value = (x.repeat(1, 1, 2, 1)[:, :, :14] for x in (query, key, value))
+        with pytest.raises(ValueError, match="13 positions, got 14"):
+            mechanism(query, key, value)
+
+
+@pytest.mark.parametrize("name", sorted(BY_KEY_HEAD | BY_QUERY_HEAD))
+def test_heads_that_draw_for_themselves_differ(name):
+    query, key, value = torch.randn(3, 2, 1, 13, 4).unbind()
+    tensors = query.expand(-1, 4, -1, -1), *(x.expand(-1, 2, -1, -1) for x in (key, value))
+    out = built(name)(*tensors)
+    assert not torch.equal(out[:, 0], out[:, 2])
+    assert torch.equal(out[:, 0], out[:, 1]) == (name in BY_KEY_HEAD)

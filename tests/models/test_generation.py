@@ -141,6 +141,27 @@ def test_every_mechanism_has_the_memory_it_needs(model, tokens, memory):
     assert [type(layer) for layer in cache.layers] == [memory, memory]
 
 
+@pytest.mark.parametrize("mechanism", [MECHANISMS["exact"]])
+def test_a_token_of_exact_attention_is_one_query(model, tokens):
+    cache = model(tokens[:, :-1]).past_key_values
+    lengths = []
+    mechanism = model.performer.layers[0].attention.mechanism
+    mechanism.register_forward_pre_hook(lambda module, inputs: lengths.append(inputs[0].shape[2]))
+    logits = model(tokens[:, -1:], past_key_values=cache).logits
+    assert lengths == [1]  # not of the whole sequence, which costs its length as often
+    torch.testing.assert_close(logits, model(tokens).logits[:, -1:], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("memory", [State, Nothing])
+def test_a_memory_of_one_size_has_no_limit_and_nothing_to_allocate(memory):
+    layer = memory()
+    assert layer.get_max_length() == -1  # transformers' word for no limit
+    assert layer.get_mask_sizes(5) == (5, 0)
+    layer.lazy_initialization(torch.zeros(1), torch.zeros(1))
+    assert layer.is_initialized
+    assert layer.get_seq_length() == 0
+
+
 @every_mechanism
 def test_batch_rows_of_a_cache_can_be_reordered_chosen_and_repeated(model, tokens):
     head, tail = tokens[:, :7], tokens[:, 7:]

@@ -301,6 +301,13 @@ def test_learned_positions_end_where_the_table_ends(tiny_model, tokens):
     model(padded, attention_mask=F.pad(torch.ones_like(tokens), (4, 0)))
 
 
+@pytest.mark.parametrize("position", POSITIONS)
+def test_no_positions_are_within_every_limit(tiny_model, position):
+    model = tiny_model(PerformerForMaskedLM, position=position, max_position_embeddings=5)
+    assert model(torch.zeros(2, 0, dtype=torch.long)).logits.shape == (2, 0, 31)
+    assert model(torch.zeros(2, 5, dtype=torch.long)).logits.isfinite().all()
+
+
 @pytest.mark.parametrize(
     ("mask", "words"),
     [
@@ -387,6 +394,19 @@ def test_autocast_to_bfloat16_trains_finitely(tiny_config, tokens, mechanism):
     loss.backward()
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     assert all(torch.isfinite(gradient).all() for gradient in gradients)
+
+
+def test_weights_start_with_the_spread_that_the_config_says(tiny_model):
+    model = tiny_model(PerformerForMaskedLM, initializer_range=0.7, position="learned")
+    for name, weight in model.named_parameters():
+        if name.endswith("bias"):
+            assert not weight.any()
+        elif "norm" in name:
+            assert (weight == 1).all()
+        else:
+            # The standard error of a standard deviation of n numbers is σ/√(2n).
+            error = 4 * 0.7 / (2 * weight.numel()) ** 0.5
+            assert weight.std().item() == pytest.approx(0.7, abs=error), name
 
 
 def test_redrawing_gives_every_layer_a_new_omega(tiny_model):

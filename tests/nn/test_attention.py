@@ -458,3 +458,62 @@ class TestErrors:
         x = torch.randn(LENGTH, BATCH, EMBED)
         with pytest.raises(ValueError, match=re.escape("the feature map is for dim 15 per head")):
             attention(x, x, x)
+
+    @pytest.mark.usefixtures("without_shape_checks")
+    @pytest.mark.parametrize(
+        ("options", "words"),
+        [
+            ({"embed_dim": 0}, "embed_dim must be a whole number of at least 1, got 0"),
+            ({"num_heads": 0}, "num_heads must be a whole number of at least 1, got 0"),
+            ({"num_heads": 4}, "num_heads must divide embed_dim: got 4 and 15"),
+            ({"dropout": -0.1}, "dropout must be"),
+            ({"bias": "no"}, "bias must be True or False"),
+            ({"add_bias_kv": 1}, "add_bias_kv must be True or False"),
+            ({"add_zero_attn": 1}, "add_zero_attn must be True or False"),
+            ({"batch_first": "yes"}, "batch_first must be True or False"),
+            ({"kdim": 0}, "kdim must be a whole number of at least 1, got 0"),
+            ({"vdim": 2.5}, "vdim must be a whole number of at least 1, got 2.5"),
+            ({"feature_map": nn.Linear(5, 5)}, "must be a feature map"),
+        ],
+        ids=str,
+    )
+    def test_what_no_module_can_be_made_of_is_named(self, options, words):
+        with pytest.raises((ValueError, TypeError)) as caught:
+            FavorAttention(**{"embed_dim": EMBED, "num_heads": HEADS, **options})
+        assert words in str(caught.value)
+
+    @pytest.mark.usefixtures("without_shape_checks")
+    @pytest.mark.parametrize(
+        ("change", "words"),
+        [
+            ({"query": torch.zeros(2, 11, 13)}, "with dim=15 here: got (2, 11, 13)"),
+            ({"query": torch.zeros(11, 15)}, "key must be"),
+            ({"query": torch.zeros(3, 11, 15)}, "must have the same batch, the axis 0"),
+            ({"key": torch.zeros(2, 7, 15).int()}, "key must be"),
+            ({"value": torch.zeros(2, 5, 15)}, "key is (2, 7, 15), value is (2, 5, 15)"),
+            ({"value": torch.zeros(3, 7, 15)}, "key is (2, 7, 15), value is (3, 7, 15)"),
+            ({"key_padding_mask": [True] * 7}, "key_padding_mask must be a torch.Tensor"),
+            ({"key_padding_mask": torch.ones(7, 2).bool()}, "(2, 7) here, got (7, 2)"),
+            ({"attn_mask": [[True]]}, "attn_mask must be a torch.Tensor"),
+            ({"need_weights": "no"}, "need_weights must be True or False"),
+            ({"average_attn_weights": 1}, "average_attn_weights must be True or False"),
+            ({"is_causal": 1}, "is_causal must be True or False"),
+        ],
+        ids=lambda x: next(iter(x)) if isinstance(x, dict) else x,
+    )
+    def test_inputs_that_do_not_fit_are_named(self, change, words):
+        attention = FavorAttention(EMBED, HEADS, batch_first=True)
+        inputs = dict(zip(("query", "key", "value"), sequences(), strict=True))
+        with pytest.raises((ValueError, TypeError)) as caught:
+            attention(**{**inputs, **change})
+        assert words in str(caught.value)
+
+    @pytest.mark.usefixtures("without_shape_checks")
+    def test_the_batch_is_the_second_axis_unless_it_is_first(self):
+        attention = FavorAttention(EMBED, HEADS)
+        query, key, value = sequences(batch_first=False)
+        attention(query, key, value, torch.zeros(BATCH, KEY_LENGTH, dtype=torch.bool))
+        with pytest.raises(ValueError, match="must have the same batch, the axis 1"):
+            attention(query[:, :1], key, value)
+        with pytest.raises(ValueError, match=re.escape("(2, 7) here, got (7, 2)")):
+            attention(query, key, value, torch.zeros(KEY_LENGTH, BATCH, dtype=torch.bool))

@@ -87,6 +87,24 @@ def test_a_row_that_sees_no_key_is_zero(tensors):
         assert (out == 0).all()
 
 
+@pytest.mark.parametrize("dialect", [{}, {"key_sum_epsilon": 0.3, "renormalizer": 9.0}], ids=str)
+def test_resuming_goes_on_where_the_state_ends(tensors, dialect):
+    attend = DialectFavor(SoftmaxFeatures(DIM, 17), Dialect(**dialect))
+    query, key, value, mask = tensors
+    whole = attend(query, key, value, is_causal=True, key_padding_mask=mask)
+    state, outputs = None, []
+    for place in (slice(9), slice(9, 10), slice(10, 23)):
+        piece = [x[:, :, place] for x in (query, key, value)]
+        out, state = attend.resume(*piece, mask[:, place], state)
+        outputs.append(out)
+    torch.testing.assert_close(torch.cat(outputs, dim=2), whole, **TOLERANCE)
+
+
+def test_a_module_shows_its_dialect():
+    dialect = Dialect(renormalizer=0.25)
+    assert repr(dialect) in repr(DialectFavor(SoftmaxFeatures(DIM, 17), dialect))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_summed_in_float32(tensors, dtype):
     query, key, value = (x.to(dtype) for x in tensors[:3])

@@ -1,6 +1,7 @@
 """Feature maps own ω: a float32 buffer, a function of (seed, layer, number of redraws)."""
 
 import copy
+import inspect
 import io
 import pickle
 
@@ -9,8 +10,9 @@ import torch
 from torch import nn
 
 from performers import KernelFeatures, SharpFeatures, SoftmaxFeatures, favor_attention
-from performers.functional import Kernel
+from performers.functional import KERNELS, Kernel
 from performers.functional.projections import DISTRIBUTIONS
+from performers.nn import feature_maps
 
 BUILDERS = {
     "softmax": lambda **options: SoftmaxFeatures(5, 11, **options),
@@ -118,6 +120,49 @@ def test_omega_stays_float32_when_its_module_is_cast(build, dtype):
     assert torch.equal(phi.omega, before)
 
 
+class Damped(nn.Module):
+    """A kernel with a number of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("factor", torch.tensor(0.5))
+
+    def forward(self, x):
+        return (self.factor * x).exp()
+
+
+def test_what_a_kernel_owns_is_cast_with_the_model_and_omega_is_not():
+    phi = KernelFeatures(5, 11, Kernel(Damped(), is_nonnegative=True))
+    by_module = KernelFeatures(5, 11, Damped())
+    before = by_module.omega.clone()
+    by_module.half()
+    assert by_module.fn.factor.dtype == torch.float16
+    assert torch.equal(by_module.omega, before)
+    assert phi.half().omega.dtype == torch.float32
+
+
+def test_a_fingerprint_is_made_once_for_each_omega(build):
+    phi = build()
+    first = phi.fingerprint
+    assert phi.fingerprint is first
+    phi.redraw()
+    assert phi.fingerprint != first
+    phi.reset_parameters()
+    assert phi.fingerprint == first
+    other = build(seed=1)
+    phi.load_state_dict(other.state_dict(), assign=True)
+    assert phi.fingerprint == other.fingerprint != first
+
+
+def test_without_omega_a_fingerprint_is_of_the_kernel_alone():
+    def of(**options):
+        return KernelFeatures(5, projection=None, **options).fingerprint
+
+    assert of(fn="elu+1") == of(fn="elu+1", seed=1)
+    assert of(fn="elu+1") != of(fn="exp")
+    assert of(epsilon=0.25) != of(epsilon=0.5)
+
+
 def test_omega_survives_copies_and_pickles(build):
     phi = build()
     phi.redraw()
@@ -176,6 +221,19 @@ def test_any_elementwise_callable_is_a_kernel():
     torch.testing.assert_close(
         favor_attention(*tensors, by_name), favor_attention(*tensors, by_hand)
     )
+
+
+@pytest.mark.parametrize("fn", KERNELS)
+def test_elementwise_features_are_those_of_the_map(fn):
+    phi = KernelFeatures(5, 11, fn, epsilon=0.25)
+    # A kernel without a derivative by hand, or without a name, is left to autograd.
+    assert (phi.elementwise is None) == (KERNELS[fn].backward is None)
+    assert KernelFeatures(5, 11, KERNELS[fn]).elementwise is None
+    if phi.elementwise is not None:
+        name, epsilon, directions = phi.elementwise
+        x = torch.randn(7, 5)
+        values = (KERNELS[name].fn(x @ directions.T) + epsilon) / 11**0.5
+        torch.testing.assert_close(phi.query_features(x).dense(), values)
 
 
 ONE_GRAPH = """
@@ -240,6 +298,16 @@ def test_features_that_can_be_negative_warn_and_say_what_avoids_it(make, remedy)
     assert "normalize=False" in str(caught[0].message)
 
 
+def test_the_warning_is_about_the_line_that_makes_the_map(monkeypatch):
+    # As users call it: the shape checks of the tests are further frames.
+    plain = inspect.unwrap(feature_maps._warn_of_signs)
+    monkeypatch.setattr(feature_maps, "_warn_of_signs", plain)
+    for kind, option in ((SoftmaxFeatures, "trigonometric"), (KernelFeatures, "cos")):
+        with pytest.warns(UserWarning, match="may vanish or change sign") as caught:
+            inspect.unwrap(kind.__init__)(kind.__new__(kind), 5, 7, option)
+        assert caught[0].filename == __file__
+
+
 def test_a_callable_that_is_said_to_be_nonnegative_does_not_warn(recwarn):
     phi = KernelFeatures(5, 7, fn=Kernel(torch.square, is_nonnegative=True))
     assert phi.is_nonnegative
@@ -257,3 +325,32 @@ def test_a_copy_that_is_redrawn_is_told_from_the_first(make):
     for _ in range(9):  # at some time the copy has as many changes as the first had
         other.redraw()
         assert other.fingerprint != before
+
+
+COMMON = [
+    ("dim", 0, "dim must be a whole number of at least 1, got 0"),
+    ("num_projections", 0, "num_projections must be a whole number of at least 1, got 0"),
+    ("projection", "orthogonl", "Did you mean 'orthogonal'"),
+    ("seed", 0.5, "seed must be a whole number, got 0.5"),
+    ("layer", "1", "layer must be a whole number, got '1'"),
+]
+SHARP = [
+    ("num_heads", 0, "num_heads must be a whole number of at least 1, got 0"),
+    ("statistics", "calibratd", "Did you mean 'calibrated'"),
+    ("optimal", "coordinat", "Did you mean 'coordinate'"),
+    ("query_ratio", "2", "query_ratio must be positive and finite"),
+    ("shift", 1, "shift must be True or False"),
+    ("balance", "no", "balance must be True or False"),
+]
+
+
+@pytest.mark.usefixtures("without_shape_checks")
+@pytest.mark.parametrize(
+    ("kind", "name", "value", "words"),
+    [(kind, *row) for kind in (SoftmaxFeatures, KernelFeatures, SharpFeatures) for row in COMMON]
+    + [(SharpFeatures, *row) for row in SHARP],
+)
+def test_a_choice_that_does_not_fit_is_named(kind, name, value, words):
+    with pytest.raises((ValueError, TypeError)) as caught:
+        kind(**{"dim": 5, "num_projections": 7, name: value})
+    assert words in str(caught.value)
