@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.loss.loss_utils import ForSequenceClassificationLoss
@@ -46,7 +46,7 @@ class PerformerForSequenceClassification(PerformerPreTrainedModel):
         attention_mask: Tensor | None = None,
         position_ids: Int[Tensor, "rows length"] | None = None,
         inputs_embeds: Float[Tensor, "batch length hidden"] | None = None,
-        labels: Shaped[Tensor, "batch *num_labels"] | None = None,
+        labels: Tensor | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
     ) -> SequenceClassifierOutput:
@@ -159,7 +159,7 @@ class PerformerForSequencePairClassification(PerformerPreTrainedModel):
         second_input_ids: Int[Tensor, "batch second_length"],
         attention_mask: Tensor | None = None,
         second_attention_mask: Tensor | None = None,
-        labels: Shaped[Tensor, "batch *num_labels"] | None = None,
+        labels: Tensor | None = None,
     ) -> SequenceClassifierOutput:
         """Logits of each pair and, given `labels`, the loss, as in
         `PerformerForSequenceClassification.forward`.
@@ -209,7 +209,7 @@ def pool(
 
 def _sequence_loss(
     logits: Float[Tensor, "batch num_labels"],
-    labels: Shaped[Tensor, "batch *num_labels"] | None,
+    labels: Tensor | None,
     config: PerformerConfig,
 ) -> Float[Tensor, ""] | None:
     if labels is None:

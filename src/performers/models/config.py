@@ -10,14 +10,14 @@ from typing import Any
 from transformers.activations import ACT2FN
 
 from performers.checks import check_choice, check_count, check_whole_number
-from performers.functional.seeds import mixed_seed
 from performers.functional.projections import DISTRIBUTIONS, PROJECTIONS
+from performers.functional.seeds import mixed_seed
 from performers.models.fields import PerformerFields
 from performers.models.mechanisms import (
     MECHANISMS,
     causal_memory,
-    cross_memory,
     check_dialect,
+    cross_memory,
     has_epsilon_features,
     in_current_words,
     own_options,
@@ -66,8 +66,8 @@ class PerformerConfig(PerformerFields):
     `kernel_epsilon`: see `KernelFeatures`. `projection=None` is a kernel without ω.
     `window_size`: positive estimates of softmax score the keys of neighboring blocks of this size
     exactly, see `favor_attention`.
-    `position`: "rotary" (in cross-attention each sequence by its own), "learned" (limited to `max_position_embeddings`), "sinusoidal" or "none";
-    `rope_theta` is the base of both rotary and sinusoidal wavelengths.
+    `position`: "rotary", "learned" (limited to `max_position_embeddings`), "sinusoidal", "image" or
+    "none"; `rope_theta` is the base of both rotary and sinusoidal wavelengths.
     `head_dim`: of queries, keys and values; hidden_size / num_attention_heads unless given. With
     another the projections lead from hidden_size to num_attention_heads · head_dim and back.
     `num_key_value_heads`: fewer than `num_attention_heads` for grouped-query attention.
@@ -153,6 +153,8 @@ class PerformerConfig(PerformerFields):
         check_choice("distribution", self.distribution, DISTRIBUTIONS)
         if self.projection is not None:
             check_choice("projection", self.projection, PROJECTIONS)
+        if self.cross_attention is not None:
+            check_choice("cross_attention", self.cross_attention, MECHANISMS)
         mechanism = MECHANISMS[self.attention]
         if not isinstance(self.attention_options, dict | None):
             raise TypeError(

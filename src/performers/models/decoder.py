@@ -18,7 +18,8 @@ from performers.models.positions import POSITIONS, Rotation
 
 __all__ = ["Decoded", "Encoded", "PerformerDecoder", "PerformerDecoderLayer"]
 
-Matrix = Float[Tensor, "batch heads length key_length"] | None
+Matrix = Float[Tensor, "batch heads length length"] | None
+CrossMatrix = Float[Tensor, "batch heads length encoder_length"] | None
 
 
 class Encoded(NamedTuple):
@@ -52,7 +53,7 @@ class PerformerCrossAttention(MultiHead):
         encoded: Encoded,
         past_key_values: PerformerEncoderDecoderCache | None = None,
         output_attentions: bool = False,
-    ) -> tuple[Float[Tensor, "batch length hidden"], Matrix]:
+    ) -> tuple[Float[Tensor, "batch length hidden"], CrossMatrix]:
         query = self.heads(self.q_proj, hidden)
         if rotation is not None:
             query = rotation.turn(query)
@@ -111,7 +112,7 @@ class PerformerDecoderLayer(GradientCheckpointingLayer):
         encoded: Encoded,
         output_attentions: bool,
         past_key_values: PerformerEncoderDecoderCache | None,
-    ) -> tuple[Float[Tensor, "batch length hidden"], Matrix, Matrix]:
+    ) -> tuple[Float[Tensor, "batch length hidden"], Matrix, CrossMatrix]:
         written = None if past_key_values is None else past_key_values.self_attention_cache
         out, matrix = self.attention(
             self._before(self.attention_norm, hidden),

@@ -6,13 +6,13 @@ output so far ─► embeddings ─► decoder ─► [ self, cross ◄───
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import GenerationMixin
-from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput, Seq2SeqModelOutput
+from transformers.modeling_outputs import Seq2SeqLMOutput, Seq2SeqModelOutput
+from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
 from performers.models.cache import (
@@ -51,7 +51,7 @@ class PerformerEncoderDecoderModel(PerformerPreTrainedModel):
         attention_mask: Tensor | None = None,
         decoder_input_ids: Int[Tensor, "batch length"] | None = None,
         decoder_attention_mask: Tensor | None = None,
-        encoder_outputs: BaseModelOutput | Sequence[Tensor] | None = None,
+        encoder_outputs: ModelOutput | tuple[Tensor, ...] | None = None,
         past_key_values: PerformerEncoderDecoderCache | None = None,
         inputs_embeds: Float[Tensor, "batch encoder_length hidden"] | None = None,
         decoder_inputs_embeds: Float[Tensor, "batch length hidden"] | None = None,
@@ -158,7 +158,7 @@ class PerformerForConditionalGeneration(PerformerPreTrainedModel, GenerationMixi
         attention_mask: Tensor | None = None,
         decoder_input_ids: Int[Tensor, "batch length"] | None = None,
         decoder_attention_mask: Tensor | None = None,
-        encoder_outputs: BaseModelOutput | Sequence[Tensor] | None = None,
+        encoder_outputs: ModelOutput | tuple[Tensor, ...] | None = None,
         past_key_values: PerformerEncoderDecoderCache | None = None,
         inputs_embeds: Float[Tensor, "batch encoder_length hidden"] | None = None,
         decoder_inputs_embeds: Float[Tensor, "batch length hidden"] | None = None,

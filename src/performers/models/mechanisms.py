@@ -370,7 +370,6 @@ def cross_memory(config: PerformerFields) -> CrossMemory:
     with this mechanism.
     """
     attention = config.cross_attention or config.attention
-    check_choice("cross_attention", attention, MECHANISMS)
     memory = MECHANISMS[attention].cross_memory
     if memory is None or config.dialect is not None:
         crossing = sorted(name for name, row in MECHANISMS.items() if row.cross_memory is not None)
