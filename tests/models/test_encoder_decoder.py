@@ -328,7 +328,8 @@ def test_gradient_checkpointing_changes_no_gradient(tiny_config, tokens, text, k
         model(tokens, labels=text).loss.backward()
         gradients.append({name: p.grad for name, p in model.named_parameters()})
     for name, expected in gradients[0].items():
-        assert torch.equal(gradients[1][name], expected), name
+        # Checkpoints add up the gradients of the encoder's output in another order.
+        torch.testing.assert_close(gradients[1][name], expected, rtol=1e-4, atol=1e-6)
     between = "decoder.layers.0.cross_attention.k_proj.weight"
     assert gradients[0][f"performer.{between}"].any()
     assert gradients[0]["performer.encoder.layers.0.mlp.up_proj.weight"].any()

@@ -188,7 +188,8 @@ class EncodedKeys(DynamicLayer):
 
     def reset(self) -> None:
         # Not the zeros of `DynamicLayer.reset`, to which the next encoder's keys would be appended.
-        self.__init__()  # type: ignore[misc]  # a new memory
+        self.keys = self.values = self.mask = None
+        self.is_initialized = False
 
     def reorder_cache(self, beam_idx: Int[Tensor, " beams"]) -> None:
         super().reorder_cache(beam_idx)
