@@ -5,7 +5,12 @@ import torch
 from mechanisms import EVERY
 from torch import nn
 from torch.nn import functional as F
-from transformers import DynamicCache, EncoderDecoderCache
+from transformers import (
+    DynamicCache,
+    EncoderDecoderCache,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+)
 
 from performers.models import (
     MECHANISMS,
@@ -376,6 +381,30 @@ def test_embeddings_are_shared_and_resized(tiny_model, tokens, text):
     embedded = model.get_input_embeddings()(text)
     again = model(tokens, decoder_inputs_embeds=embedded)
     assert torch.equal(again.logits, out.logits)
+
+
+@pytest.mark.slow
+def test_the_trainer_of_transformers_learns_and_generates(tiny_model, tokens, text, tmp_path):
+    options = {"bos_token_id": 1, "pad_token_id": 0, "initializer_range": 0.1}
+    model = tiny_model(PerformerForConditionalGeneration, **options)
+    arguments = Seq2SeqTrainingArguments(
+        tmp_path,
+        max_steps=60,
+        per_device_train_batch_size=3,
+        gradient_accumulation_steps=2,
+        learning_rate=1e-2,
+        predict_with_generate=True,
+        generation_max_length=8,
+        use_cpu=True,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+        logging_strategy="no",
+    )
+    rows = [{"input_ids": x, "labels": y} for x, y in zip(tokens, text, strict=True)]
+    trainer = Seq2SeqTrainer(model, arguments, train_dataset=rows)
+    trainer.train()
+    assert (trainer.predict(rows).predictions[:, 1:8] == text.numpy()).all()
 
 
 @pytest.mark.usefixtures("without_shape_checks")
