@@ -34,6 +34,7 @@ class PerformerForSequenceClassification(PerformerPreTrainedModel):
 
     def __init__(self, config: PerformerConfig) -> None:
         super().__init__(changed(config))
+        self.num_labels = config.num_labels
         self.performer = PerformerModel(self.config)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
@@ -84,6 +85,7 @@ class PerformerForTokenClassification(PerformerPreTrainedModel):
 
     def __init__(self, config: PerformerConfig) -> None:
         super().__init__(changed(config))
+        self.num_labels = config.num_labels
         self.performer = PerformerModel(self.config)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
@@ -145,6 +147,7 @@ class PerformerForSequencePairClassification(PerformerPreTrainedModel):
 
     def __init__(self, config: PerformerConfig) -> None:
         super().__init__(changed(config))
+        self.num_labels = config.num_labels
         self.performer = PerformerModel(self.config)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         self.comparison = nn.Linear(4 * config.hidden_size, config.intermediate_size)
