@@ -36,7 +36,13 @@ from transformers import (
 )
 
 from performers import FavorOptions, linearize, load_linearized
-from performers.models import PerformerConfig, PerformerForCausalLM, PerformerForMaskedLM
+from performers.models import (
+    PerformerConfig,
+    PerformerForCausalLM,
+    PerformerForMaskedLM,
+    PerformerForSequenceClassification,
+    PerformerForTokenClassification,
+)
 from performers.records import write_block
 
 ROOT = Path(__file__).parents[1]
@@ -59,6 +65,7 @@ class Subject:
     """A model under test: its class and the configuration of a tiny one with random weights.
 
     `classifier`: the class of the same architecture that classifies whole inputs, if there is one.
+    `labels`: what it predicts.
     """
 
     name: str
@@ -66,6 +73,7 @@ class Subject:
     config: Callable[..., Any]
     is_converted: bool = True
     classifier: type[PreTrainedModel] | None = None
+    labels: str = "words"  # or two classes "of tokens" or "of inputs"
 
     @property
     def generates(self) -> bool:
@@ -97,8 +105,10 @@ class Subject:
 
     def labeled(self, batch: int = 3) -> dict[str, Tensor]:
         inputs = self.inputs(batch)
-        labels = inputs["input_ids"] if self.reads_text else torch.arange(batch) % 2
-        return inputs | {"labels": labels}
+        if self.labels == "of inputs":
+            return inputs | {"labels": torch.arange(batch) % 2}
+        words = inputs["input_ids"]
+        return inputs | {"labels": words if self.labels == "words" else words % 2}
 
 
 def _performer(**changes: Any) -> PerformerConfig:
@@ -127,13 +137,36 @@ def _vit(**changes: Any) -> ViTConfig:
 SUBJECTS = [
     Subject("PerformerForMaskedLM", PerformerForMaskedLM, _performer, is_converted=False),
     Subject("PerformerForCausalLM", PerformerForCausalLM, _performer, is_converted=False),
+    Subject(
+        "PerformerForSequenceClassification",
+        PerformerForSequenceClassification,
+        _performer,
+        is_converted=False,
+        classifier=PerformerForSequenceClassification,
+        labels="of inputs",
+    ),
+    Subject(
+        "PerformerForTokenClassification",
+        PerformerForTokenClassification,
+        _performer,
+        is_converted=False,
+        labels="of tokens",
+    ),
     Subject("BERT", BertForMaskedLM, _bert, classifier=BertForSequenceClassification),
     Subject("Llama", LlamaForCausalLM, _llama, classifier=LlamaForSequenceClassification),
     Subject("GPT-2", GPT2LMHeadModel, _gpt2, classifier=GPT2ForSequenceClassification),
-    Subject("ViT", ViTForImageClassification, _vit, classifier=ViTForImageClassification),
+    Subject(
+        "ViT",
+        ViTForImageClassification,
+        _vit,
+        classifier=ViTForImageClassification,
+        labels="of inputs",
+    ),
 ]
 NAMES = [subject.name for subject in SUBJECTS]
-OURS, CONVERTED = NAMES[:2], NAMES[2:]
+OURS = [subject.name for subject in SUBJECTS if not subject.is_converted]
+CONVERTED = [subject.name for subject in SUBJECTS if subject.is_converted]
+CLASSIFIERS = [subject.name for subject in SUBJECTS if subject.labels != "words"]
 GENERATING = [subject.name for subject in SUBJECTS if subject.generates]
 
 
@@ -218,7 +251,12 @@ def table(record: dict[str, Any]) -> str:
     lines = []
     for section, rows in record.items():
         notes: list[str] = []
-        lines += [f"## {section}", "", "| | " + " | ".join(NAMES) + " |", "|---" * 7 + "|"]
+        lines += [
+            f"## {section}",
+            "",
+            "| | " + " | ".join(NAMES) + " |",
+            "|---" * (len(NAMES) + 1) + "|",
+        ]
         for says, cells in rows.items():
             words = []
             for name in NAMES:

@@ -1,11 +1,12 @@
 """The embeddings of a vocabulary and of positions."""
 
 import torch
-from behavior_table import NAMES, WORDS, Refused, behavior
+from behavior_table import CLASSIFIERS, NAMES, WORDS, Refused, behavior
 from torch import nn
 
 SECTION = "Embeddings"
 NO_WORDS = {"ViT": "images have no vocabulary"}
+NO_HEAD = dict.fromkeys(CLASSIFIERS, "has no head over words") | NO_WORDS
 FIXED_POSITIONS = Refused(
     "transformers has the method for a few old architectures alone; build the model with another "
     "`max_position_embeddings`",
@@ -14,7 +15,7 @@ FIXED_POSITIONS = Refused(
 )
 
 
-@behavior(SECTION, "input and output embeddings are found and replaced", without=NO_WORDS)
+@behavior(SECTION, "input and output embeddings are found and replaced", without=NO_HEAD)
 def test_get_and_set(subject):
     model = subject.model()
     assert isinstance(model.get_input_embeddings(), nn.Embedding)
@@ -27,7 +28,7 @@ def test_get_and_set(subject):
     assert model.get_output_embeddings() is head
 
 
-@behavior(SECTION, "a vocabulary grows and shrinks with its head and its config", without=NO_WORDS)
+@behavior(SECTION, "a vocabulary grows and shrinks with its head and its config", without=NO_HEAD)
 def test_resizing(subject):
     for is_tied in (True, False):
         model, tokens = subject.model(tie_word_embeddings=is_tied), subject.inputs()["input_ids"]

@@ -2,17 +2,18 @@
 
 import pytest
 import torch
-from behavior_table import GENERATING, NAMES, OURS, behavior
+from behavior_table import GENERATING, NAMES, SUBJECTS, behavior
 from torch.nn import functional as F
 from transformers.modeling_layers import GradientCheckpointingLayer
-
-from performers import linearize
 
 SECTION = "Training"
 PREDICTS_NO_NEXT_TOKEN = {
     name: "predicts no next token" for name in NAMES if name not in GENERATING
 }
-NO_IGNORED_LABELS = {"ViT": "classifies whole images"}
+NO_IGNORED_LABELS = {
+    "PerformerForSequenceClassification": "classifies whole sequences",
+    "ViT": "classifies whole images",
+}
 
 
 def gradients(model, inputs):
@@ -92,7 +93,7 @@ def test_input_gradients(subject):
 )
 def test_loss(subject):
     model, tokens = subject.model(), subject.inputs()["input_ids"]
-    labels = tokens.where(torch.arange(11) % 3 != 1, -100)
+    labels = subject.labeled()["labels"].where(torch.arange(11) % 3 != 1, -100)
     out = model(tokens, labels=labels)
     logits, wanted = out.logits, labels
     if subject.generates:
@@ -134,12 +135,16 @@ PROBLEMS = {
 @behavior(
     SECTION,
     "heads for regression, one label and several labels train",
-    without=dict.fromkeys(OURS, "has no head for whole sequences"),
+    without={
+        subject.name: "has no head for whole sequences"
+        for subject in SUBJECTS
+        if subject.classifier is None
+    },
 )
 def test_problem_types(subject, problem):
     num_labels, labels = PROBLEMS[problem]
     config = subject.config(num_labels=num_labels, problem_type=problem)
-    model = linearize(subject.classifier(config))
+    model = subject.convert(subject.classifier(config))
     loss = model(**subject.inputs(), labels=labels).loss
     loss.backward()
     assert loss.isfinite()

@@ -24,6 +24,7 @@ def tiny_config() -> Callable[..., PerformerConfig]:
                 "num_attention_heads": 3,
                 "intermediate_size": 41,
                 "num_projections": 17,
+                "image_shape": [3, 5, 2],  # for position="image"
                 # Large weights make attention sharp and generated text varied.
                 "initializer_range": 0.3,
                 **overrides,

@@ -4,12 +4,23 @@ import pytest
 import torch
 from mechanisms import EVERY
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
 
 from performers.models import (
     PerformerConfig,
     PerformerForCausalLM,
+    PerformerForConditionalGeneration,
     PerformerForMaskedLM,
+    PerformerForSequenceClassification,
+    PerformerForTokenClassification,
     PerformerModel,
 )
 
@@ -127,6 +138,9 @@ def test_a_masked_model_opens_as_a_causal_one_and_without_its_head(tiny_model, t
         (AutoModel, PerformerModel),
         (AutoModelForMaskedLM, PerformerForMaskedLM),
         (AutoModelForCausalLM, PerformerForCausalLM),
+        (AutoModelForSeq2SeqLM, PerformerForConditionalGeneration),
+        (AutoModelForSequenceClassification, PerformerForSequenceClassification),
+        (AutoModelForTokenClassification, PerformerForTokenClassification),
     ],
 )
 def test_auto_classes_know_performers(tiny_model, tmp_path, auto_class, model_class):

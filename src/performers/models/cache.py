@@ -1,15 +1,25 @@
-"""`PerformerCache`: what `generate()` carries from one token to the next."""
+"""`PerformerCache`: what `generate()` carries from one token to the next, and its like for models
+with an encoder.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NoReturn
 
-from transformers.cache_utils import Cache
+from jaxtyping import Int
+from torch import Tensor
+from transformers.cache_utils import Cache, EncoderDecoderCache
 
-from performers.models.config import PerformerConfig
-from performers.models.mechanisms import causal_memory
+from performers.models.config import PerformerConfig, decoder_config
+from performers.models.mechanisms import causal_memory, cross_memory
 
-__all__ = ["PerformerCache", "no_continuous_batching"]
+__all__ = [
+    "PerformerCache",
+    "PerformerEncoderDecoderCache",
+    "no_continuous_batching",
+    "prepare_cache",
+]
 
 
 class PerformerCache(Cache):
@@ -27,6 +37,55 @@ class PerformerCache(Cache):
     def __init__(self, config: PerformerConfig) -> None:
         memory = causal_memory(config)
         super().__init__(layers=[memory() for _ in range(config.num_hidden_layers)])
+
+
+class PerformerEncoderDecoderCache(EncoderDecoderCache):
+    """The cache of an encoder-decoder: what its decoder has written, a `PerformerCache`, and what
+    it will ask of the encoder, one memory per layer that is filled once.
+
+    The cost of a token then depends on neither length, for FAVOR+ in both places.
+    """
+
+    self_attention_cache: Cache
+    cross_attention_cache: Cache
+
+    def __init__(self, config: PerformerConfig) -> None:
+        memory = cross_memory(config)
+        decoder = decoder_config(config)
+        crossing = Cache(layers=[memory() for _ in range(decoder.num_hidden_layers)])
+        super().__init__(PerformerCache(decoder), crossing)
+
+    # transformers has these for caches of keys and values alone.
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last tokens that were written; the encoder's output stays."""
+        self.self_attention_cache.crop(tokens_to_remove)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each batch row `repeats` times in succession."""
+        self.self_attention_cache.batch_repeat_interleave(repeats)
+        self.cross_attention_cache.batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: Int[Tensor, " chosen"]) -> None:
+        """The given batch rows."""
+        self.self_attention_cache.batch_select_indices(indices)
+        self.cross_attention_cache.batch_select_indices(indices)
+
+
+def prepare_cache(
+    generation_config: Any, model_kwargs: dict[str, Any], make: Callable[[], Cache]
+) -> None:
+    """Put the model's own cache into the arguments of `generate()`, where none is given.
+
+    Raises ValueError for another kind of cache.
+    """
+    if generation_config.cache_implementation not in (None, "dynamic"):
+        raise ValueError(
+            "a Performer generates with a PerformerCache and no other: got "
+            f"cache_implementation={generation_config.cache_implementation!r}. Leave it out."
+        )
+    if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
+        model_kwargs["past_key_values"] = make()
 
 
 def no_continuous_batching(*args: Any, **options: Any) -> NoReturn:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 from dataclasses import fields
 from typing import Any
@@ -10,18 +11,20 @@ from transformers.activations import ACT2FN
 
 from performers.checks import check_choice, check_count, check_whole_number, described
 from performers.functional.projections import DISTRIBUTIONS, PROJECTIONS
+from performers.functional.seeds import mixed_seed
 from performers.models.fields import PerformerFields
 from performers.models.mechanisms import (
     MECHANISMS,
     causal_memory,
     check_dialect,
+    cross_memory,
     has_epsilon_features,
     in_current_words,
     own_options,
 )
 from performers.models.positions import POSITIONS
 
-__all__ = ["SIZES", "PerformerConfig"]
+__all__ = ["SIZES", "PerformerConfig", "changed", "decoder_config"]
 
 # (n_heads, n_layers, d_ff, d) of the paper: "regular" in Section 4.1, "small", where attention
 # dominates the cost, in Appendix E, "protein" in Section 4.4.
@@ -63,12 +66,19 @@ class PerformerConfig(PerformerFields):
     `kernel_epsilon`: see `KernelFeatures`. `projection=None` is a kernel without ω.
     `window_size`: positive estimates of softmax score the keys of neighboring blocks of this size
     exactly, see `favor_attention`.
-    `position`: "rotary", "learned" (limited to `max_position_embeddings`), "sinusoidal" or "none";
-    `rope_theta` is the base of both rotary and sinusoidal wavelengths.
+    `position`: "rotary", "learned" (limited to `max_position_embeddings`), "sinusoidal", "image" or
+    "none"; `rope_theta` is the base of both rotary and sinusoidal wavelengths.
     `head_dim`: of queries, keys and values; hidden_size / num_attention_heads unless given. With
     another the projections lead from hidden_size to num_attention_heads · head_dim and back.
     `num_key_value_heads`: fewer than `num_attention_heads` for grouped-query attention.
     `is_decoder`: causal attention. PerformerForCausalLM and PerformerForMaskedLM set it themselves.
+    `num_labels`, `problem_type`: of heads for whole sequences and for tokens, as in transformers.
+    `num_decoder_layers`: of an encoder-decoder; num_hidden_layers, which its encoder has, unless
+    given. `cross_attention`: the mechanism of its decoder's attention to the encoder; `attention`
+    unless given. `decoder_start_token_id`: what its decoder reads first; bos_token_id unless given.
+    `image_shape`: [height, width, channels] of the images that position="image" is for: embeddings
+    of the row, the column and the channel of the byte that comes next. PerformerForImageGeneration
+    sets that position itself.
     `hidden_dropout_prob` drops embeddings and the outputs of sublayers; attention weights are
     never formed and never dropped.
 
@@ -135,12 +145,16 @@ class PerformerConfig(PerformerFields):
             "num_projections",
         ):
             check_count(name, getattr(self, name))
+        if self.num_decoder_layers is not None:
+            check_count("num_decoder_layers", self.num_decoder_layers)
         check_choice("attention", self.attention, MECHANISMS)
         check_choice("position", self.position, POSITIONS)
         check_choice("hidden_act", self.hidden_act, ACT2FN)
         check_choice("distribution", self.distribution, DISTRIBUTIONS)
         if self.projection is not None:
             check_choice("projection", self.projection, PROJECTIONS)
+        if self.cross_attention is not None:
+            check_choice("cross_attention", self.cross_attention, MECHANISMS)
         mechanism = MECHANISMS[self.attention]
         if not isinstance(self.attention_options, dict | None):
             raise TypeError(
@@ -192,8 +206,25 @@ class PerformerConfig(PerformerFields):
                     f"{name} must be true or false, got {described(getattr(self, name))}."
                 )
         check_whole_number("seed", self.seed)
-        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id"):
             self._check_token(name)
+        if self.image_shape is not None:
+            self._check_image_shape()
+        elif self.position == "image":
+            raise ValueError(
+                "position='image' is that of bytes in an image: give the config an image_shape, "
+                "[height, width, channels]."
+            )
+        if self.is_encoder_decoder:
+            causal_memory(decoder_config(self))
+            cross_memory(self)
+
+    def _check_image_shape(self) -> None:
+        shape = self.image_shape
+        if not isinstance(shape, (list, tuple)) or len(shape) != 3:
+            raise ValueError(f"image_shape must be [height, width, channels], got {shape!r}.")
+        for size in shape:
+            check_count("image_shape", size)
 
     def _check_divisible(self, whole: str, part: str) -> None:
         if getattr(self, whole) % getattr(self, part):
@@ -224,3 +255,22 @@ class PerformerConfig(PerformerFields):
                     f"{name} must be None or a token of the vocabulary, 0 to "
                     f"{self.vocab_size - 1}, got {described(token)}."
                 )
+
+
+def changed(config: PerformerConfig, **fields: Any) -> PerformerConfig:
+    """A copy of the config with the fields that a model needs; the caller's own does not change."""
+    config = copy.deepcopy(config)
+    for name, value in fields.items():
+        setattr(config, name, value)
+    return config
+
+
+def decoder_config(config: PerformerConfig) -> PerformerConfig:
+    """The decoder of an encoder-decoder by itself: a causal model, with ω of its own."""
+    return changed(
+        config,
+        is_encoder_decoder=False,
+        is_decoder=True,
+        num_hidden_layers=config.num_decoder_layers or config.num_hidden_layers,
+        seed=mixed_seed(config.seed, 1, 0),
+    )

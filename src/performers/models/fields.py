@@ -35,6 +35,10 @@ class PerformerFields(PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
     is_decoder: bool = False
     use_cache: bool = True
+    num_decoder_layers: int | None = None
+    decoder_start_token_id: int | None = None
+    cross_attention: str | None = None
+    image_shape: list[int] | None = None
 
     attention: str = "performer-relu"
     attention_options: dict[str, Any] | None = None

@@ -13,19 +13,19 @@ from performers.functional.readout import apply_matrix, implied_matrix
 from performers.functional.segments import attend_by_segment
 from performers.models.cache import PerformerCache
 from performers.models.config import PerformerConfig
+from performers.models.fields import PerformerFields
 from performers.models.mechanisms import MECHANISMS
 from performers.models.positions import Rotation
 
-__all__ = ["PerformerAttention", "PerformerLayer", "PerformerMLP"]
+__all__ = ["MultiHead", "PerformerAttention", "PerformerLayer", "PerformerMLP"]
 
 
-class PerformerAttention(nn.Module):
-    """Multi-head attention: projections around a mechanism."""
+class MultiHead(nn.Module):
+    """The projections of multi-head attention, and the mechanism between them."""
 
-    def __init__(self, config: PerformerConfig, layer: int) -> None:
+    def __init__(self, config: PerformerFields, layer: int) -> None:
         super().__init__()
         self.layer = layer
-        self.is_causal = config.is_decoder
         assert config.head_dim is not None, "a config has chosen it"
         self.head_dim = config.head_dim
         query_size = config.num_attention_heads * config.head_dim
@@ -35,6 +35,20 @@ class PerformerAttention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, key_size)
         self.out_proj = nn.Linear(query_size, config.hidden_size)
         self.mechanism = MECHANISMS[config.attention].build(config, layer)
+
+    def heads(
+        self, project: nn.Module, hidden: Float[Tensor, "batch length hidden"]
+    ) -> Float[Tensor, "batch heads length head_dim"]:
+        # [batch, length, heads · head_dim] → [batch, heads, length, head_dim]
+        return project(hidden).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+
+class PerformerAttention(MultiHead):
+    """Attention of a sequence to itself."""
+
+    def __init__(self, config: PerformerConfig, layer: int) -> None:
+        super().__init__(config, layer)
+        self.is_causal = config.is_decoder
 
     def forward(
         self,
@@ -48,9 +62,7 @@ class PerformerAttention(nn.Module):
         Float[Tensor, "batch length hidden"], Float[Tensor, "batch heads length length"] | None
     ]:
         query, key, value = (
-            # [batch, length, heads · head_dim] → [batch, heads, length, head_dim]
-            project(hidden).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-            for project in (self.q_proj, self.k_proj, self.v_proj)
+            self.heads(project, hidden) for project in (self.q_proj, self.k_proj, self.v_proj)
         )
         if rotation is not None:
             query, key = rotation.turn(query), rotation.turn(key)

@@ -7,6 +7,7 @@ attention is handed one and knows nothing of its kind. To add one, write its fil
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
@@ -38,8 +39,17 @@ from performers.baselines import (
     SynthesizerOptions,
 )
 from performers.checks import check_choice, described
+from performers.functional.seeds import mixed_seed
 from performers.models.fields import PerformerFields
-from performers.models.memory import KeysAndValues, Nothing, QueriesAndValues, Rerun, State
+from performers.models.memory import (
+    EncodedKeys,
+    EncodedState,
+    KeysAndValues,
+    Nothing,
+    QueriesAndValues,
+    Rerun,
+    State,
+)
 from performers.nn.dialect import Dialect, DialectFavor
 from performers.nn.feature_maps import KernelFeatures
 from performers.nn.mechanisms import Exact, Favor
@@ -51,6 +61,8 @@ __all__ = [
     "Mechanism",
     "causal_memory",
     "check_dialect",
+    "cross_config",
+    "cross_memory",
     "has_epsilon_features",
     "in_current_words",
     "own_options",
@@ -58,6 +70,7 @@ __all__ = [
 ]
 
 CausalMemory = type[Nothing | Rerun | State]
+CrossMemory = type[EncodedKeys | EncodedState]
 
 
 def _any_config(config: PerformerFields) -> None:
@@ -75,6 +88,8 @@ class Mechanism(NamedTuple):
     `build`: the module of one layer, for a config and the number of the layer.
     `check`: raises ValueError for a config that it cannot be built from.
     `memory`: what a layer remembers when generating; None of one that has no causal form.
+    `cross_memory`: what a layer of cross-attention remembers of the encoder; None of one that needs
+    a query per key, or whose rows depend on one another.
     `takes_window`: whether `window_size` means something to it.
     `options`: a dataclass of what can be chosen about this mechanism alone, which refuses values
     that do not fit. A config names them in `attention_options`.
@@ -83,6 +98,7 @@ class Mechanism(NamedTuple):
     build: Callable[[PerformerFields, int], nn.Module]
     check: Callable[[PerformerFields], None] = _any_config
     memory: CausalMemory | None = None
+    cross_memory: CrossMemory | None = None
     takes_window: bool = False
     options: type = NoOptions
 
@@ -130,8 +146,14 @@ def performer(features: str) -> Mechanism:
         check_features(features, config.projection, config.distribution)
 
     # Statistics of a whole sequence tell its past about its future.
-    memory = None if features == SHARP else State
-    return Mechanism(build, check, memory, takes_window(features))
+    is_sharp = features == SHARP
+    return Mechanism(
+        build,
+        check,
+        memory=None if is_sharp else State,
+        cross_memory=None if is_sharp else EncodedState,
+        takes_window=takes_window(features),
+    )
 
 
 def linear_transformer(config: PerformerFields, layer: int) -> Favor:
@@ -253,9 +275,11 @@ def check_clustered_favor(config: PerformerFields) -> None:
 
 
 MECHANISMS: dict[str, Mechanism] = {
-    "exact": Mechanism(lambda config, layer: Exact(), memory=KeysAndValues),
+    "exact": Mechanism(
+        lambda config, layer: Exact(), memory=KeysAndValues, cross_memory=EncodedKeys
+    ),
     "identity": Mechanism(lambda config, layer: Identity(), memory=Nothing),
-    "linear-transformer": Mechanism(linear_transformer, memory=State),
+    "linear-transformer": Mechanism(linear_transformer, memory=State, cross_memory=EncodedState),
     "local": Mechanism(
         lambda config, layer: LocalAttention(own_options(config)),
         memory=Rerun,
@@ -323,8 +347,36 @@ def causal_memory(config: PerformerFields) -> CausalMemory:
     if memory is None:
         causal = sorted(name for name, row in MECHANISMS.items() if row.memory is not None)
         raise ValueError(
-            f"attention={attention!r} cannot be causal, and is_decoder=True asks for that: choose "
-            f"one of {causal}, or build a bidirectional model."
+            f"attention={attention!r} cannot be causal, and is_decoder=True, or the decoder of an "
+            f"encoder-decoder, asks for that: choose one of {causal}, or build a bidirectional "
+            "model."
+        )
+    return memory
+
+
+def cross_config(config: PerformerFields) -> PerformerFields:
+    """What the mechanism of cross-attention is built from: that of the config, without what has a
+    meaning within one sequence alone, and with ω of its own.
+    """
+    config = copy.copy(config)
+    config.attention = config.cross_attention or config.attention
+    config.attention_options = config.window_size = None
+    config.seed = mixed_seed(config.seed, 0, 0)
+    return config
+
+
+def cross_memory(config: PerformerFields) -> CrossMemory:
+    """What a layer of cross-attention remembers. Raises ValueError if there is no such attention
+    with this mechanism.
+    """
+    attention = config.cross_attention or config.attention
+    memory = MECHANISMS[attention].cross_memory
+    if memory is None or config.dialect is not None:
+        crossing = sorted(name for name, row in MECHANISMS.items() if row.cross_memory is not None)
+        raise ValueError(
+            "an encoder-decoder needs a mechanism in which queries see the keys of another "
+            f"sequence, one by one, and no dialect: choose cross_attention from {crossing}, got "
+            f"{attention!r}, dialect={config.dialect!r}."
         )
     return memory
 

@@ -6,6 +6,7 @@ Each memory is a layer of a transformers `Cache` that knows how its mechanisms c
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from jaxtyping import Bool, Float, Int
@@ -19,6 +20,8 @@ from performers.state import LinearState
 from performers.typing import Attention
 
 __all__ = [
+    "EncodedKeys",
+    "EncodedState",
     "KeysAndValues",
     "LinearMemory",
     "Memory",
@@ -152,6 +155,57 @@ class State(LinearMemory):
         self.num_tokens += new_length
         out, self.state = mechanism.resume(query, key, value, mask, self.state)
         return out
+
+
+class EncodedState(LinearMemory):
+    """What cross-attention by FAVOR+ remembers of an encoder: one `LinearState`, made once."""
+
+    def remember(self, mechanism: Favor, key: Key, value: Value, mask: Mask | None) -> None:
+        """Take in the whole output of the encoder."""
+        self.num_tokens = key.shape[2]
+        self.state = mechanism.remember(key, value, mask)
+
+    def recall(self, mechanism: Favor, query: Query) -> Output:
+        """Attention of new positions of the decoder, at a cost that no length has a part in."""
+        assert self.state is not None, "the encoder's output comes first"
+        return mechanism.recall(query, self.state)
+
+
+class EncodedKeys(DynamicLayer):
+    """What exact cross-attention remembers of an encoder: all of its keys and values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mask: Mask | None = None
+
+    def remember(self, mechanism: Attention, key: Key, value: Value, mask: Mask | None) -> None:
+        """Take in the whole output of the encoder."""
+        self.update(key, value)
+        self.mask = mask
+
+    def recall(self, mechanism: Attention, query: Query) -> Output:
+        """Attention of new positions of the decoder."""
+        return mechanism(query, self.keys, self.values, key_padding_mask=self.mask)
+
+    def reset(self) -> None:
+        # Not the zeros of `DynamicLayer.reset`, to which the next encoder's keys would be appended.
+        self.keys = self.values = self.mask = None
+        self.is_initialized = False
+
+    def reorder_cache(self, beam_idx: Int[Tensor, " beams"]) -> None:
+        super().reorder_cache(beam_idx)
+        self._map_mask(lambda mask: mask.index_select(0, beam_idx.to(mask.device)))
+
+    def batch_select_indices(self, indices: Int[Tensor, " chosen"]) -> None:
+        super().batch_select_indices(indices)
+        self._map_mask(lambda mask: mask[indices])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        self._map_mask(lambda mask: mask.repeat_interleave(repeats, dim=0))
+
+    def _map_mask(self, change: Callable[[Tensor], Tensor]) -> None:
+        self.mask = None if self.mask is None else change(self.mask)
 
 
 class Rerun(DynamicLayer):

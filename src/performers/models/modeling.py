@@ -5,13 +5,11 @@ embeddings ─► [ x + attention(norm(x)) ─► x + mlp(norm(x)) ] × layers �
 
 from __future__ import annotations
 
-import copy
 from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float, Int
 from torch import Generator, Tensor, nn
-from torch.nn import functional as F
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
@@ -21,9 +19,10 @@ from transformers.modeling_outputs import (
 from transformers.utils.generic import can_return_tuple
 
 from performers.baselines import Drawn
-from performers.models.cache import PerformerCache, no_continuous_batching
-from performers.models.config import PerformerConfig
+from performers.models.cache import PerformerCache, no_continuous_batching, prepare_cache
+from performers.models.config import PerformerConfig, changed
 from performers.models.layers import PerformerLayer
+from performers.models.losses import cross_entropy
 from performers.models.masks import count_positions, packed_segments, padding_mask
 from performers.models.positions import POSITIONS
 from performers.nn import RandomFeatures
@@ -80,6 +79,11 @@ class PerformerModel(PerformerPreTrainedModel):
     def __init__(self, config: PerformerConfig) -> None:
         super().__init__(config)
         config.check()
+        if config.is_encoder_decoder:
+            raise ValueError(
+                "a model with is_encoder_decoder=True has two stacks, and this class is one: take "
+                "PerformerForConditionalGeneration, or PerformerEncoderDecoderModel without a head."
+            )
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.positions = POSITIONS[config.position](config)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
@@ -209,7 +213,7 @@ class PerformerForMaskedLM(PerformerPreTrainedModel):
     accepts_loss_kwargs = True  # tells the Trainer to pass num_items_in_batch
 
     def __init__(self, config: PerformerConfig) -> None:
-        super().__init__(_with_is_decoder(config, False))
+        super().__init__(changed(config, is_decoder=False))
         self.performer = PerformerModel(self.config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, config.lm_head_bias)
         self.post_init()
@@ -244,7 +248,7 @@ class PerformerForMaskedLM(PerformerPreTrainedModel):
         )
         logits = self.lm_head(outputs.last_hidden_state)
         return MaskedLMOutput(
-            loss=None if labels is None else _cross_entropy(logits, labels, num_items_in_batch),
+            loss=None if labels is None else cross_entropy(logits, labels, num_items_in_batch),
             logits=logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
@@ -259,7 +263,7 @@ class PerformerForCausalLM(PerformerPreTrainedModel, GenerationMixin):
     init_continuous_batching = no_continuous_batching
 
     def __init__(self, config: PerformerConfig) -> None:
-        super().__init__(_with_is_decoder(config, True))
+        super().__init__(changed(config, is_decoder=True))
         self.performer = PerformerModel(self.config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, config.lm_head_bias)
         self.post_init()
@@ -306,9 +310,9 @@ class PerformerForCausalLM(PerformerPreTrainedModel, GenerationMixin):
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
         loss = None
         if shift_labels is not None:
-            loss = _cross_entropy(logits, shift_labels, num_items_in_batch)
+            loss = cross_entropy(logits, shift_labels, num_items_in_batch)
         elif labels is not None:
-            loss = _cross_entropy(logits[:, :-1], labels[:, 1:], num_items_in_batch)
+            loss = cross_entropy(logits[:, :-1], labels[:, 1:], num_items_in_batch)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -321,43 +325,5 @@ class PerformerForCausalLM(PerformerPreTrainedModel, GenerationMixin):
         self, generation_config: Any, model_kwargs: dict[str, Any], *arguments: Any
     ) -> None:
         """Called by `generate()`, which would otherwise make a cache of keys and values."""
-        if generation_config.cache_implementation not in (None, "dynamic"):
-            raise ValueError(
-                "a Performer generates with a PerformerCache and no other: got "
-                f"cache_implementation={generation_config.cache_implementation!r}. Leave it out."
-            )
-        if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
-            model_kwargs["past_key_values"] = PerformerCache(self.config)
+        prepare_cache(generation_config, model_kwargs, lambda: PerformerCache(self.config))
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *arguments)
-
-
-def _with_is_decoder(config: PerformerConfig, is_decoder: bool) -> PerformerConfig:
-    """A copy of the config with the direction that the head needs; the caller's own does not
-    change.
-    """
-    config = copy.deepcopy(config)
-    config.is_decoder = is_decoder
-    return config
-
-
-def _cross_entropy(
-    logits: Float[Tensor, "batch length vocabulary"],
-    labels: Int[Tensor, "batch length"],
-    num_items_in_batch: Tensor | int | None,
-) -> Float[Tensor, ""]:
-    """Mean cross-entropy over labels other than −100; 0 where there is none, not 0/0.
-
-    The sum is divided by `num_items_in_batch` if the Trainer gives it. The Trainer multiplies the
-    loss by the number of processes, which is right only for a loss over the labels of all of them.
-    """
-    if logits.shape[:2] != labels.shape:
-        raise ValueError(
-            "labels must have one entry per logit: labels (shifted, for a causal model) are "
-            f"{tuple(labels.shape)}, logits {tuple(logits.shape[:2])}."
-        )
-    # In float32, because a sum of many losses in half precision would stop growing.
-    total = F.cross_entropy(
-        logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100, reduction="sum"
-    )
-    count = (labels != -100).sum() if num_items_in_batch is None else num_items_in_batch
-    return total / torch.as_tensor(count, device=total.device).clamp(min=1)

@@ -1,7 +1,7 @@
-"""The positions of tokens: rotary, learned, sinusoidal or none, by name.
+"""The positions of tokens: rotary, learned, sinusoidal, in an image or none, by name.
 
-Learned and sinusoidal positions are added to the token embeddings; rotary ones turn queries and
-keys, before the feature map sees them.
+Learned and sinusoidal positions and those in an image are added to the token embeddings; rotary
+ones turn queries and keys, before the feature map sees them.
 """
 
 from __future__ import annotations
@@ -139,6 +139,47 @@ class SinusoidalAndRotary(Positions):
         return Rotation(cos, sin)
 
 
+class ImagePositions(Positions):
+    """Three trained vectors per position: of the row, the column and the channel of the byte of an
+    image that comes next.
+
+    Tokens are a first one and the bytes in reading order, channels last. Position p comes before
+    byte p; the last, height · width · channels, comes before nothing, at the start of the row below
+    the image.
+    """
+
+    def __init__(self, config: PerformerFields) -> None:
+        super().__init__()
+        assert config.image_shape is not None, "a config has checked it"
+        self.height, width, channels = config.image_shape
+        self.rows = nn.Embedding(self.height + 1, config.hidden_size)
+        self.columns = nn.Embedding(width, config.hidden_size)
+        self.channels = nn.Embedding(channels, config.hidden_size)
+
+    def add_to(
+        self,
+        embeddings: Float[Tensor, "batch length hidden"],
+        position_ids: Int[Tensor, "rows length"],
+    ) -> Float[Tensor, "batch length hidden"]:
+        """Raises ValueError for a position beyond the image."""
+        width, channels = self.columns.num_embeddings, self.channels.num_embeddings
+        end = self.height * width * channels
+        is_compiling = torch.compiler.is_compiling()  # as in `_check_limit`
+        if not is_compiling and position_ids.numel() and int(position_ids.max()) > end:
+            raise ValueError(
+                f"an image of image_shape={[self.height, width, channels]} has {end} bytes, got "
+                f"position {int(position_ids.max())}. Shorten the sequence, or build the model for "
+                "larger images."
+            )
+        pixel = position_ids // channels
+        return (
+            embeddings
+            + self.rows(pixel // width)
+            + self.columns(pixel % width)
+            + self.channels(position_ids % channels)
+        )
+
+
 def _check_limit(kind: str, position_ids: Int[Tensor, "rows length"], limit: int) -> None:
     if torch.compiler.is_compiling():
         return  # a graph cannot depend on numbers; the table itself refuses what is beyond it
@@ -164,5 +205,6 @@ POSITIONS: dict[str, Callable[[PerformerFields], Positions]] = {
     "learned": Learned,
     "sinusoidal": Sinusoidal,
     "sinusoidal+rotary": SinusoidalAndRotary,
+    "image": ImagePositions,
     "none": lambda config: Positions(),
 }

@@ -77,6 +77,34 @@ class Favor(nn.Module):
             return_state=True,
         )
 
+    def remember(
+        self,
+        key: Float[Tensor, "batch key_heads key_length dim"],
+        value: Float[Tensor, "batch key_heads key_length value_dim"],
+        key_padding_mask: Bool[Tensor, "batch key_length"] | None,
+    ) -> LinearState:
+        """All that queries of another sequence can ask of these keys and values."""
+        _, state = favor_attention(
+            key[:, :, :0],
+            key,
+            value,
+            self.feature_map,
+            key_padding_mask=key_padding_mask,
+            return_state=True,
+        )
+        return state
+
+    def recall(
+        self, query: Float[Tensor, "batch heads query_length dim"], state: LinearState
+    ) -> Output:
+        """Bidirectional attention to the keys of a state, whose number costs nothing any more."""
+        batch, key_heads, _, value_dim = state.values.shape
+        key = query.new_empty(batch, key_heads, 0, query.shape[-1])
+        value = query.new_empty(batch, key_heads, 0, value_dim)
+        return favor_attention(
+            query, key, value, self.feature_map, enable_gqa=True, initial_state=state
+        )
+
 
 class Exact(nn.Module):
     """`softmax_attention`: the Transformer that a Performer is measured against."""

@@ -55,6 +55,11 @@ SET_BY_THE_RUN = {
         "eos_token_id": "it is the vocabulary's",
         "is_decoder": "write task: causal-lm",
         "seed": "write seed at the top level",
+        **dict.fromkeys(
+            ("num_decoder_layers", "decoder_start_token_id", "cross_attention"),
+            "it is of encoder-decoders, which no task trains",
+        ),
+        "image_shape": "proteins are no images",
     },
     "trainer": REFUSED_OPTIONS,
 }
