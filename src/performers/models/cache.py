@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 from transformers.cache_utils import Cache
 
 from performers.models.config import PerformerConfig
-from performers.models.mechanisms import causal_memory
+from performers.models.mixes import build_memory
 
 __all__ = ["PerformerCache", "no_continuous_batching"]
 
@@ -25,8 +25,8 @@ class PerformerCache(Cache):
     """
 
     def __init__(self, config: PerformerConfig) -> None:
-        memory = causal_memory(config)
-        super().__init__(layers=[memory() for _ in range(config.num_hidden_layers)])
+        layers = range(config.num_hidden_layers)
+        super().__init__(layers=[build_memory(config, layer) for layer in layers])
 
 
 def no_continuous_batching(*args: Any, **options: Any) -> NoReturn:

@@ -11,14 +11,8 @@ from transformers.activations import ACT2FN
 from performers.checks import check_choice, check_count, check_whole_number
 from performers.functional.projections import DISTRIBUTIONS, PROJECTIONS
 from performers.models.fields import PerformerFields
-from performers.models.mechanisms import (
-    MECHANISMS,
-    causal_memory,
-    check_dialect,
-    has_epsilon_features,
-    in_current_words,
-    own_options,
-)
+from performers.models.mechanisms import in_current_words
+from performers.models.mixes import check_attention
 from performers.models.positions import POSITIONS
 
 __all__ = ["SIZES", "PerformerConfig"]
@@ -57,8 +51,12 @@ class PerformerConfig(PerformerFields):
     softmax), "performer-hyperbolic", "performer-trigonometric"; or "performer-sharp" (a positive
     estimate with the statistics of each sequence, so for bidirectional models only, see
     `SharpFeatures`).
+    It may be a list with an entry for each layer, and each entry, or all there is, a mapping of
+    mechanisms to numbers of heads: {"local": 2, "performer-relu": 6}, which have the heads in the
+    alphabetical order of their names.
     `attention_options`: what can be chosen about this mechanism alone: fields of its options in
-    `performers.baselines`, such as {"num_projections": 600} of `LinformerOptions`.
+    `performers.baselines`, such as {"num_projections": 600} of `LinformerOptions`. Where attention
+    is a list or a mapping, these of each mechanism: {"local": {"window_size": 64}}.
     `num_projections`, `projection`, `distribution`, `seed`: see `SoftmaxFeatures`;
     `kernel_epsilon`: see `KernelFeatures`. `projection=None` is a kernel without ω.
     `window_size`: positive estimates of softmax score the keys of neighboring blocks of this size
@@ -135,33 +133,13 @@ class PerformerConfig(PerformerFields):
             "num_projections",
         ):
             check_count(name, getattr(self, name))
-        check_choice("attention", self.attention, MECHANISMS)
         check_choice("position", self.position, POSITIONS)
         check_choice("hidden_act", self.hidden_act, ACT2FN)
         check_choice("distribution", self.distribution, DISTRIBUTIONS)
         if self.projection is not None:
             check_choice("projection", self.projection, PROJECTIONS)
-        mechanism = MECHANISMS[self.attention]
-        if not isinstance(self.attention_options, dict | None):
-            raise TypeError(
-                "attention_options must be a mapping of options to values, got "
-                f"{self.attention_options!r}."
-            )
-        own_options(self)  # refuses what the mechanism does not have
-        mechanism.check(self)
-        if self.dialect is not None:
-            check_dialect(self)
-        if self.is_decoder and (self.use_cache or not has_epsilon_features(self)):
-            causal_memory(self)  # refuses what has none
-        if self.window_size is not None:
-            check_count("window_size", self.window_size)
-            if not mechanism.takes_window:
-                windowed = sorted(name for name, row in MECHANISMS.items() if row.takes_window)
-                raise ValueError(
-                    "window_size puts exact softmax scores beside estimated ones: it needs "
-                    f"attention in {windowed}, got attention={self.attention!r}."
-                )
         self._check_divisible("num_attention_heads", "num_key_value_heads")
+        check_attention(self)
         assert self.head_dim is not None, "chosen when the config is made"
         if "rotary" in self.position and self.head_dim % 2:
             raise ValueError(

@@ -36,7 +36,7 @@ class PerformerFields(PreTrainedConfig):
     is_decoder: bool = False
     use_cache: bool = True
 
-    attention: str = "performer-relu"
+    attention: str | dict[str, int] | list[str | dict[str, int]] = "performer-relu"
     attention_options: dict[str, Any] | None = None
     num_projections: int = 256
     projection: str | None = "orthogonal"

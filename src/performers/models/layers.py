@@ -13,7 +13,7 @@ from performers.functional.readout import apply_matrix, implied_matrix
 from performers.functional.segments import attend_by_segment
 from performers.models.cache import PerformerCache
 from performers.models.config import PerformerConfig
-from performers.models.mechanisms import MECHANISMS
+from performers.models.mixes import build_attention
 from performers.models.positions import Rotation
 
 __all__ = ["PerformerAttention", "PerformerLayer", "PerformerMLP"]
@@ -34,7 +34,7 @@ class PerformerAttention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, key_size)
         self.v_proj = nn.Linear(config.hidden_size, key_size)
         self.out_proj = nn.Linear(query_size, config.hidden_size)
-        self.mechanism = MECHANISMS[config.attention].build(config, layer)
+        self.mechanism = build_attention(config, layer)
 
     def forward(
         self,

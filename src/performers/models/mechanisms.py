@@ -299,8 +299,9 @@ def has_epsilon_features(config: PerformerFields) -> bool:
 
 
 def causal_memory(config: PerformerFields) -> CausalMemory:
-    """What a layer of a causal model remembers. Raises ValueError if it cannot be causal, and if
-    there is nothing that it could remember.
+    """What this mechanism remembers of a sequence that it continues.
+
+    Raises ValueError if it cannot be causal, and if there is nothing that it could remember.
     """
     attention = config.attention
     memory = MECHANISMS[attention].memory
