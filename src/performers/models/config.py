@@ -67,6 +67,9 @@ class PerformerConfig(PerformerFields):
     another the projections lead from hidden_size to num_attention_heads · head_dim and back.
     `num_key_value_heads`: fewer than `num_attention_heads` for grouped-query attention.
     `is_decoder`: causal attention. PerformerForCausalLM and PerformerForMaskedLM set it themselves.
+    `reversible`: layers that the backward pass computes back, so that the memory of training does
+    not depend on their number, for a third more time; see `performers.models.reversible`. The
+    weights have the same names and shapes, but mean another function.
     `hidden_dropout_prob` drops embeddings and the outputs of sublayers; attention weights are
     never formed and never dropped.
 
@@ -164,9 +167,15 @@ class PerformerConfig(PerformerFields):
             "norm_first",
             "final_norm",
             "lm_head_bias",
+            "reversible",
         ):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be true or false, got {getattr(self, name)!r}.")
+        if self.reversible and not self.norm_first:
+            raise ValueError(
+                "reversible layers must not normalize their residual path, for a norm cannot be "
+                "undone: got reversible=True, norm_first=False. Take one of them alone."
+            )
         check_whole_number("seed", self.seed)
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
             self._check_token(name)

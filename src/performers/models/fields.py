@@ -46,6 +46,7 @@ class PerformerFields(PreTrainedConfig):
     seed: int = 0
     position: str = "rotary"
     rope_theta: float = 10000.0
+    reversible: bool = False
 
     norm_first: bool = True
     final_norm: bool = True

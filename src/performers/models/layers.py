@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
@@ -112,16 +113,29 @@ class PerformerLayer(GradientCheckpointingLayer):
     ) -> tuple[
         Float[Tensor, "batch length hidden"], Float[Tensor, "batch heads length length"] | None
     ]:
-        out, matrix = self.attention(
-            self.attention_norm(hidden) if self.norm_first else hidden,
-            rotation,
-            key_padding_mask,
-            past_key_values,
-            output_attentions,
-            segment_ids,
+        out, matrix = self.attend(
+            hidden, rotation, key_padding_mask, past_key_values, output_attentions, segment_ids
         )
-        hidden = hidden + self.dropout(out)
+        hidden = hidden + out
         if self.norm_first:
-            return hidden + self.dropout(self.mlp(self.mlp_norm(hidden))), matrix
+            return hidden + self.transform(hidden), matrix
         hidden = self.attention_norm(hidden)
-        return self.mlp_norm(hidden + self.dropout(self.mlp(hidden))), matrix
+        return self.mlp_norm(hidden + self.transform(hidden)), matrix
+
+    def attend(
+        self, hidden: Float[Tensor, "batch length hidden"], *arguments: Any
+    ) -> tuple[
+        Float[Tensor, "batch length hidden"], Float[Tensor, "batch heads length length"] | None
+    ]:
+        """What attention adds to the residual path, and its matrix; `arguments` of
+        `PerformerAttention.forward` after the first.
+        """
+        read = self.attention_norm(hidden) if self.norm_first else hidden
+        out, matrix = self.attention(read, *arguments)
+        return self.dropout(out), matrix
+
+    def transform(
+        self, hidden: Float[Tensor, "batch length hidden"]
+    ) -> Float[Tensor, "batch length hidden"]:
+        """What the MLP adds to the residual path."""
+        return self.dropout(self.mlp(self.mlp_norm(hidden) if self.norm_first else hidden))
