@@ -54,6 +54,7 @@ __all__ = [
     "check_dialect",
     "has_epsilon_features",
     "in_current_words",
+    "only_mechanism",
     "own_options",
     "performer",
 ]
@@ -93,12 +94,18 @@ class Mechanism(NamedTuple):
     cost: str = ""
 
 
+def only_mechanism(config: PerformerFields) -> str:
+    """The mechanism of a config that is no mix; `performers.models.mixes` makes these of a mix."""
+    assert isinstance(config.attention, str), "a mix has a config for each of its places"
+    return config.attention
+
+
 def own_options(config: PerformerFields) -> Any:
     """The options of the config's own mechanism, as the dataclass of its row.
 
     Raises ValueError for an option that it does not have, and for a value that does not fit.
     """
-    options = MECHANISMS[config.attention].options
+    options = MECHANISMS[only_mechanism(config)].options
     known = [field.name for field in fields(options)]
     for name in config.attention_options or {}:
         if not known:
@@ -279,7 +286,7 @@ def check_dialect(config: PerformerFields) -> None:
     if not isinstance(config.dialect, dict):
         raise TypeError(f"dialect must be a dict or None, got {config.dialect!r}.")
     dialect = Dialect.from_dict(config.dialect)
-    _, _, features = config.attention.partition("performer-")
+    _, _, features = only_mechanism(config).partition("performer-")
     if features not in FEATURES or features == SHARP or config.window_size is not None:
         raise ValueError(
             "a dialect says how another library computes FAVOR+, and none there has sharp features "
@@ -303,7 +310,7 @@ def causal_memory(config: PerformerFields) -> CausalMemory:
 
     Raises ValueError if it cannot be causal, and if there is nothing that it could remember.
     """
-    attention = config.attention
+    attention = only_mechanism(config)
     memory = MECHANISMS[attention].memory
     if has_epsilon_features(config):
         raise ValueError(

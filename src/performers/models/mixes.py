@@ -22,6 +22,7 @@ from performers.models.mechanisms import (
     causal_memory,
     check_dialect,
     has_epsilon_features,
+    only_mechanism,
     own_options,
 )
 from performers.models.memory import Nothing, Rerun, SideBySide, State
@@ -40,10 +41,15 @@ Entry = str | dict[str, int]
 def build_attention(config: PerformerFields, layer: int) -> nn.Module:
     """The mechanism of this layer, or the several of its groups of heads."""
     places = _places(config, layer)
-    built = {place.attention: MECHANISMS[place.attention].build(place, layer) for place in places}
-    if len(built) == 1:
-        return built[places[0].attention]
-    heads = {p.attention: (p.num_attention_heads, p.num_key_value_heads) for p in places}
+    built = {
+        (name := only_mechanism(place)): MECHANISMS[name].build(place, layer) for place in places
+    }
+    if len(places) == 1:
+        return built[only_mechanism(places[0])]
+    heads = {
+        only_mechanism(p): (p.num_attention_heads, p.num_key_value_heads or p.num_attention_heads)
+        for p in places
+    }
     return HeadGroups(built, heads)
 
 
@@ -70,13 +76,13 @@ def check_attention(config: PerformerFields) -> None:
         _check_entry(config, entry)
     _check_options(config)
     places = {
-        (place.attention, place.num_attention_heads): place
+        (only_mechanism(place), place.num_attention_heads): place
         for layer in range(len(_entries(config)))
         for place in _places(config, layer)
     }
     for place in places.values():
         own_options(place)  # refuses what the mechanism does not have
-        MECHANISMS[place.attention].check(place)
+        MECHANISMS[only_mechanism(place)].check(place)
         if config.dialect is not None:
             check_dialect(place)
         if config.is_decoder and (config.use_cache or not has_epsilon_features(config)):

@@ -167,7 +167,8 @@ class PerformerModel(PerformerPreTrainedModel):
 
         hidden = self.dropout(self.positions.add_to(inputs_embeds, position_ids))
         rotation = self.positions.rotation(position_ids)
-        hidden_states, matrices = [hidden], []
+        hidden_states: list[Tensor] = [hidden]
+        matrices: list[Tensor | None] = []
         if self.config.reversible:
             inside = {
                 "output_hidden_states": output_hidden_states,

@@ -82,6 +82,7 @@ def run_reversible(
 
     branches = []
     for layer in layers:
+        assert isinstance(layer, PerformerLayer), "layers of a Performer"
         branches.append(Branch(partial(attend, layer), (layer.attention_norm, layer.attention)))
         branches.append(Branch(layer.transform, (layer.mlp_norm, layer.mlp)))
     if not torch.is_grad_enabled() or torch.compiler.is_exporting():
@@ -177,8 +178,8 @@ class _Reversible(torch.autograd.Function):
 def _autocast_of_now(device: str) -> Callable[[], AbstractContextManager[Any]]:
     """A context in which torch.autocast is as it is now.
 
-    Without its cache: casts of weights that were made where no gradients are wanted would serve
-    the backward pass, which wants some.
+    Without its cache, so that no cast of a weight that was made without gradients can serve the
+    backward pass.
     """
     if not torch.amp.is_autocast_available(device):
         return nullcontext

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -118,7 +119,7 @@ class HeadGroups(nn.Module):
         query: Float[Tensor, "batch heads query_length dim"],
         key: Float[Tensor, "batch key_heads key_length dim"],
         value: Float[Tensor, "batch key_heads key_length value_dim"],
-    ) -> Iterator[tuple[nn.Module, Tensor, Tensor, Tensor]]:
+    ) -> Iterator[tuple[Any, Tensor, Tensor, Tensor]]:
         """Each mechanism with the heads that are its own."""
         yield from zip(
             self.mechanisms.values(),
