@@ -5,6 +5,8 @@ import torch
 from contract.test_mechanisms import MECHANISMS, ROWS, draw
 from mechanisms import BASELINES
 
+from performers.models import MECHANISMS as ALL
+
 
 def test_every_mechanism_of_the_registry_is_under_the_contract():
     features = {name for name in ROWS if name.startswith("performer-")}  # all are in FEATURE_MAPS
@@ -21,3 +23,8 @@ def test_outputs_and_gradients_are_finite_at_any_norm(name, is_causal, size):
     out.square().sum().backward()
     for x in (out, query.grad, key.grad, value.grad):
         assert x is None or x.isfinite().all()
+
+
+def test_every_mechanism_says_the_cost_that_its_paper_promises():
+    assert all("L" in row.cost for name, row in ALL.items() if name != "identity")
+    assert ALL["identity"].cost == "none"

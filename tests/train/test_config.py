@@ -121,6 +121,13 @@ def test_only_what_a_mechanism_takes_reaches_it(config_file):
         assert model_config(config.with_attention(attention)).window_size is None
 
 
+def test_a_mix_is_compared_with_mechanisms_that_are_none(config_file):
+    config = load_config(config_file, ["model.attention={exact: 1, local: 1}", "compare=[exact]"])
+    assert config.attention == "1 exact + 1 local"
+    assert config.with_attention(config.attention) == config
+    assert config.with_attention("exact").attention == "exact"
+
+
 def test_options_of_a_mechanism_are_for_it_alone(config_file):
     config = load_config(
         config_file,

@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers.cache_utils import Cache, EncoderDecoderCache
 
 from performers.models.config import PerformerConfig, decoder_config
-from performers.models.mechanisms import causal_memory, cross_memory
+from performers.models.mechanisms import cross_memory
+from performers.models.mixes import build_memory
 
 __all__ = [
     "PerformerCache",
@@ -35,8 +36,8 @@ class PerformerCache(Cache):
     """
 
     def __init__(self, config: PerformerConfig) -> None:
-        memory = causal_memory(config)
-        super().__init__(layers=[memory() for _ in range(config.num_hidden_layers)])
+        layers = range(config.num_hidden_layers)
+        super().__init__(layers=[build_memory(config, layer) for layer in layers])
 
 
 class PerformerEncoderDecoderCache(EncoderDecoderCache):

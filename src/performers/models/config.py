@@ -13,15 +13,8 @@ from performers.checks import check_choice, check_count, check_whole_number, des
 from performers.functional.projections import DISTRIBUTIONS, PROJECTIONS
 from performers.functional.seeds import mixed_seed
 from performers.models.fields import PerformerFields
-from performers.models.mechanisms import (
-    MECHANISMS,
-    causal_memory,
-    check_dialect,
-    cross_memory,
-    has_epsilon_features,
-    in_current_words,
-    own_options,
-)
+from performers.models.mechanisms import cross_memory, in_current_words
+from performers.models.mixes import check_attention
 from performers.models.positions import POSITIONS
 
 __all__ = ["SIZES", "PerformerConfig", "changed", "decoder_config"]
@@ -60,8 +53,12 @@ class PerformerConfig(PerformerFields):
     softmax), "performer-hyperbolic", "performer-trigonometric"; or "performer-sharp" (a positive
     estimate with the statistics of each sequence, so for bidirectional models only, see
     `SharpFeatures`).
+    It may be a list with an entry for each layer, and each entry, or all there is, a mapping of
+    mechanisms to numbers of heads: {"local": 2, "performer-relu": 6}, which have the heads in the
+    alphabetical order of their names.
     `attention_options`: what can be chosen about this mechanism alone: fields of its options in
-    `performers.baselines`, such as {"num_projections": 600} of `LinformerOptions`.
+    `performers.baselines`, such as {"num_projections": 600} of `LinformerOptions`. Where attention
+    is a list or a mapping, these of each mechanism: {"local": {"window_size": 64}}.
     `num_projections`, `projection`, `distribution`, `seed`: see `SoftmaxFeatures`;
     `kernel_epsilon`: see `KernelFeatures`. `projection=None` is a kernel without ω.
     `window_size`: positive estimates of softmax score the keys of neighboring blocks of this size
@@ -79,6 +76,9 @@ class PerformerConfig(PerformerFields):
     `image_shape`: [height, width, channels] of the images that position="image" is for: embeddings
     of the row, the column and the channel of the byte that comes next. PerformerForImageGeneration
     sets that position itself.
+    `reversible`: layers that the backward pass computes back, so that the memory of training does
+    not depend on their number, for a third more time; see `performers.models.reversible`. The
+    weights have the same names and shapes, but mean another function.
     `hidden_dropout_prob` drops embeddings and the outputs of sublayers; attention weights are
     never formed and never dropped.
 
@@ -147,35 +147,13 @@ class PerformerConfig(PerformerFields):
             check_count(name, getattr(self, name))
         if self.num_decoder_layers is not None:
             check_count("num_decoder_layers", self.num_decoder_layers)
-        check_choice("attention", self.attention, MECHANISMS)
         check_choice("position", self.position, POSITIONS)
         check_choice("hidden_act", self.hidden_act, ACT2FN)
         check_choice("distribution", self.distribution, DISTRIBUTIONS)
         if self.projection is not None:
             check_choice("projection", self.projection, PROJECTIONS)
-        if self.cross_attention is not None:
-            check_choice("cross_attention", self.cross_attention, MECHANISMS)
-        mechanism = MECHANISMS[self.attention]
-        if not isinstance(self.attention_options, dict | None):
-            raise TypeError(
-                "attention_options must be a mapping of options to values, got "
-                f"{described(self.attention_options)}."
-            )
-        own_options(self)  # refuses what the mechanism does not have
-        mechanism.check(self)
-        if self.dialect is not None:
-            check_dialect(self)
-        if self.is_decoder and (self.use_cache or not has_epsilon_features(self)):
-            causal_memory(self)  # refuses what has none
-        if self.window_size is not None:
-            check_count("window_size", self.window_size)
-            if not mechanism.takes_window:
-                windowed = sorted(name for name, row in MECHANISMS.items() if row.takes_window)
-                raise ValueError(
-                    "window_size puts exact softmax scores beside estimated ones: it needs "
-                    f"attention in {windowed}, got attention={self.attention!r}."
-                )
         self._check_divisible("num_attention_heads", "num_key_value_heads")
+        check_attention(self)
         assert self.head_dim is not None, "chosen when the config is made"
         if "rotary" in self.position and self.head_dim % 2:
             raise ValueError(
@@ -200,11 +178,17 @@ class PerformerConfig(PerformerFields):
             "norm_first",
             "final_norm",
             "lm_head_bias",
+            "reversible",
         ):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(
                     f"{name} must be true or false, got {described(getattr(self, name))}."
                 )
+        if self.reversible and not self.norm_first:
+            raise ValueError(
+                "reversible layers must not normalize their residual path, for a norm cannot be "
+                "undone: got reversible=True, norm_first=False. Take one of them alone."
+            )
         check_whole_number("seed", self.seed)
         for name in ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id"):
             self._check_token(name)
@@ -216,7 +200,12 @@ class PerformerConfig(PerformerFields):
                 "[height, width, channels]."
             )
         if self.is_encoder_decoder:
-            causal_memory(decoder_config(self))
+            if self.reversible:
+                raise ValueError(
+                    "the layers of a decoder that reads an encoder are not reversible: leave "
+                    "reversible=True out of a config with is_encoder_decoder=True."
+                )
+            check_attention(decoder_config(self))
             cross_memory(self)
 
     def _check_image_shape(self) -> None:

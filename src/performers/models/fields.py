@@ -40,7 +40,7 @@ class PerformerFields(PreTrainedConfig):
     cross_attention: str | None = None
     image_shape: list[int] | None = None
 
-    attention: str = "performer-relu"
+    attention: str | dict[str, int] | list[str | dict[str, int]] = "performer-relu"
     attention_options: dict[str, Any] | None = None
     num_projections: int = 256
     projection: str | None = "orthogonal"
@@ -50,6 +50,7 @@ class PerformerFields(PreTrainedConfig):
     seed: int = 0
     position: str = "rotary"
     rope_theta: float = 10000.0
+    reversible: bool = False
 
     norm_first: bool = True
     final_norm: bool = True

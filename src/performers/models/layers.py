@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from performers.functional.segments import attend_by_segment
 from performers.models.cache import PerformerCache
 from performers.models.config import PerformerConfig
 from performers.models.fields import PerformerFields
-from performers.models.mechanisms import MECHANISMS
+from performers.models.mixes import build_attention
 from performers.models.positions import Rotation
 
 __all__ = ["MultiHead", "PerformerAttention", "PerformerLayer", "PerformerMLP"]
@@ -34,7 +35,7 @@ class MultiHead(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, key_size)
         self.v_proj = nn.Linear(config.hidden_size, key_size)
         self.out_proj = nn.Linear(query_size, config.hidden_size)
-        self.mechanism = MECHANISMS[config.attention].build(config, layer)
+        self.mechanism = build_attention(config, layer)
 
     def heads(
         self, project: nn.Module, hidden: Float[Tensor, "batch length hidden"]
@@ -124,16 +125,29 @@ class PerformerLayer(GradientCheckpointingLayer):
     ) -> tuple[
         Float[Tensor, "batch length hidden"], Float[Tensor, "batch heads length length"] | None
     ]:
-        out, matrix = self.attention(
-            self.attention_norm(hidden) if self.norm_first else hidden,
-            rotation,
-            key_padding_mask,
-            past_key_values,
-            output_attentions,
-            segment_ids,
+        out, matrix = self.attend(
+            hidden, rotation, key_padding_mask, past_key_values, output_attentions, segment_ids
         )
-        hidden = hidden + self.dropout(out)
+        hidden = hidden + out
         if self.norm_first:
-            return hidden + self.dropout(self.mlp(self.mlp_norm(hidden))), matrix
+            return hidden + self.transform(hidden), matrix
         hidden = self.attention_norm(hidden)
-        return self.mlp_norm(hidden + self.dropout(self.mlp(hidden))), matrix
+        return self.mlp_norm(hidden + self.transform(hidden)), matrix
+
+    def attend(
+        self, hidden: Float[Tensor, "batch length hidden"], *arguments: Any
+    ) -> tuple[
+        Float[Tensor, "batch length hidden"], Float[Tensor, "batch heads length length"] | None
+    ]:
+        """What attention adds to the residual path, and its matrix; `arguments` of
+        `PerformerAttention.forward` after the first.
+        """
+        read = self.attention_norm(hidden) if self.norm_first else hidden
+        out, matrix = self.attention(read, *arguments)
+        return self.dropout(out), matrix
+
+    def transform(
+        self, hidden: Float[Tensor, "batch length hidden"]
+    ) -> Float[Tensor, "batch length hidden"]:
+        """What the MLP adds to the residual path."""
+        return self.dropout(self.mlp(self.mlp_norm(hidden) if self.norm_first else hidden))

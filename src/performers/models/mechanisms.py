@@ -8,6 +8,7 @@ attention is handed one and knows nothing of its kind. To add one, write its fil
 from __future__ import annotations
 
 import copy
+import inspect
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
@@ -65,12 +66,15 @@ __all__ = [
     "cross_memory",
     "has_epsilon_features",
     "in_current_words",
+    "only_mechanism",
     "own_options",
     "performer",
 ]
 
 CausalMemory = type[Nothing | Rerun | State]
 CrossMemory = type[EncodedKeys | EncodedState]
+
+LINEAR = "L · m · d, m = num_projections"
 
 
 def _any_config(config: PerformerFields) -> None:
@@ -93,6 +97,8 @@ class Mechanism(NamedTuple):
     `takes_window`: whether `window_size` means something to it.
     `options`: a dataclass of what can be chosen about this mechanism alone, which refuses values
     that do not fit. A config names them in `attention_options`.
+    `cost`: the time of one head that its paper promises, up to a factor. L is the length, d the dim
+    of a head; other letters the options that are named beside them.
     """
 
     build: Callable[[PerformerFields, int], nn.Module]
@@ -101,6 +107,13 @@ class Mechanism(NamedTuple):
     cross_memory: CrossMemory | None = None
     takes_window: bool = False
     options: type = NoOptions
+    cost: str = ""
+
+
+def only_mechanism(config: PerformerFields) -> str:
+    """The mechanism of a config that is no mix; `performers.models.mixes` makes these of a mix."""
+    assert isinstance(config.attention, str), "a mix has a config for each of its places"
+    return config.attention
 
 
 def own_options(config: PerformerFields) -> Any:
@@ -108,7 +121,7 @@ def own_options(config: PerformerFields) -> Any:
 
     Raises ValueError for an option that it does not have, and for a value that does not fit.
     """
-    options = MECHANISMS[config.attention].options
+    options = MECHANISMS[only_mechanism(config)].options
     known = [field.name for field in fields(options)]
     for name in config.attention_options or {}:
         if not known:
@@ -153,6 +166,7 @@ def performer(features: str) -> Mechanism:
         memory=None if is_sharp else State,
         cross_memory=None if is_sharp else EncodedState,
         takes_window=takes_window(features),
+        cost=LINEAR,
     )
 
 
@@ -165,85 +179,46 @@ def linear_transformer(config: PerformerFields, layer: int) -> Favor:
     return Favor(KernelFeatures(config.head_dim, fn="elu+1", epsilon=0.0, projection=None))
 
 
-def big_bird(config: PerformerFields, layer: int) -> BigBirdAttention:
-    """Big Bird, in which each key head of each layer draws blocks of its own."""
-    return BigBirdAttention(
-        own_options(config),
-        num_heads=config.num_key_value_heads or config.num_attention_heads,
-        max_length=config.max_position_embeddings,
-        seed=config.seed,
-        layer=layer,
-    )
+def _sizes(mechanism: type[nn.Module], heads: str, config: PerformerFields, layer: int) -> Any:
+    """Those of a layer's sizes that the constructor of a mechanism names. `heads`: the field of the
+    config with the number of heads that have something of their own.
+    """
+    sizes = {
+        "dim": config.head_dim,
+        "num_heads": getattr(config, heads),
+        "max_length": config.max_position_embeddings,
+        "seed": config.seed,
+        "layer": layer,
+    }
+    named = inspect.signature(mechanism).parameters
+    return {name: size for name, size in sizes.items() if name in named}
 
 
-def linformer(config: PerformerFields, layer: int) -> LinformerAttention:
-    """The Linformer for sequences up to `max_position_embeddings`."""
-    return LinformerAttention(
-        own_options(config),
-        num_heads=config.num_key_value_heads or config.num_attention_heads,
-        max_length=config.max_position_embeddings,
-        seed=config.seed,
-        layer=layer,
-    )
+def drawn(
+    mechanism: type[nn.Module],
+    options: type,
+    memory: CausalMemory | None = None,
+    heads: str = "num_key_value_heads",
+    *,
+    cost: str,
+) -> Mechanism:
+    """A mechanism in which each head of each layer draws for itself, key heads unless `heads` names
+    the others; for sequences up to `max_position_embeddings`, where it has room for so many only.
+    """
 
+    def build(config: PerformerFields, layer: int) -> nn.Module:
+        return mechanism(own_options(config), **_sizes(mechanism, heads, config, layer))
 
-def synthesizer(config: PerformerFields, layer: int) -> SynthesizerAttention:
-    """The Synthesizer for sequences up to `max_position_embeddings`, each head with its scores."""
-    assert config.head_dim is not None, "a config has chosen it"
-    return SynthesizerAttention(
-        own_options(config),
-        dim=config.head_dim,
-        num_heads=config.num_attention_heads,
-        max_length=config.max_position_embeddings,
-        seed=config.seed,
-        layer=layer,
-    )
-
-
-def reformer(config: PerformerFields, layer: int) -> ReformerAttention:
-    """The Reformer, in which each head of each layer has hashes of its own."""
-    assert config.head_dim is not None, "a config has chosen it"
-    return ReformerAttention(
-        own_options(config),
-        dim=config.head_dim,
-        num_heads=config.num_attention_heads,
-        seed=config.seed,
-        layer=layer,
-    )
-
-
-def sinkhorn(config: PerformerFields, layer: int) -> SinkhornAttention:
-    """Sinkhorn attention up to `max_position_embeddings`; each key head sorts for itself."""
-    assert config.head_dim is not None, "a config has chosen it"
-    return SinkhornAttention(
-        own_options(config),
-        dim=config.head_dim,
-        num_heads=config.num_key_value_heads or config.num_attention_heads,
-        max_length=config.max_position_embeddings,
-        seed=config.seed,
-        layer=layer,
-    )
-
-
-def routing(config: PerformerFields, layer: int) -> RoutingAttention:
-    """The Routing Transformer, in which each key head of each layer has clusters of its own."""
-    assert config.head_dim is not None, "a config has chosen it"
-    return RoutingAttention(
-        own_options(config),
-        dim=config.head_dim,
-        num_heads=config.num_key_value_heads or config.num_attention_heads,
-        seed=config.seed,
-        layer=layer,
-    )
+    return Mechanism(build, memory=memory, options=options, cost=cost)
 
 
 def clustered_favor(config: PerformerFields, layer: int) -> ClusteredFavor:
     """Clustered FAVOR+ with features as the config describes them."""
-    assert config.head_dim is not None, "a config has chosen it"
     options = own_options(config)
+    sizes = _sizes(ClusteredFavor, "num_key_value_heads", config, layer)
     phi = build_features(
         options.features,
-        config.head_dim,
+        sizes["dim"],
         config.num_projections,
         projection=config.projection,
         distribution=config.distribution,
@@ -251,14 +226,7 @@ def clustered_favor(config: PerformerFields, layer: int) -> ClusteredFavor:
         seed=config.seed,
         layer=layer,
     )
-    return ClusteredFavor(
-        phi,
-        options,
-        dim=config.head_dim,
-        num_heads=config.num_key_value_heads or config.num_attention_heads,
-        seed=config.seed,
-        layer=layer,
-    )
+    return ClusteredFavor(phi, options, **sizes)
 
 
 def check_clustered_favor(config: PerformerFields) -> None:
@@ -276,33 +244,68 @@ def check_clustered_favor(config: PerformerFields) -> None:
 
 MECHANISMS: dict[str, Mechanism] = {
     "exact": Mechanism(
-        lambda config, layer: Exact(), memory=KeysAndValues, cross_memory=EncodedKeys
+        lambda config, layer: Exact(),
+        memory=KeysAndValues,
+        cross_memory=EncodedKeys,
+        cost="L² · d",
     ),
-    "identity": Mechanism(lambda config, layer: Identity(), memory=Nothing),
-    "linear-transformer": Mechanism(linear_transformer, memory=State, cross_memory=EncodedState),
+    "identity": Mechanism(lambda config, layer: Identity(), memory=Nothing, cost="none"),
+    "linear-transformer": Mechanism(
+        linear_transformer, memory=State, cross_memory=EncodedState, cost="L · d²"
+    ),
     "local": Mechanism(
         lambda config, layer: LocalAttention(own_options(config)),
         memory=Rerun,
         options=LocalOptions,
+        cost="L · w · d, w = window_size",
     ),
     "sparse-transformer": Mechanism(
         lambda config, layer: SparseTransformerAttention(own_options(config)),
         memory=Rerun,
         options=SparseOptions,
+        cost="L · √L · d, stride = √L",
     ),
     "longformer": Mechanism(
         lambda config, layer: LongformerAttention(own_options(config)),
         memory=Rerun,
         options=LongformerOptions,
+        cost="L · (w + g) · d, w = window_size, g = num_global",
     ),
-    "big-bird": Mechanism(big_bird, memory=Rerun, options=BigBirdOptions),
-    "linformer": Mechanism(linformer, options=LinformerOptions),
-    "synthesizer": Mechanism(synthesizer, memory=Rerun, options=SynthesizerOptions),
-    "reformer": Mechanism(reformer, memory=QueriesAndValues, options=ReformerOptions),
-    "sinkhorn": Mechanism(sinkhorn, options=SinkhornOptions),
-    "routing-transformer": Mechanism(routing, memory=Rerun, options=RoutingOptions),
+    "big-bird": drawn(
+        BigBirdAttention,
+        BigBirdOptions,
+        Rerun,
+        cost="L · (5 + r) · b · d, r = num_random_blocks, b = block_size",
+    ),
+    "linformer": drawn(
+        LinformerAttention, LinformerOptions, cost="L · k · d, k = its num_projections"
+    ),
+    "synthesizer": drawn(
+        SynthesizerAttention,
+        SynthesizerOptions,
+        Rerun,
+        heads="num_attention_heads",
+        cost="L² · d",
+    ),
+    "reformer": drawn(
+        ReformerAttention,
+        ReformerOptions,
+        QueriesAndValues,
+        heads="num_attention_heads",
+        cost="n · L · log L · d, n = num_hashes",
+    ),
+    "sinkhorn": drawn(
+        SinkhornAttention, SinkhornOptions, cost="L · b · d + (L / b)² · d, b = block_size"
+    ),
+    "routing-transformer": drawn(
+        RoutingAttention, RoutingOptions, Rerun, cost="L · √L · d, num_clusters = √L"
+    ),
     "clustered-favor": Mechanism(
-        clustered_favor, check_clustered_favor, memory=Rerun, options=ClusteredFavorOptions
+        clustered_favor,
+        check_clustered_favor,
+        memory=Rerun,
+        options=ClusteredFavorOptions,
+        cost="c · L · m · d, c = num_clusters, m = num_projections",
     ),
     **{f"performer-{features}": performer(features) for features in FEATURES},
 }
@@ -313,7 +316,7 @@ def check_dialect(config: PerformerFields) -> None:
     if not isinstance(config.dialect, dict):
         raise TypeError(f"dialect must be a dict or None, got {described(config.dialect)}.")
     dialect = Dialect.from_dict(config.dialect)
-    _, _, features = config.attention.partition("performer-")
+    _, _, features = only_mechanism(config).partition("performer-")
     if features not in FEATURES or features == SHARP or config.window_size is not None:
         raise ValueError(
             "a dialect says how another library computes FAVOR+, and none there has sharp features "
@@ -333,10 +336,11 @@ def has_epsilon_features(config: PerformerFields) -> bool:
 
 
 def causal_memory(config: PerformerFields) -> CausalMemory:
-    """What a layer of a causal model remembers. Raises ValueError if it cannot be causal, and if
-    there is nothing that it could remember.
+    """What this mechanism remembers of a sequence that it continues.
+
+    Raises ValueError if it cannot be causal, and if there is nothing that it could remember.
     """
-    attention = config.attention
+    attention = only_mechanism(config)
     memory = MECHANISMS[attention].memory
     if has_epsilon_features(config):
         raise ValueError(
@@ -370,7 +374,7 @@ def cross_memory(config: PerformerFields) -> CrossMemory:
     with this mechanism.
     """
     attention = config.cross_attention or config.attention
-    memory = MECHANISMS[attention].cross_memory
+    memory = MECHANISMS[attention].cross_memory if isinstance(attention, str) else None
     if memory is None or config.dialect is not None:
         crossing = sorted(name for name, row in MECHANISMS.items() if row.cross_memory is not None)
         raise ValueError(

@@ -6,16 +6,17 @@ Each memory is a layer of a transformers `Cache` that knows how its mechanisms c
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from performers.nn.dialect import DialectFavor
-from performers.nn.mechanisms import Favor
+from performers.nn.mechanisms import Favor, HeadGroups
 from performers.state import LinearState
 from performers.typing import Attention
 
@@ -28,6 +29,7 @@ __all__ = [
     "Nothing",
     "QueriesAndValues",
     "Rerun",
+    "SideBySide",
     "State",
 ]
 
@@ -251,3 +253,52 @@ class KeysAndValues(Rerun):
             return super().attend(mechanism, query, key, value, mask)
         keys, values = self.update(key, value)  # the last position sees every key
         return mechanism(query, keys, values, key_padding_mask=mask)
+
+
+class SideBySide(Memory):
+    """Memory of several mechanisms in the heads of one layer: one of each."""
+
+    def __init__(self, memories: Sequence[Nothing | Rerun | State]) -> None:
+        super().__init__()
+        self.memories = memories
+        self.is_croppable = all(memory.is_croppable for memory in memories)
+
+    def attend(
+        self, mechanism: HeadGroups, query: Query, key: Key, value: Value, mask: Mask | None
+    ) -> Output:
+        """Attention of the new positions over all so far."""
+        self.num_tokens += key.shape[2]
+        groups = mechanism.groups(query, key, value)
+        outs = [
+            memory.attend(*group, mask) for memory, group in zip(self.memories, groups, strict=True)
+        ]
+        return torch.cat(outs, dim=1)
+
+    def reset(self) -> None:
+        super().reset()
+        for memory in self.memories:
+            memory.reset()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last tokens; the number is negative, as everywhere in transformers."""
+        for memory in self.memories:
+            memory.crop(tokens_to_remove)
+        self.num_tokens += tokens_to_remove
+
+    def activate_past_recording(self) -> None:
+        """Called before tokens are tried out that may have to be taken back."""
+        for memory in self.memories:
+            if isinstance(memory, State):
+                memory.activate_past_recording()
+
+    def reorder_cache(self, beam_idx: Int[Tensor, " beams"]) -> None:
+        for memory in self.memories:
+            memory.reorder_cache(beam_idx)
+
+    def batch_select_indices(self, indices: Int[Tensor, " chosen"]) -> None:
+        for memory in self.memories:
+            memory.batch_select_indices(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        for memory in self.memories:
+            memory.batch_repeat_interleave(repeats)

@@ -25,6 +25,7 @@ from performers.models.layers import PerformerLayer
 from performers.models.losses import cross_entropy
 from performers.models.masks import count_positions, packed_segments, padding_mask
 from performers.models.positions import POSITIONS
+from performers.models.reversible import run_reversible
 from performers.nn import RandomFeatures
 
 __all__ = [
@@ -63,6 +64,15 @@ class PerformerPreTrainedModel(PreTrainedModel):
             f"{self.config.attention!r}, and asks no attn_implementation: got "
             f"{attn_implementation!r}. Build the model with PerformerConfig(attention=...)."
         )
+
+    def _set_gradient_checkpointing(self, enable: bool = True, *args: Any, **options: Any) -> None:
+        """Called by `activation_checkpointing_enable()` and its counterpart."""
+        if enable and self.config.reversible:
+            raise ValueError(
+                "reversible layers keep no activations that a checkpoint could stand for: leave "
+                "gradient checkpointing out, or build the model with reversible=False."
+            )
+        super()._set_gradient_checkpointing(enable, *args, **options)
 
     def redraw_features(self, generator: Generator | None = None) -> None:
         """Draw ω of every layer anew, as `RandomFeatures.redraw` does, and what else mechanisms
@@ -161,20 +171,31 @@ class PerformerModel(PerformerPreTrainedModel):
 
         hidden = self.dropout(self.positions.add_to(inputs_embeds, position_ids))
         rotation = self.positions.rotation(position_ids)
-        hidden_states, matrices = [hidden], []
-        for layer in self.layers:
-            hidden, matrix = layer(
-                hidden,
-                rotation,
-                key_padding_mask,
-                output_attentions,
-                segment_ids,
-                past_key_values=cache,
-            )
-            hidden_states.append(hidden)
-            matrices.append(matrix)
+        hidden_states: list[Tensor] = [hidden]
+        matrices: list[Tensor | None] = []
+        if self.config.reversible:
+            inside = {
+                "output_hidden_states": output_hidden_states,
+                "output_attentions": output_attentions,
+                "use_cache": cache is not None,
+            }
+            arguments = (rotation, key_padding_mask, cache, output_attentions, segment_ids)
+            after, matrices = run_reversible(self.layers, hidden, arguments, inside)
+            hidden_states += after
+        else:
+            for layer in self.layers:
+                hidden, matrix = layer(
+                    hidden,
+                    rotation,
+                    key_padding_mask,
+                    output_attentions,
+                    segment_ids,
+                    past_key_values=cache,
+                )
+                hidden_states.append(hidden)
+                matrices.append(matrix)
         # transformers' convention: the last of the hidden states is the normalized one.
-        hidden_states[-1] = hidden = self.norm(hidden)
+        hidden_states[-1] = hidden = self.norm(hidden_states[-1])
         return BaseModelOutputWithPast(
             last_hidden_state=hidden,
             past_key_values=cache,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
@@ -12,7 +14,7 @@ from performers.nn.feature_maps import KernelFeatures, SoftmaxFeatures
 from performers.nn.sharp import SharpFeatures
 from performers.state import LinearState
 
-__all__ = ["Exact", "Favor"]
+__all__ = ["Exact", "Favor", "HeadGroups"]
 
 Output = Float[Tensor, "batch heads query_length value_dim"]
 
@@ -127,3 +129,51 @@ class Exact(nn.Module):
             key_padding_mask=key_padding_mask,
             enable_gqa=query.shape[1] != key.shape[1],
         )
+
+
+class HeadGroups(nn.Module):
+    """Mechanisms side by side: the first group of heads attends by the first one, and so on.
+
+        out = [attention₁(Q₁, K₁, V₁), attention₂(Q₂, K₂, V₂), …]    along the heads
+
+    `heads`: of each mechanism how many heads of queries it has, and how many of keys.
+    """
+
+    def __init__(
+        self, mechanisms: Mapping[str, nn.Module], heads: Mapping[str, tuple[int, int]]
+    ) -> None:
+        super().__init__()
+        self.mechanisms = nn.ModuleDict(mechanisms)
+        self.heads = [heads[name][0] for name in mechanisms]
+        self.key_heads = [heads[name][1] for name in mechanisms]
+
+    def groups(
+        self,
+        query: Float[Tensor, "batch heads query_length dim"],
+        key: Float[Tensor, "batch key_heads key_length dim"],
+        value: Float[Tensor, "batch key_heads key_length value_dim"],
+    ) -> Iterator[tuple[Any, Tensor, Tensor, Tensor]]:
+        """Each mechanism with the heads that are its own."""
+        yield from zip(
+            self.mechanisms.values(),
+            query.split(self.heads, dim=1),
+            key.split(self.key_heads, dim=1),
+            value.split(self.key_heads, dim=1),
+            strict=True,
+        )
+
+    def forward(
+        self,
+        query: Float[Tensor, "batch heads query_length dim"],
+        key: Float[Tensor, "batch key_heads key_length dim"],
+        value: Float[Tensor, "batch key_heads key_length value_dim"],
+        *,
+        is_causal: bool = False,
+        key_padding_mask: Bool[Tensor, "batch key_length"] | None = None,
+    ) -> Float[Tensor, "batch heads query_length value_dim"]:
+        """Shapes and masks as in `favor_attention`."""
+        outs = [
+            mechanism(*tensors, is_causal=is_causal, key_padding_mask=key_padding_mask)
+            for mechanism, *tensors in self.groups(query, key, value)
+        ]
+        return torch.cat(outs, dim=1)

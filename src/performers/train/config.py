@@ -32,6 +32,7 @@ from transformers import PreTrainedConfig, TrainingArguments
 from performers.checks import check_choice, check_seed, described
 from performers.models import MECHANISMS, PerformerConfig
 from performers.models.mechanisms import in_current_words
+from performers.models.mixes import attention_words
 from performers.train.clock import SCHEDULES
 from performers.train.options import REFUSED_OPTIONS, TRAINER_OPTIONS, Served
 
@@ -134,11 +135,13 @@ class RunConfig:
 
     @property
     def attention(self) -> str:
-        """The mechanism of the run's own model."""
-        return str(self.model["attention"])
+        """The mechanism of the run's own model, or a mix in words."""
+        return attention_words(self.model["attention"])
 
     def with_attention(self, attention: str) -> RunConfig:
         """The same run with another mechanism, without the fields that only the first one takes."""
+        if attention == self.attention and attention not in MECHANISMS:
+            return self  # a mix
         model = {**self.model, "attention": attention}
         if not MECHANISMS[attention].takes_window:
             model.pop("window_size", None)

@@ -32,6 +32,7 @@ from transformers.integrations import TensorBoardCallback
 from performers.data.baseline import EmpiricalBaseline
 from performers.data.proteins import SPLITS, ProteinSplits, load_proteins
 from performers.data.tokens import TokenDataset
+from performers.models.mixes import attention_words
 from performers.records.environment import describe_environment
 from performers.records.files import read_json
 from performers.train.attention import save_attention_maps
@@ -184,7 +185,7 @@ class Run:
         tokens = state.num_input_tokens_seen
         history = list(state.log_history)  # the evaluations below add to it
         outcome = {
-            "attention": model.config.attention,
+            "attention": attention_words(model.config.attention),
             "parameters": model.num_parameters(),
             "device": str(self.device),
             "steps": state.global_step,
