@@ -34,7 +34,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from performers.backends.buffers import CAPABILITIES, buffers, slices
-from performers.backends.derivatives import is_differentiated, is_transformed, plain_gradients
+from performers.backends.derivatives import is_differentiated, needs_formula, plain_gradients
 from performers.backends.fused_softmax import HIDDEN
 from performers.backends.plain import state_of_heads
 from performers.backends.reference import absorb, exact_partial, read
@@ -973,4 +973,4 @@ def block_attention(problem: Problem) -> BlockAttention:
     Cost per token and head: 4·dim operations per near key and sink, 8·num_features·dim for what is
     far, 4·dim² for sides with a matrix (`theory.cost.favor_operations`).
     """
-    return BlockAttention(*(plain if is_transformed() else _block_attention)(*problem))
+    return BlockAttention(*(plain if needs_formula() else _block_attention)(*problem))

@@ -50,7 +50,7 @@ class Slots:
         earlier: NearKeys | None,
     ) -> Slots:
         """The slots of new tokens, after those of the keys that a state remembers."""
-        batch, length = len(key), key.shape[2]
+        batch, length = key.shape[0], key.shape[2]
         zero = torch.zeros(batch, 1, dtype=torch.int64, device=key.device)
         if is_token is None and earlier is None:
             return cls(near, query, key, value, zero, zero + length)
@@ -144,6 +144,6 @@ def _taken(
     x: Float[Tensor, "batch *heads length _"], index: Int[Tensor, "batch places"]
 ) -> Float[Tensor, "batch *heads places _"]:
     """x at the given places along the length, which differ between sequences."""
-    row = torch.arange(len(x), device=x.device).unsqueeze(1)
+    row = torch.arange(x.shape[0], device=x.device).unsqueeze(1)
     # With the length next to the batch, [row, index] takes other places in every sequence.
     return x.movedim(-2, 1)[row, index].movedim(1, -2)
