@@ -49,5 +49,5 @@ def _scanned(step: Step, carry: list[Tensor], inputs: list[Tensor]) -> tuple[lis
         return [x.clone() for x in carry], [x.clone() for x in out]
 
     # Detached: the exporter cannot take a scan with gradients apart, and ONNX graphs have none.
-    carry, outputs = scan(unaliased, [x.detach() for x in carry], [x.detach() for x in inputs])
+    carry, outputs = scan(unaliased, *([x.detach().clone() for x in part] for part in (carry, inputs)))
     return carry, outputs
