@@ -123,7 +123,7 @@ def _causal(
         return _unflattened(partial, query), state
 
     partials = []
-    queries = query.split(CAUSAL_CHUNK, dim=3)
+    queries = tiles(CAUSAL_CHUNK, query, dim=3)
     for rows, tile in zip(queries, key_tiles(CAUSAL_CHUNK, key, value, key_mask), strict=True):
         partial, state = recomputed(chunk, state, rows, *tile)
         partials.append(partial)
