@@ -49,5 +49,7 @@ def _scanned(step: Step, carry: list[Tensor], inputs: list[Tensor]) -> tuple[lis
         return [x.clone() for x in carry], [x.clone() for x in out]
 
     # Detached: the exporter cannot take a scan with gradients apart, and ONNX graphs have none.
-    carry, outputs = scan(unaliased, *([x.detach().clone() for x in part] for part in (carry, inputs)))
+    # Cloned: of views the compiler of the step asks for the sizes of what they are views of.
+    carry, inputs = ([x.detach().clone() for x in part] for part in (carry, inputs))
+    carry, outputs = scan(unaliased, carry, inputs)
     return carry, outputs
