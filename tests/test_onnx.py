@@ -113,6 +113,7 @@ def test_a_model_in_onnxruntime_is_that_of_torch(fresh_python, model):
     fresh_python(EXPORTED + TEXT.format(tests=str(ROOT / "tests"), model=model))
 
 
+@pytest.mark.slow
 def test_the_page_about_export_exports(fresh_python, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     page = MarkdownIt().parse((ROOT / "docs/export.md").read_text(encoding="utf-8"))
