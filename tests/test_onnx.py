@@ -79,8 +79,7 @@ model = {model}
 check(model, inputs_of, dict.fromkeys(("input_ids", "attention_mask"), {{0: "batch", 1: "length"}}))
 """
 
-NEAR = {"window_size": 3, "num_sinks": 2}
-WORDS = [{}, {"is_causal": True}, NEAR, NEAR | {"is_causal": True}]
+WORDS = [{}, {"is_causal": True}]
 
 
 @pytest.mark.slow
@@ -106,7 +105,6 @@ def test_kernel_features_in_onnxruntime_are_those_of_torch(fresh_python, is_caus
         'performer(PerformerForMaskedLM, "performer-positive")',
         'performer(PerformerForCausalLM, "performer-relu")',
         "linearize(tiny_models.bert(), FavorOptions(17, window_size=0))",
-        "linearize(tiny_models.bert(), FavorOptions(17, window_size=8))",
     ],
 )
 def test_a_model_in_onnxruntime_is_that_of_torch(fresh_python, model):
