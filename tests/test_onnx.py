@@ -104,7 +104,6 @@ def test_kernel_features_in_onnxruntime_are_those_of_torch(fresh_python, is_caus
     [
         'performer(PerformerForMaskedLM, "performer-positive")',
         'performer(PerformerForCausalLM, "performer-relu")',
-        "linearize(tiny_models.bert(), FavorOptions(17, window_size=0))",
     ],
 )
 def test_a_model_in_onnxruntime_is_that_of_torch(fresh_python, model):
