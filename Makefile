@@ -62,7 +62,7 @@ $(VENV)/installed-for-use: pyproject.toml constraints.txt | $(VENV)/bin/pip
 	touch $@
 
 $(VENV)/installed-for-development: pyproject.toml constraints.txt | $(VENV)/bin/pip
-	$(INSTALL) --editable ".[hf,lora,bio,viz,sklearn,triton,dev]"
+	$(INSTALL) --editable ".[hf,lora,bio,viz,sklearn,triton,onnx,dev]"
 	touch $@ $(VENV)/installed-for-use
 
 # Debian's venv module has no ensurepip of its own, so the pip of $(PYTHON) brings the environment's.

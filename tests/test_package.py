@@ -43,7 +43,7 @@ def test_the_extra_all_is_all_extras_of_users(wheel):
         packages.setdefault(extra.strip("'"), set()).add(
             Requirement(requirement.split(";")[0]).name
         )
-    assert {"hf", "bio", "viz", "sklearn", "triton", "lora"} <= packages.keys()
+    assert {"hf", "bio", "viz", "sklearn", "triton", "lora", "onnx"} <= packages.keys()
     others = packages.keys() - {"", "all", "dev", "docs", "release"}
     assert packages["all"] == set().union(*(packages[extra] for extra in others))
     assert metadata.get_payload() == (ROOT / "README.md").read_text(encoding="utf-8")

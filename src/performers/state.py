@@ -104,7 +104,7 @@ class NearKeys:
             heavy_value=zeros(value, near.num_heavy),
             heavy_weight=pending.normalizer.new_full((*key.shape[:2], near.num_heavy), -torch.inf),
             heavy_sums=pending.normalizer.new_zeros(*key.shape[:2], near.num_sums),
-            count=torch.zeros(len(key), dtype=torch.int64, device=key.device),
+            count=torch.zeros(key.shape[0], dtype=torch.int64, device=key.device),
             pending=pending,
         )
 

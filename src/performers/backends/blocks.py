@@ -39,9 +39,9 @@ from torch.nn import functional as F
 
 from performers.backends import exact
 from performers.backends.buffers import CAPABILITIES, buffers, slices
-from performers.backends.derivatives import is_differentiated, is_transformed, plain_gradients
+from performers.backends.derivatives import is_differentiated, needs_formula, plain_gradients
 from performers.backends.fused_softmax import HIDDEN
-from performers.backends.plain import state_of_heads
+from performers.backends.graphs import folded, is_exporting
 from performers.backends.reference import absorb, exact_partial, read
 from performers.state import LinearState
 from performers.typing import LogLinearSide
@@ -754,19 +754,29 @@ def plain(*arguments: Any) -> BlockAttention:
     problem = Problem(*arguments)
     dtype, root = problem.average.dtype, math.sqrt(problem.scale)
     group, length = problem.query.shape[1:3]
-    size = min(problem.window_size, length)
-    count = -(-length // size)
-    place = torch.arange(length, device=problem.query.device)
+    # No length that changes may be the size of a block in an exported graph.
+    size = problem.window_size if is_exporting() else min(problem.window_size, length)
+    has_features = problem.average.shape[-2] > 0
 
     def one(x: Tensor | None) -> Tensor | None:
         """A head as a batch of one key head."""
         return None if x is None else x.unsqueeze(1)
 
-    query = problem.query.to(dtype) * root
-    key, sink_key = (x.to(dtype).unsqueeze(1) * root for x in (problem.key, problem.sink_key))
-    value, sink_value = (x.to(dtype).unsqueeze(1) for x in (problem.value, problem.sink_value))
-    heavy_key = problem.heavy_key.to(dtype).unsqueeze(1) * root
-    heavy_value = problem.heavy_value.to(dtype).unsqueeze(1)
+    def blocks(x: Tensor) -> Float[Tensor, "blocks *heads block _"]:
+        x = F.pad(x, (0, 0, 0, -length % size))
+        return x.unflatten(-2, (-1, size)).movedim(-3, 0)
+
+    def of_neighbors(x: Tensor) -> list[Float[Tensor, "blocks heads block _"]]:
+        """Of the block before each, of its own, and of the one after it unless causal."""
+        nothing = torch.zeros_like(x[:1])
+        later = [] if problem.is_causal else [torch.cat([x[1:], nothing])]
+        return [torch.cat([nothing, x[:-1]]), x, *later]
+
+    def shown(hidden: Tensor | None) -> Float[Tensor, "blocks heads block 1"]:
+        """1 for keys that are not hidden, 0 for others and beyond the last."""
+        ones = torch.ones_like(problem.key[..., :1], dtype=dtype)
+        return blocks(ones if hidden is None else ones.masked_fill(hidden.unsqueeze(-1), 0.0))
+
     query_side = LogLinearSide(
         problem.query_directions.unsqueeze(1), 0.0, problem.tilt, one(problem.query_shift),
         one(problem.query_matrix), one(problem.query_linear),
@@ -776,66 +786,100 @@ def plain(*arguments: Any) -> BlockAttention:
         one(problem.key_matrix), one(problem.key_linear),
     )  # fmt: skip
 
-    def absorbed(state: LinearState, block: int) -> LinearState:
-        rows = slice(block * size, (block + 1) * size)
-        features = key_side.log_linear(key[:, :, rows]).features()
-        mask = None if problem.hidden_far is None else ~problem.hidden_far[:, rows]
-        return absorb(state, features, value[:, :, rows], mask)
+    def absorbed(carry: list[Tensor], block: list[Tensor]) -> list[Tensor]:
+        log_scale, normalizer, values = carry
+        state = LinearState(log_scale, normalizer, values)
+        key, value, is_shown = block
+        features = key_side.log_linear(key.unsqueeze(1)).features()
+        after = absorb(state, features, value.unsqueeze(1), is_shown[..., 0] > 0)
+        return [after.log_scale, after.normalizer, after.values]
 
-    has_features = problem.average.shape[-2] > 0
     frame = problem.log_mass.detach()
     is_empty = frame <= HIDDEN / 2
     mass = (problem.log_mass - frame).exp().masked_fill(is_empty, 0.0)
     sums = problem.average * mass.unsqueeze(-1)
-    first = state_of_heads(frame.masked_fill(is_empty, -torch.inf), mass, sums)
-    nobody = LinearState.empty(*first.values.shape, device=frame.device, dtype=dtype)
-    before, after = [first], [nobody]
-    for block in range(count if has_features else 0):
-        before.append(absorbed(before[-1], block))
-        after.append(absorbed(after[-1], count - 1 - block))  # of so many blocks from the end
+    carry = [frame.masked_fill(is_empty, -torch.inf), mass, sums]
+    carry = [part.unsqueeze(1) for part in carry]
+    nobody = [torch.full_like(carry[0], -torch.inf), *map(torch.zeros_like, carry[1:])]
 
-    outputs = []
-    for block in range(count):
-        own = slice(block * size, min((block + 1) * size, length))
-        near = slice(max(0, (block - 1) * size), (block + (1 if problem.is_causal else 2)) * size)
-        rows = query[:, :, own].flatten(1, 2).unsqueeze(1)
-        row_place = place[own].repeat(group)[:, None]
-        visible = torch.ones_like(problem.key[:, None, None, near, 0], dtype=torch.bool)
-        if problem.hidden_near is not None:
-            visible = ~problem.hidden_near[:, None, None, near]
+    key, value = blocks(problem.key.to(dtype) * root), blocks(problem.value.to(dtype))
+    sink_key = problem.sink_key.to(dtype).unsqueeze(1) * root
+    sink_value = problem.sink_value.to(dtype).unsqueeze(1)
+    of_keys = [key, value, shown(problem.hidden_far)]
+    near = [of_neighbors(x) for x in (key, value, shown(problem.hidden_near))]
+    place = torch.arange(length, device=frame.device)
+    inputs = [
+        blocks(problem.query.to(dtype) * root).flatten(2, 3),
+        *(torch.cat(x, dim=2) for x in near),
+        blocks(place.unsqueeze(-1)).repeat(1, group, 1),
+    ]
+    has_heavy = problem.heavy_key.shape[2] > 0
+    if has_heavy:
+        is_there = ~problem.heavy_hidden.unsqueeze(2)
+        heavy = problem.heavy_key.to(dtype) * root, problem.heavy_value.to(dtype), is_there
+        inputs += [x.movedim(1, 0) for x in heavy]
+    if has_features:
+        inputs += [of_neighbors(x)[0] for x in of_keys]
+        if not problem.is_causal:
+
+            def from_the_end(
+                carry: list[Tensor], block: list[Tensor]
+            ) -> tuple[list[Tensor], list[Tensor]]:
+                after = absorbed(carry, block)
+                return after, after
+
+            _, ends = folded(from_the_end, nobody, [x.flip(0) for x in of_keys])
+            # What is far of a block begins two blocks after it.
+            inputs += [
+                torch.cat([x.flip(0), none.expand(2, *none.shape)])[2:]
+                for x, none in zip(ends, nobody, strict=True)
+            ]
+    later = torch.ones(size, size, dtype=torch.bool, device=frame.device).triu(1)
+    later = torch.cat([torch.zeros_like(later), later], dim=1).repeat(group, 1)
+
+    def step(carry: list[Tensor], block: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        query, key, value, is_shown, place, *rest = [x.unsqueeze(1) for x in block]
+        visible = is_shown.mT > 0
         if problem.is_causal:
-            visible = visible & (place[near] <= row_place)
-        masks = [row_place >= problem.sink_start[:, None, None], visible]
-        exact = [(sink_key, sink_value), (key[:, :, near], value[:, :, near])]
-        if heavy_key.shape[3]:
-            masks.append(~problem.heavy_hidden[:, None, block, None])
-            exact.append((heavy_key[:, :, block], heavy_value[:, :, block]))
-        mask = torch.cat([x.expand(-1, 1, len(row_place), -1) for x in masks], dim=-1)
+            visible = visible & ~later
+        masks = [place.movedim(0, 1) >= problem.sink_start[:, None, None], visible]
+        exact = [(sink_key, sink_value), (key, value)]
+        if has_heavy:
+            heavy_key, heavy_value, is_there, *rest = rest
+            masks.append(is_there)
+            exact.append((heavy_key, heavy_value))
+        mask = torch.cat([x.expand(-1, 1, query.shape[2], -1) for x in masks], dim=-1)
         keys, values = (torch.cat(x, dim=2) for x in zip(*exact, strict=True))
-        partial = exact_partial(rows, keys, values, mask)
+        partial = exact_partial(query, keys, values, mask)
         if has_features:
-            far = before[max(0, block - 1)]
+            log_scale, normalizer, values = carry
+            far = LinearState(log_scale, normalizer, values)
             if not problem.is_causal:
-                far = far.merge(after[max(0, count - 2 - block)])
-            estimated = read(far, query_side.log_linear(rows).features())
+                log_scale, normalizer, values = (x.squeeze(1) for x in rest[3:])
+                far = far.merge(LinearState(log_scale, normalizer, values))
+            estimated = read(far, query_side.log_linear(query).features())
             if problem.far_limit is not None:
                 estimated, _ = estimated.limited(partial, problem.far_limit)
             partial = partial.merge(estimated)
+            carry = absorbed(carry, [x.squeeze(1) for x in rest[:3]])
         is_blind = partial.normalizer == 0
         total = partial.normalizer.masked_fill(is_blind, 1.0)
         log_sum = (total.log() + partial.frame).masked_fill(is_blind, HIDDEN)
-        found = (partial.numerator / total, log_sum)
-        outputs.append([x.squeeze(1).unflatten(1, (group, -1)) for x in found])
-    out, log_sum = (torch.cat(parts, dim=2) for parts in zip(*outputs, strict=True))
+        return carry, [x.squeeze(1) for x in (partial.numerator / total, log_sum)]
+
+    carry, found = folded(step, carry, inputs)
+    out, log_sum = (
+        x.unflatten(2, (group, size)).movedim(0, 2).flatten(2, 3)[:, :, :length] for x in found
+    )
     out, far_log_sum = out.to(problem.query.dtype), log_sum[..., :0].detach()
     if not has_features:
         return BlockAttention(out, log_sum, problem.log_mass, problem.average, far_log_sum)
-    last = before[-1].map(lambda part: part.squeeze(1))
-    is_empty = last.normalizer == 0
-    total = last.normalizer.masked_fill(is_empty, 1.0)
-    log_mass = (total.log() + last.log_scale).masked_fill(is_empty, HIDDEN)
-    average = last.values / total.unsqueeze(-1)
-    return BlockAttention(out, log_sum, log_mass, average, far_log_sum)
+    log_scale, normalizer, values = absorbed(carry, [x[-1] for x in of_keys])
+    log_scale, normalizer, values = (x.squeeze(1) for x in (log_scale, normalizer, values))
+    is_empty = normalizer == 0
+    total = normalizer.masked_fill(is_empty, 1.0)
+    log_mass = (total.log() + log_scale).masked_fill(is_empty, HIDDEN)
+    return BlockAttention(out, log_sum, log_mass, values / total.unsqueeze(-1), far_log_sum)
 
 
 SCHEMA = (
@@ -939,4 +983,4 @@ def block_attention(problem: Problem) -> BlockAttention:
     Cost per token and head: 4·dim operations per near key and sink, 8·num_features·dim for what is
     far, 4·dim² for sides with a matrix (`theory.cost.favor_operations`).
     """
-    return BlockAttention(*(plain if is_transformed() else _block_attention)(*problem))
+    return BlockAttention(*(plain if needs_formula() else _block_attention)(*problem))

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from performers.backends import kernel_tiles
 from performers.backends.call import Call
+from performers.backends.graphs import is_exporting, tiles
 from performers.backends.near import attend as attend_near
 from performers.backends.reference import Partial, absorb, read
 from performers.backends.scan import scan
@@ -59,7 +60,7 @@ def attend(
         return kernel_tiles.attend(call, form, query, key, value, key_mask, state)
     if call.is_causal:
         rows = max(CAUSAL_CHUNK, rows_of_a_piece(key, call.dtype))
-        if query.shape[3] <= rows:
+        if is_exporting() or query.shape[3] <= rows:
             partial, state = _causal(call, query, key, value, key_mask, state)
             return partial.output(call), state
         outputs = []
@@ -90,7 +91,7 @@ def _bidirectional(
 
     for tile in key_tiles(KEY_TILE, key, value, key_mask):
         state = recomputed(absorb_tile, state, *tile)
-    rows = query.flatten(2, 3).split(QUERY_TILE, dim=2)
+    rows = tiles(QUERY_TILE, query.flatten(2, 3), dim=2)
     outputs = [recomputed(read_tile, state, tile) for tile in rows]
     return torch.cat(outputs, dim=2).unflatten(2, query.shape[2:4]), state
 
@@ -122,8 +123,8 @@ def _causal(
         return _unflattened(partial, query), state
 
     partials = []
-    queries = query.split(CAUSAL_CHUNK, dim=3)
-    for rows, tile in zip(queries, key_tiles(CAUSAL_CHUNK, key, value, key_mask), strict=True):
+    query_tiles = tiles(CAUSAL_CHUNK, query, dim=3)
+    for rows, tile in zip(query_tiles, key_tiles(CAUSAL_CHUNK, key, value, key_mask), strict=True):
         partial, state = recomputed(chunk, state, rows, *tile)
         partials.append(partial)
     return _joined(partials), state

@@ -3,7 +3,7 @@
 PyTorch knows their backward pass, and no more: it would take a tangent of forward mode for 0, and
 `torch.func` does not know how to batch or transform them. So each operator is also a formula in
 plain PyTorch, slower and with more memory, which PyTorch can differentiate in every way. It stands
-in for the operator where `is_transformed()`, and for its backward pass where that is differentiated
+in for the operator where `needs_formula()`, and for its backward pass where that is differentiated
 in its turn (`create_graph=True`).
 """
 
@@ -19,6 +19,7 @@ from torch.autograd import forward_ad
 __all__ = [
     "is_differentiated",
     "is_transformed",
+    "needs_formula",
     "plain_gradients",
     "refuse_second_derivative",
     "refuse_transforms",
@@ -29,6 +30,11 @@ def is_transformed() -> bool:
     """Whether operators must be plain PyTorch: inside a transform of `torch.func`, or where forward
     mode has a level open. torch.compile can trace this."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def needs_formula() -> bool:
+    """Whether an operator has to be its formula: what ONNX cannot be told otherwise, too."""
+    return is_transformed() or torch.onnx.is_in_onnx_export()
 
 
 def is_differentiated() -> bool:

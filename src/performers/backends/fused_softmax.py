@@ -27,7 +27,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from performers.backends.buffers import CAPABILITIES, buffers, slices
-from performers.backends.derivatives import is_differentiated, is_transformed, plain_gradients
+from performers.backends.derivatives import is_differentiated, needs_formula, plain_gradients
 
 __all__ = ["HAS_BFLOAT16", "HIDDEN", "fused_softmax"]
 
@@ -61,7 +61,7 @@ def fused_softmax(
 
     Products are in bfloat16 where query or key is, with sums, shifts and numbers in float32.
     """
-    operator = _plain if is_transformed() else _fused_softmax
+    operator = _plain if needs_formula() else _fused_softmax
     flat_query, flat_key, flat_bias, flat_value = (
         x.flatten(0, 1) for x in (query, key, bias, value)
     )

@@ -31,7 +31,7 @@ from torch import Tensor
 from performers.backends import plain
 from performers.backends.buffers import CAPABILITIES, buffers, slices
 from performers.backends.call import Call
-from performers.backends.derivatives import is_differentiated, is_transformed, plain_gradients
+from performers.backends.derivatives import is_differentiated, needs_formula, plain_gradients
 from performers.backends.reference import SIGNED_STABILIZER, absorb, read
 from performers.kernels import KERNELS
 from performers.state import LinearState
@@ -68,7 +68,7 @@ def attend(
     # Without exponents every frame but that of an empty state is 0.
     frame = torch.zeros_like(state.log_scale)
     before = state.rescaled(frame)
-    operator = _plain if is_transformed() else _kernel_attention
+    operator = _plain if needs_formula() else _kernel_attention
     out, _, normalizer, values = operator(
         query.flatten(0, 1),
         key.flatten(0, 1),
@@ -281,7 +281,7 @@ def _plain(
     queries, keys = Features(features(query.flatten(1, 2))), Features(of_keys)
     state = plain.state_of_heads(torch.zeros_like(normalizer), normalizer, values)
     if is_causal:
-        partial, state = plain.causal(state, queries, keys, wide, None)
+        partial, state = plain.causal(state, queries, keys, wide, None, query.shape[1])
     else:
         state = absorb(state, keys, wide, None)
         partial = read(state, queries)

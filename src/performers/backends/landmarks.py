@@ -22,6 +22,7 @@ from torch import Tensor
 
 from performers.backends.call import Call
 from performers.backends.fused_softmax import HAS_BFLOAT16, HIDDEN, fused_softmax
+from performers.backends.graphs import tiles
 from performers.state import LinearState
 from performers.typing import LogLinearSide, is_log_linear
 
@@ -114,7 +115,7 @@ def _side(
         inputs, stretch = x.to(dtype), root
         offset = torch.full((1, 1, 1, 1), side.constant, dtype=wide)
     else:
-        parts = [side.log_linear(part.to(wide) * root) for part in x.split(TILE, dim=2)]
+        parts = [side.log_linear(part.to(wide) * root) for part in tiles(TILE, x, dim=2)]
         inputs, stretch = torch.cat([part.inputs.to(dtype) for part in parts], dim=2), 1.0
         offset = torch.cat([torch.as_tensor(part.offset) for part in parts], dim=2)
     return _Side(

@@ -11,11 +11,15 @@ exponential for each pair and feature.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.nn import functional as F
 
-from performers.backends.reference import Partial, absorb, key_exponent, read
+from performers.backends.graphs import folded
+from performers.backends.reference import Partial, absorb, read
 from performers.state import LinearState, exp_difference
 from performers.typing import Features
 
@@ -30,6 +34,7 @@ def causal(
     keys: Features,
     value: Float[Tensor, "batch key_heads length value_dim"],
     key_mask: Bool[Tensor, "batch length"] | None,
+    group: int,
 ) -> tuple[Partial, LinearState]:
     """What each query gets from the state and the keys up to its own, and the state after them.
 
@@ -38,20 +43,49 @@ def causal(
     Cost: O(length · (CHUNK + value_dim) · num_features) time and memory.
     """
     length = value.shape[2]
-    masks = [None] * len(range(0, length, CHUNK))
     if key_mask is not None:
-        masks = key_mask.split(CHUNK, dim=1)
-    partials = []
-    for own_queries, own_keys, own_value, mask in zip(
-        _chunks(queries, length), _chunks(keys, length), value.split(CHUNK, dim=2), masks,
-        strict=True,
-    ):  # fmt: skip
-        own = _pairs(own_queries, own_keys, own_value, mask)
-        partial = read(state, own_queries).merge(own)
-        partials.append([part.unflatten(2, (-1, own_value.shape[2])) for part in partial])
-        state = absorb(state, own_keys, own_value, mask)
-    joined = (torch.cat(parts, dim=3).flatten(2, 3) for parts in zip(*partials, strict=True))
-    return Partial(*joined), state
+        keys = keys._replace(log_rows=_hidden(keys, key_mask))
+
+    def chunks(x: Tensor, beyond: float) -> Float[Tensor, "chunks *batch chunk _"]:
+        """Rows [length] as whole chunks, with a number beyond the last."""
+        x = F.pad(x, (0, 0, 0, -length % CHUNK), value=beyond)
+        return x.unflatten(-2, (-1, CHUNK)).movedim(-3, 0)
+
+    of_queries = [
+        None if x is None else chunks(x.unflatten(2, (group, length)), 0.0).flatten(3, 4)
+        for x in queries
+    ]
+    # Keys beyond the last weigh 0: by an exponent of −∞, or by values where there is none.
+    of_keys = [
+        None if x is None else chunks(x, beyond)
+        for x, beyond in zip(keys, (0.0, -torch.inf, -torch.inf), strict=True)
+    ]
+    parts = [*of_queries, *of_keys, chunks(value, 0.0)]
+    places = [place for place, part in enumerate(parts) if part is not None]
+
+    def step(carry: list[Tensor], chunk: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        given = dict(zip(places, chunk, strict=True))
+        *of_features, value = [given.get(place) for place in range(7)]
+        assert value is not None, "the values are the last part"
+        queries, keys = Features(*of_features[:3]), Features(*of_features[3:])
+        log_scale, normalizer, values = carry
+        before = LinearState(log_scale, normalizer, values)
+        partial = read(before, queries).merge(_pairs(queries, keys, value, group))
+        after = absorb(before, keys, value, None)
+        return [after.log_scale, after.normalizer, after.values], [*partial]
+
+    carry, outputs = folded(
+        step,
+        [state.log_scale, state.normalizer, state.values],
+        [part for part in parts if part is not None],
+    )
+    rows = [
+        x.unflatten(3, (group, CHUNK)).movedim(0, 3).flatten(3, 4)[:, :, :, :length].flatten(2, 3)
+        for x in outputs
+    ]
+    log_scale, normalizer, values = carry
+    after = replace(state, log_scale=log_scale, normalizer=normalizer, values=values)
+    return Partial(*rows), after
 
 
 def state_of_heads(
@@ -63,29 +97,28 @@ def state_of_heads(
     return LinearState(log_scale.unsqueeze(1), normalizer.unsqueeze(1), values.unsqueeze(1))
 
 
-def _chunks(features: Features, length: int) -> list[Features]:
-    """Of rows [group · length] those of each chunk, [group · chunk]."""
-    count = len(range(0, length, CHUNK))
-    parts = [
-        [None] * count
-        if part is None
-        else [x.flatten(2, 3) for x in part.unflatten(2, (-1, length)).split(CHUNK, dim=3)]
-        for part in features
-    ]
-    return [Features(*chunk) for chunk in zip(*parts, strict=True)]
+def _hidden(
+    keys: Features, key_mask: Bool[Tensor, "batch length"]
+) -> Float[Tensor, "batch key_heads length 1"]:
+    """The `log_rows` of keys, −∞ for masked ones."""
+    rows = keys.log_rows
+    if rows is None:
+        like = keys.log_values if keys.values is None else keys.values
+        assert like is not None, "Features must have at least one part"
+        rows = like.new_zeros(*like.shape[:-1], 1)
+    return rows.masked_fill(~key_mask[:, None, :, None], -torch.inf)
 
 
 def _pairs(
     queries: Features,
     keys: Features,
     value: Float[Tensor, "batch key_heads chunk value_dim"],
-    key_mask: Bool[Tensor, "batch chunk"] | None,
+    group: int,
 ) -> Partial:
     """What the queries of a chunk get from its keys up to their own."""
-    chunk, like = value.shape[2], next(part for part in queries if part is not None)
-    later = torch.ones(chunk, chunk, dtype=torch.bool, device=value.device).triu(1)
-    later = later.repeat(like.shape[2] // chunk, 1)
-    exponent = key_exponent(keys, key_mask).unsqueeze(2)
+    later = torch.ones(CHUNK, CHUNK, dtype=torch.bool, device=value.device).triu(1)
+    later = later.repeat(group, 1)
+    exponent = keys.exponent().unsqueeze(2)
     if queries.log_values is not None:
         exponent = exponent + queries.log_values.unsqueeze(3)
     # [batch, key_heads, group · chunk, chunk, num_features, or 1 where a key shares one exponent]

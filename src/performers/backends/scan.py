@@ -19,7 +19,7 @@ number of passes over a chunk depends on the data.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -29,7 +29,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from performers.backends import plain
-from performers.backends.derivatives import is_differentiated, is_transformed, plain_gradients
+from performers.backends.derivatives import is_differentiated, needs_formula, plain_gradients
+from performers.backends.graphs import is_exporting
 from performers.backends.reference import Partial
 from performers.backends.tiles import MAX_RISE, exponent_at, rows_below
 from performers.state import LinearState, exp_difference
@@ -38,10 +39,6 @@ from performers.typing import Features, LogLinear
 __all__ = ["scan"]
 
 CHUNK = 64
-
-# An exported graph keeps no states: their number would tie it to a range of lengths. torch 2.6 has
-# no such function.
-is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", bool)
 
 
 def scan(
@@ -60,7 +57,7 @@ def scan(
     if key_mask is not None:
         log_rows = log_rows.masked_fill(~key_mask[:, None, :, None], -torch.inf)
     query, query_directions = _flattened(queries, batch, heads)
-    operator = _plain if is_transformed() else _exponential_scan
+    operator = _plain if needs_formula() else _exponential_scan
     both, frame, log_scale, sums, *_ = operator(
         query.unflatten(1, (-1, length)),
         query_directions,
@@ -71,6 +68,7 @@ def scan(
         state.log_scale.flatten(0, 1),
         torch.cat([state.values, state.normalizer.unsqueeze(-1)], dim=-1).flatten(0, 1),
         CHUNK,
+        # An exported graph keeps none: their number would tie it to a range of lengths.
         torch.is_grad_enabled() and not is_exporting(),
     )
     both, frame, log_scale, sums = (
@@ -234,7 +232,9 @@ def _plain(
         log_values=(key @ key_directions.mT).unsqueeze(1), log_rows=log_rows.unsqueeze(1)
     )
     state = plain.state_of_heads(log_scale, sums[..., -1], sums[..., :-1])
-    partial, after = plain.causal(state, queries, keys, value[..., :-1].unsqueeze(1), None)
+    partial, after = plain.causal(
+        state, queries, keys, value[..., :-1].unsqueeze(1), None, query.shape[1]
+    )
     both = torch.cat([partial.numerator, partial.normalizer], dim=-1)
     sums = torch.cat([after.values, after.normalizer.unsqueeze(-1)], dim=-1)
     both, frame = (part.squeeze(1).unflatten(1, query.shape[1:3]) for part in (both, partial.frame))

@@ -50,17 +50,20 @@ class Slots:
         earlier: NearKeys | None,
     ) -> Slots:
         """The slots of new tokens, after those of the keys that a state remembers."""
-        batch, length = len(key), key.shape[2]
+        batch, length = key.shape[0], key.shape[2]
         zero = torch.zeros(batch, 1, dtype=torch.int64, device=key.device)
         if is_token is None and earlier is None:
             return cls(near, query, key, value, zero, zero + length)
         if is_token is None:
             is_token = torch.ones(batch, length, dtype=torch.bool, device=key.device)
-        # A stable sort brings real tokens to the front, in their order.
-        real_first = (~is_token).byte().argsort(dim=1, stable=True)
         number = is_token.sum(dim=1, keepdim=True)
         # The number of real tokens before each; −1 for padding in front, which the clamp makes 0.
-        rank = (is_token.cumsum(dim=1) - 1).clamp(min=0)
+        rank = is_token.cumsum(dim=1) - 1
+        token = torch.arange(length, device=key.device).expand(batch, -1)
+        # Real tokens come first, in their order. Not by a stable sort, which ONNX lacks.
+        order = torch.where(is_token, rank, number + token - rank - 1)
+        real_first = torch.zeros_like(order).scatter(1, order, token)
+        rank = rank.clamp(min=0)
         if earlier is None:
             is_real = torch.arange(length, device=key.device) < number
             query, key, value = (_taken(x, real_first) for x in (query, key, value))
@@ -144,6 +147,6 @@ def _taken(
     x: Float[Tensor, "batch *heads length _"], index: Int[Tensor, "batch places"]
 ) -> Float[Tensor, "batch *heads places _"]:
     """x at the given places along the length, which differ between sequences."""
-    row = torch.arange(len(x), device=x.device).unsqueeze(1)
+    row = torch.arange(x.shape[0], device=x.device).unsqueeze(1)
     # With the length next to the batch, [row, index] takes other places in every sequence.
     return x.movedim(-2, 1)[row, index].movedim(1, -2)

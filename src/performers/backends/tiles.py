@@ -14,7 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 from performers.backends import plain
 from performers.backends.call import Call
-from performers.backends.derivatives import is_transformed
+from performers.backends.derivatives import is_transformed, needs_formula
+from performers.backends.graphs import tiles
 from performers.backends.reference import (
     Partial,
     absorb,
@@ -69,8 +70,9 @@ def causal_chunk(
     group, length = query.shape[2:4]
     query_features = call.phi.query_features(call.scaled(query.flatten(2, 3)))
     key_features = call.phi.key_features(call.scaled(key))
-    if is_transformed():  # whose passes cannot depend on the data
-        return plain.causal(state, query_features, key_features, value.to(call.dtype), key_mask)
+    if needs_formula():  # whose passes cannot depend on the data
+        features = query_features, key_features
+        return plain.causal(state, *features, value.to(call.dtype), key_mask, group)
     value_one = F.pad(value.to(call.dtype), (0, 1), value=1.0)  # [V 1]: both sums in one product
     exponent = key_exponent(key_features, key_mask)
     has_exponents = key_features.log_values is not None or key_features.log_rows is not None
@@ -173,9 +175,10 @@ def rows_of_a_piece(key: Float[Tensor, "batch key_heads length dim"], dtype: tor
 def recomputed(function: Callable[..., Any], *arguments: Any) -> Any:
     """Call a function; the backward pass computes its intermediate results again.
 
-    Transforms of `torch.func`, which have no hooks on saved tensors, keep them.
+    Transforms of `torch.func`, which have no hooks on saved tensors, keep them, and ONNX has no
+    backward pass.
     """
-    if not torch.is_grad_enabled() or is_transformed():
+    if not torch.is_grad_enabled() or needs_formula():
         return function(*arguments)
     return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
 
@@ -183,10 +186,7 @@ def recomputed(function: Callable[..., Any], *arguments: Any) -> Any:
 def key_tiles(
     size: int, key: Tensor, value: Tensor, key_mask: Tensor | None
 ) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
-    """Tiles of keys, values and mask. By `split`, whose gradient is one concatenation.
-
-    The gradient of a slice is as long as the whole tensor, and L / size of these would cost O(L²).
-    """
-    keys = key.split(size, dim=2)
-    masks = [None] * len(keys) if key_mask is None else key_mask.split(size, dim=1)
-    return zip(keys, value.split(size, dim=2), masks, strict=True)
+    """Tiles of keys, values and mask."""
+    keys = tiles(size, key, dim=2)
+    masks = [None] * len(keys) if key_mask is None else tiles(size, key_mask, dim=1)
+    return zip(keys, tiles(size, value, dim=2), masks, strict=True)

@@ -230,5 +230,5 @@ def without_sinks(
     num_sinks = min(num_sinks, key.shape[2])  # for a number that a tensor could not hold
     if key_padding_mask is None:
         is_later = torch.arange(key.shape[2], device=key.device) >= num_sinks
-        return is_later.expand(len(key), -1)
+        return is_later.expand(key.shape[0], -1)
     return key_padding_mask & (key_padding_mask.cumsum(dim=1) > num_sinks)

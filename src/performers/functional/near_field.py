@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from performers.backends.graphs import is_exporting
 from performers.checks import check_count, check_number
 
 __all__ = [
@@ -84,6 +85,12 @@ def check_near_field(
         raise ValueError(
             "a window needs one query per key, for distances to mean something: query length is "
             f"{query.shape[2]}, key length is {key.shape[2]}. In cross-attention use no window."
+        )
+    if num_heavy and is_exporting() and not isinstance(key.shape[2], int):
+        raise ValueError(
+            f"num_heavy={num_heavy} compares the blocks of a sequence one by one, so an exported "
+            "graph must have one length, and this one has a dynamic length. Export it with a fixed "
+            "length, or pass num_heavy=0."
         )
     if not is_causal and has_state:
         raise ValueError(

@@ -115,7 +115,7 @@ def log_normalizer(
     if not torch.compiler.is_compiling():
         check_made_by("state", state.made_by, Maker.of(phi, scale))
     _check_sums(state, query, phi.num_features)
-    state = state.map(lambda part: part.expand(len(query), *part.shape[1:]))
+    state = state.map(lambda part: part.expand(query.shape[0], *part.shape[1:]))
 
     def read_tile(rows: Tensor, state: LinearState) -> Tensor:
         partial = read(state, phi.query_features(rows * math.sqrt(scale)))

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from performers.backends.graphs import is_exporting
 from performers.checks import check_segment_ids
 
 __all__ = ["attend_by_segment", "restarts"]
@@ -46,6 +47,11 @@ def attend_by_segment(
 
     Raises ValueError or TypeError for numbers that do not fit.
     """
+    if is_exporting():
+        raise ValueError(
+            "how packed sequences are cut depends on the numbers in segment_ids, which an exported "
+            "graph cannot hold. Export attention with a padded batch and key_padding_mask=."
+        )
     check_segment_ids(segment_ids, query, key)
     batch, length = segment_ids.shape
     if batch * length == 0:

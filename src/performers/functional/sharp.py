@@ -121,7 +121,7 @@ class Moments:
         covariance sums deviations from the mean, which avoids cancellation, in float32 or better.
         """
         x = x.detach().to(torch.promote_types(x.dtype, torch.float32))
-        shown = x.new_ones(len(x), 1, x.shape[2], 1)
+        shown = x.new_ones(x.shape[0], 1, x.shape[2], 1)
         if mask is not None:
             shown = mask[:, None, :, None].to(x.dtype)
         share = shown if weight is None else shown * weight.detach().to(x.dtype).unsqueeze(-1)

@@ -42,7 +42,7 @@ class PerformerEncoderDecoderModel(PerformerPreTrainedModel):
         return self.encoder.embed_tokens
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        self.encoder.embed_tokens = value
+        self.encoder.set_input_embeddings(value)
 
     @can_return_tuple
     def forward(

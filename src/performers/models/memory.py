@@ -187,6 +187,8 @@ class EncodedKeys(DynamicLayer):
 
     def recall(self, mechanism: Attention, query: Query) -> Output:
         """Attention of new positions of the decoder."""
+        assert self.keys is not None, "the encoder's output comes first"
+        assert self.values is not None, "the encoder's output comes first"
         return mechanism(query, self.keys, self.values, key_padding_mask=self.mask)
 
     def reset(self) -> None:
