@@ -125,7 +125,10 @@ def check_staircase(
     window_size: int | None = None,
     has_state: bool = False,
 ) -> None:
-    """Raise unless these lengths are of the keys that queries see, and nothing else says it too."""
+    """Raise unless these lengths, where given, are of the keys that queries see, and nothing else
+    says it too."""
+    if seen_lengths is None and prefix_lengths is None:
+        return
     batch = len(key)
     if seen_lengths is not None and (is_causal or prefix_lengths is not None):
         raise ValueError(
