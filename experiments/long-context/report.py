@@ -180,11 +180,14 @@ def figure(config: Mapping[str, Any], results: Mapping[str, Any]) -> Figure:
             by_position.plot(ends, ratios, color=color, marker="o", markersize=4, label=title)
             shares = [_mean(digits) for digits in results["retrieval"][title]]
             by_distance.plot(config["distances"], shares, color=color, marker="o", markersize=4)
-        by_position.set(title="Perplexity ÷ exact", xlabel="positions up to", xscale="log")
+        by_position.set(title="Perplexity ÷ exact", xlabel="positions up to")
         by_distance.set(
-            title="Digits of a pass key found", xlabel="tokens before the question", xscale="log",
+            title="Digits of a pass key found", xlabel="tokens before the question",
             ylim=(-0.05, 1.05),
         )  # fmt: skip
+        for axes, lengths in ((by_position, ends), (by_distance, config["distances"])):
+            axes.set_xscale("log", base=2)
+            axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
         continued = results["read"][0]["continued"]
         for row, (title, color) in enumerate(colors.items()):
             found = continued[title]
