@@ -18,10 +18,11 @@ if TYPE_CHECKING:  # for type checkers and editors: what the table below says at
         calibrate,
         linearize,
         load_linearized,
+        load_state,
         register,
         restore,
+        save_state,
     )
-    from performers.convert.saved_states import load_state, save_state
     from performers.diagnosis import diagnose
     from performers.distributed import sequence_parallel_attention
     from performers.distributed.models import parallelize
@@ -97,8 +98,8 @@ _HOME = {
     "load_linearized": "convert",
     "register": "convert",
     "restore": "convert",
-    "load_state": "convert.saved_states",
-    "save_state": "convert.saved_states",
+    "load_state": "convert",
+    "save_state": "convert",
     "sequence_parallel_attention": "distributed",
     "parallelize": "distributed.models",
     "attention_matrix": "functional",

@@ -19,6 +19,7 @@ from performers.convert.linearize import (
 )
 from performers.convert.mixed import choose_layers, layer_costs
 from performers.convert.options import FavorOptions
+from performers.convert.saved_states import load_state, save_state
 from performers.diagnosis.captured import Captured
 
 __all__ = [
@@ -37,9 +38,11 @@ __all__ = [
     "layer_errors",
     "linearize",
     "load_linearized",
+    "load_state",
     "measure_fidelity",
     "read_captured",
     "register",
     "restore",
+    "save_state",
     "transfer_attention",
 ]
