@@ -355,6 +355,7 @@ def test_an_interrupted_conversion_goes_on_to_the_same_end(
     if lora:
         pytest.importorskip("peft")
     monkeypatch.setattr(fine_tuning, "PATIENCE", 10)  # all five steps
+    monkeypatch.setattr(fine_tuning, "MEASURING", 100)  # after each of them
     folder = saved(BertForMaskedLM(BertConfig(**SIZES)))
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     options = ("--data", text, *SMALL, "--window", 3, "--sinks", 0, "--lora", lora)
