@@ -106,7 +106,7 @@ def check_pieces_are_the_model(name, has_padding):
         return own.loss.detach(), own.logits.detach(), gradients(model), piece
 
     for loss, logits, found, piece in on_ranks(3, run):
-        torch.testing.assert_close(loss, expected.loss.detach().float(), rtol=1e-6, atol=0)
+        torch.testing.assert_close(loss.float(), expected.loss.float(), rtol=1e-6, atol=0)
         is_real = inputs.get("attention_mask", torch.ones(2, LENGTH))[:, piece].bool()
         rows = expected.logits.detach()[:, piece][is_real]
         torch.testing.assert_close(logits[is_real], rows, rtol=1e-6, atol=1e-6 * rows.abs().max())

@@ -120,6 +120,7 @@ class FavorLayer(nn.Module):
         # whole sequence.
         if is_causal and not is_last and query_length < key_length:
             query = F.pad(query, (0, 0, key_length - query_length, 0))
+        lengths = {"prefix_lengths": prefix_lengths, "seen_lengths": seen_lengths}
         out = self.attend(
             query,
             key,
@@ -129,8 +130,8 @@ class FavorLayer(nn.Module):
             key_padding_mask=key_padding_mask,
             scale=scale,
             enable_gqa=True,
-            prefix_lengths=prefix_lengths,
-            seen_lengths=seen_lengths,
+            # A sequence that is split over ranks has none.
+            **{name: given for name, given in lengths.items() if given is not None},
             **near_field,
         )
         heads = self.options.exact_heads.get(self.number)
