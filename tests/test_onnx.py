@@ -83,9 +83,7 @@ WORDS = [{}, {"is_causal": True}]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "words", [{}, {"is_causal": True}, NEAR, NEAR | {"is_causal": True}], ids=str
-)
+@pytest.mark.parametrize("words", WORDS, ids=str)
 @pytest.mark.parametrize("phi", ["SoftmaxFeatures(5, 11)", "SharpFeatures(5, 11, num_heads=4)"])
 def test_attention_in_onnxruntime_is_that_of_torch(fresh_python, phi, words):
     fresh_python(EXPORTED + ATTENTION.format(phi=phi, words=words))

@@ -342,7 +342,7 @@ class TestFeatures:
 
 @pytest.mark.parametrize(
     ("given", "came"),
-    [([1.0], "list"), (None, "None"), ("x", "'x'"), (torch.Tensor, "the class Tensor")],
+    [([1.0], "[1.0]"), (None, "None"), ("x", "'x'"), (torch.Tensor, "the class Tensor")],
 )
 @pytest.mark.parametrize("name", ["query", "key", "value", "key_padding_mask"])
 def test_what_is_no_tensor_is_named(name, given, came):

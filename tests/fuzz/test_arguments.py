@@ -177,7 +177,10 @@ def test_every_method_of_a_state_and_every_argument_is_under_this_law():
         (lambda: STATE.index_select(torch.tensor(1)), "index must be a vector of whole numbers"),
         (lambda: STATE.repeat_interleave(0), "repeats must be a whole number of at least 1"),
         (lambda: STATE.to("the moon"), "device must be one of torch's"),
-        (lambda: LinearState.empty(2, 3, -1, 4), "num_features must be at least 0, got -1"),
+        (
+            lambda: LinearState.empty(2, 3, -1, 4),
+            "num_features must be a whole number of at least 0, got -1",
+        ),
     ],
 )
 def test_a_state_says_what_it_is_not_given(call, words):

@@ -108,7 +108,7 @@ def test_side_by_side_tokens_are_taken_back_where_every_mechanism_can(tiny_model
     [
         ({"attention": ["exact"]}, "one entry per layer: got 1 for num_hidden_layers=2"),
         ({"attention": ["exact", "lokal"]}, "unknown attention 'lokal'.* mean 'local'"),
-        ({"attention": ["exact", ["local"]]}, "unknown attention list: choose one of"),
+        ({"attention": ["exact", ["local"]]}, r"unknown attention \['local'\]: choose one of"),
         ({"attention": {"exact": 1, "lokal": 2}}, "unknown attention 'lokal'.* mean 'local'"),
         ({"attention": {"exact": 3, "local": 0}}, "heads of 'local' .* at least 1, got 0"),
         ({"attention": {"exact": "3"}}, "heads of 'exact' in attention must be a whole number"),

@@ -13,7 +13,7 @@ from performers.checks import check_choice, check_count, check_whole_number, des
 from performers.functional.projections import DISTRIBUTIONS, PROJECTIONS
 from performers.functional.seeds import mixed_seed
 from performers.models.fields import PerformerFields
-from performers.models.mechanisms import cross_memory, in_current_words
+from performers.models.mechanisms import MECHANISMS, cross_memory, in_current_words
 from performers.models.mixes import check_attention
 from performers.models.positions import POSITIONS
 
@@ -147,6 +147,8 @@ class PerformerConfig(PerformerFields):
             check_count(name, getattr(self, name))
         if self.num_decoder_layers is not None:
             check_count("num_decoder_layers", self.num_decoder_layers)
+        if self.cross_attention is not None:
+            check_choice("cross_attention", self.cross_attention, MECHANISMS)
         check_choice("position", self.position, POSITIONS)
         check_choice("hidden_act", self.hidden_act, ACT2FN)
         check_choice("distribution", self.distribution, DISTRIBUTIONS)
