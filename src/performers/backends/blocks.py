@@ -18,12 +18,8 @@ With `far_limit`, the weights of a query's features are multiplied by min(1, lim
 N and F are the sums of its near and of its far weights. Where the limit binds, the shares of both
 are fixed, and each is a softmax of its own.
 
-Each of these is exact attention of many short rows, which `exact` computes: of the queries of a
-block to what is near, to sinks, to heavy keys, and to its features, with s̃ and F; and of every
-feature to the keys of a block, whose normalizer is s and whose output is A. The shares of the parts
-in a row come from their normalizers.
-
-The backward pass computes averages again: training keeps inputs, outputs and normalizers alone.
+The backward pass computes features and averages again: training keeps inputs and outputs alone.
+Logits are in base 2, because exp2 costs a CPU less than exp; sums of blocks are in base e.
 """
 
 from __future__ import annotations
@@ -37,7 +33,6 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from performers.backends import exact
 from performers.backends.buffers import CAPABILITIES, buffers, slices
 from performers.backends.derivatives import is_differentiated, needs_formula, plain_gradients
 from performers.backends.fused_softmax import HIDDEN
@@ -48,8 +43,9 @@ from performers.typing import LogLinearSide
 
 __all__ = ["BlockAttention", "Problem", "block_attention"]
 
-TILE_BYTES = 16 * 2**20  # what the products of a tile of blocks take
-CACHE_BYTES = 2 * (CAPABILITIES.get("l2_cache_size") or 2**20)
+LOG2_E = math.log2(math.e)
+# Of the logits of a tile. Twice the second-level cache, but assign what suits your processor.
+TILE_BYTES = 2 * (CAPABILITIES.get("l2_cache_size") or 2**20)
 HEADS = 8  # that are worked on in one go, at most
 # Of their rows and of the averages of all their blocks, which live during a pass only.
 HEADS_BYTES = 64 * 2**20
@@ -57,15 +53,15 @@ HEADS_BYTES = 64 * 2**20
 
 class BlockAttention(NamedTuple):
     """Outputs, the log of their normalizers, the averages of all blocks and of the state before
-    them (s̃_m and F_m), and the log-sums of features, which the way back goes on from.
+    them (s̃_m and F_m), and the log of what a limit multiplied the far keys of each query by.
     """
 
     out: Float[Tensor, "heads group length value_dim"]
     log_sum: Float[Tensor, "heads group length 1"]
     log_mass: Float[Tensor, "heads num_features"]
     average: Float[Tensor, "heads num_features value_dim"]
-    # of features alone, less the numbers of rows and blocks; none without features
-    far_log_sum: Float[Tensor, "heads group length _"]
+    # one number for each query, none without a limit
+    log_factor: Float[Tensor, "heads group length _"]
 
 
 # In what follows: heads = batch · key_heads; rows = the queries of a block, group · window_size of
@@ -110,10 +106,13 @@ class Problem(NamedTuple):
 
 
 class _Averages(NamedTuple):
-    """Of every block, or of what is far of it: s and A, or s̃ and F."""
+    """Of every block, or of what is far of it: s and A, or s̃ and F.
+
+    Features come last: a factor for each then runs along the memory.
+    """
 
     log_mass: Float[Tensor, "heads blocks num_features"]
-    average: Float[Tensor, "heads blocks num_features width"]
+    average: Float[Tensor, "heads blocks value_dim num_features"]
 
 
 class _Scan:
@@ -123,8 +122,8 @@ class _Scan:
     def __init__(self, first: Tensor, log_mass: Float[Tensor, "heads blocks num_features"]) -> None:
         total = torch.cat([first.unsqueeze(1), log_mass], dim=1).logcumsumexp(dim=1)
         self.log_mass = total
-        self.kept = (total[:, :-1] - total[:, 1:]).exp_().unsqueeze(-1).unbind(1)
-        self.added = (log_mass - total[:, 1:]).exp_().unsqueeze(-1).unbind(1)
+        self.kept = (total[:, :-1] - total[:, 1:]).exp_().unsqueeze(-2).unbind(1)
+        self.added = (log_mass - total[:, 1:]).exp_().unsqueeze(-2).unbind(1)
 
     def step_back(self, index: int, gradient: Tensor, of_block: Tensor) -> None:
         """The gradient of an average, back over the step that added a block."""
@@ -145,7 +144,7 @@ class _Merge:
             later = self.after.log_mass[:, (self.count - 2 - place).clamp(min=0)]
             parts = self.log_mass, later
             self.log_mass = torch.logaddexp(*parts)
-            self.shares = [(part - self.log_mass).exp_().unsqueeze(-1).unbind(1) for part in parts]
+            self.shares = [(part - self.log_mass).exp_().unsqueeze(-2).unbind(1) for part in parts]
 
     def far(self, first: Tensor, blocks: Tensor, far: Tensor) -> Tensor:
         """Write F of each block, of the average before the sequence and those of blocks; the
@@ -167,8 +166,8 @@ class _Merge:
         return last
 
     def far_back(self, of_last: Tensor, of_far: Tensor, of_blocks: Tensor) -> Tensor:
-        """The same way back, for gradients of averages and what goes with them; `of_blocks` begins
-        as 0. The gradient of the first."""
+        """The same way back, for gradients of averages or anything that goes with them; `of_blocks`
+        begins as 0. The gradient of the first."""
         running, of_rows, of_average = of_last.clone(), of_far.unbind(1), of_blocks.unbind(1)
         for block in reversed(range(max(0, self.count - 2), self.count)):
             self.before.step_back(block, running, of_average[block])
@@ -188,7 +187,7 @@ class _Merge:
 
 
 class _Side(NamedTuple):
-    """What the features of queries, or of keys, are computed from, x being scaled rows.
+    """What the features of queries, or of keys, are computed from, x being their rows in `_Heads`.
 
     log φ_m(x) = y·ω_m + number, but for the numbers of the features
     y = (x − shift) matrix,     number = (x − shift)·linear − ‖y‖²/2
@@ -196,44 +195,56 @@ class _Side(NamedTuple):
 
     directions: Float[Tensor, "#heads num_features dim"]
     shift: Float[Tensor, "#heads 1 dim"] | None
-    matrix: Float[Tensor, "#heads dim dim"] | None
+    matrix: Float[Tensor, "#heads dim dim"] | float
     linear: Float[Tensor, "#heads 1 dim"] | None
 
-    @property
-    def is_plain(self) -> bool:
-        """Whether y is x."""
-        return self.shift is None and self.matrix is None
+    @classmethod
+    def of(
+        cls,
+        unit: float,
+        directions: Tensor,
+        shift: Tensor | None,
+        matrix: Tensor | None,
+        linear: Tensor | None,
+    ) -> _Side:
+        """For rows that are x / unit."""
+        return cls(
+            directions,
+            None if shift is None else shift / unit,
+            unit if matrix is None else matrix * unit,
+            None if linear is None else linear * unit,
+        )
 
     def mapped(self, heads: slice, x: Tensor, y: Tensor, number: Tensor) -> None:
-        """Write y, [heads, rows, dim], which may be x, and number, [heads, rows], so many rows at
-        a time that they stay in the cache."""
-        size = CACHE_BYTES // (4 * len(x) * x.shape[2] * x.element_size())
+        """Write y and number, [heads, rows, dim] and [heads, rows], so many rows at a time that
+        they stay in the cache."""
+        size = TILE_BYTES // (4 * len(x) * x.shape[2] * x.element_size())
         for rows in slices(x.shape[1], max(64, size)):
             part, of_part, of_number = x[:, rows], y[:, rows], number[:, rows]
             spare = buffers.take("spare", part.shape, x)
             if self.shift is not None:
                 centered = buffers.take("centered", part.shape, x)
                 part = torch.sub(part, _of(self.shift, heads), out=centered)
-            if self.matrix is not None:
-                torch.bmm(part, _of(self.matrix, heads).expand(len(x), -1, -1), out=spare)
-                of_part.copy_(spare)
-            elif self.shift is not None:
-                of_part.copy_(part)
+            if isinstance(self.matrix, float):
+                torch.mul(part, self.matrix, out=of_part)
+            else:
+                torch.bmm(part, _of(self.matrix, heads).expand(len(x), -1, -1), out=of_part)
             torch.sum(torch.mul(of_part, of_part, out=spare), dim=-1, out=of_number).mul_(-0.5)
             if self.linear is not None:
                 of_number.add_((part @ _of(self.linear, heads).mT).squeeze(-1))
 
-    def mapped_back(
-        self, heads: slice, y: Tensor, of_y: Tensor, of_number: Tensor, of_x: Tensor
-    ) -> None:
-        """Add the gradient of x to `of_x`; that of y is lost."""
-        of_y.addcmul_(y, of_number, value=-1)
-        if self.matrix is None:
-            of_x.add_(of_y)
+    def mapped_back(self, heads: slice, y: Tensor, of_y: Tensor, of_number: Tensor) -> Tensor:
+        """The gradient of x; that of y is lost."""
+        of_number = of_number.unsqueeze(-1)
+        of_x = of_y.addcmul_(y, of_number, value=-1)
+        if isinstance(self.matrix, float):
+            of_x.mul_(self.matrix)
         else:
-            of_x.baddbmm_(of_y, _of(self.matrix, heads).expand(len(y), -1, -1).mT)
+            matrix = _of(self.matrix, heads).expand(len(y), -1, -1)
+            of_x = torch.bmm(of_x, matrix.mT, out=buffers.take("spare", of_y.shape, of_y))
         if self.linear is not None:
             of_x.addcmul_(of_number, _of(self.linear, heads))
+        return of_x
 
 
 def _scaled(x: Tensor, factor: float, out: Tensor) -> None:
@@ -255,20 +266,21 @@ class _Sizes:
     def __init__(self, problem: Problem) -> None:
         self.heads, self.group, self.length, self.dim = problem.query.shape
         self.value_dim, self.features = problem.average.shape[-1], problem.average.shape[-2]
-        self.width = -(-max(self.dim + 3, self.value_dim + 2) // 8) * 8
         self.block, self.sinks = min(problem.window_size, self.length), problem.sink_key.shape[1]
         self.heavy = problem.heavy_key.shape[2]
-        self.num_far = min(1, self.features)  # numbers of a row that its features have
         self.count = -(-self.length // self.block)
         self.rows = self.group * self.block
         self.before = int(self.count > 1)  # blocks that are near beside a query's own
         self.after = 0 if problem.is_causal else self.before
         self.near = (1 + self.before + self.after) * self.block
-        row = self.width * problem.average.element_size()
-        taken = 2 * (self.near + self.heavy + self.features) + 4 * self.rows
-        self.tile = max(1, min(self.count, TILE_BYTES // (taken * row)))
-        rows = self.block * 3 * (self.group + 2) + 4 * self.features
-        self.at_once = max(1, min(HEADS, HEADS_BYTES // (self.count * rows * row)))
+        size = problem.average.element_size()
+        columns = self.near + self.sinks + self.heavy + self.features
+        self.tile = max(1, min(self.count, TILE_BYTES // (self.rows * columns * size)))
+        averages = 4 * self.count * self.features * self.value_dim
+        rows = self.count * self.block * 3 * (self.group + 2) * self.dim
+        self.at_once = max(1, min(HEADS, HEADS_BYTES // (size * (averages + rows))))
+        # numbers of a query that say by how much its far keys are too many
+        self.limits = 0 if problem.far_limit is None or not self.features else 1
 
     def head_groups(self) -> Iterator[slice]:
         return slices(self.heads, self.at_once)
@@ -277,106 +289,64 @@ class _Sizes:
         return slices(self.count, self.tile)
 
 
-class _Part(NamedTuple):
-    """What the queries of a tile of blocks attend to, as `exact.attend` takes it."""
-
-    query: Float[Tensor, "blocks rows width"]
-    key: Float[Tensor, "blocks keys width"]
-    value: Float[Tensor, "blocks keys width"]
-    mask: Float[Tensor, "#blocks rows keys"] | None = None
-
-
 class _Heads:
-    """Some heads: their rows in blocks, 0 beyond the last.
+    """Some heads: their rows in blocks, 0 beyond the last, and what one tile of blocks takes.
 
     `key` and `value` begin with a block of nothing, and end with one unless causal, so that what is
-    near of each block are rows that follow each other. Rows are wider than `dim`: the columns that
-    follow carry, through the products, what is added to logits and what is summed over them.
-
-        column      dim               dim + 1            dim + 2
-        query       1                 0                  0
-        key         0, or HIDDEN      number             0         the same rows, near and as y
-        ω as key    s̃ + numbers       0                  1         its product: d number of queries
-        ω as query  0                 1                  0         its product: d number of keys
-
-    Numbers are less the largest of their block, `key_shift` and `far_shift`, so that they are
-    about as large as products.
+    near of each block are rows that follow each other. Numbers and logits of rows are in base 2.
     """
 
     def __init__(self, problem: Problem, sizes: _Sizes, heads: slice) -> None:
         self.problem, self.sizes, self.heads = problem, sizes, heads
         self.like = problem.average
         self.root = math.sqrt(problem.scale)
+        self.log_limit = 0.0 if problem.far_limit is None else math.log2(problem.far_limit)
         self.number = number = heads.stop - heads.start
-        dim, count, block = sizes.dim, sizes.count, sizes.block
-        start = sizes.before * block
-        length = (count + sizes.before + sizes.after) * block
+        blocks = sizes.count + sizes.before + sizes.after
+        start = sizes.before * sizes.block
         self.own = own = slice(start, start + sizes.length)  # of rows of keys, the real ones
-        self.query = self.take("query", number, count, sizes.rows, sizes.width)
+        self.query = self.take("query", number, sizes.count, sizes.rows, sizes.dim)
+        self.key = self.take("key", number, blocks * sizes.block, sizes.dim)
+        self.value = self.take("value", number, blocks * sizes.block, sizes.value_dim)
         self.put(problem.query[heads], self.query, self.root)
-        self.query[..., dim] = 1.0
-        self.key = self.take("key", number, length, sizes.width)
-        self.value = self.take("value", number, length, sizes.width)
         for whole, x, factor in (
-            (self.key, problem.key, self.root),
+            (self.key, problem.key, self.root * LOG2_E),
             (self.value, problem.value, 1.0),
         ):
             whole[:, : own.start].zero_()
-            _scaled(x[heads], factor, whole[:, own, : x.shape[-1]])
-            whole[:, own, x.shape[-1] :].zero_()
+            _scaled(x[heads], factor, whole[:, own])
             whole[:, own.stop :].zero_()
-        self.key[:, : own.start, dim] = self.key[:, own.stop :, dim] = HIDDEN
-        if problem.hidden_near is not None:
-            self.hide(self.key[:, own], problem.hidden_near[heads])
-        self.sink_key = self.wide(problem.sink_key, self.root)
-        self.sink_value = self.wide(problem.sink_value)
-        self.heavy_key = self.wide(problem.heavy_key, self.root)
-        self.hide(self.heavy_key, problem.heavy_hidden[heads])
-        self.heavy_value = self.wide(problem.heavy_value)
-        self.near_mask = None
-        if problem.is_causal:
-            later = torch.ones(block, block, dtype=torch.bool, device=self.like.device).triu_(1)
-            mask = self.like.new_zeros(block, sizes.near)
-            mask[:, start:].masked_fill_(later, -torch.inf)
-            self.near_mask = mask.repeat(sizes.group, 1).unsqueeze(0)
-        self.query_side, self.key_side = (
-            _Side(*(getattr(problem, f"{side}_{part}") for part in _Side._fields))
-            for side in ("query", "key")
-        )
+        self.sink_key = problem.sink_key[heads].to(self.like) * (self.root * LOG2_E)
+        self.sink_value = problem.sink_value[heads].to(self.like)
+        self.heavy_key = problem.heavy_key[heads].to(self.like) * (self.root * LOG2_E)
+        self.heavy_value = problem.heavy_value[heads].to(self.like)
+        self.absent = self.hidden(problem.hidden_near, blocks * sizes.block, own)
+        later = torch.ones(sizes.block, sizes.block, dtype=torch.bool, device=self.like.device)
+        self.later = later.triu_(1)
+        self.query_side = _Side.of(
+            1.0, problem.query_directions, problem.query_shift, problem.query_matrix,
+            problem.query_linear,
+        )  # fmt: skip
+        self.key_side = _Side.of(
+            1 / LOG2_E, problem.key_directions, problem.key_shift, problem.key_matrix,
+            problem.key_linear,
+        )  # fmt: skip
         if sizes.features:
-            self.query_y, self.query_number = self.mapped("query", self.query_side, self.query)
-            rows = self.key[:, start : start + count * block].unflatten(1, (count, block))
-            self.key_y, key_number = self.mapped("key", self.key_side, rows)
-            numbers = key_number.flatten(1)
-            numbers[:, sizes.length :] = HIDDEN
-            if problem.hidden_far is not None:
-                numbers[:, : sizes.length].masked_fill_(problem.hidden_far[heads], HIDDEN)
-            self.key_shift = key_number.amax(dim=-1, keepdim=True)
-            torch.sub(key_number, self.key_shift, out=self.key_y[..., dim + 1])
-            self.far_key = self.take("features as keys", sizes.tile, sizes.features, sizes.width)
-            self.far_key.zero_()[..., dim + 2] = 1.0
+            self.query_y, self.query_number = self.mapped(
+                "query", self.query_side, self.query.flatten(1, 2)
+            )
+            rows = self.key[:, start : start + sizes.count * sizes.block]
+            self.key_y, self.key_number = self.mapped("key", self.key_side, rows)
+            absent = self.hidden(problem.hidden_far, rows.shape[1], slice(0, sizes.length))
+            self.key_number.masked_fill_(absent, HIDDEN)
 
     def take(self, name: str, *shape: int) -> Tensor:
         return buffers.take(name, shape, self.like)
 
-    def wide(self, x: Float[Tensor, "all *keys dim"], factor: float = 1.0) -> Tensor:
-        """Rows of these heads times a factor, with columns of 0."""
-        x = x[self.heads].to(self.like)
-        return F.pad(x * factor, (0, self.sizes.width - x.shape[-1]))
-
-    def hide(
-        self, key: Float[Tensor, "heads *rows width"], hidden: Bool[Tensor, "#heads *rows"]
-    ) -> None:
-        """Let no query see these keys."""
-        key.masked_fill_(hidden.unsqueeze(-1), 0.0)
-        key[..., self.sizes.dim].masked_fill_(hidden, HIDDEN)
-
     def put(self, x: Tensor, rows: Tensor, factor: float = 1.0) -> None:
-        """[heads, group, length, ·] times a factor into [heads, count, rows, width], 0 beyond."""
-        dim = x.shape[-1]
+        """[heads, group, length, ·] times a factor into [heads, count, rows, ·]."""
         for part, there in self.paired(x, rows):
-            _scaled(part, factor, there[..., :dim])
-        rows[..., dim:].zero_()
+            _scaled(part, factor, there)
         rest = self.sizes.length % self.sizes.block
         if rest:
             self.grouped(rows)[:, -1, :, rest:].zero_()
@@ -393,127 +363,180 @@ class _Heads:
         if rest:
             yield x[:, :, stop:], blocks[:, whole, :, :rest]
 
-    def mapped(
-        self, name: str, side: _Side, x: Float[Tensor, "heads blocks rows width"]
-    ) -> tuple[Tensor, Tensor]:
-        """y as rows like x, or x itself, and number, [heads, blocks, rows]."""
-        y = x
-        if not side.is_plain:
-            y = self.take(f"{name} y", *x.shape)
-            y[..., self.sizes.dim :] = x[..., self.sizes.dim :]
-        number = self.take(f"{name} number", *x.shape[:3])
-        flat_x, flat_y = (rows.flatten(1, 2)[..., : self.sizes.dim] for rows in (x, y))
-        side.mapped(self.heads, flat_x, flat_y, number.flatten(1, 2))
-        return y, number
+    def hidden(self, mask: Tensor | None, length: int, real: slice) -> Bool[Tensor, "#heads rows"]:
+        """Rows without a key to be seen, one row for all heads where all are alike."""
+        if mask is None:
+            hidden = torch.ones(1, length, dtype=torch.bool, device=self.like.device)
+            hidden[:, real] = False
+        else:
+            mask = mask[self.heads]
+            hidden = F.pad(mask, (real.start, length - real.stop), value=True)
+        return hidden
 
-    def windows(self, rows: Float[Tensor, "rows width"], tile: slice) -> Tensor:
-        """Of rows of keys, those near each block: a view, [blocks, near, width]."""
+    def mapped(self, name: str, side: _Side, x: Tensor) -> tuple[Tensor, Tensor]:
+        """y and number of rows, the number in base 2."""
+        y, number = self.take(f"{name} y", *x.shape), self.take(f"{name} number", *x.shape[:2])
+        side.mapped(self.heads, x, y, number)
+        return y, number.mul_(LOG2_E)
+
+    def windows(self, rows: Tensor, tile: slice) -> Tensor:
+        """Of rows of keys, [rows, …], those near each block: a view, [blocks, near, …]."""
         size, row = self.sizes.block, rows.stride(0)
-        shape = tile.stop - tile.start, self.sizes.near, rows.shape[1]
-        return rows[tile.start * size :].as_strided(shape, (size * row, row, rows.stride(1)))
+        shape = tile.stop - tile.start, self.sizes.near, *rows.shape[1:]
+        strides = size * row, row, *rows.stride()[1:]
+        return rows[tile.start * size :].as_strided(shape, strides)
 
     def directions(self, side: _Side, index: int) -> Float[Tensor, "features dim"]:
         """ω of one head."""
         return side.directions[self.heads.start + index if len(side.directions) > 1 else 0]
 
-    def keys_of_features(self, index: int, tile: slice) -> _Part:
-        """What makes the averages of blocks: every feature attends to the keys of each."""
-        sizes = self.sizes
-        query = self.take("features as queries", sizes.features, sizes.width)
-        query.zero_()[:, : sizes.dim] = self.directions(self.key_side, index)
-        query[:, sizes.dim + 1] = 1.0
-        start = (tile.start + sizes.before) * sizes.block
-        rows = slice(start, start + (tile.stop - tile.start) * sizes.block)
-        value = self.value[index, rows].unflatten(0, (-1, sizes.block))
-        return _Part(query.expand(len(value), -1, -1), self.key_y[index, tile], value)
+    def key_logits(self, index: int, directions_2: Tensor, tile: slice) -> tuple[Tensor, Tensor]:
+        """log₂ φ of the keys of a tile, [blocks, block, features], and their values."""
+        size = self.sizes.block
+        rows = slice(tile.start * size, tile.stop * size)
+        logits = self.take("key logits", rows.stop - rows.start, self.sizes.features)
+        torch.mm(self.key_y[index, rows], directions_2.mT, out=logits)
+        logits.add_(self.key_number[index, rows].unsqueeze(-1))
+        shift = self.sizes.before * size
+        value = self.value[index, rows.start + shift : rows.stop + shift]
+        return logits.unflatten(0, (-1, size)), value.unflatten(0, (-1, size))
 
-    def block_averages(self) -> tuple[_Averages, Tensor]:
-        """s and A of every block, and s less `key_shift`."""
+    def block_averages(self) -> _Averages:
+        """s and A of every block."""
         sizes = self.sizes
         shape = self.number, sizes.count, sizes.features
-        log_sum = self.take("block log sum", *shape)
-        average = self.take("block average", *shape, sizes.width)
-        if not sizes.features:
-            return _Averages(log_sum, average), log_sum
-        for index in range(self.number):
+        log_mass = self.take("block mass", *shape)
+        average = self.take("block average", *shape[:2], sizes.value_dim, sizes.features)
+        for index in range(self.number if sizes.features else 0):
+            directions_2 = self.directions(self.key_side, index) * LOG2_E
             for tile in sizes.tiles():
-                found = exact.attend(*self.keys_of_features(index, tile))
-                average[index, tile], log_sum[index, tile] = found
-        return _Averages(log_sum + self.key_shift, average), log_sum
+                weights, value = self.key_logits(index, directions_2, tile)
+                largest = weights.amax(dim=1, keepdim=True)
+                total = weights.sub_(largest).exp2_().sum(dim=1, keepdim=True)
+                torch.bmm(value.mT, weights, out=average[index, tile]).div_(total)
+                torch.add(largest, total.log2_(), out=log_mass[index, tile].unsqueeze(1))
+        return _Averages(log_mass.div_(LOG2_E), average)
 
-    def far_averages(self, blocks: _Averages) -> tuple[_Merge, Tensor, Tensor]:
-        """F of every block, and F after the last; sets the numbers of features."""
-        problem, sizes = self.problem, self.sizes
+    def far_averages(self, blocks: _Averages) -> tuple[_Merge, _Averages, Tensor]:
+        """s̃ and F of every block, and F after the last."""
+        problem = self.problem
         merge = _Merge(blocks.log_mass, problem.log_mass[self.heads], problem.is_causal)
         average = self.take("far average", *blocks.average.shape)
-        last = merge.far(self.wide(problem.average), blocks.average, average)
-        if sizes.features:
-            numbers = merge.log_mass + _of(problem.tilt, self.heads)
-            self.far_shift = numbers.amax(dim=-1, keepdim=True)
-            self.far_numbers = numbers - self.far_shift
-        return merge, average, last
+        first = problem.average[self.heads].mT.contiguous()
+        last = merge.far(first, blocks.average, average)
+        return merge, _Averages(merge.log_mass, average), last.mT
 
-    def parts(self, index: int, tile: slice, far: Tensor) -> tuple[list[_Part], list[_Part]]:
-        """What is scored one by one: near keys, sinks and heavy keys, where there are any. And the
-        features, if there are any."""
+    def numbered(self, far: _Averages) -> Float[Tensor, "heads blocks 1 features"]:
+        """What the logits of features have that is not of a row: s̃ and the features' numbers."""
+        tilt = _of(self.problem.tilt, self.heads)
+        return (far.log_mass + tilt).unsqueeze(2) * LOG2_E
+
+    def row_logits(
+        self, index: int, directions_2: Tensor, tile: slice, numbers: Tensor
+    ) -> list[Tensor]:
+        """What the queries of a tile score with near keys, sinks, heavy keys and features, each
+        [blocks, rows, ·] where there are any; the last without the numbers of rows."""
         sizes, problem = self.sizes, self.problem
         query, blocks = self.query[index, tile], tile.stop - tile.start
-        key, value = self.windows(self.key[index], tile), self.windows(self.value[index], tile)
-        parts = [_Part(query, key, value, self.near_mask)]
+        near = self.take("near logits", blocks, sizes.rows, sizes.near)
+        torch.bmm(query, self.windows(self.key[index], tile).mT, out=near)
+        if problem.is_causal:
+            own = near[..., sizes.before * sizes.block :]
+            own.unflatten(1, (sizes.group, sizes.block)).masked_fill_(self.later, HIDDEN)
+        absent = self.absent[index if len(self.absent) > 1 else 0]
+        if problem.hidden_near is not None:
+            near.masked_fill_(self.windows(absent, tile).unsqueeze(1), HIDDEN)
+        else:  # only beyond the first and last blocks
+            for block in {0, sizes.count - 2, sizes.count - 1} & {*range(tile.start, tile.stop)}:
+                window = self.windows(absent, slice(block, block + 1))
+                near[block - tile.start].masked_fill_(window, HIDDEN)
+        logits = [near]
         if sizes.sinks:
-            place = torch.arange(blocks * sizes.block, device=query.device)
+            sinks = self.take("sink logits", blocks, sizes.rows, sizes.sinks)
+            rows = query.flatten(0, 1)
+            torch.mm(rows, self.sink_key[index].mT, out=sinks.flatten(0, 1))
+            place = torch.arange(blocks * sizes.block, device=rows.device)
             place += tile.start * sizes.block
             unseen = place[:, None] < problem.sink_start[self.heads.start + index]
-            mask = self.like.new_zeros(unseen.shape).masked_fill_(unseen, HIDDEN)
-            mask = mask.unflatten(0, (blocks, sizes.block)).repeat(1, sizes.group, 1)
-            key = self.sink_key[index].expand(blocks, -1, -1)
-            value = self.sink_value[index].expand(blocks, -1, -1)
-            parts.append(_Part(query, key, value, mask))
+            unseen = unseen.unflatten(0, (blocks, 1, sizes.block))
+            sinks.unflatten(1, (sizes.group, sizes.block)).masked_fill_(unseen, HIDDEN)
+            logits.append(sinks)
         if sizes.heavy:
-            parts.append(_Part(query, self.heavy_key[index, tile], self.heavy_value[index, tile]))
-        if not sizes.features:
-            return parts, []
-        key = self.far_key[:blocks]
-        key[..., : sizes.dim] = self.directions(self.query_side, index)
-        key[..., sizes.dim] = self.far_numbers[index, tile]
-        return parts, [_Part(self.query_y[index, tile], key, far[index, tile])]
+            heavy = self.take("heavy logits", blocks, sizes.rows, sizes.heavy)
+            torch.bmm(query, self.heavy_key[index, tile].mT, out=heavy)
+            hidden = problem.heavy_hidden[self.heads.start + index, tile]
+            logits.append(heavy.masked_fill_(hidden.unsqueeze(1), HIDDEN))
+        if sizes.features:
+            features = self.take("feature logits", blocks, sizes.rows, sizes.features)
+            y = self.query_y[index, tile.start * sizes.rows : tile.stop * sizes.rows]
+            torch.mm(y, directions_2.mT, out=features.flatten(0, 1))
+            features.add_(numbers[index, tile])
+            logits.append(features)
+        return logits
 
-    def far_logs(self, index: int, tile: slice, log_sum: Tensor, near: Tensor) -> Tensor:
-        """The logs of what the features add to normalizers, of their own log-sums, and of what is
-        near, which limits them."""
-        log = log_sum + self.query_number[index, tile] + self.far_shift[index, tile]
-        if self.problem.far_limit is None:
-            return log
-        room = near + math.log(self.problem.far_limit)
-        is_free = near <= HIDDEN / 2  # nothing is near
-        return torch.where(is_free, log, torch.minimum(log, room))
+    def row_numbers(self, index: int, tile: slice) -> Float[Tensor, "blocks rows 1"]:
+        """What the logits of features have that is of a row."""
+        rows = self.query_number[index].unflatten(0, (self.sizes.count, self.sizes.rows))
+        return rows[tile].unsqueeze(-1)
 
-    def attend(self, far: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Outputs, the logs of their normalizers and the log-sums of features, [heads, count, rows,
-        ·]."""
+    def values(self, index: int, tile: slice, far: Tensor) -> list[Tensor]:
+        """In the order of `row_logits`."""
+        values = [self.windows(self.value[index], tile)]
+        if self.sizes.sinks:
+            sinks = self.sink_value[index]
+            values.append(sinks.expand(len(values[0]), -1, -1))
+        if self.sizes.heavy:
+            values.append(self.heavy_value[index, tile])
+        if self.sizes.features:
+            values.append(far[index, tile].mT)
+        return values
+
+    def attend(self, far: _Averages) -> tuple[Tensor, Tensor, Tensor]:
+        """Outputs, the logs of their normalizers and of the factors of far keys, [heads, count,
+        rows, ·]."""
         sizes = self.sizes
         shape = self.number, sizes.count, sizes.rows
         out, log_sum = self.take("out", *shape, sizes.value_dim), self.take("log sum", *shape, 1)
-        far_log_sum = self.take("far log sum", *shape, sizes.num_far)
+        log_factor = self.take("log factor", *shape, sizes.limits)
+        numbers = self.numbered(far)
         for index in range(self.number):
+            directions_2 = self.directions(self.query_side, index) * LOG2_E
             for tile in sizes.tiles():
-                near, features = self.parts(index, tile, far)
-                found = [exact.attend(*part) for part in near]
-                logs = torch.stack([log for _, log in found])
-                for part in features:
-                    found.append(exact.attend(*part))
-                    of_features = found[-1][1]
-                    far_log_sum[index, tile, :, 0] = of_features
-                    near_log = logs.logsumexp(dim=0)
-                    far_log = self.far_logs(index, tile, of_features, near_log)
-                    logs = torch.cat([logs, far_log.unsqueeze(0)])
-                log_sum[index, tile, :, 0] = logs.logsumexp(dim=0)
-                shares = logs.softmax(dim=0).unsqueeze(-1)
-                rows = out[index, tile]
-                torch.mul(found[0][0][..., : sizes.value_dim], shares[0], out=rows)
-                for (of_part, _), share in zip(found[1:], shares[1:], strict=True):
-                    rows.addcmul_(of_part[..., : sizes.value_dim], share)
-        return out, log_sum, far_log_sum
+                weights = self.row_logits(index, directions_2, tile, numbers)
+                largest = [x.amax(dim=-1, keepdim=True) for x in weights]
+                if sizes.features:
+                    of_row = self.row_numbers(index, tile)
+                    largest[-1] += of_row
+                shift = torch.stack(largest).amax(dim=0) if len(largest) > 1 else largest[0]
+                shifts = [shift] * len(weights)
+                if sizes.limits:
+                    near_shift = torch.stack(largest[:-1]).amax(dim=0)
+                    is_alone = near_shift <= HIDDEN / 2  # nothing is near
+                    shift = torch.where(is_alone, shift, near_shift)
+                    shifts = [shift] * (len(weights) - 1) + [largest[-1]]
+                if sizes.features:
+                    shifts[-1] = shifts[-1] - of_row
+                totals = [
+                    x.sub_(of_x).exp2_().sum(dim=-1, keepdim=True)
+                    for x, of_x in zip(weights, shifts, strict=True)
+                ]
+                if sizes.limits:
+                    room = torch.stack(totals[:-1]).sum(dim=0).log2_().add_(shift + self.log_limit)
+                    room -= totals[-1].log2() + largest[-1]
+                    factor = room.clamp_(max=0).masked_fill_(is_alone, 0.0)
+                    log_factor[index, tile] = factor
+                    factor = (factor + largest[-1] - shift).exp2_()
+                    weights[-1] *= factor
+                    totals[-1] *= factor
+                total = sum(totals[1:], start=totals[0])
+                found = out[index, tile]
+                values = self.values(index, tile, far.average)
+                torch.bmm(weights[0], values[0], out=found)
+                for x, value in zip(weights[1:], values[1:], strict=True):
+                    found.baddbmm_(x, value)
+                found.div_(total)
+                torch.add(shift, total.log2_(), out=log_sum[index, tile])
+        return out, log_sum.div_(LOG2_E), log_factor.div_(LOG2_E)
 
 
 class _Backward(_Heads):
@@ -521,11 +544,7 @@ class _Backward(_Heads):
 
     The gradient of a logit is w (dO·v − e): w its weight, e what all logits of its softmax lose.
     Where a limit c binds, near and far are two softmaxes, whose weights sum to 1 / (1 + c) and
-    c / (1 + c). `exact.attend_back` takes e from two columns beside dO and the outputs:
-
-        gradients   dO, 0 or e, 1        outputs   0, 0, e
-
-    where the first lets each feature learn with dF the sum of e w, which its far blocks lose.
+    c / (1 + c).
     """
 
     def __init__(
@@ -540,21 +559,19 @@ class _Backward(_Heads):
         super().__init__(problem, sizes, heads)
         self.with_directions = with_directions
         shape = self.query.shape[:-1]
-        self.of_out = self.take("of out", *shape, sizes.width)
+        self.of_out = self.take("of out", *shape, sizes.value_dim)
         self.put(gradients.out[heads], self.of_out)
-        self.log_sum, self.of_log_sum, self.excess = (
-            self.take(name, *shape, 1) for name in ("log sum", "of log sum", "excess")
-        )
-        self.put(found.log_sum[heads], self.log_sum)
-        self.put(gradients.log_sum[heads], self.of_log_sum)
-        self.far_log_sum = self.take("far log sum", *shape, found.far_log_sum.shape[-1])
-        self.put(found.far_log_sum[heads], self.far_log_sum)
-        spare = self.take("spare rows", *shape, sizes.value_dim)
+        self.log_sum, self.excess = self.take("log sum", *shape, 1), self.take("excess", *shape, 1)
+        self.put(found.log_sum[heads], self.log_sum, LOG2_E)
+        spare = self.take("spare", *self.of_out.shape)
         self.put(found.out[heads], spare)
-        spare.mul_(self.of_out[..., : sizes.value_dim])
-        torch.sum(spare, dim=-1, keepdim=True, out=self.excess).sub_(self.of_log_sum)
-        self.of_out[..., sizes.value_dim + 1] = 1.0
-        self.outputs = self.take("of part out", sizes.tile, sizes.rows, sizes.width).zero_()
+        self.put(gradients.log_sum[heads], self.excess, -1.0)
+        self.excess += spare.mul_(self.of_out).sum(dim=-1, keepdim=True)
+        if sizes.limits:
+            self.log_factor = self.take("log factor", *shape, 1)
+            self.put(found.log_factor[heads], self.log_factor, LOG2_E)
+            self.of_log_sum = self.take("of log sum", *shape, 1)
+            self.put(gradients.log_sum[heads], self.of_log_sum)
         self.of_query = self.take("of query", *self.query.shape)
         self.of_key = self.take("of key", *self.key.shape).zero_()
         self.of_value = self.take("of value", *self.value.shape).zero_()
@@ -562,120 +579,136 @@ class _Backward(_Heads):
         self.of_sink_value = torch.zeros_like(self.sink_value)
         self.of_heavy_key = torch.empty_like(self.heavy_key)
         self.of_heavy_value = torch.empty_like(self.heavy_value)
-        directions = self.number, sizes.features if with_directions else 0, sizes.width
+        if sizes.features:
+            self.of_query_y = self.take("of query y", *self.query_y.shape)
+            self.of_query_number = self.take("of query number", *self.query_number.shape)
+            self.of_key_y = self.take("of key y", *self.key_y.shape)
+            self.of_key_number = self.take("of key number", *self.key_number.shape)
+        directions = self.number, sizes.features if with_directions else 0, sizes.dim
         self.of_query_directions = self.like.new_zeros(directions)
         self.of_key_directions = self.like.new_zeros(directions)
+        self.of_tilt = self.like.new_zeros(self.number, 1, sizes.features)
 
-    def rows_back(self, far: Tensor) -> Tensor:
-        """Back through the softmaxes of rows: dF and, beside it, what each feature's far blocks
-        lose."""
-        sizes, value_dim = self.sizes, self.sizes.value_dim
-        of_far = self.take("of far average", *far.shape)
-        if sizes.features:
-            of_y = self.take("of query y", *self.query_y.shape)
+    def rows_back(self, far: _Averages) -> tuple[Tensor, Tensor]:
+        """Back through the softmaxes of rows: dF, and e of each feature's sum over far blocks."""
+        sizes = self.sizes
+        of_average = self.take("of far average", *far.average.shape)
+        excess = self.take("excess of far", *far.log_mass.shape)
+        numbers = self.numbered(far)
         for index in range(self.number):
+            directions = self.directions(self.query_side, index)
+            directions_2 = directions * LOG2_E
             for tile in sizes.tiles():
-                near, features = self.parts(index, tile, far)
-                log_sum, of_out, lost = (
-                    x[index, tile].squeeze(-1) for x in (self.log_sum, self.of_out, self.excess)
+                query, of_query, of_out, log_sum, lost = (
+                    x[index, tile]
+                    for x in (self.query, self.of_query, self.of_out, self.log_sum, self.excess)
                 )
-                out = self.outputs[: len(lost)]
-                far_lost = lost
-                for part in features:
-                    own_log_sum = self.far_log_sum[index, tile].squeeze(-1)
-                    far_log = self.far_logs(index, tile, own_log_sum, log_sum)
-                    if self.problem.far_limit is not None:
-                        lost, far_lost, far_log = self.limited(index, tile, near, own_log_sum)
-                    share = (far_log - log_sum).exp_()
-                    of_share = self.take("of part", *of_out.shape)
-                    torch.mul(of_out, share.unsqueeze(-1), out=of_share)
-                    of_share[..., value_dim] = out[..., value_dim + 1] = far_lost * share
-                    of_share[..., value_dim + 1] = 1.0
-                    of_y[index, tile], of_directions, of_far[index, tile] = exact.attend_back(
-                        of_share, *part, out, own_log_sum
-                    )
-                    if self.with_directions:
-                        self.of_query_directions[index] += of_directions.sum(dim=0)
-                out[..., value_dim + 1] = lost
-                of_near = [exact.attend_back(of_out, *part, out, log_sum) for part in near]
-                of_query, of_key, of_value = of_near[0]
-                self.of_query[index, tile] = of_query
-                self.add_near(self.of_key[index], tile, of_key)
-                self.add_near(self.of_value[index], tile, of_value)
-                for of_query, _, _ in of_near[1:]:
-                    self.of_query[index, tile] += of_query
+                weights = self.row_logits(index, directions_2, tile, numbers)
+                shifts = [log_sum] * len(weights)
+                if sizes.features:
+                    shifts[-1] = log_sum - self.row_numbers(index, tile)
+                if sizes.limits:
+                    shifts[-1] = shifts[-1] - self.log_factor[index, tile]
+                of_logits = []
+                values = self.values(index, tile, far.average)
+                for part, (x, shift, value) in enumerate(zip(weights, shifts, values, strict=True)):
+                    # ≤ 0, but for the rounding of very large numbers
+                    x.sub_(shift).clamp_(max=0).exp2_()
+                    of_x = self.take(f"of row logits {part}", *x.shape)
+                    of_logits.append(torch.bmm(of_out, value.mT, out=of_x))
+                losses = [lost] * len(weights)
+                if sizes.limits:
+                    losses = self.losses(index, tile, lost, weights, of_logits)
+                    lost = losses[-1]
+                for x, of_x, of_softmax in zip(weights, of_logits, losses, strict=True):
+                    of_x.sub_(of_softmax).mul_(x)
+
+                near, of_near = weights[0], of_logits[0]
+                self.add_near(self.of_value[index], tile, near, of_out)
+                self.add_near(self.of_key[index], tile, of_near, query, 1 / LOG2_E)
+                key = self.windows(self.key[index], tile)
+                torch.baddbmm(of_query, of_near, key, beta=0, alpha=1 / LOG2_E, out=of_query)
                 if sizes.sinks:
-                    _, of_key, of_value = of_near[1]
-                    self.of_sink_key[index] += of_key.sum(dim=0)
-                    self.of_sink_value[index] += of_value.sum(dim=0)
+                    sinks, of_sinks = weights[1].flatten(0, 1), of_logits[1].flatten(0, 1)
+                    flat, of_flat = query.flatten(0, 1), of_query.flatten(0, 1)
+                    self.of_sink_value[index].addmm_(sinks.mT, of_out.flatten(0, 1))
+                    self.of_sink_key[index].addmm_(of_sinks.mT, flat, alpha=1 / LOG2_E)
+                    of_flat.addmm_(of_sinks, self.sink_key[index], alpha=1 / LOG2_E)
                 if sizes.heavy:
-                    _, of_key, of_value = of_near[-1]
-                    self.of_heavy_key[index, tile] = of_key
-                    self.of_heavy_value[index, tile] = of_value
+                    part = 1 + bool(sizes.sinks)
+                    heavy, of_heavy = weights[part], of_logits[part]
+                    torch.bmm(heavy.mT, of_out, out=self.of_heavy_value[index, tile])
+                    torch.bmm(of_heavy.mT, query, out=self.of_heavy_key[index, tile])
+                    key = self.heavy_key[index, tile]
+                    of_query.baddbmm_(of_heavy, key, alpha=1 / LOG2_E)
+                if sizes.features:
+                    features, of_features = weights[-1], of_logits[-1]
+                    torch.bmm(of_out.mT, features, out=of_average[index, tile])
+                    torch.bmm(lost.mT, features, out=excess[index, tile].unsqueeze(-2))
+                    rows = slice(tile.start * sizes.rows, tile.stop * sizes.rows)
+                    of_features = of_features.flatten(0, 1)
+                    torch.mm(of_features, directions, out=self.of_query_y[index, rows])
+                    torch.sum(of_features, dim=-1, out=self.of_query_number[index, rows])
+                    if self.with_directions:
+                        y = self.query_y[index, rows]
+                        self.of_query_directions[index].addmm_(of_features.mT, y)
+                        self.of_tilt[index] += of_features.sum(dim=0)
         if sizes.features:
-            self.side_back(self.query_side, self.query_y, of_y, self.of_query, sizes.dim + 2)
-        return of_far
+            y, of_y, of_number = self.query_y, self.of_query_y, self.of_query_number
+            of_x = self.query_side.mapped_back(self.heads, y, of_y, of_number)
+            self.of_query += of_x.view_as(self.of_query)
+        return of_average, excess
 
-    def side_back(self, side: _Side, y: Tensor, of_y: Tensor, of_x: Tensor, of_number: int) -> None:
-        """Add what goes back through a side to the gradient of its rows; the number's gradient is
-        that column of y's."""
-        dim = self.sizes.dim
-        y, of_y, of_x = (rows.flatten(1, -2) for rows in (y, of_y, of_x))
-        column = of_y[..., of_number : of_number + 1]
-        side.mapped_back(self.heads, y[..., :dim], of_y[..., :dim], column, of_x[..., :dim])
-
-    def limited(
-        self, index: int, tile: slice, near: list[_Part], far_log_sum: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """e of what is near and of features, and the logs of what these add to normalizers."""
-        limit = self.problem.far_limit
-        assert limit is not None
-        log_sum, of_log_sum, lost = (
-            x[index, tile].squeeze(-1) for x in (self.log_sum, self.of_log_sum, self.excess)
-        )
-        found = [exact.attend(*part) for part in near]
-        near_log = torch.stack([log for _, log in found]).logsumexp(dim=0)
+    def losses(
+        self, index: int, tile: slice, lost: Tensor, weights: list[Tensor], of_logits: list[Tensor]
+    ) -> list[Tensor]:
+        """e of each part: that of the softmax over all, or where the limit binds its own."""
+        assert self.problem.far_limit is not None
+        limit, of_log_sum = self.problem.far_limit, self.of_log_sum[index, tile]
         of_near = torch.zeros_like(lost)
-        for out, log in found:
-            of_near += (out * self.of_out[index, tile]).sum(dim=-1) * (log - log_sum).exp_()
-        far_log = self.far_logs(index, tile, far_log_sum, near_log)
-        free = self.far_logs(index, tile, far_log_sum, torch.full_like(near_log, HIDDEN))
-        is_limited = far_log < free
-        of_exact = torch.where(is_limited, (of_near - of_log_sum) * (1 + limit), lost)
-        of_far = (lost + of_log_sum - of_near) * (1 + 1 / limit)
-        return of_exact, torch.where(is_limited, of_far, lost), far_log
+        for x, of_x in zip(weights[:-1], of_logits[:-1], strict=True):
+            spare = self.take("limited", *x.shape)
+            of_near += torch.mul(x, of_x, out=spare).sum(dim=-1, keepdim=True)
+        is_limited = self.log_factor[index, tile] < 0
+        near = torch.where(is_limited, (of_near - of_log_sum) * (1 + limit), lost)
+        far = torch.where(is_limited, (lost + of_log_sum - of_near) * (1 + 1 / limit), lost)
+        return [near] * (len(weights) - 1) + [far]
 
-    def add_near(self, of_rows: Tensor, tile: slice, of_windows: Tensor) -> None:
-        """Add what the windows of blocks have to the rows of keys."""
+    def add_near(
+        self, of_rows: Tensor, tile: slice, weights: Tensor, x: Tensor, factor: float = 1.0
+    ) -> None:
+        """Add weightsᵀ x to the keys that are near each block."""
         size = self.sizes.block
         rows = of_rows[tile.start * size :]
         for start in range(0, self.sizes.near, size):
-            there = rows[start : start + len(of_windows) * size].unflatten(0, (-1, size))
-            there += of_windows[:, start : start + size]
+            there = rows[start : start + len(x) * size].view(len(x), size, -1)
+            there.baddbmm_(weights[..., start : start + size].mT, x, alpha=factor)
 
-    def keys_back(self, log_sum: Tensor, of_blocks: Tensor) -> None:
-        """Back through the averages of blocks, which `log_sum` made."""
-        sizes, value_dim = self.sizes, self.sizes.value_dim
-        of_y = self.take("of key y", *self.key_y.shape)
-        outputs = self.take("of block out", sizes.tile, *of_blocks.shape[2:]).zero_()
+    def keys_back(self, blocks: _Averages, of_average: Tensor, excess: Tensor) -> None:
+        """Back through the averages of blocks."""
+        sizes = self.sizes
+        log_mass = (blocks.log_mass * LOG2_E).unsqueeze(2)
         shift = sizes.before * sizes.block
-        excess = of_blocks[..., value_dim].clone()
-        of_blocks[..., value_dim + 1] = 1.0
         for index in range(self.number):
+            directions = self.directions(self.key_side, index)
+            directions_2 = directions * LOG2_E
             for tile in sizes.tiles():
-                part = self.keys_of_features(index, tile)
-                of_average, lost = of_blocks[index, tile], excess[index, tile]
-                out = outputs[: len(lost)]
-                out[..., value_dim + 1] = lost
-                of_directions, of_y[index, tile], of_value = exact.attend_back(
-                    of_average, *part, out, log_sum[index, tile]
-                )
-                rows = slice(shift + tile.start * sizes.block, shift + tile.stop * sizes.block)
-                self.of_value[index, rows].unflatten(0, (-1, sizes.block)).add_(of_value)
+                weights, value = self.key_logits(index, directions_2, tile)
+                weights.sub_(log_mass[index, tile]).clamp_(max=0).exp2_()
+                rows = slice(tile.start * sizes.block, tile.stop * sizes.block)
+                own = self.of_value[index, rows.start + shift : rows.stop + shift]
+                own.view_as(value).baddbmm_(weights, of_average[index, tile].mT)
+                of_logits = self.take("of key logits", *weights.shape)
+                torch.bmm(value, of_average[index, tile], out=of_logits)
+                of_logits.sub_(excess[index, tile].unsqueeze(1)).mul_(weights)
+                of_logits = of_logits.flatten(0, 1)
+                torch.mm(of_logits, directions, out=self.of_key_y[index, rows])
+                torch.sum(of_logits, dim=-1, out=self.of_key_number[index, rows])
                 if self.with_directions:
-                    self.of_key_directions[index] += of_directions.sum(dim=0)
-        rows = slice(shift, shift + sizes.count * sizes.block)
-        self.side_back(self.key_side, self.key_y, of_y, self.of_key[:, rows], sizes.dim + 1)
+                    y = self.key_y[index, rows]
+                    self.of_key_directions[index].addmm_(of_logits.mT, y)
+        of_x = self.key_side.mapped_back(self.heads, self.key_y, self.of_key_y, self.of_key_number)
+        self.of_key[:, shift : shift + of_x.shape[1]] += of_x
 
 
 def forward(problem: Problem) -> BlockAttention:
@@ -683,18 +716,16 @@ def forward(problem: Problem) -> BlockAttention:
     sizes = _Sizes(problem)
     out = problem.query.new_empty(*problem.query.shape[:3], sizes.value_dim)
     log_sum = problem.average.new_empty(*problem.query.shape[:3], 1)
-    far_log_sum = log_sum.new_empty(*problem.query.shape[:3], sizes.num_far)
+    log_factor = log_sum.new_empty(*problem.query.shape[:3], sizes.limits)
     log_mass, average = torch.empty_like(problem.log_mass), torch.empty_like(problem.average)
     for heads in sizes.head_groups():
         work = _Heads(problem, sizes, heads)
-        blocks, _ = work.block_averages()
-        merge, far, last = work.far_averages(blocks)
-        average[heads] = last[..., : sizes.value_dim]
+        merge, far, average[heads] = work.far_averages(work.block_averages())
         log_mass[heads] = merge.before.log_mass[:, -1]
-        for x, rows in zip((out, log_sum, far_log_sum), work.attend(far), strict=True):
+        for x, rows in zip((out, log_sum, log_factor), work.attend(far), strict=True):
             for part, there in work.paired(x[heads], rows):
                 part.copy_(there)
-    return BlockAttention(out, log_sum, log_mass, average, far_log_sum)
+    return BlockAttention(out, log_sum, log_mass, average, log_factor)
 
 
 # The arguments that have a gradient, in the order of `Problem`.
@@ -714,38 +745,40 @@ def backward(
     of = {name: torch.empty_like(getattr(problem, name)) for name in DIFFERENTIABLE}
     for name in SHARED:
         of[name].zero_()
-    dim, value_dim = sizes.dim, sizes.value_dim
     for heads in sizes.head_groups():
         work = _Backward(problem, sizes, heads, found, gradients, with_directions)
-        blocks, log_sum = work.block_averages()
+        blocks = work.block_averages()
         merge, far, last = work.far_averages(blocks)
-        of_far = work.rows_back(far)
+        of_far, excess = work.rows_back(far)
         if sizes.features:
-            of_last = work.wide(gradients.average)
+            of_last = gradients.average[heads]
             lost = (of_last * last).sum(dim=-1) - gradients.log_mass[heads]
-            of_last[..., value_dim] = lost
             of_blocks = work.take("of block average", *of_far.shape).zero_()
-            of_first = merge.far_back(of_last, of_far, of_blocks)
-            work.keys_back(log_sum, of_blocks)
-            of["average"][heads] = of_first[..., :value_dim]
-            along = (of_first[..., :value_dim] * problem.average[heads]).sum(dim=-1)
-            of["log_mass"][heads] = along - of_first[..., value_dim]
-        for part, rows in work.paired(of["query"][heads], work.of_query[..., :dim]):
+            excess_of_blocks = torch.zeros_like(excess)
+            of_first = merge.far_back(of_last.mT, of_far, of_blocks).mT
+            lost = merge.far_back(
+                lost.unsqueeze(-2), excess.unsqueeze(-2), excess_of_blocks.unsqueeze(-2)
+            )
+            work.keys_back(blocks, of_blocks, excess_of_blocks)
+            of["average"][heads] = of_first
+            along = (of_first * problem.average[heads]).sum(dim=-1)
+            of["log_mass"][heads] = along - lost.squeeze(-2)
+        for part, rows in work.paired(of["query"][heads], work.of_query):
             torch.mul(rows, work.root, out=part)
-        torch.mul(work.of_key[:, work.own, :dim], work.root, out=of["key"][heads])
-        of["value"][heads] = work.of_value[:, work.own, :value_dim]
-        for name in ("sink", "heavy"):
-            of_key, of_value = (getattr(work, f"of_{name}_{part}") for part in ("key", "value"))
-            of[f"{name}_key"][heads] = of_key[..., :dim] * work.root
-            of[f"{name}_value"][heads] = of_value[..., :value_dim]
+        torch.mul(work.of_key[:, work.own], work.root * LOG2_E, out=of["key"][heads])
+        of["value"][heads] = work.of_value[:, work.own]
+        of["sink_key"][heads] = work.of_sink_key * (work.root * LOG2_E)
+        of["sink_value"][heads] = work.of_sink_value
+        # of logits in base 2, by keys in base e
+        of["heavy_key"][heads] = work.of_heavy_key * work.root
+        of["heavy_value"][heads] = work.of_heavy_value
         if with_directions:
-            tilt = work.of_query_directions[..., dim].unsqueeze(1)
-            queries, keys = work.of_query_directions[..., :dim], work.of_key_directions[..., :dim]
-            for name, part in zip(SHARED, (queries, keys, tilt), strict=True):
-                if len(of[name]) > 1:
-                    of[name][heads] = part
+            for name in SHARED:
+                part, whole = getattr(work, f"of_{name}"), of[name]
+                if len(whole) > 1:
+                    whole[heads] = part
                 else:
-                    of[name] += part.sum(dim=0, keepdim=True)
+                    whole += part.sum(dim=0, keepdim=True)
     return list(of.values())
 
 
@@ -851,6 +884,7 @@ def plain(*arguments: Any) -> BlockAttention:
         mask = torch.cat([x.expand(-1, 1, query.shape[2], -1) for x in masks], dim=-1)
         keys, values = (torch.cat(x, dim=2) for x in zip(*exact, strict=True))
         partial = exact_partial(query, keys, values, mask)
+        limits = []
         if has_features:
             log_scale, normalizer, values = carry
             far = LinearState(log_scale, normalizer, values)
@@ -859,27 +893,29 @@ def plain(*arguments: Any) -> BlockAttention:
                 far = far.merge(LinearState(log_scale, normalizer, values))
             estimated = read(far, query_side.log_linear(query).features())
             if problem.far_limit is not None:
-                estimated, _ = estimated.limited(partial, problem.far_limit)
+                estimated, log_factor = estimated.limited(partial, problem.far_limit)
+                limits.append(log_factor.detach())
             partial = partial.merge(estimated)
             carry = absorbed(carry, [x.squeeze(1) for x in rest[:3]])
         is_blind = partial.normalizer == 0
         total = partial.normalizer.masked_fill(is_blind, 1.0)
         log_sum = (total.log() + partial.frame).masked_fill(is_blind, HIDDEN)
-        return carry, [x.squeeze(1) for x in (partial.numerator / total, log_sum)]
+        return carry, [x.squeeze(1) for x in (partial.numerator / total, log_sum, *limits)]
 
     carry, found = folded(step, carry, inputs)
-    out, log_sum = (
+    out, log_sum, *limits = (
         x.unflatten(2, (group, size)).movedim(0, 2).flatten(2, 3)[:, :, :length] for x in found
     )
-    out, far_log_sum = out.to(problem.query.dtype), log_sum[..., :0].detach()
+    out = out.to(problem.query.dtype)
+    log_factor = limits[0] if limits else log_sum[..., :0].detach()
     if not has_features:
-        return BlockAttention(out, log_sum, problem.log_mass, problem.average, far_log_sum)
+        return BlockAttention(out, log_sum, problem.log_mass, problem.average, log_factor)
     log_scale, normalizer, values = absorbed(carry, [x[-1] for x in of_keys])
     log_scale, normalizer, values = (x.squeeze(1) for x in (log_scale, normalizer, values))
     is_empty = normalizer == 0
     total = normalizer.masked_fill(is_empty, 1.0)
     log_mass = (total.log() + log_scale).masked_fill(is_empty, HIDDEN)
-    return BlockAttention(out, log_sum, log_mass, values / total.unsqueeze(-1), far_log_sum)
+    return BlockAttention(out, log_sum, log_mass, values / total.unsqueeze(-1), log_factor)
 
 
 SCHEMA = (
@@ -913,7 +949,7 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
         problem.average.new_empty(*shape, 1),
         torch.empty_like(problem.log_mass),
         torch.empty_like(problem.average),
-        problem.average.new_empty(*shape, _Sizes(problem).num_far),
+        problem.average.new_empty(*shape, _Sizes(problem).limits),
     )
 
 

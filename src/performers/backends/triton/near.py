@@ -86,7 +86,7 @@ def block_attention(problem: Problem) -> BlockAttention:
     total = mass.masked_fill(is_empty, 1.0)
     log_mass = (frame + total.log()).masked_fill(is_empty, HIDDEN)
     average, log_sum = values / total.unsqueeze(-1), log_sum.unsqueeze(-1)
-    return BlockAttention(out, log_sum, log_mass, average, far_log_sum=log_sum[..., :0])
+    return BlockAttention(out, log_sum, log_mass, average, log_factor=log_sum[..., :0])
 
 
 _INPUTS = (
