@@ -32,7 +32,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedMode
 from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 from transformers.utils import logging
 
-import performers.convert.layer
+from performers.convert.layer import FavorLayer
 from performers.convert.sites import Sites
 from performers.functional import softmax_attention
 from performers.records import write_block
@@ -270,23 +270,19 @@ def outputs(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> list[tor
 def exact_estimates() -> Iterator[list[bool]]:
     """Exact attention in the place of the estimate, with the arguments of the estimate."""
     calls: list[bool] = []
-    is_over: list[bool] = []
-    estimate = performers.convert.layer.favor_attention
+    estimate = FavorLayer.attend
 
     def attend(query: Any, key: Any, value: Any, phi: Any, **options: Any) -> Any:
-        if is_over:  # layers that were made in the meantime still attend by this
-            return estimate(query, key, value, phi, **options)
         calls.append(True)
         for word in ("window_size", "num_sinks", "far", "far_limit", "num_heavy"):
             options.pop(word, None)
         return softmax_attention(query, key, value, **options)
 
-    performers.convert.layer.favor_attention = attend
+    FavorLayer.attend = staticmethod(attend)
     try:
         yield calls
     finally:
-        performers.convert.layer.favor_attention = estimate
-        is_over.append(True)
+        FavorLayer.attend = staticmethod(estimate)
 
 
 @contextmanager

@@ -63,7 +63,7 @@ def exact_estimates(monkeypatch):
             options.pop(word, None)
         return softmax_attention(query, key, value, **options)
 
-    monkeypatch.setattr(layer, "favor_attention", attend)
+    monkeypatch.setattr(layer.FavorLayer, "attend", staticmethod(attend))
     return calls
 
 

@@ -43,6 +43,7 @@ class FavorLayer(nn.Module):
     """
 
     feature_map: SharpFeatures | SoftmaxFeatures | KernelFeatures | None
+    attend: Callable[..., Tensor] = staticmethod(favor_attention)
 
     def __init__(self, options: FavorOptions, number: int, is_cross: bool = False) -> None:
         super().__init__()
@@ -51,7 +52,6 @@ class FavorLayer(nn.Module):
         self.is_cross = is_cross
         self.is_calibrated = False
         self.feature_map = None
-        self.attend: Callable[..., Tensor] = favor_attention
 
     def prepare(self, dim: int, device: torch.device, num_heads: int = 1) -> None:
         """Draw φ for heads of this dim. The result depends on nothing else but the options."""

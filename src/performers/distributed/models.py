@@ -19,11 +19,11 @@ from performers.convert.sites import Sites
 from performers.distributed.agreement import agree, report
 from performers.distributed.attention import sequence_parallel_attention
 from performers.distributed.collectives import group_of, rank_in, size_of, summed
-from performers.distributed.loss import next_tokens, summed_loss
 from performers.distributed.positions import counts_by_itself, default_positions
 from performers.functional import favor_attention
 from performers.functional.fingerprint import fingerprint
 from performers.models.layers import PerformerAttention
+from performers.models.losses import next_tokens, summed_loss
 from performers.models.masks import packed_segments
 from performers.models.modeling import PerformerPreTrainedModel
 from performers.nn.mechanisms import Favor

@@ -11,7 +11,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from performers.functional.readout import apply_matrix, implied_matrix
 from performers.models.cache import PerformerEncoderDecoderCache
 from performers.models.config import PerformerConfig, decoder_config
-from performers.models.layers import MultiHead, PerformerAttention, PerformerMLP
+from performers.models.layers import MultiHead, PerformerAttention, PerformerMLP, final_norm
 from performers.models.masks import count_positions, padding_mask
 from performers.models.mechanisms import cross_config
 from performers.models.positions import POSITIONS, Rotation
@@ -152,11 +152,7 @@ class PerformerDecoder(nn.Module):
         self.layers = nn.ModuleList(
             PerformerDecoderLayer(config, layer) for layer in range(config.num_hidden_layers)
         )
-        self.norm = (
-            nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-            if config.final_norm
-            else nn.Identity()
-        )
+        self.norm = final_norm(config)
 
     def forward(
         self,

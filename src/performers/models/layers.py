@@ -18,7 +18,7 @@ from performers.models.fields import PerformerFields
 from performers.models.mixes import build_attention
 from performers.models.positions import Rotation
 
-__all__ = ["MultiHead", "PerformerAttention", "PerformerLayer", "PerformerMLP"]
+__all__ = ["MultiHead", "PerformerAttention", "PerformerLayer", "PerformerMLP", "final_norm"]
 
 
 class MultiHead(nn.Module):
@@ -82,6 +82,13 @@ class PerformerAttention(MultiHead):
             memory = past_key_values.layers[self.layer]
             out = memory.attend(self.mechanism, query, key, value, key_padding_mask)
         return self.out_proj(out.transpose(1, 2).flatten(2)), matrix
+
+
+def final_norm(config: PerformerConfig) -> nn.Module:
+    """What stands after the last block."""
+    if config.final_norm:
+        return nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+    return nn.Identity()
 
 
 class PerformerMLP(nn.Module):

@@ -1,4 +1,4 @@
-"""The loss of every head that predicts a class for each token."""
+"""Losses of a class for each token: of whole sequences, and of pieces of them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["cross_entropy"]
+__all__ = ["cross_entropy", "next_tokens", "summed_loss"]
+
+IGNORED = -100
 
 
 def cross_entropy(
@@ -25,9 +27,23 @@ def cross_entropy(
             "labels must have one entry per logit: labels (shifted, for a causal model) are "
             f"{tuple(labels.shape)}, logits {tuple(logits.shape[:2])}."
         )
-    # In float32, because a sum of many losses in half precision would stop growing.
-    total = F.cross_entropy(
-        logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100, reduction="sum"
-    )
-    count = (labels != -100).sum() if num_items_in_batch is None else num_items_in_batch
+    total = summed_loss(logits.float(), labels)
+    count = (labels != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
     return total / torch.as_tensor(count, device=total.device).clamp(min=1)
+
+
+def summed_loss(
+    logits: Float[Tensor, "batch length vocabulary"], targets: Int[Tensor, "batch length"]
+) -> Float[Tensor, ""]:
+    """Σ cross-entropy over targets other than −100, in float32 at least: a sum of many losses in
+    half precision would stop growing. The sums of pieces add up to that of the whole.
+    """
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(
+        wide.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum"
+    )
+
+
+def next_tokens(labels: Int[Tensor, "batch length"]) -> Int[Tensor, "batch length"]:
+    """What each position predicts: the label after it, which may be in another piece."""
+    return F.pad(labels[:, 1:], (0, 1), value=IGNORED)

@@ -21,7 +21,7 @@ from transformers.utils.generic import can_return_tuple
 from performers.baselines import Drawn
 from performers.models.cache import PerformerCache, no_continuous_batching, prepare_cache
 from performers.models.config import PerformerConfig, changed
-from performers.models.layers import PerformerLayer
+from performers.models.layers import PerformerLayer, final_norm
 from performers.models.losses import cross_entropy
 from performers.models.masks import count_positions, packed_segments, padding_mask
 from performers.models.positions import POSITIONS
@@ -100,11 +100,7 @@ class PerformerModel(PerformerPreTrainedModel):
         self.layers = nn.ModuleList(
             PerformerLayer(config, layer) for layer in range(config.num_hidden_layers)
         )
-        self.norm = (
-            nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-            if config.final_norm
-            else nn.Identity()
-        )
+        self.norm = final_norm(config)
         self.post_init()
 
     @can_return_tuple

@@ -26,6 +26,8 @@ class Favor(nn.Module):
     the pieces of a sequence that is split (`performers.distributed`).
     """
 
+    attend: Callable[..., Tensor] = staticmethod(favor_attention)
+
     def __init__(
         self,
         feature_map: SoftmaxFeatures | SharpFeatures | KernelFeatures,
@@ -34,7 +36,6 @@ class Favor(nn.Module):
         super().__init__()
         self.feature_map = feature_map
         self.window_size = window_size
-        self.attend: Callable[..., Tensor] = favor_attention
 
     def forward(
         self,

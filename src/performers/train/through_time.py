@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from performers.checks import check_count, check_instance, check_tensor
 from performers.convert.saved_states import linear_memories, new_cache
-from performers.distributed.loss import next_tokens, summed_loss
+from performers.models.losses import next_tokens, summed_loss
 from performers.state import LinearState, NearKeys
 
 __all__ = ["backward_through_time"]
