@@ -10,7 +10,7 @@ from performers.backends.triton import config
 
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    tile = config.Config(rows=16, features=16, absorbed=16, num_warps=4, num_stages=1)
+    tile = config.Config.of(rows=16, features=16, num_warps=4, num_stages=1)
     monkeypatch.setattr(config, "CONFIGS", dict.fromkeys(config.CONFIGS, tile))
 
 

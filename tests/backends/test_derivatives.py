@@ -9,7 +9,6 @@ from performers.backends.derivatives import (
     is_transformed,
     plain_gradients,
     refuse_second_derivative,
-    refuse_transforms,
 )
 
 
@@ -91,6 +90,3 @@ def test_what_has_a_first_derivative_only_says_so():
     words = 'the toy has a first derivative only.*backend="chunked"'
     with pytest.raises(RuntimeError, match=words):
         refuse_second_derivative("the toy")(None, torch.ones(3))
-    refuse_transforms("the toy")
-    with forward_ad.dual_level(), pytest.raises(RuntimeError, match=words):
-        refuse_transforms("the toy")

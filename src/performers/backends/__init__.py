@@ -24,14 +24,14 @@ BACKENDS: dict[str, Backend] = {
 
 
 def choose_backend(name: str | None, call: Call, query: Tensor, key: Tensor, value: Tensor) -> str:
-    """The backend for a call: the named one, obeyed or refused; for None, the fastest proven one.
+    """The backend for a call: the named one, obeyed or refused; for None, the fastest that serves.
 
-    That is "landmarks" on a CPU where it applies, and "chunked" everywhere else. "triton" must be
-    named: its kernels agree with the reference in Triton's interpreter, but no GPU has run them.
+    That is "triton" on a GPU, "landmarks" on a CPU, and "chunked" for what these refuse.
     """
     if name is None:
-        reason = BACKENDS["landmarks"].refusal(call, query, key, value)
-        return "landmarks" if reason is None else "chunked"
+        fastest = "triton" if query.device.type == "cuda" else "landmarks"
+        reason = BACKENDS[fastest].refusal(call, query, key, value)
+        return fastest if reason is None else "chunked"
     check_choice("backend", name, BACKENDS)
     reason = BACKENDS[name].refusal(call, query, key, value)
     if reason is not None:

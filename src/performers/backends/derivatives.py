@@ -22,7 +22,6 @@ __all__ = [
     "needs_formula",
     "plain_gradients",
     "refuse_second_derivative",
-    "refuse_transforms",
 ]
 
 
@@ -73,23 +72,13 @@ def plain_gradients(
     return tuple(next(found) if need else None for need in needed)
 
 
-def refuse_transforms(what: str) -> None:
-    """For an operator without a formula, before its call."""
-    if is_transformed():
-        raise RuntimeError(_refusal(what))
-
-
 def refuse_second_derivative(what: str) -> Callable[..., Any]:
     """For the backward operator of `what`, in place of a derivative of its own."""
 
     def refuse(ctx: Any, *_: Any) -> Any:
-        raise RuntimeError(_refusal(what))
+        raise RuntimeError(
+            f"{what} has a first derivative only, by backward(). For second derivatives pass "
+            'backend="chunked" to the attention call.'
+        )
 
     return refuse
-
-
-def _refusal(what: str) -> str:
-    return (
-        f"{what} has a first derivative only, by backward(). For second derivatives, forward mode "
-        'and torch.func pass backend="chunked" to the attention call.'
-    )

@@ -37,6 +37,7 @@ def benchmark(
         list[str] | None, typer.Option(help="float32, bfloat16 or float16; more than once.")
     ] = None,
     repeats: Annotated[int | None, typer.Option(min=1, help="Rounds of each timing.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences in a batch.")] = 1,
     heads: Annotated[int, typer.Option(min=1, help="Of the layer.")] = 8,
     dim: Annotated[int, typer.Option(min=1, help="Of one head.")] = 64,
     num_projections: Annotated[
@@ -88,6 +89,7 @@ def benchmark(
             )
         torch.set_num_threads(threads)
         plan = Plan(
+            batch=batch,
             heads=heads,
             dim=dim,
             num_projections=num_projections,

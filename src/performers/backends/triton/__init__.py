@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from functools import lru_cache
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from performers.backends.call import Call
+from performers.backends.derivatives import is_transformed
 from performers.backends.near import attend as attend_near
 from performers.backends.triton.config import MAX_DIM, MAX_HEADS, OPERANDS
-from performers.backends.triton.maps import SUPPORTED, kernel_map
+from performers.backends.triton.maps import SUPPORTED, KernelMap, kernel_map
 from performers.state import LinearState
 
 __all__ = ["attend", "refusal"]
@@ -25,12 +27,21 @@ IS_INSTALLED = importlib.util.find_spec("triton") is not None
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
+@lru_cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
 def refusal(call: Call, query: Tensor, key: Tensor, value: Tensor) -> str | None:
     """Why this backend cannot serve a call; None if it can."""
     if not IS_INSTALLED:
         return "Triton is not installed (pip install 'performers[triton]')"
     if query.device.type != "cuda" and not IS_INTERPRETED:
         return "it needs a GPU (on a CPU, set TRITON_INTERPRET=1 to check the kernels, slowly)"
+    if query.device.type == "cuda" and _capability(query.device) < (8, 0):
+        return "it needs a GPU of compute capability 8.0 or more (sm_80)"
+    if is_transformed():
+        return "it has a first derivative only, by backward(), and no rule for torch.func"
     plan = kernel_map(call.phi, query)
     if plan is None and (call.near is None or call.near.far):
         return f"it computes {SUPPORTED}, and {type(call.phi).__name__} is none of these"
@@ -46,11 +57,16 @@ def refusal(call: Call, query: Tensor, key: Tensor, value: Tensor) -> str | None
     heads = query.shape[0] * query.shape[1]
     if heads > MAX_HEADS:
         return f"it takes up to {MAX_HEADS} heads of all sequences together, not {heads}"
-    if plan is not None and torch.is_grad_enabled() and plan.key.directions.requires_grad:
-        return "it has no gradient of omega"
+    if plan is not None and torch.is_grad_enabled() and _is_learned(plan):
+        return "it has no gradient of omega, nor of what else a feature map is made of"
     if not (query.numel() and key.numel() and value.numel()):
         return "it needs at least one query, one key and one column of values"
     return None
+
+
+def _is_learned(plan: KernelMap) -> bool:
+    parts = (*plan.query, *plan.key)
+    return any(isinstance(part, Tensor) and part.requires_grad for part in parts)
 
 
 def attend(

@@ -14,20 +14,22 @@ A call of one token is a decoding step: one kernel.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from performers.backends.call import Call
-from performers.backends.derivatives import refuse_second_derivative, refuse_transforms
+from performers.backends.derivatives import refuse_second_derivative
 from performers.backends.triton import decoding, gradients, reading, states
-from performers.backends.triton.config import OPERANDS, Config, config_for
-from performers.backends.triton.maps import KernelMap, for_heads, mapped, numbers
+from performers.backends.triton.affine import mapped
+from performers.backends.triton.config import OPERANDS, Config, Tile, config_for
+from performers.backends.triton.maps import KernelMap, for_heads
 from performers.state import LinearState
 from performers.typing import LogLinearSide
 
@@ -62,11 +64,12 @@ def contract(
     visible = torch.ones_like(key[:, 0, :, 0], dtype=torch.bool) if key_mask is None else key_mask
     visible = visible[:, None].expand(key.shape[:3])
     rows, keys = query.flatten(2, 3), key
+    key_rows = visible.to(dtype)
     if is_exponential:
-        rows, keys = mapped(plan.query, rows, root), mapped(plan.key, key, root)
-        key_rows = numbers(plan.key, key, keys, root).masked_fill(~visible, -math.inf)
-    else:
-        key_rows = visible.to(dtype)
+        rows, query_numbers = mapped(plan.query, rows, root)
+        keys, key_numbers = mapped(plan.key, key, root)
+        key_rows = key_rows.log()
+        key_rows = key_rows if key_numbers is None else key_rows + key_numbers
     directions, tilt = plan.key.directions, plan.key.tilt
     if tilt is None:
         tilt = directions.new_zeros(directions.shape[:-1])
@@ -76,7 +79,6 @@ def contract(
     else:
         scale = (state.log_scale - key_constant).exp()
         first = (state.log_scale, state.normalizer * scale, state.values * scale.unsqueeze(-1))
-    refuse_transforms("the Triton backend")
     out, total, frames, normalizers, values = _contraction(
         rows.unflatten(2, query.shape[2:4]).flatten(1, 2),
         keys,
@@ -87,6 +89,7 @@ def contract(
         key_rows,
         plan.kind,
         plan.epsilon,
+        root**2 if is_exponential else 0.0,
         call.is_causal,
     )
     out = out.unflatten(1, query.shape[1:3])
@@ -96,7 +99,9 @@ def contract(
         if is_exponential:
             if isinstance(constant, Tensor):
                 constant = constant[..., None, None]
-            of_rows = numbers(plan.query, query.flatten(2, 3), rows, root)
+            norms = torch.linalg.vector_norm(rows, dim=-1, dtype=dtype)
+            of_rows = norms.square() * (-(root**2) / 2)
+            of_rows = of_rows if query_numbers is None else of_rows + query_numbers
             of_rows = of_rows.unflatten(2, query.shape[2:4]).unsqueeze(-1)
             out = out * (total + of_rows + constant).exp()
         else:
@@ -119,7 +124,7 @@ _INPUTS = (
     "Tensor query, Tensor key, Tensor value, Tensor omega, Tensor tilt, "
     "Tensor frames, Tensor normalizers, Tensor values, Tensor key_rows"
 )
-_OPTIONS = "str kind, float epsilon, bool is_causal"
+_OPTIONS = "str kind, float epsilon, float norm, bool is_causal"
 
 
 @torch.library.custom_op(
@@ -139,6 +144,7 @@ def _contraction(
     key_rows: Tensor,
     kind: str,
     epsilon: float,
+    norm: float,
     is_causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Output, normalizers of its rows, last state; (frames, normalizers, values) is the first
@@ -150,7 +156,7 @@ def _contraction(
     """
     query, key, value = (_with_dense_rows(x) for x in (query, key, value))
     first = (frames.contiguous(), normalizers.contiguous(), values.contiguous())
-    work = Contraction.of(query, value, omega, tilt, first, kind, epsilon, is_causal)
+    work = Contraction.of(query, value, omega, tilt, first, kind, epsilon, norm, is_causal)
     key_rows = key_rows.contiguous()
     if is_causal and query.shape[2] == 1:
         return _step(work, query, key, value, key_rows, first)
@@ -158,15 +164,15 @@ def _contraction(
     total = query.new_empty(query.shape[:3], dtype=torch.float32)
     if not is_causal:
         _, last = _states(work, key, value, key_rows, None, first, _split(work, key))
-        _read(work, query, key, value, key_rows, last, out, total)
+        _read(work, query, key, value, key_rows, last, None, out, total)
         return out, total, *last
     last = first
     for part in _segments(work, key):
         keys, of_keys = key[:, :, part], key_rows[:, :, part].contiguous()
-        before, last = _states(work, keys, value[:, :, part], of_keys, None, last, work.tile.rows)
+        before, last, risen = _unfolded(work, keys, value[:, :, part], of_keys, None, last)
         of_rows = total[:, :, part].contiguous()
         _read(
-            work, query[:, :, part], keys, value[:, :, part], of_keys, before,
+            work, query[:, :, part], keys, value[:, :, part], of_keys, before, risen,
             out[:, :, part], of_rows,
         )  # fmt: skip
         total[:, :, part] = of_rows
@@ -211,6 +217,7 @@ def _contraction_backward(
     values_gradient: Tensor,
     kind: str,
     epsilon: float,
+    norm: float,
     is_causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, value, of the first state's normalizers and values, of key_rows.
@@ -221,7 +228,7 @@ def _contraction_backward(
         _with_dense_rows(x) for x in (query, key, value, out_gradient)
     )
     first = (frames.contiguous(), normalizers.contiguous(), values.contiguous())
-    work = Contraction.of(query, value, omega, tilt, first, kind, epsilon, is_causal)
+    work = Contraction.of(query, value, omega, tilt, first, kind, epsilon, norm, is_causal)
     key_rows = key_rows.contiguous()
     shares = row_products(work, out, out_gradient)
     if work.is_exponential:
@@ -244,18 +251,22 @@ def _contraction_backward(
         for index, part in reversed(list(enumerate(parts))):
             rows = whole_rows.cut(part)
             start = _state_number(index, starts)
-            before, _ = _states(
-                work, rows.key, rows.value, rows.key_rows, None, start, work.tile.rows
-            )
-            after, whole = _query_states(work, rows, whole, work.tile.rows)
+            before, _, risen = _unfolded(work, rows.key, rows.value, rows.key_rows, None, start)
+            after, whole, _ = _unfolded(
+                work, rows.query, rows.out_gradient, rows.query_rows, rows.shares, whole,
+                is_reverse=True,
+            )  # fmt: skip
             d_key_rows[:, :, part] = _gradients(
-                work, rows, before, after,
+                work, rows, before, after, risen,
                 d_query[:, :, part], d_key[:, :, part], d_value[:, :, part],
             )  # fmt: skip
     else:
-        _, whole = _query_states(work, whole_rows, end, _split(work, query))
+        _, whole = _states(
+            work, query, out_gradient, query_rows, shares, end, _split(work, query),
+            is_reverse=True,
+        )  # fmt: skip
         last = (last_frames, last_normalizers, last_values)
-        d_key_rows = _gradients(work, whole_rows, last, whole, d_query, d_key, d_value)
+        d_key_rows = _gradients(work, whole_rows, last, whole, None, d_query, d_key, d_value)
     decay = torch.ones_like(frames)
     if work.is_exponential:
         decay = (frames + whole[0]).exp()
@@ -282,7 +293,7 @@ def _differentiate(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
     *of_rows, d_normalizers, d_values, d_key_rows = _contraction_backward(
         *ctx.saved_tensors, out, total, normalizers, values, *ctx.options
     )
-    return *of_rows, *(None,) * 3, d_normalizers, d_values, d_key_rows, *(None,) * 3
+    return *of_rows, *(None,) * 3, d_normalizers, d_values, d_key_rows, *(None,) * 4
 
 
 _contraction.register_autograd(_differentiate, setup_context=_save)
@@ -299,6 +310,7 @@ class Contraction:
     tilt: Tensor
     kind: str
     epsilon: float
+    norm: float  # of keys: see `tiles`
     group: int
     is_causal: bool
     dtype: torch.dtype  # of the inputs
@@ -314,6 +326,7 @@ class Contraction:
         state: Sums,
         kind: str,
         epsilon: float,
+        norm: float,
         is_causal: bool,
     ) -> Contraction:
         omega = omega.contiguous()
@@ -325,6 +338,7 @@ class Contraction:
             tilt=tilt.contiguous(),
             kind=kind,
             epsilon=epsilon,
+            norm=norm,
             group=query.shape[1] // state[0].shape[1],
             is_causal=is_causal,
             dtype=query.dtype,
@@ -343,9 +357,14 @@ class Contraction:
     def dim(self) -> int:
         return self.omega.shape[2]
 
-    @property
-    def tile(self) -> Config:
+    @cached_property
+    def config(self) -> Config:
         return config_for(self.high.dtype, max(self.dim, self.value_dim))
+
+    @property
+    def rows(self) -> int:
+        """Of a tile; of a chunk of causal attention."""
+        return self.config.rows
 
     def shared(self) -> dict[str, Any]:
         """The compile-time arguments of all kernels that compute features."""
@@ -356,32 +375,49 @@ class Contraction:
             "VALUE_DIM": _width(self.value_dim),
         }
 
-    def scan(self, each: Sums, first: Sums, is_reverse: bool) -> tuple[Sums, Sums]:
-        """The sum before every chunk, and that of all; `is_reverse`: after it, from the end."""
-        chunks, blocks = each[0].shape[2], triton.cdiv(self.num_features, SCAN_FEATURES)
-        before = _empty_states(first, chunks)
+    def scan(
+        self,
+        each: Sums,
+        first: Sums,
+        is_reverse: bool,
+        skips: bool = False,
+        add_to: Sums | None = None,
+    ) -> tuple[Sums, Sums]:
+        """The sum before every chunk, and that of all; `is_reverse`: after it, from the end.
+
+        `skips`: without the chunk just before. `add_to`: what the former is added to, in place.
+        """
+        chunks, blocks = each[0].shape[2], _cdiv(self.num_features, SCAN_FEATURES)
+        before = _empty_states(first, chunks) if add_to is None else add_to
         last = (torch.empty_like(first[0]), torch.empty_like(first[1]), torch.empty_like(first[2]))
         if blocks:
             states.scan[blocks, first[0].shape[0] * first[0].shape[1]](
                 *each, *first, *before, *last, chunks, self.num_features, self.value_dim,
-                KIND=self.kind, REVERSE=is_reverse, FEATURES=SCAN_FEATURES,
+                KIND=self.kind, REVERSE=is_reverse, SKIPS=skips, ADDS=add_to is not None,
+                FEATURES=SCAN_FEATURES,
                 VALUE_DIM=_width(self.value_dim),
             )  # fmt: skip
         return before, last
 
-    def options(self) -> dict[str, Any]:
-        """The compile-time arguments of kernels that multiply tiles."""
-        operand, tile = OPERANDS[self.dtype], self.tile
+    def options(self, tile: Tile) -> dict[str, Any]:
+        """The compile-time arguments of a kernel that multiplies tiles."""
+        operand = OPERANDS[self.dtype]
         return {
             "OPERAND": {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}[operand.dtype],
             "SPLIT": operand.is_split,
             "PRECISION": operand.precision,
-            "ROWS": tile.rows,
+            "ROWS": self.rows,
             "FEATURES": tile.features,
             "num_warps": tile.num_warps,
             "num_stages": tile.num_stages,
             **self.shared(),
         }
+
+    def launches(self, tile: Tile) -> Iterator[dict[str, Any]]:
+        """The compile-time arguments of a kernel's launch, and of the one that repairs tiles."""
+        yield {"REPAIRS": False, **self.options(tile)}
+        if self.is_causal and self.is_exponential:
+            yield {"REPAIRS": True, **self.options(tile._replace(num_stages=1))}
 
 
 class Rows(NamedTuple):
@@ -404,14 +440,6 @@ class Rows(NamedTuple):
         return Rows(*(x if x.ndim == 4 else x.contiguous() for x in cuts))
 
 
-def _query_states(work: Contraction, rows: Rows, end: Sums, chunk: int) -> tuple[Sums, Sums]:
-    """The states that keys read in the backward pass: of queries after every chunk, and of all."""
-    return _states(
-        work, rows.query, rows.out_gradient, rows.query_rows, rows.shares, end, chunk,
-        is_reverse=True,
-    )  # fmt: skip
-
-
 def _states(
     work: Contraction,
     x: Tensor,
@@ -422,9 +450,51 @@ def _states(
     chunk: int,
     is_reverse: bool = False,
 ) -> tuple[Sums, Sums]:
-    """The state before every chunk of rows x with values y, and that of all."""
-    each = states_of_chunks(work, x, y, rows, shares, first, chunk)
+    """The state before every chunk of rows x with values y, and that of all.
+
+    `is_reverse`: of queries, with the gradients of outputs as values, after every chunk.
+    """
+    norm = 0.0 if is_reverse else work.norm  # that of queries cancels
+    each = states_of_chunks(work, x, y, rows, shares, first, chunk, norm)
     return work.scan(each, first, is_reverse)
+
+
+def _unfolded(
+    work: Contraction,
+    x: Tensor,
+    y: Tensor,
+    rows: Tensor,
+    shares: Tensor | None,
+    first: Sums,
+    is_reverse: bool = False,
+) -> tuple[Sums, Sums, Tensor]:
+    """As `_states` for chunks of a tile, in the precision of products, by few long runs.
+
+    The last result is the first row of each chunk that products of tiles cannot compute.
+    """
+    batch, heads, length = x.shape[:3]
+    key_heads = first[0].shape[1]
+    blocks = _cdiv(work.num_features, work.config.absorb.features)
+    chunks = _cdiv(length, work.rows)
+    frames, normalizers, values = _empty_states(first, chunks, work.high.dtype)
+    last = (torch.empty_like(first[0]), torch.empty_like(first[1]), torch.empty_like(first[2]))
+    risen = torch.full_like(frames[..., 0], work.rows, dtype=torch.int32)
+    if not blocks:
+        return (frames, normalizers, values), last, risen
+    run = _cdiv(chunks, _runs(x.device, batch * key_heads * blocks))
+    start = first
+    if run < chunks:
+        start, _ = _states(work, x, y, rows, shares, first, run * work.rows, is_reverse)
+    tile = work.config.absorb
+    states.unfold[_cdiv(chunks, run), blocks, batch * key_heads](
+        x, y, rows, rows if shares is None else shares, work.high, work.low, work.tilt,
+        *start, frames, normalizers, values, *last, risen,
+        *x.stride()[:3], *y.stride()[:3], heads, heads // key_heads,
+        length, run, work.num_features, work.dim, work.value_dim, work.epsilon,
+        0.0 if is_reverse else work.norm,
+        REVERSE=is_reverse, HAS_SHARES=shares is not None, **work.options(tile),
+    )  # fmt: skip
+    return (frames, normalizers, values), last, risen
 
 
 def states_of_chunks(
@@ -435,20 +505,21 @@ def states_of_chunks(
     shares: Tensor | None,
     like: Sums,
     chunk: int,
+    norm: float,
 ) -> Sums:
     """The state of every chunk of rows x with values y, [batch, key_heads, chunks, …] each."""
     batch, heads, length = x.shape[:3]
     key_heads = like[0].shape[1]
-    blocks = triton.cdiv(work.num_features, work.tile.absorbed)
-    chunks = triton.cdiv(length, chunk)
+    blocks = _cdiv(work.num_features, work.config.absorb.features)
+    chunks = _cdiv(length, chunk)
     each = _empty_states(like, chunks)
     if not blocks:
         return each
     states.absorb[chunks, blocks, batch * key_heads](
         x, y, rows, rows if shares is None else shares, work.high, work.low, work.tilt, *each,
         *x.stride()[:3], *y.stride()[:3], heads, heads // key_heads,
-        length, chunk, work.num_features, work.dim, work.value_dim, work.epsilon,
-        HAS_SHARES=shares is not None, **(work.options() | {"FEATURES": work.tile.absorbed}),
+        length, chunk, work.num_features, work.dim, work.value_dim, work.epsilon, norm,
+        HAS_SHARES=shares is not None, **work.options(work.config.absorb),
     )  # fmt: skip
     return each
 
@@ -460,17 +531,20 @@ def _read(
     value: Tensor,
     key_rows: Tensor,
     read_from: Sums,
+    risen: Tensor | None,
     out: Tensor,
     total: Tensor,
 ) -> None:
     batch, heads, length = query.shape[:3]
-    chunks = triton.cdiv(length, work.tile.rows)
-    reading.read[chunks, batch * heads](
-        query, key, value, key_rows, work.high, work.low, work.tilt, *read_from, out, total,
-        *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.stride()[:3],
-        heads, work.group, length, chunks, work.num_features, work.dim, work.value_dim,
-        work.epsilon, IS_CAUSAL=work.is_causal, **work.options(),
-    )  # fmt: skip
+    chunks = _cdiv(length, work.rows)
+    for launch in work.launches(work.config.read):
+        reading.read[chunks, batch * heads](
+            query, key, value, key_rows, work.high, work.low, work.tilt, *read_from, out, total,
+            key_rows if risen is None else risen,
+            *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.stride()[:3],
+            heads, work.group, length, chunks, work.num_features, work.dim, work.value_dim,
+            work.epsilon, work.norm, IS_CAUSAL=work.is_causal, **launch,
+        )  # fmt: skip
 
 
 def _gradients(
@@ -478,6 +552,7 @@ def _gradients(
     rows: Rows,
     before: Sums,
     later: Sums,
+    risen: Tensor | None,
     d_query: Tensor,
     d_key: Tensor,
     d_value: Tensor,
@@ -486,21 +561,24 @@ def _gradients(
     batch, heads, query_length = rows.query.shape[:3]
     key_heads, key_length = rows.key.shape[1:3]
     strides = [s for x in rows[:4] for s in x.stride()[:3]]
-    sizes = (work.num_features, work.dim, work.value_dim, work.epsilon)
-    chunks = triton.cdiv(query_length, work.tile.rows)
-    gradients.query_gradient[chunks, batch * heads](
-        *rows, work.high, work.low, work.tilt, *before, d_query, *strides, *d_query.stride()[:3],
-        heads, work.group, query_length, chunks, *sizes,
-        IS_CAUSAL=work.is_causal, **work.options(),
-    )  # fmt: skip
-    chunks = triton.cdiv(key_length, work.tile.rows)
+    sizes = (work.num_features, work.dim, work.value_dim, work.epsilon, work.norm)
+    risen = rows.key_rows if risen is None else risen
+    chunks = _cdiv(query_length, work.rows)
+    for launch in work.launches(work.config.query_gradient):
+        gradients.query_gradient[chunks, batch * heads](
+            *rows, work.high, work.low, work.tilt, *before, d_query, risen,
+            *strides, *d_query.stride()[:3], heads, work.group, query_length, chunks, *sizes,
+            IS_CAUSAL=work.is_causal, **launch,
+        )  # fmt: skip
+    chunks = _cdiv(key_length, work.rows)
     d_key_rows = torch.empty_like(rows.key_rows)
-    gradients.key_gradient[chunks, batch * key_heads](
-        *rows, work.high, work.low, work.tilt, before[0], *later, d_key, d_key_rows, d_value,
-        *strides, *d_key.stride()[:3], *d_value.stride()[:3],
-        heads, work.group, key_length, chunks, *sizes,
-        IS_CAUSAL=work.is_causal, **work.options(),
-    )  # fmt: skip
+    for launch in work.launches(work.config.key_gradient):
+        gradients.key_gradient[chunks, batch * key_heads](
+            *rows, work.high, work.low, work.tilt, before[0], *later, d_key, d_key_rows, d_value,
+            risen, *strides, *d_key.stride()[:3], *d_value.stride()[:3],
+            heads, work.group, key_length, chunks, *sizes,
+            IS_CAUSAL=work.is_causal, **launch,
+        )  # fmt: skip
     return d_key_rows
 
 
@@ -516,7 +594,7 @@ def _step(
         query, key, value, key_rows, work.omega, work.tilt, *first,
         frames, normalizers, values, out, total,
         *(s for x in (query, key, value, out) for s in x.stride()[:2]),
-        heads, work.group, work.num_features, work.dim, work.value_dim, work.epsilon,
+        heads, work.group, work.num_features, work.dim, work.value_dim, work.epsilon, work.norm,
         FEATURES=STEP_FEATURES, **work.shared(),
     )  # fmt: skip
     return out, total, frames, normalizers, values
@@ -525,19 +603,20 @@ def _step(
 def row_products(work: Contraction, x: Tensor, y: Tensor) -> Tensor:
     batch, heads, length, width = x.shape
     out = x.new_empty(batch, heads, length, dtype=torch.float32)
-    states.row_products[triton.cdiv(length, work.tile.rows), batch * heads](
+    states.row_products[_cdiv(length, work.rows), batch * heads](
         x, y, out, *x.stride()[:3], *y.stride()[:3], heads, length, width,
-        ROWS=work.tile.rows, WIDTH=_width(width),
+        ROWS=work.rows, WIDTH=_width(width),
     )  # fmt: skip
     return out
 
 
-def _empty_states(like: Sums, count: int) -> Sums:
-    """Memory for `count` states of each key head."""
-    frames, normalizers, values = (
-        part.new_empty(*part.shape[:2], count, *part.shape[2:]) for part in like
+def _empty_states(like: Sums, count: int, dtype: torch.dtype = torch.float32) -> Sums:
+    """Memory for `count` states of each key head, with values of this dtype."""
+    frames, normalizers = (
+        part.new_empty(*part.shape[:2], count, part.shape[2]) for part in like[:2]
     )
-    return frames, normalizers, values
+    shape = *like[2].shape[:2], count, *like[2].shape[2:]
+    return frames, normalizers, like[2].new_empty(shape, dtype=dtype)
 
 
 def _state_number(index: int, sums: Sums) -> Sums:
@@ -552,14 +631,18 @@ def _with_dense_rows(x: Tensor) -> Tensor:
 
 
 def _width(dim: int) -> int:
-    return max(16, triton.next_power_of_2(dim))
+    return max(16, 1 << (dim - 1).bit_length())
+
+
+def _cdiv(a: int, b: int) -> int:
+    return -(-a // b)  # Triton's own costs ten times as much outside of kernels
 
 
 def _split(work: Contraction, x: Tensor) -> int:
     """How many rows go into one state, so that their states fill the device. Multiple of a tile."""
-    tiles = triton.cdiv(x.shape[2], work.tile.rows)
-    programs = x.shape[0] * x.shape[1] * triton.cdiv(work.num_features, work.tile.absorbed)
-    return work.tile.rows * triton.cdiv(tiles, min(tiles, _waves(x.device, 1, programs)))
+    tiles = _cdiv(x.shape[2], work.rows)
+    programs = x.shape[0] * x.shape[1] * _cdiv(work.num_features, work.config.absorb.features)
+    return work.rows * _cdiv(tiles, min(tiles, _waves(x.device, 1, programs)))
 
 
 def _segments(work: Contraction, key: Tensor) -> list[slice]:
@@ -569,13 +652,24 @@ def _segments(work: Contraction, key: Tensor) -> list[slice]:
     """
     length = key.shape[2]
     chunks = max(MIN_CHUNKS, _waves(key.device, SEGMENT_WAVES, key.shape[0] * key.shape[1]))
-    size = work.tile.rows * chunks
+    size = work.rows * chunks
     return [slice(start, min(start + size, length)) for start in range(0, length, size)]
 
 
 def _waves(device: torch.device, waves: int, programs: int) -> int:
     """How often so many programs must be started to occupy every processor of the device."""
-    processors = 1
+    return _cdiv(waves * PROGRAMS_PER_PROCESSOR * _processors(device), programs)
+
+
+def _runs(device: torch.device, programs: int) -> int:
+    """Into how many runs a sequence is cut: one where its programs occupy every processor, since
+    more have to be summed up first.
+    """
+    processors = _processors(device)
+    return 1 if programs >= processors else _cdiv(2 * processors, programs)
+
+
+def _processors(device: torch.device) -> int:
     if device.type == "cuda":
-        processors = torch.cuda.get_device_properties(device).multi_processor_count
-    return triton.cdiv(waves * PROGRAMS_PER_PROCESSOR * processors, programs)
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return 1

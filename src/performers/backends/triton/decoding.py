@@ -14,7 +14,7 @@ def step(
     query, key, value, key_rows, omega, tilts, frames, normalizers, values,
     next_frames, next_normalizers, next_values, out, totals,
     query_batch, query_head, key_batch, key_head, value_batch, value_head, out_batch, out_head,
-    heads, group, num_features, dim, value_dim, epsilon,
+    heads, group, num_features, dim, value_dim, epsilon, norm,
     KIND: tl.constexpr, PER_HEAD: tl.constexpr,
     FEATURES: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
 ):  # fmt: skip
@@ -37,6 +37,8 @@ def step(
     k = tl.load(key + columns, mask=columns < dim, other=0.0).to(tl.float32)
     v = tl.load(value + value_columns, mask=value_columns < value_dim, other=0.0).to(tl.float32)
     factor = tl.load(key_rows + state)
+    if KIND == "exp":
+        factor -= 0.5 * norm * tl.sum(k * k, axis=0)
 
     row_frame = tl.full([], -float("inf"), tl.float32)
     total = tl.full([], 0.0, tl.float32)

@@ -20,9 +20,8 @@ import triton.language as tl
 
 from performers.backends.triton.tiles import (
     at_most,
-    chunk_frame,
     column_of,
-    finite,
+    exponents_of_norms,
     first_rise,
     key_weights_of,
     load_omega,
@@ -42,16 +41,19 @@ from performers.backends.triton.tiles import (
 @no_type_check
 def query_gradient(
     query, key, value, out_gradient, query_rows, key_rows, shares, high, low, tilts,
-    frames, normalizers, values, gradient,
+    frames, normalizers, values, gradient, risen,
     query_batch, query_head, query_row, key_batch, key_head, key_row,
     value_batch, value_head, value_row, out_batch, out_head, out_row,
     gradient_batch, gradient_head, gradient_row,
-    heads, group, length, states, num_features, dim, value_dim, epsilon,
-    IS_CAUSAL: tl.constexpr, KIND: tl.constexpr, PER_HEAD: tl.constexpr,
+    heads, group, length, states, num_features, dim, value_dim, epsilon, norm,
+    IS_CAUSAL: tl.constexpr, REPAIRS: tl.constexpr, KIND: tl.constexpr, PER_HEAD: tl.constexpr,
     OPERAND: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, FEATURES: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
 ):  # fmt: skip
-    """dq_i = Σ_m du_im ω_m. A program has one tile of queries of one head."""
+    """dq_i = Σ_m du_im ω_m. A program has one tile of queries of one head.
+
+    `risen`, REPAIRS: as in `reading.read`.
+    """
     tile = tl.program_id(0)
     start = tile * ROWS
     index = tl.program_id(1).to(tl.int64)
@@ -71,11 +73,18 @@ def query_gradient(
         key += batch * key_batch + own_key_head * key_head
         keys = load_rows(key, key_row, start, length, dim, ROWS, DIM).to(OPERAND)
         factors = load_row_factors(key_rows + state * length, start, length, ROWS, KIND)
+        if KIND == "exp":
+            factors += exponents_of_norms(keys, norm)
         value += batch * value_batch + own_key_head * value_head
         chunk = load_rows(value, value_row, start, length, value_dim, ROWS, VALUE_DIM)
         pairs = product(d_out, tl.trans(chunk), OPERAND, PRECISION) - share[:, None]  # G
         pairs = tl.where(position[:, None] >= position[None, :], pairs, 0.0)
         state = state * states + tile
+    first_row = 0
+    if REPAIRS:
+        first_row = tl.load(risen + state)
+        if first_row == ROWS:
+            return
 
     d_query = tl.zeros([ROWS, DIM], tl.float32)
     for first_feature in range(0, num_features, FEATURES):
@@ -83,61 +92,57 @@ def query_gradient(
         omega, rest, tilt = load_omega(
             high, low, tilts, own, first_feature, num_features, dim, SPLIT, FEATURES, DIM
         )
-        state_frame, state_normalizer, state_sums = load_state(
+        frame, state_normalizer, state_sums = load_state(
             frames, normalizers, values, state, first_feature, num_features, value_dim,
             FEATURES, VALUE_DIM,
         )  # fmt: skip
         logits = projected(queries, omega, rest, tilt, SPLIT, PRECISION)
-        frame = state_frame
         if IS_CAUSAL:
             key_logits = projected(keys, omega, rest, tilt, SPLIT, PRECISION)
-            exponents = key_logits + factors[:, None]
-            if KIND == "exp":
-                frame = chunk_frame(state_frame, exponents, factors, ROWS)
-                decay = tl.exp(state_frame - finite(frame))
-                state_normalizer *= decay
-                state_sums *= decay[:, None]
         found = product(d_out, tl.trans(state_sums), OPERAND, PRECISION)
         found -= share[:, None] * state_normalizer[None, :]  # [R, M]
         slopes = slopes_of(logits, rows, frame, inside, epsilon, KIND)
         if IS_CAUSAL:
             key_weights = key_weights_of(key_logits, factors, frame, inside, epsilon, KIND)
-            if KIND == "exp":
-                rise = first_rise(exponents, frame, inside, ROWS)
+            by_products = pairs
+            if REPAIRS:
+                exponents = key_logits + factors[:, None]
+                rise = first_rise(tl.trans(exponents), frame, inside, ROWS)
                 by_products = tl.where(position[:, None] < rise, pairs, 0.0)
-                found += product(by_products, key_weights, OPERAND, PRECISION)
-                d_logits = slopes * found
-                if rise < ROWS:
-                    shown = tl.where(inside[None, :], logits + rows[:, None], -float("inf"))
-                    for number in range(ROWS):
-                        sees = (position >= rise) & (position >= number)
-                        exponent = row_of(exponents, number, ROWS)[None, :] + shown
-                        exponent = tl.where(sees[:, None], exponent, -float("inf"))
-                        terms = tl.exp(at_most(exponent, 0.0))
-                        d_logits += terms * column_of(pairs, number, ROWS)[:, None]
-            else:
-                d_logits = slopes * (found + product(pairs, key_weights, OPERAND, PRECISION))
+            found += product(by_products, key_weights, OPERAND, PRECISION)
+            d_logits = slopes * found
+            if REPAIRS:
+                shown = tl.where(inside[None, :], logits + rows[:, None], -float("inf"))
+                for number in range(ROWS):
+                    sees = (position >= rise) & (position >= number)
+                    exponent = row_of(exponents, number, ROWS)[None, :] + shown
+                    exponent = tl.where(sees[:, None], exponent, -float("inf"))
+                    terms = tl.exp(at_most(exponent, 0.0))
+                    d_logits += terms * column_of(pairs, number, ROWS)[:, None]
         else:
             d_logits = slopes * found
         d_query += product(d_logits, omega, OPERAND, PRECISION)
     gradient += batch * gradient_batch + head * gradient_head
-    store_rows(gradient, gradient_row, d_query, start, length, dim, ROWS, DIM)
+    store_rows(gradient, gradient_row, d_query, start, length, dim, ROWS, DIM, first_row)
 
 
 @triton.jit
 @no_type_check
 def key_gradient(
     query, key, value, out_gradient, query_rows, key_rows, shares, high, low, tilts,
-    frames, later_frames, later_shares, later_values, d_key, d_key_rows, d_value,
+    frames, later_frames, later_shares, later_values, d_key, d_key_rows, d_value, risen,
     query_batch, query_head, query_row, key_batch, key_head, key_row,
     value_batch, value_head, value_row, out_batch, out_head, out_row,
     d_key_batch, d_key_head, d_key_row, d_value_batch, d_value_head, d_value_row,
-    heads, group, length, states, num_features, dim, value_dim, epsilon,
-    IS_CAUSAL: tl.constexpr, KIND: tl.constexpr, PER_HEAD: tl.constexpr,
+    heads, group, length, states, num_features, dim, value_dim, epsilon, norm,
+    IS_CAUSAL: tl.constexpr, REPAIRS: tl.constexpr, KIND: tl.constexpr, PER_HEAD: tl.constexpr,
     OPERAND: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, FEATURES: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
 ):  # fmt: skip
-    """dk_j = Σ_m dw_jm ω_m, Σ_m dw_jm, dv_j. A program has one tile of keys of one key head."""
+    """dk_j = Σ_m dw_jm (ω_m − norm k_j), Σ_m dw_jm, dv_j. A program has a tile of a key head.
+
+    `risen`, REPAIRS: as in `reading.read`, but what is computed again is a whole tile.
+    """
     tile = tl.program_id(0)
     start = tile * ROWS
     index = tl.program_id(1).to(tl.int64)
@@ -149,9 +154,14 @@ def key_gradient(
     value += batch * value_batch + own_key_head * value_head
     chunk = load_rows(value, value_row, start, length, value_dim, ROWS, VALUE_DIM)
     factors = load_row_factors(key_rows + index * length, start, length, ROWS, KIND)
+    if KIND == "exp":
+        factors += exponents_of_norms(keys, norm)
     state, own = index, index * PER_HEAD
     if IS_CAUSAL:
         state = index * states + tile
+    if REPAIRS:  # noqa: SIM102  # known when the kernel is compiled
+        if tl.load(risen + state) == ROWS:
+            return
 
     gradient = tl.zeros([ROWS, DIM], tl.float32)
     of_rows = tl.zeros([ROWS], tl.float32)  # Σ_m dw_jm
@@ -200,36 +210,36 @@ def key_gradient(
                 )
                 key_logits = projected(keys, omega, rest, tilt, SPLIT, PRECISION)
                 query_logits = projected(queries, omega, rest, tilt, SPLIT, PRECISION)
-                exponents = key_logits + factors[:, None]
-                if KIND == "exp":
-                    frame = chunk_frame(frame, exponents, factors, ROWS)
                 weights = weights_of(query_logits, rows, frame, inside, epsilon, KIND)
                 key_weights = key_weights_of(key_logits, factors, frame, inside, epsilon, KIND)
-                if KIND == "exp":
-                    rise = first_rise(exponents, frame, inside, ROWS)
+                by_products = weights
+                if REPAIRS:
+                    exponents = key_logits + factors[:, None]
+                    rise = first_rise(tl.trans(exponents), frame, inside, ROWS)
                     by_products = tl.where(position[:, None] < rise, weights, 0.0)
-                    d_logits = key_weights * product(pairs, by_products, OPERAND, PRECISION)
-                    parts += product(key_weights, tl.trans(by_products), OPERAND, PRECISION)
-                    if rise < ROWS:
-                        shown = tl.where(inside[None, :], exponents, -float("inf"))
-                        for number in range(ROWS):
-                            seen = (number >= rise) & (position <= number)
-                            exponent = row_of(query_logits + rows[:, None], number, ROWS)
-                            exponent = exponent[None, :] + shown
-                            exponent = tl.where(seen[:, None], exponent, -float("inf"))
-                            terms = tl.exp(at_most(exponent, 0.0))
-                            d_logits += terms * column_of(pairs, number, ROWS)[:, None]
-                            here = position[None, :] == number
-                            parts += tl.where(here, tl.sum(terms, axis=1)[:, None], 0.0)
-                else:
+                slopes = key_weights
+                if KIND != "exp":
                     slopes = slopes_of(key_logits, factors, frame, inside, epsilon, KIND)
-                    d_logits = slopes * product(pairs, weights, OPERAND, PRECISION)
-                    parts += product(key_weights, tl.trans(weights), OPERAND, PRECISION)
+                d_logits = slopes * product(pairs, by_products, OPERAND, PRECISION)
+                parts += product(key_weights, tl.trans(by_products), OPERAND, PRECISION)
+                if REPAIRS:
+                    shown = tl.where(inside[None, :], exponents, -float("inf"))
+                    for number in range(ROWS):
+                        seen = (number >= rise) & (position <= number)
+                        exponent = row_of(query_logits + rows[:, None], number, ROWS)
+                        exponent = exponent[None, :] + shown
+                        exponent = tl.where(seen[:, None], exponent, -float("inf"))
+                        terms = tl.exp(at_most(exponent, 0.0))
+                        d_logits += terms * column_of(pairs, number, ROWS)[:, None]
+                        here = position[None, :] == number
+                        parts += tl.where(here, tl.sum(terms, axis=1)[:, None], 0.0)
                 gradient += product(d_logits, omega, OPERAND, PRECISION)
                 of_rows += tl.sum(d_logits, axis=1)
             parts = tl.where(position[:, None] <= position[None, :], parts, 0.0)
             value_gradient += product(parts, d_out, OPERAND, PRECISION)
 
+    if KIND == "exp":
+        gradient -= norm * of_rows[:, None] * keys.to(tl.float32)
     tl.store(
         d_key_rows + index * length + start + position, of_rows, mask=start + position < length
     )

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from performers.typing import FeatureMap, LogLinearSide, elementwise, is_log_linear
 
-__all__ = ["SUPPORTED", "KernelMap", "for_heads", "kernel_map", "mapped", "numbers"]
+__all__ = ["SUPPORTED", "KernelMap", "for_heads", "kernel_map"]
 
 SUPPORTED = (
     "positive, hyperbolic and sharp features of the softmax kernel, relu and elu+1 kernel features"
@@ -43,39 +43,6 @@ def kernel_map(phi: FeatureMap, like: Tensor) -> KernelMap | None:
     else:
         side = LogLinearSide(form.directions, -math.log(len(form.directions)) / 2)
     return KernelMap(side, side, form.kernel, form.epsilon)
-
-
-def mapped(
-    side: LogLinearSide, x: Float[Tensor, "*batch length dim"], root: float
-) -> Float[Tensor, "*batch length dim"]:
-    """y / root of root · x, in the dtype of x."""
-    if side.shift is None and side.matrix is None:
-        return x
-    y = x.to(torch.float32)
-    if side.shift is not None:
-        y = y - side.shift / root
-    return (y if side.matrix is None else y @ side.matrix).to(x.dtype)
-
-
-def numbers(
-    side: LogLinearSide,
-    x: Float[Tensor, "*batch length dim"],
-    y: Float[Tensor, "*batch length dim"],
-    root: float,
-) -> Float[Tensor, "*batch length"]:
-    """What all features of a row share, less the constant: −‖root · y‖²/2 + (root · x − shift)·linear.
-
-    y, which is `mapped`, is what the kernels multiply, rounding included.
-    """  # noqa: E501  # a formula
-    # The square of a norm: its backward pass keeps y itself, not one in float32.
-    norm = torch.linalg.vector_norm(y, dim=-1, dtype=torch.float32)
-    number = norm.square() * (-(root**2) / 2)
-    if side.linear is None:
-        return number
-    along = x.to(torch.float32) @ (side.linear.mT * root)
-    if side.shift is not None:
-        along = along - (side.shift * side.linear).sum(dim=-1, keepdim=True)
-    return number + along.squeeze(-1)
 
 
 def for_heads(

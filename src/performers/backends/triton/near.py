@@ -16,6 +16,7 @@ exponents, as in an online softmax.
 from __future__ import annotations
 
 import math
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -23,11 +24,12 @@ import triton
 from torch import Tensor
 
 from performers.backends.blocks import BlockAttention, Problem
-from performers.backends.derivatives import refuse_second_derivative, refuse_transforms
+from performers.backends.derivatives import refuse_second_derivative
 from performers.backends.fused_softmax import HIDDEN
 from performers.backends.triton import near_kernels
+from performers.backends.triton.affine import mapped
 from performers.backends.triton.attention import Contraction, Sums, row_products, states_of_chunks
-from performers.backends.triton.maps import mapped, numbers
+from performers.backends.triton.config import Tile
 from performers.typing import LogLinearSide
 
 __all__ = ["block_attention"]
@@ -48,9 +50,16 @@ def block_attention(problem: Problem) -> BlockAttention:
         problem.key_linear,
     )  # fmt: skip
     rows, keys = problem.query.flatten(1, 2), problem.key
-    query_y, key_y = mapped(query_side, rows, root), mapped(key_side, keys, root)
-    query_numbers = numbers(query_side, rows, query_y, root).view(problem.query.shape[:3])
-    key_numbers = numbers(key_side, keys, key_y, root)
+    query_y, query_numbers = (
+        x if x is None else x.squeeze(0) for x in mapped(query_side, rows.unsqueeze(0), root)
+    )
+    key_y, key_numbers = (
+        x if x is None else x.squeeze(0) for x in mapped(key_side, keys.unsqueeze(0), root)
+    )
+    if query_numbers is None:
+        query_numbers = torch.zeros_like(rows[..., 0], dtype=dtype)
+    if key_numbers is None:
+        key_numbers = torch.zeros_like(keys[..., 0], dtype=dtype)
     if problem.hidden_far is not None:
         key_numbers = key_numbers.masked_fill(problem.hidden_far, -math.inf)
     near_rows = torch.zeros_like(problem.key[..., 0], dtype=dtype)
@@ -59,14 +68,13 @@ def block_attention(problem: Problem) -> BlockAttention:
     frame = problem.log_mass.detach()
     is_empty = frame <= HIDDEN / 2
     mass = (problem.log_mass - frame).exp().masked_fill(is_empty, 0.0)
-    refuse_transforms("the Triton backend")
     out, log_sum, frame, mass, values = _near(
         problem.query,
         keys,
         problem.value,
         near_rows,
         query_y.view(problem.query.shape),
-        query_numbers,
+        query_numbers.view(problem.query.shape[:3]),
         key_y,
         key_numbers,
         problem.sink_key,
@@ -111,51 +119,46 @@ class _Work:
         # A head as a batch of one key head: the layout of the other kernels.
         frames, normalizers, values = (x.contiguous().unsqueeze(1) for x in tensors[-3:])
         self.first: Sums = (frames, normalizers, values)
-        shared = self.first, "exp", 0.0, self.is_causal
+        shared = self.first, "exp", 0.0, self.scale, self.is_causal
         self.queries = Contraction.of(self.query, self.value, query_omega, tilt, *shared)
         no_tilt = torch.zeros_like(key_omega[..., 0])
         self.keys = Contraction.of(self.key.unsqueeze(1), self.value, key_omega, no_tilt, *shared)
         self.heads, self.group, self.length, self.dim = self.query.shape
-        self.blocks = triton.cdiv(self.length, self.window)
+        self.blocks = -(-self.length // self.window)
 
     def far(self, each: Sums, first: Sums, is_reverse: bool) -> tuple[Sums, Sums]:
         """Of every block the sum of the first state and of the blocks' far before it (`is_reverse`:
         after it), in bidirectional attention also of those on the other side; the sum of all."""
-        before, last = self.queries.scan(each, first, is_reverse)
-        result = self.shifted(before, is_reverse)
-        if self.is_causal:
-            return result, last
-        frames, normalizers, values = first
-        nothing = (
-            torch.full_like(frames, -math.inf),
-            torch.zeros_like(normalizers),
-            torch.zeros_like(values),
-        )
-        after, _ = self.queries.scan(each, nothing, not is_reverse)
-        return _merged(result, self.shifted(after, not is_reverse)), last
-
-    def shifted(self, before: Sums, is_reverse: bool) -> Sums:
-        """The sums before a block's neighbor: those that leave out the neighbor too."""
-        place = torch.arange(self.blocks, device=self.query.device) + (1 if is_reverse else -1)
-        place = place.clamp(0, self.blocks - 1)
-        frames, normalizers, values = (x.index_select(2, place) for x in before)
-        return frames, normalizers, values
+        result, last = self.queries.scan(each, first, is_reverse, skips=True)
+        if not self.is_causal:
+            frames, normalizers, values = first
+            nothing = (
+                torch.full_like(frames, -math.inf),
+                torch.zeros_like(normalizers),
+                torch.zeros_like(values),
+            )
+            self.queries.scan(each, nothing, not is_reverse, skips=True, add_to=result)
+        return result, last
 
     def far_keys(self) -> tuple[Sums, Sums]:
         """What queries of every block read, and the last state."""
         key, value = self.key_y.unsqueeze(1), self.value.unsqueeze(1)
         each = states_of_chunks(
-            self.keys, key, value, self.key_numbers.unsqueeze(1), None, self.first, self.window
-        )
+            self.keys, key, value, self.key_numbers.unsqueeze(1), None, self.first, self.window,
+            self.scale,
+        )  # fmt: skip
         return self.far(each, self.first, is_reverse=False)
 
-    def grid(self, heads: int) -> tuple[int, int]:
-        return self.blocks * triton.cdiv(self.window, self.options()["ROWS"]), heads
+    @cached_property
+    def rows(self) -> int:
+        """Of a tile: at most those of a block."""
+        return max(16, min(self.queries.rows, triton.next_power_of_2(self.window)))
 
-    def options(self) -> dict[str, Any]:
-        options = self.queries.options()
-        rows = max(16, min(options["ROWS"], triton.next_power_of_2(self.window)))
-        return options | {"ROWS": rows, "IS_CAUSAL": self.is_causal}
+    def grid(self, heads: int) -> tuple[int, int]:
+        return self.blocks * -(-self.window // self.rows), heads
+
+    def options(self, tile: Tile) -> dict[str, Any]:
+        return self.queries.options(tile) | {"ROWS": self.rows, "IS_CAUSAL": self.is_causal}
 
     def of_queries(self, far: Sums) -> tuple[Any, ...]:
         """The first arguments of `read` and `query_gradient`."""
@@ -183,7 +186,8 @@ def _near(*arguments: Any) -> tuple[Tensor, ...]:
     log_sum = work.query_numbers.new_empty(work.query.shape[:3])
     near_kernels.read[work.grid(work.heads * work.group)](
         *work.of_queries(far), out, log_sum, work.group, work.length, work.window, work.blocks,
-        work.sink_key.shape[1], *work.sizes(), SINKS=SINKS, **work.options(),
+        work.sink_key.shape[1], *work.sizes(), SINKS=SINKS,
+        **work.options(work.queries.config.near_read),
     )  # fmt: skip
     return out, log_sum, *(x.squeeze(1) for x in last)
 
@@ -216,15 +220,16 @@ def _near_backward(*arguments: Any) -> list[Tensor]:
     near_kernels.query_gradient[work.grid(work.heads * work.group)](
         *work.of_queries(far), d_out, rows, shares, d_query, d_query_y, d_query_numbers,
         work.group, work.length, work.window, work.blocks, work.sink_key.shape[1],
-        *work.sizes(), SINKS=SINKS, **work.options(),
+        *work.sizes(), SINKS=SINKS, **work.options(work.queries.config.near_query_gradient),
     )  # fmt: skip
 
     # The gradient of the last state is itself a state of queries, which keys read.
     end_frames = (-last_frames).masked_fill(last_frames == -math.inf, -math.inf)
     end = (end_frames.unsqueeze(1), -d_normalizers.unsqueeze(1), d_values.unsqueeze(1))
     each = states_of_chunks(
-        work.queries, work.query_y, d_out, rows + work.query_numbers, shares, end, work.window
-    )
+        work.queries, work.query_y, d_out, rows + work.query_numbers, shares, end, work.window,
+        work.scale,
+    )  # fmt: skip
     later, whole = work.far(each, end, is_reverse=True)
     d_key, d_key_y, d_key_numbers, d_value = (
         torch.empty_like(x) for x in (work.key, work.key_y, work.key_numbers, work.value)
@@ -234,7 +239,8 @@ def _near_backward(*arguments: Any) -> list[Tensor]:
         work.query, work.key, work.value, work.near_rows, work.key_y, work.key_numbers,
         call.high, call.low, call.tilt, *later, d_out, rows, shares,
         d_key, d_key_y, d_key_numbers, d_value,
-        work.group, work.length, work.window, work.blocks, *work.sizes(), **work.options(),
+        work.group, work.length, work.window, work.blocks, *work.sizes(),
+        **work.options(work.queries.config.near_key_gradient),
     )  # fmt: skip
     decay = (work.first[0] + whole[0]).exp()
     return [
@@ -259,6 +265,8 @@ def _sink_gradients(
     work: _Work, d_out: Tensor, rows: Tensor, shares: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Of keys and values of sinks, which are few, by torch."""
+    if not work.sink_key.shape[1]:
+        return torch.empty_like(work.sink_key), torch.empty_like(work.sink_value)
     query, key, value, d_out = (
         x.to(torch.float32) for x in (work.query, work.sink_key, work.sink_value, d_out)
     )
@@ -271,19 +279,6 @@ def _sink_gradients(
     d_key = (d_logits.mT @ query).sum(dim=1) * work.scale
     d_value = (weights.mT @ d_out).sum(dim=1)
     return d_key.to(work.sink_key.dtype), d_value.to(work.sink_value.dtype)
-
-
-def _merged(one: Sums, other: Sums) -> Sums:
-    """The sums of both, in the larger frame."""
-    frames = torch.maximum(one[0], other[0])
-    finite = frames.masked_fill(frames == -math.inf, 0.0)
-    shares = [(part[0] - finite).exp() for part in (one, other)]
-    normalizers, values = (
-        a * shares[0].view(*shares[0].shape, *[1] * (a.ndim - 4))
-        + b * shares[1].view(*shares[1].shape, *[1] * (a.ndim - 4))
-        for a, b in zip(one[1:], other[1:], strict=True)
-    )
-    return frames, normalizers, values
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from performers.backends.triton.tiles import (
+    exponents_of_norms,
     feature_logits,
     joined,
     load_omega,
@@ -84,6 +85,7 @@ def read(
         )
     images = load_rows(y + row * dim, dim, start, stop, dim, ROWS, DIM).to(OPERAND)
     number = tl.load(numbers + row + position, mask=position < stop, other=0.0)
+    number += exponents_of_norms(images, scale)
     for first_feature in range(0, num_features, FEATURES):
         inside = first_feature + tl.arange(0, FEATURES) < num_features
         omega, rest, tilt = load_omega(
@@ -165,6 +167,7 @@ def query_gradient(
 
     images = load_rows(y + row * dim, dim, start, stop, dim, ROWS, DIM).to(OPERAND)
     number = tl.load(numbers + row + position, mask=position < stop, other=0.0)
+    number += exponents_of_norms(images, scale)
     gradient = tl.zeros([ROWS, DIM], tl.float32)
     of_numbers = tl.zeros([ROWS], tl.float32)
     for first_feature in range(0, num_features, FEATURES):
@@ -182,6 +185,7 @@ def query_gradient(
         d_logits = shares_of(logits, rows) * (found - share[:, None] * mass[None, :])
         gradient += product(d_logits, omega, OPERAND, PRECISION)
         of_numbers += tl.sum(d_logits, axis=1)
+    gradient -= scale * of_numbers[:, None] * images.to(tl.float32)
     store_rows(d_y + row * dim, dim, gradient, start, stop, dim, ROWS, DIM)
     tl.store(d_numbers + row + position, of_numbers, mask=position < stop)
 
@@ -240,6 +244,7 @@ def key_gradient(
 
     images = load_rows(y + row * dim, dim, start, stop, dim, ROWS, DIM).to(OPERAND)
     number = load_row_factors(numbers + row, start, stop, ROWS, "exp")
+    number += exponents_of_norms(images, scale)
     gradient = tl.zeros([ROWS, DIM], tl.float32)
     of_numbers = tl.zeros([ROWS], tl.float32)
     for first_feature in range(0, num_features, FEATURES):
@@ -260,6 +265,7 @@ def key_gradient(
         value_gradient += product(weights, sums, OPERAND, PRECISION)
         gradient += product(d_logits, omega, OPERAND, PRECISION)
         of_numbers += tl.sum(d_logits, axis=1)
+    gradient -= scale * of_numbers[:, None] * images.to(tl.float32)
     store_rows(d_y + row * dim, dim, gradient, start, stop, dim, ROWS, DIM)
     tl.store(d_numbers + row + position, of_numbers, mask=position < stop)
     store_rows(

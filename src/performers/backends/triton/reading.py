@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from performers.backends.triton.tiles import (
-    chunk_frame,
+    exponents_of_norms,
     finite,
     first_rise,
     key_weights_of,
@@ -26,11 +26,11 @@ from performers.backends.triton.tiles import (
 @triton.jit
 @no_type_check
 def read(
-    query, key, value, key_rows, high, low, tilts, frames, normalizers, values, out, totals,
+    query, key, value, key_rows, high, low, tilts, frames, normalizers, values, out, totals, risen,
     query_batch, query_head, query_row, key_batch, key_head, key_row,
     value_batch, value_head, value_row, out_batch, out_head, out_row,
-    heads, group, length, states, num_features, dim, value_dim, epsilon,
-    IS_CAUSAL: tl.constexpr, KIND: tl.constexpr, PER_HEAD: tl.constexpr,
+    heads, group, length, states, num_features, dim, value_dim, epsilon, norm,
+    IS_CAUSAL: tl.constexpr, REPAIRS: tl.constexpr, KIND: tl.constexpr, PER_HEAD: tl.constexpr,
     OPERAND: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, FEATURES: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
 ):  # fmt: skip
@@ -40,6 +40,10 @@ def read(
     the largest exponent so far, the running maximum of an online softmax. In causal attention the
     state is that of the keys before the chunk, and Σ_m φ_m(q_i) φ_m(k_j) for the keys of the chunk
     is summed along, in the same frame.
+
+    Where a key of the chunk rises too far above the frame of a feature, rows from there on cannot
+    be products of tiles. They are rare: `risen` has the first such row of each chunk, and a second
+    launch, which REPAIRS, computes these chunks again and stores the rows from there on.
     """
     tile = tl.program_id(0)
     start = tile * ROWS
@@ -55,8 +59,15 @@ def read(
         key += batch * key_batch + own_key_head * key_head
         keys = load_rows(key, key_row, start, length, dim, ROWS, DIM).to(OPERAND)
         factors = load_row_factors(key_rows + state * length, start, length, ROWS, KIND)
+        if KIND == "exp":
+            factors += exponents_of_norms(keys, norm)
         scores = tl.zeros([ROWS, ROWS], tl.float32)
         state = state * states + tile
+    first_row = 0
+    if REPAIRS:
+        first_row = tl.load(risen + state)
+        if first_row == ROWS:
+            return
 
     frame = tl.full([ROWS], -float("inf"), tl.float32)  # of the rows, where KIND is "exp"
     normalizer = tl.zeros([ROWS], tl.float32)
@@ -66,31 +77,24 @@ def read(
         omega, rest, tilt = load_omega(
             high, low, tilts, own, first_feature, num_features, dim, SPLIT, FEATURES, DIM
         )
-        state_frame, state_normalizer, state_sums = load_state(
+        feature_frame, state_normalizer, state_sums = load_state(
             frames, normalizers, values, state, first_feature, num_features, value_dim,
             FEATURES, VALUE_DIM,
         )  # fmt: skip
         logits = projected(queries, omega, rest, tilt, SPLIT, PRECISION)
-        feature_frame = state_frame
         if IS_CAUSAL:
             key_logits = projected(keys, omega, rest, tilt, SPLIT, PRECISION)
-            exponents = key_logits + factors[:, None]  # b_jm, where KIND is "exp"
-            if KIND == "exp":
-                feature_frame = chunk_frame(state_frame, exponents, factors, ROWS)
-                decay = tl.exp(state_frame - finite(feature_frame))
-                state_normalizer *= decay
-                state_sums *= decay[:, None]
         if KIND == "exp":
             logits = tl.where(inside[None, :], logits, -float("inf"))
             top = logits + feature_frame[None, :]
-            if IS_CAUSAL:
-                rise = first_rise(exponents, feature_frame, inside, ROWS)
-                if rise < ROWS:
-                    # Rows from the rise on need a frame that no key up to them exceeds: a running
-                    # maximum over keys.
-                    highest = tl.associative_scan(exponents, 0, larger)
-                    highest = tl.maximum(highest, feature_frame[None, :])
-                    top = tl.where(position[:, None] >= rise, logits + highest, top)
+            if REPAIRS:
+                exponents = key_logits + factors[:, None]  # b_jm
+                rise = first_rise(tl.trans(exponents), feature_frame, inside, ROWS)
+                # Rows from the rise on need a frame that no key up to them exceeds: a running
+                # maximum over keys.
+                highest = tl.associative_scan(exponents, 0, larger)
+                highest = tl.maximum(highest, feature_frame[None, :])
+                top = tl.where(position[:, None] >= rise, logits + highest, top)
             grown = tl.maximum(frame, tl.max(top, axis=1))
             decay = tl.exp(frame - finite(grown))
             normalizer *= decay
@@ -109,7 +113,7 @@ def read(
             new_scores = product(weights, tl.trans(key_weights), OPERAND, PRECISION)
             if KIND == "exp":
                 scores *= decay[:, None]
-                if rise < ROWS:
+                if REPAIRS:
                     new_scores = tl.where(position[:, None] >= rise, 0.0, new_scores)
                     # Term by term, where products of tiles would overflow: one key at a time, with
                     # its own exponents.
@@ -130,8 +134,9 @@ def read(
         sums += product(scores, chunk, OPERAND, PRECISION)
     sums /= tl.where(normalizer == 0, 1.0, normalizer)[:, None]
     out += batch * out_batch + head * out_head
-    store_rows(out, out_row, sums, start, length, value_dim, ROWS, VALUE_DIM)
+    store_rows(out, out_row, sums, start, length, value_dim, ROWS, VALUE_DIM, first_row)
     total = normalizer
     if KIND == "exp":
         total = tl.where(normalizer == 0, -float("inf"), tl.log(normalizer) + frame)
-    tl.store(totals + index * length + start + position, total, mask=start + position < length)
+    shown = (start + position < length) & (position >= first_row)
+    tl.store(totals + index * length + start + position, total, mask=shown)

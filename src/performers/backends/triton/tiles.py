@@ -3,7 +3,8 @@
 The weight of feature m in row i is the factor that i has in Σ_m φ_m(q_i) φ_m(k_j):
 
     KIND "exp":            exp(x_i·ω_m + tilt_m + row_i + frame_m)
-                           row: what features of a key share, or −log of the normalizer
+                           row: what features of a key share (−norm · ‖x_i‖²/2 is added to what
+                           is given), or −log of the normalizer
     KIND "relu", "elu+1":  (f(x_i·ω_m) + ε) · row_i          row: 1, or 1 / normalizer
 
 A row that does not exist, or a masked key, has row −∞ or 0. Features past the last have no weight.
@@ -34,11 +35,14 @@ def load_rows(pointer, stride, start, length, width, ROWS: tl.constexpr, WIDTH: 
 @triton.jit
 @no_type_check
 def store_rows(
-    pointer, stride, tile, start, length, width, ROWS: tl.constexpr, WIDTH: tl.constexpr
-):
+    pointer, stride, tile, start, length, width, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+    first_row=0,
+):  # fmt: skip
+    """The rows of the tile from `first_row` on that are inside the matrix."""
     rows = start + tl.arange(0, ROWS)
     columns = tl.arange(0, WIDTH)
-    inside = (rows < length)[:, None] & (columns < width)[None, :]
+    shown = (rows < length) & (rows >= start + first_row)
+    inside = shown[:, None] & (columns < width)[None, :]
     offsets = rows.to(tl.int64)[:, None] * stride + columns[None, :]
     tl.store(pointer + offsets, tile.to(pointer.dtype.element_ty), mask=inside)
 
@@ -52,6 +56,14 @@ def load_row_factors(pointer, start, length, ROWS: tl.constexpr, KIND: tl.conste
         return tl.load(pointer + rows, mask=rows < length, other=-float("inf"))
     else:
         return tl.load(pointer + rows, mask=rows < length, other=0.0)
+
+
+@triton.jit
+@no_type_check
+def exponents_of_norms(x, norm):
+    """[R]: −norm · ‖x_i‖²/2."""
+    wide = x.to(tl.float32)
+    return tl.sum(wide * wide, axis=1) * (-0.5 * norm)
 
 
 @triton.jit
@@ -171,7 +183,7 @@ def slopes_of(logits, rows, frame, inside, epsilon, KIND: tl.constexpr):
 @triton.jit
 @no_type_check
 def chunk_frame(state_frame, exponents, rows, ROWS: tl.constexpr):
-    """[M]: the frame for the products within a causal chunk, from its exponents [R, M].
+    """[M]: the frame for the products within a causal chunk, from its exponents [M, R].
 
     It is the maximum of the state's frame and the exponent of the first key, which every row sees.
     A chunk that starts with masked keys and has no state takes the exponent of its first real key,
@@ -179,7 +191,7 @@ def chunk_frame(state_frame, exponents, rows, ROWS: tl.constexpr):
     """
     position = tl.arange(0, ROWS)
     first = tl.min(tl.where(rows > -float("inf"), position, ROWS), axis=0)
-    frame = tl.sum(tl.where(position[:, None] == first, exponents, 0.0), axis=0)
+    frame = tl.sum(tl.where(position[None, :] == first, exponents, 0.0), axis=1)
     frame = tl.where(first < ROWS, frame, -float("inf"))
     joined = tl.where(first == 0, tl.maximum(state_frame, frame), state_frame)
     return tl.where(state_frame == -float("inf"), frame, joined)
@@ -188,13 +200,13 @@ def chunk_frame(state_frame, exponents, rows, ROWS: tl.constexpr):
 @triton.jit
 @no_type_check
 def first_rise(exponents, frame, inside, ROWS: tl.constexpr):
-    """The first row with an exponent too far above the frame for products; R if none is.
+    """The first row with an exponent [M, R] too far above the frame for products; R if none is.
 
     Rows before it depend on no key after it, and those from it on are summed term by term.
     """
-    above = tl.where(inside[None, :], exponents - finite(frame)[None, :], -float("inf"))
+    above = tl.where(inside[:, None], exponents - finite(frame)[:, None], -float("inf"))
     position = tl.arange(0, ROWS)
-    return tl.min(tl.where(tl.max(above, axis=1) > MAX_RISE, position, ROWS), axis=0)
+    return tl.min(tl.where(tl.max(above, axis=0) > MAX_RISE, position, ROWS), axis=0)
 
 
 @triton.jit
@@ -225,6 +237,108 @@ def column_of(tile, index, COLUMNS: tl.constexpr):
 @no_type_check
 def larger(a, b):
     return tl.maximum(a, b)
+
+
+@triton.jit
+@no_type_check
+def store_state(
+    frames, normalizers, values, index, frame, normalizer, sums, first_feature, num_features,
+    value_dim, FEATURES: tl.constexpr, VALUE_DIM: tl.constexpr,
+):  # fmt: skip
+    """These features of state number `index`."""
+    features = first_feature + tl.arange(0, FEATURES)
+    start = index * num_features
+    tl.store(frames + start + features, frame, mask=features < num_features)
+    tl.store(normalizers + start + features, normalizer, mask=features < num_features)
+    store_rows(
+        values + start * value_dim, value_dim, sums, first_feature, num_features, value_dim,
+        FEATURES, VALUE_DIM,
+    )  # fmt: skip
+
+
+@triton.jit
+@no_type_check
+def load_shares(shares, start, stop, HAS_SHARES: tl.constexpr, ROWS: tl.constexpr):
+    """[R]: shares of rows; 1 where there are none."""
+    if HAS_SHARES:
+        position = start + tl.arange(0, ROWS)
+        return tl.load(shares + position, mask=position < stop, other=0.0)
+    else:
+        return tl.full([ROWS], 1.0, tl.float32)
+
+
+@triton.jit
+@no_type_check
+def logits_of(x_tile, omega, rest, tilt, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
+    """[M, R]: ω_m·x_i + tilt_m."""
+    logits = tl.dot(omega, tl.trans(x_tile), input_precision=PRECISION)
+    if SPLIT:
+        logits = tl.dot(rest, tl.trans(x_tile), logits, input_precision=PRECISION)
+    return logits + tilt[:, None]
+
+
+@triton.jit
+@no_type_check
+def with_rows(
+    frame, normalizer, sums, logits, rows, shares, y_tile, epsilon,
+    KIND: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The state [M], [M], [M, V] and these rows, with their logits [M, R]."""
+    if KIND == "exp":
+        exponents = logits + rows[None, :]
+        grown = tl.maximum(frame, tl.max(exponents, axis=1))
+        weights = tl.exp(exponents - finite(grown)[:, None])
+        decay = tl.exp(frame - finite(grown))
+        normalizer *= decay
+        sums *= decay[:, None]
+        frame = grown
+    else:
+        weights = value_of(logits, epsilon, KIND) * rows[None, :]
+    # The normalizer sums what the product sums, rounded as it is: attention over 1 is 1.
+    weights = weights.to(OPERAND)
+    normalizer += tl.sum(weights.to(tl.float32) * shares[None, :], axis=1)
+    sums += product(weights, y_tile, OPERAND, PRECISION)
+    return frame, normalizer, sums
+
+
+@triton.jit
+@no_type_check
+def added(
+    frame, normalizer, sums, new_frame, new_normalizer, new_sums, KIND: tl.constexpr
+):  # fmt: skip
+    """The sum of two states, in the larger frame."""
+    if KIND == "exp":
+        grown = tl.maximum(frame, new_frame)
+        decay, new_decay = tl.exp(frame - finite(grown)), tl.exp(new_frame - finite(grown))
+        normalizer = normalizer * decay + new_normalizer * new_decay
+        sums = sums * decay[:, None] + new_sums * new_decay[:, None]
+        frame = grown
+    else:
+        normalizer += new_normalizer
+        sums += new_sums
+    return frame, normalizer, sums
+
+
+@triton.jit
+@no_type_check
+def store_sum(
+    frames, normalizers, values, index, frame, normalizer, sums, first_feature, num_features,
+    value_dim, KIND: tl.constexpr, ADDS: tl.constexpr, FEATURES: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+):  # fmt: skip
+    """Store a state; with ADDS its sum with what is there."""
+    if ADDS:
+        old_frame, old_normalizer, old_sums = load_state(
+            frames, normalizers, values, index, first_feature, num_features, value_dim,
+            FEATURES, VALUE_DIM,
+        )  # fmt: skip
+        frame, normalizer, sums = added(
+            old_frame, old_normalizer, old_sums, frame, normalizer, sums, KIND
+        )
+    store_state(
+        frames, normalizers, values, index, frame, normalizer, sums, first_feature, num_features,
+        value_dim, FEATURES, VALUE_DIM,
+    )  # fmt: skip
 
 
 # What is left is for near fields.
