@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Int64, Integer
@@ -41,6 +41,12 @@ class TokenDataset(Dataset[dict[str, Tensor]]):
     def lengths(self) -> list[int]:
         """Tokens of each sequence, special tokens included."""
         return self.starts.diff().tolist()
+
+    def chosen(self, indices: Sequence[int]) -> TokenDataset:
+        """The sequences of these indices, in this order."""
+        ends = self.starts.diff()[list(indices)].cumsum(0)
+        rows = [self.tokens[self.starts[index] : self.starts[index + 1]] for index in indices]
+        return replace(self, tokens=_join(rows), starts=torch.cat([ends.new_zeros(1), ends]))
 
     def token_counts(self) -> Int64[Tensor, " vocabulary"]:
         """How often each token id occurs."""

@@ -81,8 +81,9 @@ def _shares(trainer: Mapping[str, Any]) -> dict[str, float]:
 class TokenTrainer(Trainer):
     """A Trainer that scores as the paper does, and seals its checkpoints when they are complete.
 
-    `task`: that of the config, on proteins, unless given. `peak_memory`: bytes, see `PeakMemory`;
-    None if nothing was trained.
+    `task`: that of the config, on proteins, unless given. `valid`: several sets, by name, are each
+    scored: "eval_NAME_accuracy". `peak_memory`: bytes, see `PeakMemory`; None if nothing was
+    trained.
     """
 
     data_collator: Any
@@ -93,7 +94,7 @@ class TokenTrainer(Trainer):
         folder: Path,
         model: Model,
         train: Dataset,
-        valid: Dataset,
+        valid: Dataset | dict[str, Dataset],
         seconds: float = 0.0,
         task: Task | None = None,
     ) -> None:
@@ -123,6 +124,7 @@ class TokenTrainer(Trainer):
             ),
             callbacks=callbacks,
         )
+        self.task = task
         self.peak_memory: int | None = None
         # This collator stays at epoch 0, so that every evaluation scores the same positions.
         self.evaluation_collator = task.evaluation_collator(config.seed)
@@ -157,9 +159,12 @@ class TokenTrainer(Trainer):
         return self.lr_scheduler
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """The loss, without a mask where nothing is padded: exact attention is then faster."""
+        """The loss, without a mask where none is needed: exact attention is then faster.
+
+        Causal models need none, for batches are padded on the right: what is scored comes before.
+        """
         mask = inputs.get("attention_mask")
-        if mask is not None and bool((mask == 1).all()):
+        if mask is not None and (self.task.shift or bool((mask == 1).all())):
             inputs = {name: value for name, value in inputs.items() if name != "attention_mask"}
         return super().compute_loss(model, inputs, *args, **kwargs)
 
@@ -177,7 +182,7 @@ def train_to_the_end(
     folder: Path,
     build: Callable[[], Model],
     train: Dataset,
-    valid: Dataset,
+    valid: Dataset | dict[str, Dataset],
     task: Task | None = None,
 ) -> TokenTrainer:
     """Train the model that `build` returns, from the last whole checkpoint if there is one.
