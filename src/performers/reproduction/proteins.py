@@ -18,7 +18,12 @@ from performers.records import read_json
 from performers.train.checkpoints import write_atomically
 from performers.train.config import PAPER_ARGUMENTS, RunConfig
 from performers.train.tasks import TASKS, Task, build_model
-from performers.train.trainer import TokenTrainer, train_to_the_end, training_arguments
+from performers.train.trainer import (
+    TokenTrainer,
+    train_to_the_end,
+    training_arguments,
+    without_needless_mask,
+)
 
 __all__ = ["CURVES", "Proteins", "kept", "timed_run"]
 
@@ -122,8 +127,9 @@ class Proteins:
         model = build_model(config).to(arguments.device)
         collator = task.collator(config.seed)
         for index in by_length.values():
-            rows = [self.train[index]] * min(8, arguments.per_device_train_batch_size)
-            batch = {name: x.to(arguments.device) for name, x in collator(rows).items()}
+            rows = [self.train[index]] * 2
+            batch = without_needless_mask(collator(rows), task)
+            batch = {name: x.to(arguments.device) for name, x in batch.items()}
             with torch.autocast(arguments.device.type, torch.bfloat16, enabled=arguments.bf16):
                 loss = model(**batch).loss
             loss.backward()

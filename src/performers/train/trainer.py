@@ -42,7 +42,7 @@ from performers.train.metrics import TokenMetrics, score_tokens
 from performers.train.redraw import RedrawFeatures
 from performers.train.tasks import TASKS, Model, Task
 
-__all__ = ["TokenTrainer", "train_to_the_end", "training_arguments"]
+__all__ = ["TokenTrainer", "train_to_the_end", "training_arguments", "without_needless_mask"]
 
 
 def training_arguments(config: RunConfig, folder: Path) -> TrainingArguments:
@@ -159,13 +159,7 @@ class TokenTrainer(Trainer):
         return self.lr_scheduler
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """The loss, without a mask where none is needed: exact attention is then faster.
-
-        Causal models need none, for batches are padded on the right: what is scored comes before.
-        """
-        mask = inputs.get("attention_mask")
-        if mask is not None and (self.task.shift or bool((mask == 1).all())):
-            inputs = {name: value for name, value in inputs.items() if name != "attention_mask"}
+        inputs = without_needless_mask(inputs, self.task)
         return super().compute_loss(model, inputs, *args, **kwargs)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
@@ -175,6 +169,18 @@ class TokenTrainer(Trainer):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds to every entry the seconds of training so far."""
         super().log({**logs, "seconds": self.clock.seconds}, *args, **kwargs)
+
+
+def without_needless_mask(batch: dict[str, Any], task: Task) -> dict[str, Any]:
+    """The batch without its mask where nothing is padded: exact attention is then faster.
+
+    Causal models need none at all, because batches are padded on the right: a real token never sees
+    what comes after it.
+    """
+    mask = batch.get("attention_mask")
+    if mask is not None and (task.shift or bool((mask == 1).all())):
+        return {name: value for name, value in batch.items() if name != "attention_mask"}
+    return batch
 
 
 def train_to_the_end(
