@@ -50,6 +50,7 @@ class Config:
     seconds: float = 7 * 24 * 3600.0
     evaluations: int = 100
     seeds: int = 3
+    directions: tuple[str, ...] = ("U", "B")
     bf16: bool = HAS_GPU
     workers: int = 4 if HAS_GPU else 0
     seed: int = 0
@@ -65,7 +66,7 @@ SMOKE = replace(
     REDUCED, source="sample", length=64, num_scored=8, hidden_size=16, num_hidden_layers=1,
     num_attention_heads=2, intermediate_size=16, num_projections=8, linformer_projections=8,
     reformer_chunk=8, batch_size=4, redraw_every=2, seconds=0.02, evaluations=1, seeds=1,
-    bf16=True, workers=0,
+    directions=("B",), bf16=True, workers=0,
 )  # fmt: skip
 CONFIGS = {"smoke": SMOKE, "reduced": REDUCED, "paper": PAPER}
 
@@ -133,10 +134,10 @@ def run(config: Config, report: Callable[[str], None]) -> dict[str, Any]:
     proteins = Proteins.read(
         config.source, config.length, config.num_scored, fractions, seed=config.seed
     )
-    runs: dict[str, dict[str, list[Any]]] = {direction: {} for direction in DIRECTIONS}
+    runs: dict[str, dict[str, list[Any]]] = {direction: {} for direction in config.directions}
     with resumable_folder("figure-6", config) as folder:
         for seed in range(config.seed, config.seed + config.seeds):
-            for direction in DIRECTIONS:
+            for direction in config.directions:
                 for name, model in models(config, direction).items():
                     report(f"seed {seed}, {direction}, {config.seconds:g} s: {name}")
                     place = folder / str(seed) / direction / name
@@ -145,7 +146,7 @@ def run(config: Config, report: Callable[[str], None]) -> dict[str, Any]:
                     runs[direction].setdefault(name, []).append(found)
     return {
         "proteins": proteins.counts(),
-        "baseline": {direction: proteins.baseline(task) for direction, task in DIRECTIONS.items()},
+        "baseline": {name: proteins.baseline(DIRECTIONS[name]) for name in config.directions},
         "runs": runs,
     }
 
@@ -153,9 +154,8 @@ def run(config: Config, report: Callable[[str], None]) -> dict[str, Any]:
 def figure(config: dict[str, Any], results: dict[str, Any]) -> Figure:
     with style.context(STYLE):
         drawn = Figure(figsize=(10.4, 4.9), layout="constrained")
-        for axes, (direction, runs) in zip(
-            drawn.subplots(1, 2), results["runs"].items(), strict=True
-        ):
+        panels = drawn.subplots(1, len(config["directions"]), squeeze=False)[0]
+        for axes, (direction, runs) in zip(panels, results["runs"].items(), strict=True):
             for name, of_seeds in runs.items():
                 for split, line in zip(CURVES, ("--", "-"), strict=True):
                     # Of each evaluation: seconds and accuracy, mean over seeds.

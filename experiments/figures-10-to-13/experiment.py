@@ -112,8 +112,9 @@ def run(config: Config, report: Callable[[str], None]) -> dict[str, Any]:
     with resumable_folder("figures-10-to-13", config) as folder:
         report(f"training for {config.seconds:g} s")
         trainer = proteins.train_model(planned, folder)
-        trained = trainer.accelerator.unwrap_model(trainer.model)
         training = proteins.outcome(trainer)
+        # Matrices are read in float32.
+        trained = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
         report("attention in bovine trypsin inhibitor")
         sequence = find_protein(ACCESSION).sequence
         ids = crop_sequences([sequence], len(sequence) + 2)[0]["input_ids"]

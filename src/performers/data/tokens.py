@@ -29,12 +29,14 @@ class TokenDataset(Dataset[dict[str, Tensor]]):
     vocab_size: int
 
     def __len__(self) -> int:
-        return len(self.starts) - 1
+        return self.starts.shape[0] - 1
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"the dataset has {len(self)} sequences, got index {index}.")
-        start, end = self.starts[index % len(self)], self.starts[index % len(self) + 1]
+        count = len(self)
+        if not -count <= index < count:
+            raise IndexError(f"the dataset has {count} sequences, got index {index}.")
+        place = index % count
+        start, end = self.starts[place : place + 2].tolist()
         return {"input_ids": self.tokens[start:end].long()}
 
     @property
