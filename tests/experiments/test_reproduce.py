@@ -20,8 +20,9 @@ from performers.reproduction import (
 )
 from performers.reproduction.protocol import EXPERIMENTS
 
-# Pretrained models: they take minutes, and weights that come in a package of their own.
-SLOW = {"far-field", "minilm-conversion", "sharp-minilm"}
+# Pretrained models take minutes, and weights that come in a package of their own; Figure 6 trains
+# five models as Figure 7, right, trains two.
+SLOW = {"far-field", "minilm-conversion", "sharp-minilm", "figure-6"}
 NAMES = [
     pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name
     for name in experiment_names()

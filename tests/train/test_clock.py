@@ -3,8 +3,10 @@
 import itertools
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
+import torch
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
 from performers.train import Run, load_config
@@ -149,3 +151,17 @@ def recording(compute_loss, names):
         return compute_loss(self, model, inputs, *args, **kwargs)
 
     return recorded
+
+
+@pytest.mark.usefixtures("without_shape_checks")
+def test_the_clock_waits_for_an_accelerator_each_time_it_is_read(monkeypatch):
+    """What it still computes after a step would else be done, uncounted, while data are loaded."""
+    waits = []
+    monkeypatch.setattr(torch.cuda, "synchronize", waits.append)
+    accelerator = torch.device("cuda", 1)
+    for device, expected in ((torch.device("cpu"), []), (accelerator, [accelerator] * 2)):
+        arguments = SimpleNamespace(device=device)
+        clock = TrainingClock(limit=1000.0)
+        clock.on_step_begin(arguments, TrainerState(), TrainerControl())
+        clock.on_optimizer_step(arguments, TrainerState(), TrainerControl())
+        assert waits == expected

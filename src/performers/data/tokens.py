@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Int64, Integer
@@ -29,18 +29,26 @@ class TokenDataset(Dataset[dict[str, Tensor]]):
     vocab_size: int
 
     def __len__(self) -> int:
-        return len(self.starts) - 1
+        return self.starts.shape[0] - 1
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"the dataset has {len(self)} sequences, got index {index}.")
-        start, end = self.starts[index % len(self)], self.starts[index % len(self) + 1]
+        count = len(self)
+        if not -count <= index < count:
+            raise IndexError(f"the dataset has {count} sequences, got index {index}.")
+        place = index % count
+        start, end = self.starts[place : place + 2].tolist()
         return {"input_ids": self.tokens[start:end].long()}
 
     @property
     def lengths(self) -> list[int]:
         """Tokens of each sequence, special tokens included."""
         return self.starts.diff().tolist()
+
+    def chosen(self, indices: Sequence[int]) -> TokenDataset:
+        """The sequences of these indices, in this order."""
+        ends = self.starts.diff()[list(indices)].cumsum(0)
+        rows = [self.tokens[self.starts[index] : self.starts[index + 1]] for index in indices]
+        return replace(self, tokens=_join(rows), starts=torch.cat([ends.new_zeros(1), ends]))
 
     def token_counts(self) -> Int64[Tensor, " vocabulary"]:
         """How often each token id occurs."""

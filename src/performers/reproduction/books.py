@@ -76,10 +76,7 @@ class Books:
                 f"tokens, num_valid is {num_valid}. Choose a smaller number or length."
             )
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
-        chosen = order[:num_valid].sort().values.tolist()
-        valid_rows = [rows[index]["input_ids"] for index in chosen]
-        ends = torch.tensor([0] + [len(row) for row in valid_rows]).cumsum(0)
-        valid = replace(rows, tokens=torch.cat(valid_rows), starts=ends)
+        valid = rows.chosen(order[:num_valid].sort().values.tolist())
         task = masked_lm(piece_ids(tokenizer))
         collator = task.evaluation_collator(seed)
         # Every training is scored at the same tokens, whatever its own seed is.

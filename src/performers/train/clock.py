@@ -82,7 +82,7 @@ class TrainingClock(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        self._started = perf_counter()
+        self._started = _time_on(args.device)
 
     def on_optimizer_step(
         self,
@@ -94,7 +94,7 @@ class TrainingClock(TrainerCallback):
         # This is not done at the end of the step, because the learning rate of the next step is set
         # before that.
         self._share_before = self.share
-        self.seconds += perf_counter() - self._started
+        self.seconds += _time_on(args.device) - self._started
         if self.limit is not None and PartialState().num_processes > 1:
             first = torch.tensor(self.seconds, dtype=torch.float64, device=args.device)
             self.seconds = float(broadcast(first))
@@ -112,3 +112,14 @@ class TrainingClock(TrainerCallback):
         if self.share == 1.0:
             control.should_training_stop = control.should_log = control.should_save = True
             control.should_evaluate = args.eval_strategy == IntervalStrategy.STEPS
+
+
+def _time_on(device: torch.device) -> float:
+    """The time when a device has done all that it was given.
+
+    An accelerator works on while the process goes on: without waiting, what it does while the next
+    batch is loaded would not be counted.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return perf_counter()

@@ -42,7 +42,7 @@ from performers.train.metrics import TokenMetrics, score_tokens
 from performers.train.redraw import RedrawFeatures
 from performers.train.tasks import TASKS, Model, Task
 
-__all__ = ["TokenTrainer", "train_to_the_end", "training_arguments"]
+__all__ = ["TokenTrainer", "train_to_the_end", "training_arguments", "without_needless_mask"]
 
 
 def training_arguments(config: RunConfig, folder: Path) -> TrainingArguments:
@@ -81,8 +81,9 @@ def _shares(trainer: Mapping[str, Any]) -> dict[str, float]:
 class TokenTrainer(Trainer):
     """A Trainer that scores as the paper does, and seals its checkpoints when they are complete.
 
-    `task`: that of the config, on proteins, unless given. `peak_memory`: bytes, see `PeakMemory`;
-    None if nothing was trained.
+    `task`: that of the config, on proteins, unless given. `valid`: several sets, by name, are each
+    scored: "eval_NAME_accuracy". `peak_memory`: bytes, see `PeakMemory`; None if nothing was
+    trained.
     """
 
     data_collator: Any
@@ -93,7 +94,7 @@ class TokenTrainer(Trainer):
         folder: Path,
         model: Model,
         train: Dataset,
-        valid: Dataset,
+        valid: Dataset | dict[str, Dataset],
         seconds: float = 0.0,
         task: Task | None = None,
     ) -> None:
@@ -123,6 +124,7 @@ class TokenTrainer(Trainer):
             ),
             callbacks=callbacks,
         )
+        self.task = task
         self.peak_memory: int | None = None
         # This collator stays at epoch 0, so that every evaluation scores the same positions.
         self.evaluation_collator = task.evaluation_collator(config.seed)
@@ -157,10 +159,7 @@ class TokenTrainer(Trainer):
         return self.lr_scheduler
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """The loss, without a mask where nothing is padded: exact attention is then faster."""
-        mask = inputs.get("attention_mask")
-        if mask is not None and bool((mask == 1).all()):
-            inputs = {name: value for name, value in inputs.items() if name != "attention_mask"}
+        inputs = without_needless_mask(inputs, self.task)
         return super().compute_loss(model, inputs, *args, **kwargs)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
@@ -172,12 +171,24 @@ class TokenTrainer(Trainer):
         super().log({**logs, "seconds": self.clock.seconds}, *args, **kwargs)
 
 
+def without_needless_mask(batch: dict[str, Any], task: Task) -> dict[str, Any]:
+    """The batch without its mask where nothing is padded: exact attention is then faster.
+
+    Causal models need none at all, because batches are padded on the right: a real token never sees
+    what comes after it.
+    """
+    mask = batch.get("attention_mask")
+    if mask is not None and (task.shift or bool((mask == 1).all())):
+        return {name: value for name, value in batch.items() if name != "attention_mask"}
+    return batch
+
+
 def train_to_the_end(
     config: RunConfig,
     folder: Path,
     build: Callable[[], Model],
     train: Dataset,
-    valid: Dataset,
+    valid: Dataset | dict[str, Dataset],
     task: Task | None = None,
 ) -> TokenTrainer:
     """Train the model that `build` returns, from the last whole checkpoint if there is one.
