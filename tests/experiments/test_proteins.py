@@ -135,7 +135,7 @@ def test_figure_13_at_the_papers_scale_reads_800_sequences():
     )
 
 
-def test_all_three_compare_models_for_the_same_seconds_at_every_scale():
+def test_models_that_are_compared_train_for_the_same_seconds_at_every_scale():
     for name in ("figure-6", "figure-7-right"):
         module = experiment(name)
         for config in module.CONFIGS.values():

@@ -27,7 +27,7 @@ class Mean:
     error: float | None
 
     @classmethod
-    def of(cls, samples: Sequence[float]) -> Mean:
+    def of(cls, samples: Sequence[float | int]) -> Mean:
         count = len(samples)
         error = statistics.stdev(samples) / count**0.5 if count > 1 else None
         return cls(statistics.fmean(samples), error)
