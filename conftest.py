@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 
+import checks
 import hypothesis
 import jaxtyping
 import pytest
@@ -26,6 +27,9 @@ from transformers import PreTrainedConfig
 # jaxtyping would refuse these; this mark, which subclasses inherit, exempts their constructors.
 PreTrainedConfig.__no_type_check__ = True
 
+# Before the package is imported.
+checks.install()
+
 # The machine may be busy: how long an example takes is no reason to fail.
 hypothesis.settings.register_profile("tests", deadline=None, derandomize=True)
 # `make fuzz` looks for new examples each time, and for many.
@@ -39,6 +43,12 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "tests"))
 def _seeded() -> None:
     """Each test draws the same numbers alone and in company."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _checked_anew() -> None:
+    """Each test has all of its kinds of calls checked."""
+    checks.forget()
 
 
 @pytest.fixture
@@ -59,7 +69,8 @@ def without_shape_checks() -> Iterator[None]:
 def fresh_python() -> Callable[..., str]:
     """Run code in a new interpreter and return what it prints; a failure shows its traceback.
 
-    Modules named in `blocked` cannot be imported there, as if they were not installed.
+    Modules named in `blocked` cannot be imported there, as if they were not installed. Where torch
+    may be imported already, `warm_python` of tests/warm.py does the same in less time.
     """
 
     def run(code: str, blocked: Sequence[str] = ()) -> str:

@@ -61,31 +61,35 @@ def refused(*arguments):
     return result.stderr.splitlines()[-1]
 
 
-@pytest.fixture
-def text(tmp_path):
+def write_text(folder):
     chosen = torch.randint(5, len(WORDS), (600,)).tolist()
-    path = tmp_path / "text.txt"
+    path = folder / "text.txt"
     path.write_text(" ".join(WORDS[number] for number in chosen))
     return path
 
 
 @pytest.fixture
+def text(tmp_path):
+    return write_text(tmp_path)
+
+
+@pytest.fixture
 def saved(tmp_path):
     """Save a model with its tokenizer; the words of a text are its tokens."""
+    return functools.partial(save, tmp_path)
 
-    def save(model):
-        tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, "[UNK]"))
-        tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-        tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
-        folder = tmp_path / "model"
-        named = {"pad": 0, "unk": 1, "cls": 2, "sep": 3, "mask": 4}
-        PreTrainedTokenizerFast(
-            tokenizer_object=tokenizer, **{f"{name}_token": WORDS[i] for name, i in named.items()}
-        ).save_pretrained(folder)
-        model.save_pretrained(folder)
-        return folder
 
-    return save
+def save(parent, model):
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, "[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    folder = parent / "model"
+    named = {"pad": 0, "unk": 1, "cls": 2, "sep": 3, "mask": 4}
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, **{f"{name}_token": WORDS[i] for name, i in named.items()}
+    ).save_pretrained(folder)
+    model.save_pretrained(folder)
+    return folder
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -348,19 +352,38 @@ def test_a_wanted_error_is_met_by_the_cheapest_setting_that_meets_it(saved, text
     assert load_linearized(AutoModel, output).config.favor["options"] == chosen
 
 
-@pytest.mark.parametrize("lora", [0, 2])
-@pytest.mark.parametrize("stop_at", ["transfer", "fine-tuning", "report"])
-def test_an_interrupted_conversion_goes_on_to_the_same_end(
-    stop_at, lora, saved, text, tmp_path, monkeypatch
-):
-    if lora:
+@pytest.fixture(scope="module")
+def uninterrupted(request, tmp_path_factory):
+    """A model, the options of its conversion with so much of LoRA, and what that wrote."""
+    if request.param:
         pytest.importorskip("peft")
-    monkeypatch.setattr(fine_tuning, "PATIENCE", 10)  # all five steps
-    monkeypatch.setattr(fine_tuning, "MEASURING", 100)  # after each of them
-    folder = saved(BertForMaskedLM(BertConfig(**SIZES)))
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    options = ("--data", text, *SMALL, "--window", 3, "--sinks", 0, "--lora", lora)
-    assert run(folder, "--output", whole, *options).exit_code == 0
+    torch.manual_seed(0)
+    parent = tmp_path_factory.mktemp("uninterrupted")
+    folder = save(parent, BertForMaskedLM(BertConfig(**SIZES)))
+    options = ("--data", write_text(parent), *SMALL, "--window", 3, "--sinks", 0)
+    options += ("--lora", request.param)
+    with pytest.MonkeyPatch.context() as patch:
+        take_all_steps(patch)
+        assert run(folder, "--output", parent / "whole", *options).exit_code == 0
+    return folder, options, parent / "whole"
+
+
+def take_all_steps(patch):
+    patch.setattr(fine_tuning, "PATIENCE", 10)  # all five steps
+    patch.setattr(fine_tuning, "MEASURING", 100)  # after each of them
+
+
+@pytest.mark.parametrize(
+    ("uninterrupted", "stop_at"),
+    [(0, "transfer"), (0, "fine-tuning"), (2, "fine-tuning"), (2, "report")],
+    indirect=["uninterrupted"],
+)
+def test_an_interrupted_conversion_goes_on_to_the_same_end(
+    uninterrupted, stop_at, tmp_path, monkeypatch
+):
+    take_all_steps(monkeypatch)
+    folder, options, whole = uninterrupted
+    parts = tmp_path / "parts"
 
     def interrupt(*arguments, **names):
         raise KeyboardInterrupt

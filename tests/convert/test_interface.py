@@ -44,6 +44,7 @@ from transformers import (
     WhisperConfig,
     WhisperModel,
 )
+from warm import warm_python
 
 import performers
 from performers.convert import FavorOptions, layer
@@ -519,10 +520,10 @@ def test_registering_again_changes_nothing():
     assert model(**inputs_for(model)).last_hidden_state.isfinite().all()
 
 
-def test_importing_convert_registers_the_name(fresh_python):
+def test_importing_convert_registers_the_name():
     code = (
         "import performers.convert\n"
         "from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as functions\n"
         "print('favor' in functions)"
     )
-    assert fresh_python(code) == "True"
+    assert warm_python(code) == "True"

@@ -23,6 +23,7 @@ from transformers import (
     T5Config,
     T5Model,
 )
+from warm import warm_python
 
 from performers import FavorOptions, SharpFeatures, calibrate, linearize, load_linearized, restore
 from performers.convert.layer import FavorLayer
@@ -113,14 +114,14 @@ def test_the_config_says_how_to_load_the_model(tmp_path):
     assert "performers.load_linearized(" in written["note"]
 
 
-def test_without_the_package_the_exact_model_loads(tmp_path, fresh_python):
+def test_without_the_package_the_exact_model_loads(tmp_path):
     linearize(bert(), SMALL).save_pretrained(tmp_path)
     code = (
         "from transformers import AutoModel\n"
         f"model = AutoModel.from_pretrained({str(tmp_path)!r})\n"
         "print(model.config._attn_implementation, 'pip install' in model.config.favor['note'])"
     )
-    assert fresh_python(code, blocked=["performers"]) == "sdpa True"
+    assert warm_python(code, blocked=["performers"]) == "sdpa True"
 
 
 def test_converting_twice_changes_nothing_and_other_options_take_their_place():

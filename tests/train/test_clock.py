@@ -15,14 +15,18 @@ from performers.train.checkpoints import last_whole_checkpoint, seconds_until
 from performers.train.clock import SCHEDULES, TrainingClock, learning_rate_factor
 
 
+def count_seconds(patch):
+    readings = itertools.count(start=1000, step=2)
+    patch.setattr(clock_module, "perf_counter", lambda: float(next(readings)))
+
+
 @pytest.fixture
 def fake_time(monkeypatch):
     """A clock that shows two seconds more each time it is read: every step takes two seconds."""
-    readings = itertools.count(start=1000, step=2)
-    monkeypatch.setattr(clock_module, "perf_counter", lambda: float(next(readings)))
+    count_seconds(monkeypatch)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def timed(config_file):
     """The tiny run for 13 seconds, which is seven steps of two seconds."""
     tree = [
@@ -39,12 +43,31 @@ def timed(config_file):
     return load_config(path, tree)
 
 
+@pytest.fixture(scope="module")
+def whole(timed, tmp_path_factory):
+    """The folder and the metrics of a run that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("timed") / "run"
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        count_seconds(patch)
+        return folder, Run.prepare(timed, folder).train()
+
+
+def copy_without_results(whole, folder):
+    """The run as if it had been killed when it was about to write what it found."""
+    shutil.copytree(whole[0], folder)
+    for name in ("result.json", "metrics.json"):
+        (folder / name).unlink()
+    return folder
+
+
 def steps_of(history, key):
     return [entry["step"] for entry in history if key in entry]
 
 
-def test_every_model_trains_until_its_own_seconds_are_used(timed, fake_time, tmp_path):
-    metrics = Run.prepare(timed, tmp_path / "run").train()
+def test_every_model_trains_until_its_own_seconds_are_used(whole):
+    folder, metrics = whole
     assert [model["attention"] for model in metrics["models"]] == ["performer-relu", "exact"]
     for model in metrics["models"]:
         assert (model["steps"], model["seconds"]) == (7, 14.0)
@@ -52,31 +75,26 @@ def test_every_model_trains_until_its_own_seconds_are_used(timed, fake_time, tmp
         assert steps_of(model["history"], "eval_loss") == [4, 7]  # half of the time, and its end
         seconds = [entry["seconds"] for entry in model["history"] if "loss" in entry]
         assert seconds == [2.0 * step for step in range(1, 8)]
-    checkpoints = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    checkpoints = sorted(path.name for path in (folder / "checkpoints").iterdir())
     assert checkpoints == ["checkpoint-5", "checkpoint-7"]  # three quarters, and the end
 
 
-def test_the_learning_rate_follows_the_clock(timed, fake_time, tmp_path):
-    metrics = Run.prepare(timed, tmp_path / "run").train()
-    history = metrics["models"][0]["history"]
+def test_the_learning_rate_follows_the_clock(whole):
+    history = whole[1]["models"][0]["history"]
     rates = [entry["learning_rate"] for entry in history if "loss" in entry]
     expected = [1e-3 * learning_rate_factor("linear", 0.25, 2 * step / 13) for step in range(7)]
     assert rates == pytest.approx(expected)
 
 
-def test_a_resumed_run_uses_the_seconds_that_are_left(timed, fake_time, tmp_path):
-    whole = Run.prepare(timed, tmp_path / "whole").train()
-    Run.prepare(timed, tmp_path / "killed").train()
-    folder = tmp_path / "killed"
+def test_a_resumed_run_uses_the_seconds_that_are_left(whole, timed, fake_time, tmp_path):
+    folder = copy_without_results(whole, tmp_path / "killed")
     shutil.rmtree(folder / "compare")
     shutil.rmtree(folder / "checkpoints" / "checkpoint-7")
-    for name in ("result.json", "metrics.json"):
-        (folder / name).unlink()
     assert seconds_until(last_whole_checkpoint(folder / "checkpoints")) == 10.0
 
     resumed = Run.prepare(timed, folder, resume=True).train()
     # The fake clock makes steps repeatable, and with them the numbers.
-    for model, again in zip(whole["models"], resumed["models"], strict=True):
+    for model, again in zip(whole[1]["models"], resumed["models"], strict=True):
         assert again["metrics"] == model["metrics"]
         assert (again["steps"], again["seconds"]) == (7, 14.0)
         losses = [
@@ -88,14 +106,11 @@ def test_a_resumed_run_uses_the_seconds_that_are_left(timed, fake_time, tmp_path
         assert losses[0] == losses[1]
 
 
-def test_a_run_killed_after_its_time_takes_no_further_step(timed, fake_time, tmp_path):
-    folder = tmp_path / "run"
-    whole = Run.prepare(timed, folder).train()
-    for name in ("result.json", "metrics.json"):
-        (folder / name).unlink()
+def test_a_run_killed_after_its_time_takes_no_further_step(whole, timed, fake_time, tmp_path):
+    folder = copy_without_results(whole, tmp_path / "run")
     resumed = Run.prepare(timed, folder, resume=True).train()
     assert resumed["models"][0]["steps"] == 7
-    assert resumed["models"][0]["metrics"] == whole["models"][0]["metrics"]
+    assert resumed["models"][0]["metrics"] == whole[1]["models"][0]["metrics"]
 
 
 def test_evaluation_and_saving_are_not_training(fake_time, tmp_path):

@@ -1,13 +1,14 @@
 """The folder of a run has one writer, and nothing of that is left when it is finished."""
 
 import pytest
+from warm import warm_python
 
 from performers.train.folders import check_place, claim, holds_nothing, release
 
 pytestmark = pytest.mark.usefixtures("without_shape_checks")
 
 
-def test_a_second_process_is_refused_until_the_first_has_ended(tmp_path, fresh_python):
+def test_a_second_process_is_refused_until_the_first_has_ended(tmp_path):
     folder = tmp_path / "new" / "run"
     claim(folder)
     claim(folder)  # a process goes on with what it has begun
@@ -21,11 +22,11 @@ try:
 except FileExistsError as error:
     print(error)
 """
-    assert fresh_python(other).startswith(f"another process writes to {folder}. Wait for its end")
+    assert warm_python(other).startswith(f"another process writes to {folder}. Wait for its end")
     release(folder)
     assert list(folder.iterdir()) == []
     # The other process ends without a word, as if it had been killed, and leaves no lock.
-    assert fresh_python(other) == "claimed"
+    assert warm_python(other) == "claimed"
     claim(folder)
     release(folder)
 

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from multiprocessing import get_context
 
 import pytest
 import torch
@@ -16,34 +17,23 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from performers.data.masking import NOT_SCORED, MaskedCollator
 from performers.data.vocabulary import MASK_TOKEN_ID
 from performers.train import Run, UnsavedError, has_finished, load_config
-from performers.train.checkpoints import is_whole, last_whole_checkpoint
+from performers.train.checkpoints import SealCheckpoints, is_whole, last_whole_checkpoint
 from performers.train.redraw import RedrawFeatures
 from performers.train.tasks import build_model
 from performers.train.trainer import SetMaskingEpoch, TokenTrainer
 
-# Starts the run in a process of its own that kills itself with signal 9 where the test says.
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-import torch
-from performers.data.masking import MaskedCollator
-from performers.train import Run, load_config
-from performers.train import checkpoints
-from performers.train.checkpoints import SealCheckpoints
 
-torch.set_num_threads(1)
-moment, step, config, folder = sys.argv[1], int(sys.argv[2]), *sys.argv[3:]
+def train_until_killed(moment, step, config_file, folder):
+    """A run in a process of its own, which kills itself with signal 9 at a moment of a step."""
+    method = getattr(SealCheckpoints, moment)
 
-def killing(method):
-    def wrapped(self, args, state, control, **kwargs):
+    def killing(self, args, state, control, **kwargs):
         if state.global_step == step and "compare" not in args.output_dir:
             os.kill(os.getpid(), signal.SIGKILL)
         return method(self, args, state, control, **kwargs)
-    return wrapped
 
-setattr(SealCheckpoints, moment, killing(getattr(SealCheckpoints, moment)))
-Run.prepare(load_config(config), Path(folder)).train()
-"""
+    setattr(SealCheckpoints, moment, killing)
+    Run.prepare(load_config(config_file), folder).train()
 
 
 @pytest.fixture(scope="module")
@@ -82,11 +72,11 @@ def test_a_run_killed_with_signal_9_ends_with_the_same_numbers(
     moment, step, last, whole_run, config_file, tmp_path
 ):
     folder = tmp_path / "killed"
-    arguments = [moment, str(step), str(config_file), str(folder)]
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED, *arguments], capture_output=True, text=True
-    )
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    arguments = (moment, step, config_file, folder)
+    process = get_context("fork").Process(target=train_until_killed, args=arguments)
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     assert last_whole_checkpoint(folder / "checkpoints").name == last
     assert not has_finished(folder)
 

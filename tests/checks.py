@@ -1,0 +1,66 @@
+"""jaxtyping's checks of annotations, made once of calls that no check could tell apart.
+
+What an annotation says is of types, shapes and dtypes. Where all of these are as they were in an
+earlier call of the function in the same test, so is the answer; layers, steps and heads of a model
+call with the same shapes over and over, and checking each call took a third of the time of tests.
+"""
+
+import functools
+import inspect
+from collections.abc import Hashable
+from typing import Any
+
+import jaxtyping
+import torch
+
+_check = jaxtyping.jaxtyped
+_seen: set[Hashable] = set()
+
+
+def install() -> None:
+    """Let jaxtyping's import hook, which decorates all functions, use the decorator below."""
+    jaxtyping.jaxtyped = _checked_once
+
+
+def forget() -> None:
+    """Check every kind of call anew, as every test does."""
+    _seen.clear()
+
+
+def _checked_once(function: Any = None, **typechecker: Any) -> Any:
+    if function is None:
+        return functools.partial(_checked_once, **typechecker)
+    if not inspect.isfunction(function):  # a class, or a descriptor
+        return _check(function, **typechecker)
+    checked = None
+
+    @functools.wraps(function)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        nonlocal checked
+        if jaxtyping.config.jaxtyping_disable:
+            return function(*args, **kwargs)
+        named = ((name, _kind(x)) for name, x in kwargs.items())
+        call = (function.__code__, *map(_kind, args), *named)
+        if call in _seen:
+            return function(*args, **kwargs)
+        # Only now: functions inside of others are made anew in every call of these, and to make
+        # their checks takes longer than to make them.
+        checked = checked or _check(function, **typechecker)
+        result = checked(*args, **kwargs)
+        _seen.add(call)
+        return result
+
+    return wrapped
+
+
+def _kind(value: Any) -> Hashable:
+    """What annotations can tell of a value. Tensors may be inside of tuples, lists and dicts."""
+    if isinstance(value, torch.Tensor):
+        return type(value), value.shape, value.dtype
+    if isinstance(value, tuple | list):
+        return type(value), *map(_kind, value)
+    if isinstance(value, dict):
+        return type(value), *((_kind(name), _kind(x)) for name, x in value.items())
+    if isinstance(value, str | int | None):  # which may have to be one of a few
+        return type(value), value
+    return type(value)
