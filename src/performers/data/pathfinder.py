@@ -31,10 +31,11 @@ from performers.data.labeled import LabeledSequences
 __all__ = ["PATHFINDER", "PATH_X", "Drawing", "Pathfinder", "draw_image", "draw_pathfinder"]
 
 # Turns that are tried before the last two dashes are taken back; turns for each dash before the
-# snake, and snakes before the image, is begun again.
+# snake, snakes before the image is begun again, and images before it is given up.
 RETREAT = 5
 TURNS = 20
 SNAKES = 10
+IMAGES = 50
 
 BRIGHTEST = 255
 DASHES = 0.75  # their brightness beside that of the dots
@@ -67,14 +68,11 @@ class Pathfinder:
         check_count("distractor_dashes", self.distractor_dashes)
         for name in ("dash", "gap", "thickness", "dot_radius", "clearance", "max_turn"):
             check_number(name, getattr(self, name))
-        room = self.size**2
-        lines = 2 * self.num_dashes + self.num_distractors * self.distractor_dashes
-        needed = lines * (self.dash + self.gap) * self.clearance
-        if needed > room:
+        longest = self.dash + 2 * self.gap
+        if self.clearance >= longest:
             raise ValueError(
-                f"the snakes must fit into the image: {lines} dashes of {self.dash:g} with gaps of "
-                f"{self.gap:g} and a clearance of {self.clearance:g} need {needed:.0f} of {room} "
-                "pixels. Draw fewer dashes, or on a larger image."
+                "a dash must keep clear of the one before the last: clearance must be below dash + "
+                f"2 · gap = {longest:g}, got {self.clearance:g}."
             )
 
 
@@ -113,10 +111,10 @@ def draw_pathfinder(
 
 
 def draw_image(is_connected: bool, options: Pathfinder, generator: np.random.Generator) -> Drawing:
-    """Where snakes and dots of one image are."""
+    """Where snakes and dots of one image are. Raises ValueError if there is no room for them."""
     lengths = [options.num_dashes] * 2
     lengths += [options.distractor_dashes] * options.num_distractors
-    while True:
+    for _ in range(IMAGES):
         room = _Room(options)
         snakes: list[list[complex]] = []
         for length in lengths:
@@ -126,12 +124,16 @@ def draw_image(is_connected: bool, options: Pathfinder, generator: np.random.Gen
             room.take(points)
             snakes.append([point for index, point in enumerate(points) if index % 3 != 1])
         else:
-            break
-    ends = [(snake[0], snake[-1]) for snake in snakes[:2]]
-    if is_connected:
-        return Drawing(snakes, ends[0])
-    first, second = (pair[generator.integers(2)] for pair in ends)
-    return Drawing(snakes, (first, second))
+            ends = [(snake[0], snake[-1]) for snake in snakes[:2]]
+            if is_connected:
+                return Drawing(snakes, ends[0])
+            first, second = (pair[generator.integers(2)] for pair in ends)
+            return Drawing(snakes, (first, second))
+    raise ValueError(
+        f"the snakes must fit into the image: {IMAGES} tries found no room for {sum(lengths)} "
+        f"dashes on {options.size} × {options.size} pixels. Draw fewer or shorter ones, or on a "
+        "larger image."
+    )
 
 
 class _Room:
@@ -187,7 +189,7 @@ def _place(
                 way = (points[-1] - points[-3]) / options.dash
                 dash = _dash(points[-1] + options.gap * way, way, turn * options.max_turn, options)
             else:
-                dash = _dash(start, 1, turn * math.pi, options)
+                dash = _dash(start, 1 + 0j, turn * math.pi, options)
             # A dash is nearer to the last one than to any other.
             if all(map(room.has, dash)) and _apart(dash, points[:-3], options.clearance):
                 points += dash
