@@ -186,6 +186,7 @@ def run(config: Config, report: Callable[[str], None]) -> dict[str, Any]:
             "train": len(split.train),
             "test": len(split.test),
             "most_frequent": split.test.most_frequent_share(),
+            "shortcut": shortcut(split) if (shortcut := TASKS[name].shortcut) else None,
             "origin": split.origin,
         }
         for name, split in splits.items()
@@ -304,6 +305,16 @@ def summary(config: dict[str, Any], results: dict[str, Any]) -> str:
         )
     lines.append(
         ["the most frequent label", *(f"{100 * chance[task]:.1f}" for task in tasks), *[""] * 5]
+    )
+    lines.append(
+        [
+            "the distance of the dots alone",
+            *(
+                "" if task["shortcut"] is None else f"{100 * task['shortcut']:.1f}"
+                for task in tasks.values()
+            ),
+            *[""] * 5,
+        ]
     )
     budget = (
         f"{config['seconds']:g} seconds of training for every mechanism and task"

@@ -99,11 +99,22 @@ def test_an_interrupted_run_goes_on_with_what_is_not_finished(
     assert results["tasks"] == whole["tasks"]
 
 
+def test_the_distance_of_the_dots_is_measured_from_dot_to_dot(part):
+    tasks = part("tasks")
+    images = torch.zeros(3, 32, 32, dtype=torch.uint8)
+    for image, dots in zip(images, [(5, 7, 21, 19), (5, 7, 5, 24), (5, 7, 5, 7)], strict=True):
+        for row, column in (dots[:2], dots[2:]):
+            image[row - 1 : row + 2, column - 1 : column + 2] = 255
+    data = tasks.LabeledSequences(images.flatten(1), torch.tensor([1, 1, 0]))
+    torch.testing.assert_close(tasks._distances(data), torch.tensor([20.0, 17.0, 0.0]))
+    assert tasks.by_distance(tasks.Split(data, data, {})) == 1.0
+
+
 RESULTS = {
     "device": "a machine",
     "tasks": {
-        "text": {"train": 97, "test": 400, "most_frequent": 0.5, "origin": {}},
-        "image": {"train": 97, "test": 900, "most_frequent": 0.1, "origin": {}},
+        "text": {"train": 97, "test": 400, "most_frequent": 0.5, "shortcut": None, "origin": {}},
+        "image": {"train": 97, "test": 900, "most_frequent": 0.1, "shortcut": 0.9, "origin": {}},
     },
     "rows": [
         {"task": task, "mechanism": name, "accuracy": accuracy, "steps": steps, "seconds": 2.0,
@@ -137,5 +148,6 @@ def test_the_table_has_scores_speeds_and_memory_beside_the_published_mean(experi
     ]  # fmt: skip
     assert rows["performer-relu"][:4] == ["56.0", "20.0", "38.0", "51.41"]
     assert rows["the most frequent label"][:2] == ["50.0", "10.0"]
+    assert rows["the distance of the dots alone"][:2] == ["", "90.0"]
     assert "| exact | +4.0 | +1.0 |" in text
     assert "(performer-positive) performer-positive has the highest mean" in text
