@@ -345,7 +345,7 @@ def _claims(scores: dict[str, Score], chance: dict[str, float], errors: dict[str
         name for name in ("exact", "performer-positive", "performer-relu") if name in scores
     ]
     lines = [["above the most frequent label by so many standard errors", *chance]]
-    for name in compared:
+    for name in filter(scores.__contains__, compared):
         margins = ((scores[name].accuracies[task] - chance[task]) / errors[task] for task in chance)
         lines.append([name, *(f"{margin:+.1f}" for margin in margins)])
     fast = {name: score for name, score in scores.items() if score.speed > 1 and name != "identity"}
