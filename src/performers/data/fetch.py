@@ -19,6 +19,7 @@ import json
 import shutil
 import subprocess
 import tempfile
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,12 +54,47 @@ Content = TypeVar("Content")
 
 
 @dataclass(frozen=True)
-class DebianPackage(Generic[Content]):
+class Package(ABC, Generic[Content]):
     """A package that holds data, and how to read them once it is unpacked."""
 
     name: str
     license: str
     read: Callable[[Path], Content]
+
+    @abstractmethod
+    def download(self, folder: Path) -> Path:
+        """Leave its file in this folder."""
+
+    @abstractmethod
+    def unpack(self, path: Path, folder: Path) -> str:
+        """Unpack its file into a new folder; returns its version."""
+
+
+class DebianPackage(Package[Content]):
+    """One of Debian, by its name there."""
+
+    def download(self, folder: Path) -> Path:
+        _run("apt-get", "download", self.name, cwd=str(folder))
+        return next(folder.glob("*.deb"))
+
+    def unpack(self, path: Path, folder: Path) -> str:
+        version = _run("dpkg-deb", "--field", str(path), "Version").strip()
+        _run("dpkg-deb", "--extract", str(path), str(folder))
+        return version
+
+
+class NpmPackage(Package[Content]):
+    """One of npm; the name may end in @ and a version."""
+
+    def download(self, folder: Path) -> Path:
+        _run("npm", "pack", "--silent", self.name, cwd=str(folder))
+        return next(folder.glob("*.tgz"))
+
+    def unpack(self, path: Path, folder: Path) -> str:
+        folder.mkdir()
+        _run("tar", "--extract", "--file", str(path), "--directory", str(folder))
+        described = json.loads((folder / "package" / "package.json").read_text(encoding="utf-8"))
+        return str(described["version"])
 
 
 def fetch_proteins(
@@ -126,32 +162,30 @@ def fetch_proteins(
 
 
 def read_package(
-    package: DebianPackage[Content],
+    package: Package[Content],
     path: Path | None = None,
     *,
     report: Callable[[str], None] = print,
 ) -> tuple[Content, dict[str, object]]:
-    """What a Debian package holds (from `path`, if not downloaded), and its origin."""
+    """What a package holds (from `path`, if not downloaded), and its origin."""
     origin: dict[str, object] = {"package": package.name, "license": package.license}
     if path is not None and path.is_dir():
         return package.read(path), origin
     with tempfile.TemporaryDirectory() as folder:
         if path is None:
-            report(f"downloading the Debian package {package.name}")
-            _run("apt-get", "download", package.name, cwd=folder)
-            path = next(Path(folder).glob("*.deb"))
+            report(f"downloading the package {package.name}")
+            path = package.download(Path(folder))
         elif not path.exists():
             raise FileNotFoundError(
-                f"no such package or folder: {path}. Give a .deb file of {package.name}."
+                f"no such package or folder: {path}. Give the file of {package.name}, or a folder."
             )
+        report(f"unpacking {path.name}")
+        unpacked = Path(folder, "unpacked")
         origin |= {
-            "version": _run("dpkg-deb", "--field", str(path), "Version").strip(),
+            "version": package.unpack(path, unpacked),
             "package_file": path.name,
             "package_sha256": _sha256(path),
         }
-        report(f"unpacking {path.name}")
-        unpacked = Path(folder, "unpacked")
-        _run("dpkg-deb", "--extract", str(path), str(unpacked))
         return package.read(unpacked), origin
 
 
