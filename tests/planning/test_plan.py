@@ -212,27 +212,27 @@ def test_the_peak_of_data_parallel_training_is_within_15_percent():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("is_causal", "changes"),
+    ("ranks", "length", "is_causal", "changes"),
     [
-        (False, {"attention": "performer-relu"}),
-        (True, {"attention": "performer-positive"}),
-        (True, {"attention": "performer-positive", "window_size": 61}),
+        (2, 2039, False, {"attention": "performer-relu"}),
+        (2, 2039, True, {"attention": "performer-positive"}),
+        (3, 307, True, {"attention": "performer-positive", "num_projections": 509}),
     ],
 )
-def test_the_peak_over_split_sequences_is_within_15_percent(is_causal, changes):
+def test_the_peak_over_split_sequences_is_within_15_percent(ranks, length, is_causal, changes):
     def run():
         model = built(is_causal, **changes)
         for module in model.modules():
             if isinstance(module, Favor):
                 del module.attend
-        work = workload(built(is_causal, **changes), length=2039)
+        work = workload(built(is_causal, **changes), length=length)
 
         def split(model):
             return DistributedDataParallel(parallelize(model, dist.group.WORLD))
 
-        return plan(work, "sequence", devices=2).peak, measured(split, model, work)
+        return plan(work, "sequence", ranks).peak, measured(split, model, work)
 
-    check(*on_ranks(2, run)[0])
+    check(*on_ranks(ranks, run)[0])
 
 
 def test_the_weights_are_counted_exactly():
@@ -293,9 +293,12 @@ def test_what_no_formula_is_about_is_refused_by_name(changes, words):
         plan(workload_of(load_config("demo", changes)), "data", devices=1)
 
 
-def test_only_favor_is_planned_over_split_sequences():
+def test_what_is_not_planned_over_split_sequences_is_refused_by_name():
     with pytest.raises(ValueError, match="got Exact"):
         plan(workload(built(attention="exact")), "sequence", devices=2)
+    windowed = built(attention="performer-positive", window_size=61)
+    with pytest.raises(ValueError, match="no formulas for near fields over"):
+        plan(workload(windowed), "sequence", devices=2)
     with pytest.raises(ValueError, match="sequence of 3 tokens cannot be split over 4 devices"):
         plan(workload(built(), length=3), "sequence", devices=4)
 

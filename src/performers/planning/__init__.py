@@ -1,4 +1,4 @@
-"""What a step of training needs of each device, from formulas: memory, operations, communication."""
+"""What a step of training needs of each device: memory, operations, communication."""
 
 from performers.planning.layouts import LAYOUTS, Plan, largest_batch, plan
 from performers.planning.tables import plan_words

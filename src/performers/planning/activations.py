@@ -4,9 +4,9 @@ Bytes per token of a layer of width h, with inner width f and q = heads · dim, 
 in products (2 under autocast, else 4):
 
     norm ─► attention ─► + ─► norm ─► MLP ─► +
-    4h, wh   w q         4h   wh     w·2f          4h: the residual path; 2f: of GELU input and output
+    4h, wh   w q         4h   wh     w·2f
 
-Under autocast each of the three projections makes a copy of its own of the normalized input. Norms
+4h is the residual path in float32, 2f the input and the output of GELU. Under autocast each of the three projections makes a copy of its own of the normalized input. Norms
 keep two numbers per token, dropout a byte per number. `attention` has what attention itself keeps.
 """
 

@@ -85,7 +85,10 @@ class HeadsOf:
             averages = 4 * -(-length // window) * m * d
             rows = 3 * length * (self.heads // self.key_heads + 2) * d
             heads = min(blocks.HEADS, batch * self.key_heads)
-            return min(blocks.HEADS_BYTES, heads * WIDE * (averages + rows)) + blocks.TILE_BYTES
+            whole = min(blocks.HEADS_BYTES, heads * WIDE * (averages + rows))
+            # A tile of logits and one of their gradients.
+            logits = batch * self.heads * length * (3 * window + m)
+            return whole + 2 * min(blocks.TILE_BYTES, WIDE * logits)
         if self.form == "scan":
             # Of each chunk of a segment K′, and S in two frames; of one chunk five tiles more.
             tiles = self._segment * m + self._segment // scan.CHUNK * 2 * m * (d + 1)

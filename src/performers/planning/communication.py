@@ -11,7 +11,7 @@ from performers.planning.activations import attention_of
 from performers.planning.attention import WIDE, HeadsOf
 from performers.planning.workload import Workload
 
-__all__ = ["sent_by_attention", "sent_of_parts", "sent_of_sums"]
+__all__ = ["gathered_by_attention", "sent_by_attention", "sent_of_parts", "sent_of_sums"]
 
 
 def sent_of_sums(whole: int | float, devices: int) -> int | float:
@@ -33,14 +33,17 @@ def sent_by_attention(workload: Workload, devices: int) -> int | float:
     return workload.accumulation * workload.batch * once * (1 + times) / 2
 
 
+def gathered_by_attention(workload: Workload, devices: int) -> int:
+    """Bytes of the states of all devices that one layer has at a time: causal attention gathers
+    them, and has them as they came, merged, and their gradient.
+    """
+    states = max(
+        sum(group.state for group in attention_of(workload, layer)) for layer in workload.layers
+    )
+    return WIDE * workload.batch * states * (3 * devices if workload.config.is_decoder else 2)
+
+
 def _sent_by_heads(group: HeadsOf, is_causal: bool, devices: int) -> int | float:
     """Forward and backward, of one sequence."""
-    others = devices - 1
-    window = getattr(group.mechanism, "window_size", None)
     sums = WIDE * group.state
-    near = 0 if window is None else WIDE * 4 * window * 2 * group.dim * group.key_heads
-    if is_causal:
-        return 2 * others * (sums + near)
-    if window is None:
-        return 2 * sent_of_sums(sums, devices)
-    return 2 * others * (2 * sums + near)
+    return 2 * (devices - 1) * sums if is_causal else 2 * sent_of_sums(sums, devices)

@@ -29,7 +29,12 @@ from performers.planning.activations import (
     bytes_of_layers,
 )
 from performers.planning.attention import WIDE
-from performers.planning.communication import sent_by_attention, sent_of_parts, sent_of_sums
+from performers.planning.communication import (
+    gathered_by_attention,
+    sent_by_attention,
+    sent_of_parts,
+    sent_of_sums,
+)
 from performers.planning.operations import operations_of_step
 from performers.planning.workload import OPTIMIZERS, Workload
 
@@ -58,13 +63,14 @@ class Plan:
 @dataclass(frozen=True)
 class Layout:
     """`of_device`: the step of one of N devices, from that of a run; raises ValueError for what
-    cannot be laid out so. `is_sharded`: whether weights are. `exchanged`: bytes that attention
-    sends.
+    cannot be laid out so. `is_sharded`: whether weights are. `sent`, `gathered`: bytes of states
+    that attention sends in a step, and that a layer gathers.
     """
 
     of_device: Callable[[Workload, int], Workload]
     is_sharded: bool = False
-    sent_by_attention: Callable[[Workload, int], int | float] = lambda workload, devices: 0.0
+    sent: Callable[[Workload, int], int | float] = lambda workload, devices: 0
+    gathered: Callable[[Workload, int], int] = lambda workload, devices: 0
 
 
 def _its_own(workload: Workload, devices: int) -> Workload:
@@ -85,13 +91,18 @@ def _piece(workload: Workload, devices: int) -> Workload:
                     "only FAVOR+ in all layers can attend to sequences that are split over "
                     f"devices, got {type(group.mechanism).__name__}."
                 )
+            if group.form == "near field":
+                raise ValueError(
+                    "a plan has no formulas for near fields over sequences that are split. Plan "
+                    "with model.window_size=null."
+                )
     return replace(workload, length=-(-workload.length // devices))
 
 
 LAYOUTS: dict[str, Layout] = {
     "data": Layout(_its_own),
     "sharded": Layout(_its_own, is_sharded=True),
-    "sequence": Layout(_piece, sent_by_attention=sent_by_attention),
+    "sequence": Layout(_piece, sent=sent_by_attention, gathered=gathered_by_attention),
 }
 
 
@@ -112,11 +123,8 @@ def plan(workload: Workload, layout: str, devices: int) -> Plan:
 
     weights = WIDE * _share(total, parts) + own.bytes_of_buffers
     optimizer = WIDE * remembered * _share(total, parts)
-    if row.is_sharded:
-        # What is outside of the layers stays as it was gathered, in the precision of products.
-        reserved = own.width * outside
-    else:
-        reserved = WIDE * total if devices > 1 else 0  # buckets of gradients
+    # What is outside of the layers stays as it was gathered; or buckets of gradients.
+    reserved = own.width * outside if row.is_sharded else WIDE * total * (devices > 1)
     fixed = weights + optimizer + reserved
 
     # Gradients of several passes are summed before they are shared out.
@@ -135,7 +143,8 @@ def plan(workload: Workload, layout: str, devices: int) -> Plan:
     there = gradients if waits else WIDE * _share(outside, parts)
     for number in reversed(range(len(layers))):
         size = sizes[number]
-        passing = layers[number].work + (kept[number] if own.is_checkpointed else 0)
+        passing = layers[number].work + row.gathered(own, devices)
+        passing += kept[number] if own.is_checkpointed else 0
         if row.is_sharded:
             # Its weights and those fetched for the next layer, or two copies of its gradient.
             passing += own.width * size * (2 if waits else 3)
@@ -153,7 +162,7 @@ def plan(workload: Workload, layout: str, devices: int) -> Plan:
         peak=moments[moment],
         moment=moment,
         operations=operations_of_step(own),
-        sent=_sent_weights(own, row.is_sharded, devices) + row.sent_by_attention(own, devices),
+        sent=_sent_weights(own, row.is_sharded, devices) + row.sent(own, devices),
     )
 
 

@@ -74,7 +74,5 @@ def plan_words(workload: Workload, devices: int, memory: int) -> str:
 
 
 def _bytes(size: int | float) -> str:
-    unit = max(
-        (name for name in UNITS if UNITS[name] <= max(size, 1)), key=lambda name: UNITS[name]
-    )
+    unit = [name for name in UNITS if UNITS[name] <= max(size, 1)][-1]
     return f"{size / UNITS[unit]:.4g} {unit}"
