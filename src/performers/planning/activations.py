@@ -6,8 +6,9 @@ in products (2 under autocast, else 4):
     norm ─► attention ─► + ─► norm ─► MLP ─► +
     4h, wh   w q         4h   wh     w·2f
 
-4h is the residual path in float32, 2f the input and the output of GELU. Under autocast each of the three projections makes a copy of its own of the normalized input. Norms
-keep two numbers per token, dropout a byte per number. `attention` has what attention itself keeps.
+4h is the residual path in float32, 2f the input and the output of GELU. Under autocast each of the
+three projections makes a copy of its own of the normalized input. Norms keep two numbers per token,
+dropout a byte per number. `attention` has what attention itself keeps.
 """
 
 from __future__ import annotations

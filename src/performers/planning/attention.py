@@ -91,8 +91,9 @@ class HeadsOf:
             return whole + 2 * min(blocks.TILE_BYTES, WIDE * logits)
         if self.form == "scan":
             # Of each chunk of a segment K′, and S in two frames; of one chunk five tiles more.
-            tiles = self._segment * m + self._segment // scan.CHUNK * 2 * m * (d + 1)
-            return batch * WIDE * (self.key_heads * tiles + 5 * self.heads * scan.CHUNK * m)
+            chunks = -(-min(length, self._segment) // scan.CHUNK)
+            of_keys = self.key_heads * chunks * m * (scan.CHUNK + 2 * (d + 1))
+            return batch * WIDE * (of_keys + 5 * self.heads * scan.CHUNK * m)
         # A tile of features of all heads, four that come of it, and their gradient.
         rows = min(length, kernel_tiles.CHUNK if self.form == "causal kernel" else QUERY_TILE)
         return batch * WIDE * 5 * self.heads * rows * m
