@@ -1,5 +1,6 @@
 """A run of several processes is a run of one: the same losses, also where their number changes."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -8,12 +9,17 @@ import sys
 
 import pytest
 import torch
+import torch.distributed as dist
 import yaml
+from ranks import on_ranks
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from performers.train import LostProcessError, has_finished
+from performers.train import LostProcessError, has_finished, load_config
 from performers.train.checkpoints import last_whole_checkpoint
 from performers.train.lost import naming_lost_processes
+from performers.train.redraw import RedrawFeatures
 from performers.train.shares import Shares, check_shares
+from performers.train.tasks import build_model
 
 # `performers`, of which one process kills itself with signal 9 after a step.
 KILLED = """
@@ -62,6 +68,23 @@ def test_a_lost_process_is_told_from_other_errors():
         torch.ones(2, 3) @ torch.ones(2, 3)
 
 
+def redrawn(model):
+    arguments, control = TrainingArguments("unused", use_cpu=True), TrainerControl()
+    RedrawFeatures(3).on_step_end(arguments, TrainerState(global_step=3), control, model=model)
+
+
+def test_ranks_whose_features_differ_after_a_redraw_say_so_on_every_rank(config_file):
+    config = load_config(config_file)
+
+    def run():
+        redrawn(build_model(config))  # the same
+        other = build_model(dataclasses.replace(config, seed=dist.get_rank()))
+        with pytest.raises(ValueError, match="must have the same random features after a redraw"):
+            redrawn(other)
+
+    on_ranks(2, run)
+
+
 @pytest.fixture(scope="module")
 def config(config_file):
     """72 sequences in an epoch, 12 in a step."""
@@ -92,27 +115,37 @@ def losses(folder):
     return torch.tensor([e["loss"] for e in metrics["models"][0]["history"] if "loss" in e])
 
 
-@pytest.mark.slow
-def test_a_run_of_which_one_process_is_killed_ends_on_one_two_or_three_with_the_same_losses(
-    config, tmp_path
-):
-    one, killed = tmp_path / "one", tmp_path / "killed"
-    done = started(config, 1, one)
+@pytest.fixture(scope="module")
+def whole_and_killed(config, tmp_path_factory):
+    """A run of one process, and the same of two, of which one was killed after 13 of 17 steps."""
+    folder = tmp_path_factory.mktemp("runs")
+    done = started(config, 1, folder / "whole")
     assert done.returncode == 0, done.stderr
-
-    script = tmp_path / "killed.py"
+    script = folder / "killed.py"
     script.write_text(KILLED)
-    done = started(config, 2, killed, script=[str(script)])
+    done = started(config, 2, folder / "killed", script=[str(script)])
     assert done.returncode != 0
-    assert "go on with" in done.stderr
+    return folder / "whole", folder / "killed", done.stderr
+
+
+@pytest.mark.slow
+def test_a_run_of_which_one_process_is_killed_says_how_to_go_on(whole_and_killed):
+    _, killed, words = whole_and_killed
+    assert "Every whole checkpoint is kept" in words
+    assert "go on with" in words
     assert last_whole_checkpoint(killed / "checkpoints").name == "checkpoint-10"
     assert not has_finished(killed)
 
-    for processes in (1, 2, 3):
-        folder = tmp_path / f"on{processes}"
-        shutil.copytree(killed, folder)
-        done = started(config, processes, folder, "--resume")
-        assert done.returncode == 0, done.stderr
-        torch.testing.assert_close(losses(folder), losses(one), rtol=1e-5, atol=1e-5)
-        environment = json.loads((folder / "environment.json").read_text())
-        assert environment["processes"] == processes
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [3, 1, 2])
+def test_it_ends_on_another_number_of_processes_with_the_losses_of_one(
+    whole_and_killed, config, tmp_path, processes
+):
+    whole, killed, _ = whole_and_killed
+    folder = shutil.copytree(killed, tmp_path / "resumed")
+    done = started(config, processes, folder, "--resume")
+    assert done.returncode == 0, done.stderr
+    torch.testing.assert_close(losses(folder), losses(whole), rtol=1e-5, atol=1e-5)
+    environment = json.loads((folder / "environment.json").read_text())
+    assert environment["processes"] == processes
