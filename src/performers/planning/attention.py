@@ -82,6 +82,7 @@ class HeadsOf:
             return 0
         if self.form == "near field":
             window = self.mechanism.window_size
+            assert isinstance(window, int), "a near field has blocks of a size"
             averages = 4 * -(-length // window) * m * d
             rows = 3 * length * (self.heads // self.key_heads + 2) * d
             heads = min(blocks.HEADS, batch * self.key_heads)

@@ -44,7 +44,9 @@ class RedrawFeatures(TrainerCallback):
             assert model is not None, "the Trainer hands its model to callbacks"
             model.redraw_features()
             if dist.is_available() and dist.is_initialized():
-                agree(dist.group.WORLD, partial(_drawn, model))
+                group = dist.group.WORLD
+                assert group is not None, "there is one once it is initialized"
+                agree(group, partial(_drawn, model))
 
 
 def _drawn(model: PerformerPreTrainedModel) -> tuple[Mapping[str, object], int]:
