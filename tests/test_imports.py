@@ -22,7 +22,7 @@ DOOR = "__init__"
 # each other.
 LAYERS = (
     {"cli"},
-    {"reproduction"},
+    {"reproduction", "planning"},
     {"speed"},
     {"train", "viz"},
     {"distributed"},
@@ -54,7 +54,7 @@ CORE_MAY_IMPORT = {*sys.stdlib_module_names, "torch", "jaxtyping"}
 
 # Packages that only these parts of ours may import.
 RESERVED = {
-    "transformers": {"models", "convert", "train"},
+    "transformers": {"models", "convert", "train", "planning"},
     "matplotlib": {"viz"},
     "typer": {"cli"},
     "Bio": {"data"},

@@ -19,6 +19,7 @@ from performers.cli.fill import fill
 from performers.cli.generate import generate
 from performers.cli.import_checkpoint import import_checkpoint
 from performers.cli.info import info
+from performers.cli.plan import plan
 from performers.cli.proteins import proteins
 from performers.cli.report import report
 from performers.cli.reproduce import reproduce
@@ -28,6 +29,7 @@ __all__ = ["COMMANDS", "app", "main"]
 
 # By the words that call them, in the order of the help: a new command is a file and a row.
 COMMANDS: dict[str, Callable[..., None]] = {
+    "plan": plan,
     "train": train,
     "evaluate": evaluate,
     "generate": generate,

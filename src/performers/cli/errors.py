@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -33,10 +34,15 @@ def one_line_errors(kinds: tuple[type[Exception], ...] = MISTAKES) -> Iterator[N
 
 @contextmanager
 def saying_how_to_resume(command: Sequence[str]) -> Iterator[None]:
-    """If the user interrupts the work, say what resumes it: this command with --resume."""
+    """If the user interrupts the work, or a system asks it to end (SIGTERM, which schedulers send,
+    and torchrun when another process has ended), say what resumes it: this command with --resume.
+    """
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
     except KeyboardInterrupt:
         again = shlex.join([*command, "--resume"])
         typer.echo(f"\nInterrupted. Every whole checkpoint is kept; go on with: {again}", err=True)
         raise typer.Exit(130) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)

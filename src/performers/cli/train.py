@@ -50,6 +50,7 @@ def train(
         torchrun --nproc-per-node 2 -m performers.cli train demo --output runs/two
     """
     from performers.train import (
+        LostProcessError,
         Run,
         UnsavedError,
         has_finished,
@@ -66,8 +67,9 @@ def train(
                 return
             resume = True
         run = Run.prepare(load_config(config, overrides or []), folder, resume=resume)
+    expected = (FloatingPointError, UnsavedError, LostProcessError)
     again = ["performers", "train", config, *(overrides or []), "--output", str(folder)]
-    with one_line_errors((FloatingPointError, UnsavedError)), saying_how_to_resume(again):
+    with one_line_errors(expected), saying_how_to_resume(again):
         metrics = run.train()
     if metrics is None:  # another rank writes the report
         return

@@ -10,6 +10,7 @@ from performers.train.embed import Embedding
 from performers.train.evaluate import Evaluation
 from performers.train.fill import Filling
 from performers.train.generate import Generation
+from performers.train.lost import LostProcessError
 from performers.train.run import Run, has_finished, holds_run
 from performers.train.tables import results_table, scores_table
 
@@ -21,6 +22,7 @@ __all__ = [
     "Evaluation",
     "Filling",
     "Generation",
+    "LostProcessError",
     "Run",
     "RunConfig",
     "UnsavedError",

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
+import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from performers.distributed.agreement import agree
+from performers.functional.fingerprint import fingerprint
 from performers.models import PerformerPreTrainedModel
 
 __all__ = ["RedrawFeatures"]
@@ -16,7 +21,8 @@ class RedrawFeatures(TrainerCallback):
 
     ω and the number of redraws are buffers, so a checkpoint saved at such a step holds the new ω,
     and a run resumed from it continues with the same draws. ω is a function of (seed, layer, number
-    of redraws), so all ranks draw the same.
+    of redraws), so all ranks draw the same. They compare what they have drawn, and raise ValueError
+    on every rank if it differs.
 
     Source: Choromanski et al. 2021, Section 4.3 and Appendix A.6 ("redrawing").
     """
@@ -37,3 +43,13 @@ class RedrawFeatures(TrainerCallback):
         if state.global_step % self.every == 0:
             assert model is not None, "the Trainer hands its model to callbacks"
             model.redraw_features()
+            if dist.is_available() and dist.is_initialized():
+                group = dist.group.WORLD
+                assert group is not None, "there is one once it is initialized"
+                agree(group, partial(_drawn, model))
+
+
+def _drawn(model: PerformerPreTrainedModel) -> tuple[Mapping[str, object], int]:
+    """A number for the bits of each buffer: ω, and how often it was redrawn."""
+    numbers = {name: fingerprint("bits", (x.float(),)) for name, x in model.named_buffers()}
+    return {"random features after a redraw": numbers}, 0

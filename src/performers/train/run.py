@@ -45,7 +45,9 @@ from performers.train.checkpoints import (
 )
 from performers.train.config import RunConfig, read_yaml
 from performers.train.folders import check_place, claim, holds_nothing, release
+from performers.train.lost import naming_lost_processes
 from performers.train.options import check_arguments
+from performers.train.shares import SHARED_OUT, Shares, check_shares
 from performers.train.tasks import TASKS, build_model, model_config
 from performers.train.trainer import TokenTrainer, train_to_the_end, training_arguments
 
@@ -98,7 +100,6 @@ class Run:
         check_arguments(arguments)
         _check_folder(config, folder, resume)
         environment = _environment(arguments)
-        _check_processes(folder, environment)
         for name, one in configs.items():
             place = _place(folder, config, name)
             if (place / "result.json").exists():
@@ -109,6 +110,7 @@ class Run:
                 with torch.device("meta"):
                     check_weights(checkpoint, build_model(one))
         data = load_proteins(**vars(config.data), seed=config.seed)
+        _check_shares(config, folder, environment, len(data.train))
         # Asking for the device starts the process group of torchrun. The barrier then makes every
         # rank look at the folder before any rank writes into it.
         device = arguments.device
@@ -128,12 +130,15 @@ class Run:
         interruption at any moment, a run prepared with `resume=True` continues from the last whole
         checkpoint and ends with the same numbers. A run of `max_seconds` ends after the same time
         of training instead.
+
+        Raises LostProcessError where another process has ended.
         """
         self._warm_up()
-        models = [
-            self._train_model(one, _place(self.folder, self.config, name))
-            for name, one in _configs(self.config).items()
-        ]
+        with naming_lost_processes():
+            models = [
+                self._train_model(one, _place(self.folder, self.config, name))
+                for name, one in _configs(self.config).items()
+            ]
         if not self.is_main_process:
             return None
         metrics = {
@@ -275,7 +280,8 @@ def _check_folder(config: RunConfig, folder: Path, resume: bool) -> None:
         )
     saved = _flat(written)
     given = _flat(yaml.safe_load(config.to_yaml()))
-    for key in sorted(saved.keys() | given.keys()):
+    shared_out = {f"trainer.{key}" for key in SHARED_OUT}  # `_check_shares` is about these
+    for key in sorted((saved.keys() | given.keys()) - shared_out):
         if saved.get(key) != given.get(key):
             raise ValueError(
                 f"the run in {folder} does not match the config: {key} was "
@@ -292,23 +298,21 @@ def _environment(arguments: TrainingArguments) -> dict[str, Any]:
     }
 
 
-def _check_processes(folder: Path, environment: Mapping[str, Any]) -> None:
-    """Refuse to go on with other batches: each process takes its own, of a size that is fixed.
-
-    Dropout and the order of the sums would be others too where the batches are cut to fit.
-    """
+def _check_shares(
+    config: RunConfig, folder: Path, environment: Mapping[str, Any], sequences: int
+) -> None:
+    """Refuse to go on by as many processes that the run would end with other numbers."""
     path = folder / "environment.json"
     if not path.exists():
         return
     saved = read_json(path, "Delete it if the run is gone on with by as many processes as before.")
-    for name in ("processes", "devices_per_process"):
-        if saved.get(name, environment[name]) != environment[name]:
-            raise ValueError(
-                f"the run in {folder} must be gone on with on as many {name.replace('_', ' ')} as "
-                f"it was started on: it was {saved[name]} and is {environment[name]}, and a step "
-                "would be of another number of sequences. Start torchrun with the same "
-                "--nproc-per-node, or choose another folder with --output."
-            )
+    before = read_yaml(folder / "config.yaml")["trainer"]
+    draws = {
+        "model.hidden_dropout_prob": model_config(config).hidden_dropout_prob,
+        "trainer.neftune_noise_alpha": config.trainer.get("neftune_noise_alpha") or 0.0,
+    }
+    now = Shares.of(config.trainer, environment)
+    check_shares(Shares.of(before, saved), now, draws, sequences)
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
