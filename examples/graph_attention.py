@@ -41,8 +41,8 @@ class Settings:
     heads: int = 4
     num_projections: int = 64
     walk: int = 10
-    steps: int = 60
-    seeds: int = 20
+    steps: int = 30
+    seeds: int = 10
 
 
 FULL = Settings()

@@ -38,7 +38,7 @@ NAMES = {"python", "torch", "pytorch", "transformers", "huggingface"}
 class Settings:
     width: int = 48
     num_projections: int = 64
-    files: int = 120
+    files: int = 48
     sentences: int = 12
     words: int = 24
     vocabulary: int = 3000

@@ -31,7 +31,7 @@ from performers import SoftmaxFeatures, favor_attention
 
 @dataclass(frozen=True)
 class Settings:
-    generations: int = 80
+    generations: int = 50
     pairs: int = 16
     games: int = 16
     held_out: int = 500

@@ -41,7 +41,7 @@ class Settings:
 
 
 FULL = Settings()
-SMALL = Settings(num_points=4, width=32, num_projections=32, steps=150, batch=32, held_out=100)
+SMALL = Settings(num_points=4, width=32, num_projections=32, steps=10, batch=32, held_out=50)
 
 
 def sorting(points: Tensor) -> Tensor:

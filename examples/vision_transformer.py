@@ -33,7 +33,7 @@ class Settings:
     layers: int = 2
     heads: int = 4
     num_projections: int = 64
-    epochs: int = 12
+    epochs: int = 6
     further_epochs: int = 2
     digits: int = 1797
 
