@@ -5,8 +5,7 @@ to Performers: new features from time to time, so that weights do not get used t
 a call, `model.redraw_features()`, which a callback makes; the number of redraws is saved with the
 weights.
 
-The model reads proteins of the sample from left to right. The figures are its loss on held-out
-ones, and that of knowing no more than how often each amino acid occurs.
+The model reads proteins of the sample from left to right. The figure is its loss on held-out ones.
 
 It needs `pip install lightning` beside performers[hf].
 

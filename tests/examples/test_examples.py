@@ -15,7 +15,7 @@ from performers.records import with_block
 FOLDER = Path(__file__).parents[2] / "examples"
 EXAMPLES = sorted(path for path in FOLDER.glob("*.py") if path.stem != "measured")
 # What an example needs beside this package's own extras.
-NEEDED = {"timm_model": "timm", "lightning_loop": "lightning", "sweep": "optuna"}
+NEEDED = {"lightning_loop": "lightning", "sweep": "optuna"}
 
 
 def loaded(name):
