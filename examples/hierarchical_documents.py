@@ -11,6 +11,12 @@ the versions that are installed. "Most frequent" always names the most frequent 
 
 Source: Yang et al. 2016, "Hierarchical Attention Networks for Document Classification";
 Choromanski et al. 2021, Section 6.
+
+Measured in 22 s of CPU time on AMD EPYC, 1 thread(s), torch 2.13.0+cpu:
+
+    accuracy: 59.1% of 137 documents
+    untrained: 27.0%
+    most frequent: 23.4%
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 An example is a file of this folder with a function `run` and two sets of its settings. The last
 paragraph of its docstring, from "Measured" on, is what `python examples/NAME.py --write` measured;
-README.md has the same figures in its table.
+README.md lists the same figures.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from performers.records import describe_environment, markdown_table, write_block
+from performers.records import describe_environment, write_block
 
 FOLDER = Path(__file__).parent
 README = FOLDER / "README.md"
@@ -54,7 +54,7 @@ def command(file: str, run: Callable[[Any], Figures], full: Any, small: Any) -> 
     seconds = time.process_time() - start
     if is_written:
         path.write_text(with_figures(path.read_text("utf-8"), figures, seconds), "utf-8")
-        write_block(README, BLOCK, table())
+        write_block(README, BLOCK, listing())
     for name, figure in figures.items():
         print(f"{name}: {figure}")
 
@@ -87,12 +87,12 @@ def with_figures(source: str, figures: Figures, seconds: float) -> str:
     return f'{source[: end.start()]}{text}"""\n{source[end.end() :]}'
 
 
-def table() -> str:
+def listing() -> str:
     """Every example, what it shows, and its figures, as README.md has them."""
-    rows = [["example", "what it shows", "measured"]]
+    lines = []
     for path in sorted(FOLDER.glob("*.py")):
         if path != Path(__file__):
             shown = described(path).split("\n\n")[0].replace("\n", " ")
-            figures = "; ".join(f"{name}: {figure}" for name, figure in figures_of(path).items())
-            rows.append([f"[{path.name}]({path.name})", shown, figures])
-    return markdown_table(rows)
+            lines.append(f"- [{path.name}]({path.name}): {shown}")
+            lines += [f"  - {name}: {figure}" for name, figure in figures_of(path).items()]
+    return "\n".join(lines)

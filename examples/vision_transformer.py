@@ -12,6 +12,14 @@ more of the exact model. At 65 tokens FAVOR+ saves nothing. What an image of mor
 save is in benchmarks/.
 
 Source: Dosovitskiy et al. 2021, "An Image is Worth 16x16 Words"; Choromanski et al. 2021.
+
+Measured in 38 s of CPU time on AMD EPYC, 1 thread(s), torch 2.13.0+cpu:
+
+    untrained: 10.2%
+    exact: 40.3%
+    swapped: 9.6%
+    swapped, trained further: 42.1%
+    exact, trained further: 53.2%
 """
 
 from __future__ import annotations

@@ -50,9 +50,9 @@ def test_the_help_of_an_example_is_its_docstring(path, monkeypatch, capsys):
     assert measured.described(path) in capsys.readouterr().out
 
 
-def test_the_table_of_examples_is_what_their_docstrings_say():
+def test_the_list_of_examples_is_what_their_docstrings_say():
     document = measured.README.read_text("utf-8")
-    assert with_block(document, measured.BLOCK, measured.table()) == document
+    assert with_block(document, measured.BLOCK, measured.listing()) == document
 
 
 def test_figures_replace_the_figures_before_and_nothing_else(tmp_path):
@@ -65,6 +65,7 @@ def test_figures_replace_the_figures_before_and_nothing_else(tmp_path):
         assert measured.figures_of(path) == figures
         assert measured.described(path).startswith("Shows.\n\nSays more.\n\nMeasured in ")
         assert written.endswith('"""\n\ncode = """ """\n')
+        assert written.count("Measured in ") == 1
 
 
 def test_only_the_settings_of_the_file_are_written(monkeypatch, capsys):
