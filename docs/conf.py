@@ -16,7 +16,8 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.viewcode", "sphin
 source_suffix = {".md": "markdown"}
 root_doc = "docs/index"
 include_patterns = [
-    "docs/**", "experiments/*/README.md", "*.md", "benchmarks/NOTES.md", "tests/MUTANTS.md",
+    "docs/**", "experiments/*/README.md", "examples/README.md", "*.md", "benchmarks/NOTES.md",
+    "tests/MUTANTS.md",
 ]  # fmt: skip
 myst_heading_anchors = 4
 

@@ -20,7 +20,7 @@ def too_long(root):
     """The files under `root`, by their paths in it, that are no kernels and too long."""
     return [
         name
-        for folder in ("src", "experiments", "benchmarks", "docs", "tools")
+        for folder in ("src", "experiments", "examples", "benchmarks", "docs", "tools")
         for path in sorted((root / folder).rglob("*.py"))
         if not (name := path.relative_to(root).as_posix()).startswith(KERNELS)
         and len(path.read_text(encoding="utf-8").splitlines()) > MOST_LINES

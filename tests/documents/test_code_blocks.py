@@ -17,7 +17,9 @@ from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
 ROOT = Path(__file__).parents[2]
-DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/**/*.md"))]
+DOCUMENTS = [
+    path for name in ("*.md", "docs/**/*.md", "examples/*.md") for path in sorted(ROOT.glob(name))
+]
 REPOSITORY_PATH = re.compile(r"(\.ci|benchmarks|docs|examples|experiments|src|tests)/[\w./-]+")
 SETTING = re.compile(r"\w+=\S*")  # as in OMP_NUM_THREADS=1 make test
 SHELL_OPERATORS = {"&&", "||", ";", "|", "&", ">"}
