@@ -12,14 +12,22 @@ project = "performers"
 author = "the performers authors"
 release = version = __version__
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.viewcode", "sphinx_copybutton"]
-source_suffix = {".md": "markdown"}
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.viewcode", "sphinx_copybutton"]
+source_suffix = {".md": "myst-nb"}
 root_doc = "docs/index"
 include_patterns = [
     "docs/**", "experiments/*/README.md", "examples/README.md", "*.md", "benchmarks/NOTES.md",
     "tests/MUTANTS.md",
 ]  # fmt: skip
 myst_heading_anchors = 4
+
+# The tutorials are notebooks, which run when the site is built and fail it where they fail.
+nb_execution_mode = "force"
+nb_execution_in_temp = True
+nb_execution_raise_on_error = True
+nb_execution_timeout = 180  # seconds for a cell
+nb_output_stderr = "remove"  # progress bars
+nb_merge_streams = True
 
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True

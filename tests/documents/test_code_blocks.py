@@ -1,6 +1,7 @@
 """What the documents show is true: Python runs, commands exist, links lead somewhere.
 
 A block that cannot run here (it needs a download, or hours) comes after `<!-- not run: reason -->`.
+The tutorials are notebooks, which `make docs` runs too.
 """
 
 import os
@@ -10,17 +11,23 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import patch
 from urllib.parse import unquote, urlsplit
 
 import pytest
+from _pytest.mark import ParameterSet
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
+
+from performers.kernels import KERNELS
+from performers.models import MECHANISMS
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [
     path for name in ("*.md", "docs/**/*.md", "examples/*.md") for path in sorted(ROOT.glob(name))
 ]
 REPOSITORY_PATH = re.compile(r"(\.ci|benchmarks|docs|examples|experiments|src|tests)/[\w./-]+")
+CELL = "{code-cell} python"  # of a notebook
 SETTING = re.compile(r"\w+=\S*")  # as in OMP_NUM_THREADS=1 make test
 SHELL_OPERATORS = {"&&", "||", ";", "|", "&", ">"}
 NOT_RUN = re.compile(r"<!--\s*not run: \S.*-->", re.DOTALL)
@@ -38,13 +45,19 @@ def tokens(document: Path) -> list[Token]:
 
 
 def python_blocks(document: Path) -> Iterator[Token]:
-    """The blocks marked python, less those that say why they are not run."""
+    """The blocks marked python and the cells, less those that say why they are not run."""
     before = None
     for token in tokens(document):
         excused = before is not None and NOT_RUN.search(before.content)
-        if token.type == "fence" and token.info.strip() == "python" and not excused:
+        if token.type == "fence" and token.info.strip() in {"python", CELL} and not excused:
             yield token
         before = token
+
+
+def marked(document: Path) -> ParameterSet:
+    """A document as a parameter. Notebooks take longer than other documents."""
+    is_notebook = any(token.info.strip() == CELL for token in tokens(document))
+    return pytest.param(document, marks=pytest.mark.slow if is_notebook else ())
 
 
 def commands(document: Path) -> Iterator[list[str]]:
@@ -75,14 +88,15 @@ def test_there_are_documents():
     assert ROOT / "DESIGN.md" in DOCUMENTS
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("document", [*map(marked, DOCUMENTS)], ids=lambda path: path.name)
 def test_python_blocks_run_in_order(document, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     namespace = {"__name__": "__main__"}
-    for block in python_blocks(document):
-        # Blank lines in front give a traceback the line numbers of the document.
-        source = "\n" * (block.map[0] + 1) + block.content
-        exec(compile(source, str(document), "exec"), namespace)
+    with patch.dict(KERNELS), patch.dict(MECHANISMS):  # rows that a document adds are its own
+        for block in python_blocks(document):
+            # Blank lines in front give a traceback the line numbers of the document.
+            source = "\n" * (block.map[0] + 1) + block.content
+            exec(compile(source, str(document), "exec"), namespace)
 
 
 @pytest.mark.parametrize("arguments", all_commands("make"), ids=" ".join)

@@ -10,7 +10,15 @@ from multiprocessing import get_context
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    PrinterCallback,
+    ProgressCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers import trainer as transformers_trainer
 
 from performers.data.masking import NOT_SCORED, MaskedCollator
 from performers.data.vocabulary import MASK_TOKEN_ID
@@ -18,7 +26,7 @@ from performers.train import Run, UnsavedError, has_finished, load_config
 from performers.train.checkpoints import SealCheckpoints, is_whole, last_whole_checkpoint
 from performers.train.redraw import RedrawFeatures
 from performers.train.tasks import build_model
-from performers.train.trainer import SetMaskingEpoch, TokenTrainer
+from performers.train.trainer import ProgressLine, SetMaskingEpoch, TokenTrainer
 
 
 def train_until_killed(moment, step, config_file, folder):
@@ -137,6 +145,25 @@ def test_the_models_of_a_run_start_from_the_same_weights(config_file):
     exact = build_model(config.with_attention("exact")).state_dict()
     assert exact.keys() <= performer.keys()
     assert all(torch.equal(performer[name], weight) for name, weight in exact.items())
+
+
+def test_a_run_shows_one_line_of_progress_in_a_notebook_too(config_file, tmp_path, monkeypatch):
+    """There the Trainer's own callback is another one, which draws a table."""
+
+    class Table(TrainerCallback):
+        pass
+
+    monkeypatch.setattr(transformers_trainer, "DEFAULT_PROGRESS_CALLBACK", Table)
+    config = load_config(config_file, ["trainer.disable_tqdm=false"])
+    run = Run.prepare(config, tmp_path / "run")
+    model = build_model(config)
+    trainer = TokenTrainer(config, tmp_path / "run", model, run.data.train, run.data.valid)
+    shown = [
+        type(callback)
+        for callback in trainer.callback_handler.callbacks
+        if isinstance(callback, Table | ProgressCallback | PrinterCallback)
+    ]
+    assert shown == [ProgressLine]
 
 
 def test_masks_change_with_the_epoch_and_not_between_evaluations(config_file, tmp_path):

@@ -25,8 +25,6 @@ from transformers import (
     DataCollatorForLanguageModeling,
     PreTrainedConfig,
     PreTrainedModel,
-    PrinterCallback,
-    ProgressCallback,
     Trainer,
     TrainerCallback,
     TrainerControl,
@@ -55,7 +53,7 @@ from performers.train.checkpoints import (
     write_atomically,
 )
 from performers.train.clock import TrainingClock
-from performers.train.trainer import ProgressLine, StopWhenDiverged
+from performers.train.trainer import ProgressLine, StopWhenDiverged, show_progress
 
 __all__ = ["FineTuningTask", "fine_tune", "fine_tuning_task"]
 
@@ -236,9 +234,7 @@ def fine_tune(
         ],
     )
     trainer.task, trainer.teacher = task, teacher
-    trainer.remove_callback(PrinterCallback)
-    trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(ProgressLine("recovery"))
+    show_progress(trainer, ProgressLine("recovery"))
     done = 0 if checkpoint is None else steps_of(checkpoint)[0]
     if checkpoint is None:
         best.start(trained)

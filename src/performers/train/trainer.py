@@ -23,6 +23,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers import trainer as transformers_trainer
 from transformers.integrations import TensorBoardCallback
 from transformers.utils.logging import disable_progress_bar
 
@@ -42,7 +43,13 @@ from performers.train.metrics import TokenMetrics, score_tokens
 from performers.train.redraw import RedrawFeatures
 from performers.train.tasks import TASKS, Model, Task
 
-__all__ = ["TokenTrainer", "train_to_the_end", "training_arguments", "without_needless_mask"]
+__all__ = [
+    "TokenTrainer",
+    "show_progress",
+    "train_to_the_end",
+    "training_arguments",
+    "without_needless_mask",
+]
 
 
 def training_arguments(config: RunConfig, folder: Path) -> TrainingArguments:
@@ -128,10 +135,7 @@ class TokenTrainer(Trainer):
         self.peak_memory: int | None = None
         # This collator stays at epoch 0, so that every evaluation scores the same positions.
         self.evaluation_collator = task.evaluation_collator(config.seed)
-        self.remove_callback(PrinterCallback)
-        if not self.args.disable_tqdm:
-            self.remove_callback(ProgressCallback)
-            self.add_callback(ProgressLine(config.attention, self.clock))
+        show_progress(self, ProgressLine(config.attention, self.clock))
         if self.is_world_process_zero():
             events = TensorBoardCallback()
             events.logging_dir = str(folder / "tensorboard")
@@ -266,6 +270,17 @@ class StopWhenDiverged(TrainerCallback):
             raise FloatingPointError(
                 f"training diverged: the loss is {loss} at step {state.global_step}. {self.remedy}"
             )
+
+
+def show_progress(trainer: Trainer, line: ProgressLine) -> None:
+    """Put a line in the place of what a Trainer shows by itself; nothing under `disable_tqdm`.
+
+    What it shows by itself is another callback in a notebook, which makes a table.
+    """
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(transformers_trainer.DEFAULT_PROGRESS_CALLBACK)
+    if not trainer.args.disable_tqdm:
+        trainer.add_callback(line)
 
 
 SHOWN = {"loss": "loss", "eval_loss": "valid loss", "eval_accuracy": "valid accuracy"}
