@@ -21,7 +21,9 @@ MONO_FONTS = ["ui-monospace", "monospace"]
 
 STYLE = """
 .progress { display: block; margin: 0.5em 0 }
-.progress progress { display: block; width: 100% }
+.progress progress { display: block; width: 100%; height: 0.75em; accent-color: #1d4ed8 }
+.picture { overflow-x: auto }
+.picture img { width: 100%; min-width: 44em; height: auto }
 .written { font-family: ui-monospace, monospace; overflow-wrap: anywhere }
 """
 
@@ -67,8 +69,10 @@ def build(subject: Subject, runs: Path) -> Any:
     return page
 
 
-def serve(page: Any, host: str, port: int, opens_browser: bool = False) -> str:
+def serve(page: Any, host: str, port: int | None, opens_browser: bool = False) -> str:
     """Begin to show the page, and return its address. `page.block_thread()` waits for Ctrl-C.
+
+    `port`: None takes a free one.
 
     Raises OSError where the port is taken.
     """

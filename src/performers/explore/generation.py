@@ -135,8 +135,8 @@ def shown(
 
     for count, written in enumerate(write(subject, prompt, length, temperature, seed), 1):
         tokens.append(written.read)
-        sizes["this model"].append(written.remembered)
-        sizes["keys and values"].append(written.exact)
+        sizes["this model"].append(float(written.remembered))
+        sizes["keys and values"].append(float(written.exact))
         new = html.escape(subject.vocabulary.separator.join(written.words))
         text = f'<p class="written">{html.escape(prompt)}<b>{new}</b></p>'
         if count % TOKENS_PER_PICTURE == 1:

@@ -25,10 +25,13 @@ def picture(words: str, figure: Callable[..., Figure], *arguments: Any) -> str:
     """What this function draws of these arguments as an image in a page, described in words."""
     with _drawing:
         source = data_url(figure(*arguments))
-    return f'<img src="{source}" alt="{html.escape(words)}" style="width: 100%; height: auto">'
+    # On a narrow screen the picture keeps its size and is scrolled, by keys too.
+    return (
+        f'<div class="picture" tabindex="0"><img src="{source}" alt="{html.escape(words)}"></div>'
+    )
 
 
-def progress(done: float, of: float, what: str) -> str:
+def progress(done: int | float, of: int | float, what: str) -> str:
     """A bar, and what it counts."""
     share = min(max(done / of, 0.0), 1.0)
     label = html.escape(what)

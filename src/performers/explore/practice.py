@@ -40,7 +40,9 @@ def train(subject: Subject, seconds: float) -> Iterator[str]:
             subject.forget()
         elapsed = time.perf_counter() - began
         bits = loss.item() / math.log(2)
-        words = f"step {step}, {elapsed:.0f} s: {bits:.2f} bits per residue ({guessed:.2f} by guessing)"
+        words = (
+            f"step {step}, {elapsed:.0f} s: {bits:.2f} bits per residue ({guessed:.2f} by guessing)"
+        )
         yield progress(elapsed, seconds, words)
         if elapsed >= seconds:
             return

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from performers.convert import FavorOptions, capture_attention, converted_layers, load_linearized
+from performers.convert import capture_attention, converted_layers, load_linearized
 from performers.convert.options import FAVOR
 from performers.convert.source import check_source_weights, source_config, source_tokenizer
-from performers.data.proteins import find_protein
+from performers.data.proteins import read_proteins
 from performers.data.tokens import frame_tokens
 from performers.data.vocabulary import BOS_TOKEN_ID, EOS_TOKEN_ID, TOKENS, VOCAB_SIZE, encode
 from performers.diagnosis.captured import Captured
@@ -96,14 +96,15 @@ class Vocabulary:
     def of_proteins(cls) -> Vocabulary:
         """The vocabulary of the amino acids."""
         first = torch.tensor([BOS_TOKEN_ID])
+        sample = {protein.identifier.split("|")[1]: protein for protein in read_proteins()[0]}
         return cls(
             encode=lambda text: frame_tokens(encode(_letters(text))),
             begin=lambda text: torch.cat([first, encode(_letters(text))]),
             token=lambda token: TOKENS[token],
             end=EOS_TOKEN_ID,
             never=tuple(x for x in range(4) if x != EOS_TOKEN_ID),
-            example=find_protein(ACCESSION).sequence,
-            long_example=find_protein(LONG_ACCESSION).sequence,
+            example=sample[ACCESSION].sequence,
+            long_example=sample[LONG_ACCESSION].sequence,
             prompt="MKTAYIAK",
             separator="",
         )
@@ -287,9 +288,7 @@ def load_subject(source: str | Path) -> Subject:
     if isinstance(config, PerformerConfig):
         model = load_model(folder)[0]
         if config.vocab_size != VOCAB_SIZE:
-            return Subject(
-                model, Vocabulary.of_tokenizer(source_tokenizer(folder)), str(source)
-            )
+            return Subject(model, Vocabulary.of_tokenizer(source_tokenizer(folder)), str(source))
         return Subject(model, Vocabulary.of_proteins(), str(source))
     if config.is_encoder_decoder:
         raise ValueError(

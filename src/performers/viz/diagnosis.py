@@ -48,9 +48,7 @@ def diagnosis_figure(layers: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> F
         return figure
 
 
-def frontier_figure(
-    frontier: Mapping[str, Any], chosen: Mapping[str, Any] | None = None
-) -> Figure:
+def frontier_figure(frontier: Mapping[str, Any], chosen: Mapping[str, Any] | None = None) -> Figure:
     """The error of every setting against its counted operations, as multiples of exact attention's.
 
     `frontier`: a `Frontier` as a dict. Settings of one near field share a line; those on the

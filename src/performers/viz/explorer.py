@@ -34,7 +34,9 @@ def matrices_figure(
     view = slice(first, last + 1)
     length = len(exact)
     share = np.arange(1, length + 1)[:, None] if is_causal else np.full((length, 1), length)
-    hidden = np.triu(np.ones((length, length), bool), 1) if is_causal else np.zeros_like(exact, bool)
+    hidden = (
+        np.triu(np.ones((length, length), bool), 1) if is_causal else np.zeros_like(exact, bool)
+    )
     ratio = LogNorm(vmin=1 / LARGEST_RATIO, vmax=LARGEST_RATIO, clip=True)
     # Positions are counted from 1, as residues are.
     extent = (first + 0.5, last + 1.5, last + 1.5, first + 0.5)
@@ -53,9 +55,7 @@ def matrices_figure(
         ticks = [1 / LARGEST_RATIO, 1 / 4, 1, 4, LARGEST_RATIO]
         bar.set_ticks(ticks, labels=["≤ 1/16", "1/4", "1", "4", "≥ 16"])
         shown = np.ma.masked_where(hidden, difference)[view, view]
-        image = panels[2].imshow(
-            shown, cmap="PuOr_r", vmin=-largest, vmax=largest, extent=extent
-        )
+        image = panels[2].imshow(shown, cmap="PuOr_r", vmin=-largest, vmax=largest, extent=extent)
         panels[2].set_title("implied − exact")
         figure.colorbar(image, ax=panels[2], shrink=0.8, label="weight")
         for axes in panels:
@@ -83,7 +83,15 @@ def row_figure(
     with style.context(STYLE):
         figure = Figure(figsize=(12.6, 2.9), layout="constrained")
         axes = figure.subplots()
-        axes.bar(where + 1, implied[view], color=COLORS[0], alpha=0.6, label="implied by the layer")
+        edges = np.append(where + 0.5, last + 1.5)
+        axes.stairs(
+            implied[view],
+            edges,
+            fill=True,
+            color=COLORS[0],
+            alpha=0.6,
+            label="implied by the layer",
+        )
         axes.step(where + 1, exact[view], where="mid", color=COLORS[1], label="exact softmax")
         if first <= picked <= last:
             axes.axvline(picked + 1, color="black", linewidth=0.8, linestyle=":")
@@ -156,7 +164,7 @@ def memory_figure(tokens: Sequence[int], sizes: Mapping[str, Sequence[float]]) -
         axes = figure.subplots()
         colors: Sequence[Any] = (COLORS[0], BASELINE_COLOR)
         for color, (name, of) in zip(colors, sizes.items(), strict=True):
-            axes.plot(tokens, np.asarray(of) / 1024, color=color, marker="o", markersize=2, label=name)
+            axes.plot(tokens, np.asarray(of) / 1024, color=color, label=name)
         axes.set_ylim(bottom=0)
         axes.set_xlabel("tokens read and written")
         axes.set_title("Kilobytes that the model remembers")
