@@ -156,7 +156,7 @@ class TestRefusals:
             performer("exact").layers("MK1")
 
     def test_a_folder_that_is_not_there_is_named(self, tmp_path):
-        with pytest.raises(FileNotFoundError, match="there is no folder .*nowhere"):
+        with pytest.raises(FileNotFoundError, match=r"there is no folder .*nowhere"):
             load_subject(tmp_path / "nowhere")
 
     def test_a_model_of_another_vocabulary_needs_its_tokenizer(self, tmp_path):

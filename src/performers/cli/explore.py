@@ -1,4 +1,4 @@
-"""`performers explore`: a local page to look at attention, estimates, costs, runs and generation."""
+"""`performers explore`: a local page to look at attention, estimates, costs, runs, generation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The explorer: a local page on which one looks at attention, estimates, costs, runs and generation.
+"""The explorer: a local page to look at attention, estimates, costs, runs and generation.
 
 A tab is a file. What it shows comes from `diagnosis`, `theory`, `functional` and the models, and is
 drawn by `viz`; a tab asks, and shows. Gradio is imported when the page is built, not before.

@@ -1,4 +1,4 @@
-"""The tab of attention: the matrix that a layer implies, beside the exact one, and a row of both."""
+"""The tab of attention: the matrix that a layer implies beside the exact one, and a row of both."""
 
 from __future__ import annotations
 

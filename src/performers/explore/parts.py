@@ -72,7 +72,7 @@ def on_change(
     outputs: Sequence[Any],
     watched: Sequence[Any],
 ) -> None:
-    """Call the function when its tab is opened and whenever one of the watched controls has changed.
+    """Call the function when its tab is opened, and when one of the watched controls has changed.
 
     `opened`: the event. Of many changes in succession, as a slider that is drawn makes them, the
     last one is shown.

@@ -1,4 +1,4 @@
-"""Figures of the explorer: a matrix beside the exact one, a row of both, and estimates of a kernel."""
+"""Figures of the explorer: matrices beside the exact ones, rows, estimates of a kernel, memory."""
 
 from __future__ import annotations
 
