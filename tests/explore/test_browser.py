@@ -129,11 +129,11 @@ def changed(page, selector, before):
 
 
 def photograph(page, name):
-    """Write a picture for the documents, of few colors, so that it is small."""
+    """Write a picture for the documents, of 256 colors, so that it is small."""
     path = DOCUMENTS / f"explore-{name}.png"
     page.mouse.move(0, 0)
     page.screenshot(path=path, full_page=True)
-    Image.open(path).convert("RGB").quantize(64).save(path, optimize=True)
+    Image.open(path).convert("RGB").quantize(256).save(path, optimize=True)
 
 
 def test_a_residue_is_picked_and_its_row_is_drawn_by_keys_alone(page):
