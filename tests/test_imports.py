@@ -22,7 +22,7 @@ DOOR = "__init__"
 # each other.
 LAYERS = (
     {"cli"},
-    {"reproduction", "planning"},
+    {"reproduction", "planning", "explore"},
     {"speed"},
     {"train", "viz"},
     {"distributed"},
@@ -54,12 +54,13 @@ CORE_MAY_IMPORT = {*sys.stdlib_module_names, "torch", "jaxtyping"}
 
 # Packages that only these parts of ours may import.
 RESERVED = {
-    "transformers": {"models", "convert", "train", "planning"},
+    "transformers": {"models", "convert", "train", "planning", "explore"},
     "matplotlib": {"viz"},
     "typer": {"cli"},
     "Bio": {"data"},
     "sklearn": {"sklearn"},
     "triton": {"backends"},
+    "gradio": {"explore"},
 }
 
 PRESENT = {path.stem for path in PACKAGE.iterdir()}

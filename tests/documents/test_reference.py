@@ -9,7 +9,7 @@ import performers
 ROOT = Path(__file__).parents[2]
 REFERENCE = ROOT / "docs" / "reference"
 # Rooms that users come through by commands, or that serve other rooms.
-WITHOUT_PAGE = {"backends", "cli", "records", "reproduction", "speed", "viz"}
+WITHOUT_PAGE = {"backends", "cli", "explore", "records", "reproduction", "speed", "viz"}
 
 
 def test_every_public_package_has_a_page_that_the_index_lists() -> None:

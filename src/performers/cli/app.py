@@ -15,6 +15,7 @@ from performers.cli.convert import convert
 from performers.cli.diagnose import diagnose
 from performers.cli.embed import embed
 from performers.cli.evaluate import evaluate
+from performers.cli.explore import explore
 from performers.cli.fill import fill
 from performers.cli.generate import generate
 from performers.cli.import_checkpoint import import_checkpoint
@@ -39,6 +40,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "convert": convert,
     "import-checkpoint": import_checkpoint,
     "diagnose": diagnose,
+    "explore": explore,
     "benchmark": benchmark,
     "reproduce": reproduce,
     "info": info,

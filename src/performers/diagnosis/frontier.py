@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean, median
 
@@ -21,7 +21,15 @@ from performers.nn.sharp import STATISTICS, SharpFeatures
 from performers.records import aligned
 from performers.theory.cost import exact_operations, favor_operations
 
-__all__ = ["NUM_SINKS", "PROJECTIONS", "WINDOWS", "Frontier", "Setting", "measure_frontier"]
+__all__ = [
+    "NUM_SINKS",
+    "PROJECTIONS",
+    "WINDOWS",
+    "Frontier",
+    "Setting",
+    "frontier_steps",
+    "measure_frontier",
+]
 
 # The grid, each step twice the cost of the one before. None is no near field. Blocks half as large
 # again, with nothing far, cost about what features beside the smaller ones do.
@@ -147,7 +155,6 @@ class Frontier:
         return "\n".join([*aligned(rows), last])
 
 
-@torch.no_grad()
 def measure_frontier(
     layers: Sequence[Captured],
     num_sinks: int = NUM_SINKS,
@@ -176,6 +183,26 @@ def measure_frontier(
     ['blocks of 16 alone', 'positive, m = 32', 'blocks of 24 alone', 'sharp, m = 32', \
 'blocks of 16, sharp, m = 32']
     """
+    steps = frontier_steps(layers, num_sinks, statistics, windows, num_projections)
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            frontier: Frontier = end.value
+            return frontier
+
+
+@torch.no_grad()
+def frontier_steps(
+    layers: Sequence[Captured],
+    num_sinks: int = NUM_SINKS,
+    statistics: str | None = None,
+    windows: Sequence[int | None] = WINDOWS,
+    num_projections: Sequence[int] = PROJECTIONS,
+) -> Generator[tuple[int, int], None, Frontier]:
+    """`measure_frontier` for whoever shows how far it is, or ends it early: yields the settings
+    that were measured and the settings in all, and returns the frontier.
+    """
     layers = [layer for layer in layers if layer.query.shape[2] == layer.key.shape[2]]
     if not layers:
         raise ValueError(
@@ -194,14 +221,13 @@ def measure_frontier(
             f"blocks of {length} positions. Add None, for no near field, or smaller ones."
         )
     cases = [_Layer(layer, statistics) for layer in layers]
-    found = [
-        Setting(
-            *setting,
-            error=fmean(case.error(case.call(*setting)()) for case in cases),
-            operations=fmean(case.operations(*setting) for case in cases),
-        )
-        for setting in grid
-    ]
+    found: list[Setting] = []
+    for setting in grid:
+        yield len(found), len(grid)
+        error = fmean(case.error(case.call(*setting)()) for case in cases)
+        operations = fmean(case.operations(*setting) for case in cases)
+        found.append(Setting(*setting, error=error, operations=operations))
+    yield len(found), len(grid)
     exact = fmean(exact_operations(case.length, case.dim, case.is_causal) for case in cases)
     averaging_error = fmean(case.error(case.averaged()) for case in cases)
     settings = _marked(found, averaging_error, exact)

@@ -48,11 +48,11 @@ def diagnosis_figure(layers: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> F
         return figure
 
 
-def frontier_figure(frontier: Mapping[str, Any]) -> Figure:
+def frontier_figure(frontier: Mapping[str, Any], chosen: Mapping[str, Any] | None = None) -> Figure:
     """The error of every setting against its counted operations, as multiples of exact attention's.
 
     `frontier`: a `Frontier` as a dict. Settings of one near field share a line; those on the
-    frontier are circled, with their m beside.
+    frontier are circled, with their m beside. `chosen`: a `Setting` as a dict, marked by a star.
     """
     with style.context(STYLE):
         figure = Figure(figsize=(8.4, 5.4), layout="constrained")
@@ -91,6 +91,11 @@ def frontier_figure(frontier: Mapping[str, Any]) -> Figure:
             axes.annotate(
                 label, (x["operations"] / exact, x["error"]), (5, 5), textcoords="offset points",
                 fontsize=8,
+            )  # fmt: skip
+        if chosen is not None:
+            axes.plot(
+                [chosen["operations"] / exact], [chosen["error"]], color=COLORS[1], linewidth=0,
+                marker="*", markersize=15, label="chosen",
             )  # fmt: skip
         axes.axvline(1, color=BASELINE_COLOR, linestyle=":", label="exact attention")
         axes.axhline(

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from performers.records import holding, read_json
 from performers.viz.figures import attention_figure, curves_figure
 
-__all__ = ["write_report"]
+__all__ = ["comparison_tables", "write_report"]
 
 TEMPLATE = Path(__file__).with_name("report.html")
 
@@ -49,6 +49,12 @@ def write_report(run: Path) -> Path:
     path = run / "report.html"
     path.write_text(page, encoding="utf-8")
     return path
+
+
+def comparison_tables(metrics: Mapping[str, Any]) -> str:
+    """HTML of the models of a run: an overview, the scores on each split, and the cost."""
+    scores = [_metrics_table(metrics, split) for split in metrics["baseline"]]
+    return "\n".join([_overview(metrics), *scores, _cost_table(metrics["models"])])
 
 
 def _page(run: Path, metrics: Mapping[str, Any]) -> str:

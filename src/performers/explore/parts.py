@@ -1,0 +1,99 @@
+"""What the tabs share: pictures with a text for those who do not see them, progress, and errors."""
+
+from __future__ import annotations
+
+import html
+import inspect
+import threading
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import Any
+
+from performers.viz.files import Figure, data_url
+
+__all__ = ["answered", "on_change", "picture", "progress", "stoppable"]
+
+# What the layers below raise for what one has typed or chosen.
+MISTAKES = (ValueError, TypeError, OSError)
+
+
+# A style of matplotlib holds for the whole process while a figure is drawn, and pages have threads.
+_drawing = threading.Lock()
+
+
+def picture(words: str, figure: Callable[..., Figure], *arguments: Any) -> str:
+    """What this function draws of these arguments as an image in a page, described in words."""
+    with _drawing:
+        source = data_url(figure(*arguments))
+    # On a narrow screen the picture keeps its size and is scrolled, by keys too.
+    return (
+        f'<div class="picture" tabindex="0"><img src="{source}" alt="{html.escape(words)}"></div>'
+    )
+
+
+def progress(done: int | float, of: int | float, what: str) -> str:
+    """A bar, and what it counts."""
+    share = min(max(done / of, 0.0), 1.0)
+    label = html.escape(what)
+    return (
+        f'<label class="progress">{label}<progress max="1" value="{share:.4f}">{share:.0%}'
+        "</progress></label>"
+    )
+
+
+def answered(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Show mistakes of the user as a message on the page, in the words of the error."""
+    # Imported by the page, which exists when this is called.
+    if inspect.isgeneratorfunction(function):
+
+        @wraps(function)
+        def steps(*arguments: Any) -> Any:
+            try:
+                yield from function(*arguments)
+            except MISTAKES as error:
+                raise _message(error) from error
+
+        return steps
+
+    @wraps(function)
+    def once(*arguments: Any) -> Any:
+        try:
+            return function(*arguments)
+        except MISTAKES as error:
+            raise _message(error) from error
+
+    return once
+
+
+def on_change(
+    opened: Callable[..., Any],
+    function: Callable[..., Any],
+    controls: Sequence[Any],
+    outputs: Sequence[Any],
+    watched: Sequence[Any],
+) -> None:
+    """Call the function when its tab is opened, and when one of the watched controls has changed.
+
+    `opened`: the event. Of many changes in succession, as a slider that is drawn makes them, the
+    last one is shown.
+    """
+    for event in (opened, *(control.change for control in watched)):
+        event(function, controls, outputs, show_progress="minimal", trigger_mode="always_last")
+
+
+def stoppable(
+    start: Any,
+    stop: Any,
+    function: Callable[..., Any],
+    inputs: Sequence[Any],
+    outputs: Sequence[Any],
+) -> None:
+    """Let one button begin a long work, whose function is a generator, and another one end it."""
+    work = start.click(function, inputs, outputs, show_progress="hidden")
+    stop.click(None, None, None, cancels=[work])
+
+
+def _message(error: Exception) -> Exception:
+    import gradio
+
+    return gradio.Error(html.escape(" ".join(str(error).split())), print_exception=False)

@@ -1,0 +1,72 @@
+"""The page around the tabs: bars, pictures and messages, and what it needs."""
+
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from performers.cli import app
+from performers.explore.parts import answered, progress
+
+
+@pytest.mark.parametrize(("done", "share"), [(0, "0.0000"), (3, "0.7500"), (9, "1.0000")])
+def test_a_bar_shows_a_share_of_the_whole(done, share):
+    assert f'value="{share}"' in progress(done, 4, "steps")
+
+
+def test_a_bar_takes_words_as_words():
+    assert "&lt;b&gt;" in progress(1, 2, "<b>")
+
+
+def test_without_gradio_the_command_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    result = CliRunner().invoke(app, ["explore", "--no-browser"])
+    assert result.exit_code == 2
+    assert result.stderr.splitlines()[-1] == (
+        "error: the explorer needs gradio, which is not installed. Install it with: "
+        "pip install 'performers[explore]'"
+    )
+
+
+def test_a_folder_that_is_not_there_is_one_line(tmp_path):
+    result = CliRunner().invoke(app, ["explore", str(tmp_path / "nowhere")])
+    assert result.exit_code == 2
+    assert "error: there is no folder" in result.stderr
+
+
+class Said(Exception):  # noqa: N818 - in the place of gradio.Error, which is no error of ours
+    def __init__(self, words, print_exception):
+        super().__init__(words)
+
+
+@pytest.fixture
+def gradio(monkeypatch):
+    module = type(sys)("gradio")
+    module.Error = Said
+    monkeypatch.setitem(sys.modules, "gradio", module)
+
+
+@pytest.mark.usefixtures("gradio")
+def test_a_mistake_of_the_user_is_said_on_the_page_once_or_in_the_middle_of_long_work():
+    def once():
+        raise ValueError("a < b\nis refused")
+
+    def steps():
+        yield 1
+        raise FileNotFoundError("gone")
+
+    with pytest.raises(Said, match="a &lt; b is refused"):
+        answered(once)()
+    work = answered(steps)()
+    assert next(work) == 1
+    with pytest.raises(Said, match="gone"):
+        next(work)
+
+
+@pytest.mark.usefixtures("gradio")
+def test_a_mistake_of_ours_keeps_its_traceback():
+    def broken():
+        raise AssertionError("ours")
+
+    with pytest.raises(AssertionError, match="ours"):
+        answered(broken)()
