@@ -50,16 +50,13 @@ def block_attention(problem: Problem) -> BlockAttention:
         problem.key_linear,
     )  # fmt: skip
     rows, keys = problem.query.flatten(1, 2), problem.key
-    query_y, query_numbers = (
-        x if x is None else x.squeeze(0) for x in mapped(query_side, rows.unsqueeze(0), root)
-    )
-    key_y, key_numbers = (
-        x if x is None else x.squeeze(0) for x in mapped(key_side, keys.unsqueeze(0), root)
-    )
+    query_y, query_numbers = mapped(query_side, rows.unsqueeze(0), root)
+    key_y, key_numbers = mapped(key_side, keys.unsqueeze(0), root)
     if query_numbers is None:
-        query_numbers = torch.zeros_like(rows[..., 0], dtype=dtype)
+        query_numbers = torch.zeros_like(query_y[..., 0], dtype=dtype)
     if key_numbers is None:
-        key_numbers = torch.zeros_like(keys[..., 0], dtype=dtype)
+        key_numbers = torch.zeros_like(key_y[..., 0], dtype=dtype)
+    key_y, key_numbers = key_y.squeeze(0), key_numbers.squeeze(0)
     if problem.hidden_far is not None:
         key_numbers = key_numbers.masked_fill(problem.hidden_far, -math.inf)
     near_rows = torch.zeros_like(problem.key[..., 0], dtype=dtype)
