@@ -14,12 +14,12 @@ os.environ["TRITON_INTERPRET"] = "0"
 import torch, triton
 from triton.backends.compiler import GPUTarget
 from performers.backends import Call
-from performers.backends.triton import attend, attention, near
+from performers.backends.triton import affine, attend, attention, near
 from performers.nn import {feature_map}
 from performers.state import LinearState, NearField
 
 TYPES = {{torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}}
-TYPES[torch.int64] = "*i64"
+TYPES |= {{torch.int64: "*i64", torch.int32: "*i32"}}
 launches = {{}}
 
 class Recorder:
@@ -47,7 +47,7 @@ class Recorder:
         return "fp32" if isinstance(argument, float) else "i32"
 
 modules = attention.states, attention.reading, attention.gradients, attention.decoding
-for module in (*modules, near.near_kernels):
+for module in (*modules, near.near_kernels, affine):
     for name, kernel in list(vars(module).items()):
         own = getattr(kernel, "__module__", None) == module.__name__
         if own and isinstance(kernel, triton.runtime.JITFunction):
@@ -125,6 +125,6 @@ def assert_near_field_fits(fresh_python, dtype, dim, capability):
     )  # fmt: skip
     count, memory = map(int, printed.split())
     # three kernels of their own, each causal and not; states of keys and of queries; their sums,
-    # from the left and from the right; and products of rows
-    assert count == 11
+    # from the left and from the right, alone and added to the other; and products of rows
+    assert count == 13
     assert memory <= SHARED_MEMORY[capability]

@@ -1,10 +1,10 @@
 """How large a tile is on the GPU, for each head dim and each precision of the matrix units.
 
 A tile is `rows` queries or keys by `features` columns of φ. In causal attention `rows` is the
-chunk: one state is kept for each in the forward pass. Larger tiles read less from memory; smaller
-ones leave registers and shared memory for a larger head dim. Sizes must be powers of 2, at least
-16. They were chosen by the shared memory and the registers that the compiler reports for sm_80 and
-sm_90; no GPU has timed them yet.
+chunk: one state is kept for each in a pass. Larger tiles read less from memory; smaller ones leave
+registers and shared memory for a larger head dim. Sizes must be powers of 2, at least 16. For
+bfloat16 and head dim 64 they were timed on an H200 (`benchmarks/triton-tiles.json`); the others
+follow these, and the shared memory that the compiler reports for sm_80 and sm_90.
 """
 
 from __future__ import annotations
