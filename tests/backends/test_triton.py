@@ -344,23 +344,23 @@ def test_a_compiled_call_is_one_graph(fresh_python):
     # In a fresh process, because jaxtyping's import hook leaves traces that cannot be compiled.
     fresh_python("""
 import torch
-from performers import SoftmaxFeatures, favor_attention
+from performers import SharpFeatures, SoftmaxFeatures, favor_attention
 
-phi = SoftmaxFeatures(5, 7)
 device = "cuda" if torch.cuda.is_available() else "cpu"
-phi = phi.to(device)
 query, key, value = torch.randn(3, 1, 1, 11, 5, device=device).unbind()
+sharp = SharpFeatures(5, 7, num_heads=1).to(device)
+sharp.calibrate(query, key)
 query.requires_grad_()
+for phi in (SoftmaxFeatures(5, 7).to(device), sharp):
+    def attend(query, phi=phi):
+        return favor_attention(query, key, value, phi, True, backend="triton")
 
-def attend(query):
-    return favor_attention(query, key, value, phi, True, backend="triton")
-
-expected = attend(query)
-out = torch.compile(attend, fullgraph=True, backend="aot_eager")(query)
-torch.testing.assert_close(out, expected)
-(gradient,) = torch.autograd.grad(out.square().sum(), query)
-(true,) = torch.autograd.grad(expected.square().sum(), query)
-torch.testing.assert_close(gradient, true)
+    expected = attend(query)
+    out = torch.compile(attend, fullgraph=True, backend="aot_eager")(query)
+    torch.testing.assert_close(out, expected)
+    (gradient,) = torch.autograd.grad(out.square().sum(), query)
+    (true,) = torch.autograd.grad(expected.square().sum(), query)
+    torch.testing.assert_close(gradient, true)
 """)
 
 
