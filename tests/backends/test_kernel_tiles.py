@@ -29,14 +29,21 @@ def inputs(length=17, dtype=torch.float64):
 @pytest.mark.parametrize("count", [1, 3, 64])
 def test_a_tile_is_of_whole_chunks_and_fills_the_memory_that_it_is_given(count, num_features):
     values = torch.zeros(count, num_features, 1)
-    heads, rows = kernel_tiles._sizes(values, is_causal=False)
+    heads, rows = kernel_tiles._sizes(values, 10**6, is_causal=False)
     assert heads == kernel_tiles.HEADS
     assert rows % kernel_tiles.CHUNK == 0
     of_chunk = 4 * min(heads, count) * num_features * kernel_tiles.CHUNK  # bytes
     assert rows == kernel_tiles.CHUNK * max(1, kernel_tiles.TILE_BYTES // of_chunk)
-    assert kernel_tiles._sizes(values, is_causal=True) == [heads, kernel_tiles.CHUNK]
-    on_another = kernel_tiles._sizes(values.to("meta"), is_causal=False)
+    assert kernel_tiles._sizes(values, 10**6, is_causal=True) == [heads, kernel_tiles.CHUNK]
+    on_another = kernel_tiles._sizes(values.to("meta"), 10**6, is_causal=False)
     assert on_another == [count, 8 * kernel_tiles.CHUNK]
+
+
+@pytest.mark.parametrize("is_causal", CAUSAL)
+def test_of_short_sequences_as_many_heads_as_a_tile_holds_are_worked_on_at_once(is_causal):
+    values = torch.zeros(4096, 128, 16)
+    heads, _ = kernel_tiles._sizes(values, 10, is_causal)
+    assert heads == kernel_tiles.TILE_BYTES // (4 * 10 * 128)
 
 
 def test_every_kernel_that_has_values_has_a_derivative():

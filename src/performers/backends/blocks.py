@@ -46,7 +46,7 @@ __all__ = ["BlockAttention", "Problem", "block_attention"]
 LOG2_E = math.log2(math.e)
 # Of the logits of a tile. Twice the second-level cache, but assign what suits your processor.
 TILE_BYTES = 2 * (CAPABILITIES.get("l2_cache_size") or 2**20)
-HEADS = 8  # that are worked on in one go, at most
+HEADS = 8  # that are worked on in one go; more where all weights of more fit into a tile
 # Of their rows and of the averages of all their blocks, which live during a pass only.
 HEADS_BYTES = 64 * 2**20
 
@@ -278,7 +278,9 @@ class _Sizes:
         self.tile = max(1, min(self.count, TILE_BYTES // (self.rows * columns * size)))
         averages = 4 * self.count * self.features * self.value_dim
         rows = self.count * self.block * 3 * (self.group + 2) * self.dim
-        self.at_once = max(1, min(HEADS, HEADS_BYTES // (size * (averages + rows))))
+        whole = TILE_BYTES // (self.count * self.rows * columns * size)
+        most = HEADS_BYTES // (size * (averages + rows))
+        self.at_once = max(1, min(max(HEADS, whole), most))
         # numbers of a query that say by how much its far keys are too many
         self.limits = 0 if problem.far_limit is None or not self.features else 1
 

@@ -35,7 +35,7 @@ __all__ = ["HAS_BFLOAT16", "HIDDEN", "fused_softmax"]
 # below every logit that is not about to overflow: it must not be taken for one of those.
 HIDDEN = -(2.0**125)
 
-HEADS = 8  # in one matrix product
+HEADS = 8  # in one matrix product; more where all weights of more fit into a tile
 SHORT_SIDE = 1024  # as many queries, or keys, are not split
 
 HAS_BFLOAT16 = any(CAPABILITIES.get(name) for name in ("avx512_bf16", "amx_bf16"))
@@ -112,10 +112,12 @@ class _Product:
         self.curvature = curvature
         sizes = _tile_sizes(len(query), query.shape[1], key.shape[1], self.dtype)
         self.row_tile, self.key_tile = sizes
+        of_head = query.shape[1] * key.shape[1] * self.dtype.itemsize
+        self.at_once = max(HEADS, TILE_BYTES // of_head)
 
     def heads(self) -> Iterator[tuple[slice, list[_Keys] | None]]:
         """Groups of heads, with their keys where those are one tile."""
-        for heads in slices(len(self.query), HEADS):
+        for heads in slices(len(self.query), self.at_once):
             yield heads, list(self.keys(heads)) if self.key.shape[1] <= self.key_tile else None
 
     def keys(self, heads: slice) -> Iterator[_Keys]:

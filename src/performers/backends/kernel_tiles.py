@@ -39,7 +39,7 @@ from performers.typing import Elementwise, Features
 
 __all__ = ["attend"]
 
-HEADS = 8  # in one matrix product
+HEADS = 8  # in one matrix product; more where all features of more fit into a tile
 CHUNK = 64  # positions of a causal tile
 
 # Of a tile of features. Twice the second-level cache, but assign what suits your processor.
@@ -175,13 +175,16 @@ class _Map:
         of_x.copy_(buffers.product("of inputs", gradient, directions, self.root))
 
 
-def _sizes(values: Float[Tensor, "heads num_features value_dim"], is_causal: bool) -> list[int]:
-    """Heads and rows of a tile."""
+def _sizes(
+    values: Float[Tensor, "heads num_features value_dim"], longest: int, is_causal: bool
+) -> list[int]:
+    """Heads and rows of a tile, for so many rows of a head at most."""
     count, num_features = max(1, len(values)), values.shape[1]
     if values.device.type != "cpu":
         return [count, CHUNK if is_causal else 8 * CHUNK]
     rows = TILE_BYTES // (min(HEADS, count) * num_features * values.dtype.itemsize)
-    return [HEADS, CHUNK if is_causal else max(CHUNK, rows // CHUNK * CHUNK)]
+    whole = TILE_BYTES // (max(1, longest * num_features) * values.dtype.itemsize)
+    return [max(HEADS, whole), CHUNK if is_causal else max(CHUNK, rows // CHUNK * CHUNK)]
 
 
 @torch.library.custom_op(
@@ -213,7 +216,8 @@ def _kernel_attention(
     out = query.new_empty(*query.shape[:3], value.shape[-1])
     rates = values.new_full((*query.shape[:3], 1), phi.factor)
     sums = _Sums(normalizer.clone(), values.clone())
-    head_count, row_count = _sizes(values, is_causal)
+    longest = max(query.shape[1] * query.shape[2], key.shape[1])
+    head_count, row_count = _sizes(values, longest, is_causal)
     for heads in slices(len(query), head_count):
         state = sums.of(heads)
 
@@ -357,7 +361,8 @@ def _kernel_attention_backward(
     along = torch.zeros_like(rates)  # the column of G that belongs to the normalizer
     if with_directions and directions is not None:
         phi.of_directions = torch.zeros_like(directions)
-    head_count, row_count = _sizes(values, is_causal)
+    longest = max(query.shape[1] * query.shape[2], key.shape[1])
+    head_count, row_count = _sizes(values, longest, is_causal)
     for heads in slices(len(query), head_count):
         state, later = sums.of(heads), sums_gradient.of(heads)
 
