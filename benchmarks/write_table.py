@@ -1,4 +1,4 @@
-"""Write the speed of attention into README.md, from the numbers that the benchmarks left.
+"""Write the speed of attention into README.md, from the numbers that the benchmark left.
 
 performers benchmark --length 512 --length 1024 --length 2048 --length 4096 --repeats 3 \
     --output benchmarks/attention.json --force
@@ -17,7 +17,6 @@ from performers.speed import wins_from
 DOCUMENT = Path(__file__).parents[1] / "README.md"
 BLOCK = "results:attention"
 RESULTS = Path(__file__).with_name("attention.json")
-GPU_BLOCK, GPU_RESULTS = "results:gpu", Path(__file__).with_name("gpu.json")
 
 PARTS = ("forward", "forward_backward")
 LENGTHS = (1024, 4096, 16384, 65536)
@@ -29,51 +28,6 @@ def table(results: dict[str, Any]) -> str:
     parts = [_times(results, dtype) for dtype in results["plan"]["dtypes"]]
     parts += [_models(results), _memory(results), _decoding(results), _made(results)]
     return "\n\n".join(part for part in parts if part)
-
-
-def gpu_table(results: dict[str, Any]) -> str:
-    """Two tables: calls from Python by length, and what of a call is work of the GPU."""
-    return "\n\n".join([_gpu_calls(results), _gpu_kernels(results), _gpu_made(results)])
-
-
-def _gpu_calls(results: dict[str, Any]) -> str:
-    rows = results["benchmark"]["milliseconds"]
-    names = [name for name in rows[next(iter(rows))] if name != "exact"]
-    lines = [["bidirectional, bfloat16: forward / forward and backward", "exact", *names]]
-    for length, of_length in rows.items():
-        exact = of_length["exact"]
-        times = " / ".join(f"{exact[part]:,.1f} ms" for part in PARTS)
-        ratios = [
-            " / ".join(_ratio(of_length[name][part], exact[part]) for part in PARTS)
-            for name in names
-        ]
-        lines.append([f"L = {int(length):,}, relative to exact", times, *ratios])
-    return markdown_table(lines)
-
-
-def _gpu_kernels(results: dict[str, Any]) -> str:
-    calls = results["kernels"]["calls"]
-    lines = [["batch 8, L = 4,096: forward / forward and backward", "called from Python", "GPU alone"]]
-    for call in calls:
-        walls, alone = (
-            " / ".join(
-                f"{call[part][kind]:.2f} ms" if kind in call[part] else "" for part in PARTS
-            )
-            for kind in ("wall", "gpu")
-        )
-        alone = alone if "gpu" in call["forward"] else ""
-        lines.append([f"{_mode(call)}, {call['setting']}", walls, alone])
-    return markdown_table(lines)
-
-
-def _gpu_made(results: dict[str, Any]) -> str:
-    plan, environment = results["benchmark"], results["environment"]
-    return (
-        f"Made on one {results['card']}, torch {environment['torch']}, Triton "
-        f"{environment['triton']}; {plan['heads']} heads of dim {plan['dim']}, batch "
-        f"{plan['batch']} where nothing else is said, m = {plan['num_projections']}, near fields "
-        "m = 64. How: `note` in benchmarks/gpu.json."
-    )
 
 
 def _times(results: dict[str, Any], dtype: str) -> str:
@@ -227,5 +181,3 @@ def _made(results: dict[str, Any]) -> str:
 if __name__ == "__main__":
     results = json.loads(RESULTS.read_text(encoding="utf-8"))
     write_block(DOCUMENT, BLOCK, table(results))
-    gpu_results = json.loads(GPU_RESULTS.read_text(encoding="utf-8"))
-    write_block(DOCUMENT, GPU_BLOCK, gpu_table(gpu_results))

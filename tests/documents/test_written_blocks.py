@@ -15,7 +15,10 @@ DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/**/*.md"))]
 
 
 def is_writer(path):
-    """Whether a script writes a block of a document: it has DOCUMENT, BLOCK, RESULTS and table."""
+    """Whether a script writes a block of a document: it has DOCUMENT, BLOCK, RESULTS and table.
+
+    RESULTS is the path of a file, or paths by name.
+    """
     return re.search(r"^    +write_block\(DOCUMENT, BLOCK, ", path.read_text("utf-8"), re.MULTILINE)
 
 
@@ -35,11 +38,17 @@ def loaded(path):
     return module
 
 
+def read(results):
+    if isinstance(results, dict):
+        return {name: read(path) for name, path in results.items()}
+    return json.loads(results.read_text(encoding="utf-8"))
+
+
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_a_block_is_what_its_script_makes_of_the_committed_numbers(path):
     script = loaded(path)
     document = script.DOCUMENT.read_text(encoding="utf-8")
-    results = json.loads(script.RESULTS.read_text(encoding="utf-8"))
+    results = read(script.RESULTS)
     assert with_block(document, script.BLOCK, script.table(results)) == document
 
 

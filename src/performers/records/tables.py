@@ -19,8 +19,11 @@ def aligned(rows: Sequence[Sequence[str]], right: bool = True) -> list[str]:
     ]
 
 
-def markdown_table(rows: Sequence[Sequence[str]]) -> str:
-    """A table of Markdown, the first row its header; all columns but the first are set right."""
+def markdown_table(rows: Sequence[Sequence[str]], of_words: bool = False) -> str:
+    """A table of Markdown, the first row its header; all columns but the first are set right,
+    unless they are `of_words`.
+    """
     header, *body = rows
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *body]
+    rule = "---" if of_words else "---:"
+    lines = [header, ["---", *[rule] * (len(header) - 1)], *body]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -1,0 +1,252 @@
+"""Write docs/reproduction.md: the paper's claims in order, with what the experiments here found.
+
+python docs/write_reproduction.py
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from statistics import mean
+from typing import Any, NamedTuple
+
+from performers.records import markdown_table, write_block
+
+ROOT = Path(__file__).parents[1]
+DOCUMENT = ROOT / "docs" / "reproduction.md"
+BLOCK = "results:reproduction"
+
+HOLDS, IN_PART, NOT_HERE = "holds", "holds in part", "does not show at our scale"
+Found = tuple[str, str]  # a verdict, and the figures it comes from
+
+
+class Claim(NamedTuple):
+    where: str  # in the paper
+    says: str
+    experiment: str
+    find: Callable[[dict[str, Any]], Found]
+
+
+def _verdict(holds: list[bool]) -> str:
+    return HOLDS if all(holds) else IN_PART if any(holds) else NOT_HERE
+
+
+def _lemma_2(results: dict[str, Any]) -> Found:
+    rows = results["slice"]
+    better = [row["kernel"] for row in rows if row["trigonometric"] > row["positive"]]
+    worse = [row["kernel"] for row in rows if row["trigonometric"] <= row["positive"]]
+    least = min(rows, key=lambda row: row["kernel"])
+    ratio = least["trigonometric"] / least["positive"]
+    return _verdict([max(better) <= min(worse)]), (
+        f"below a kernel of {max(better):.2f} they are, at {least['kernel']:.2f} by a factor of "
+        f"{ratio:,.0f} in the mean squared error; above it trigonometric ones are"
+    )
+
+
+def _theorem_1(results: dict[str, Any]) -> Found:
+    rows = results["rows"]
+    bounded = [row["bound"] <= row["ratio"] <= 1 for row in rows]
+    return _verdict(bounded), f"at {sum(bounded)} of {len(rows)} settings"
+
+
+def _theorem_2(results: dict[str, Any]) -> Found:
+    rows = [row for row in results["against_dim"] if row["kind"] == "orthogonal"]
+    larger = [row["exact"] >= row["bound"] for row in rows]
+    last = rows[-1]
+    share = last["exact"] / last["independent_error"]
+    return _verdict(larger), (
+        f"at {sum(larger)} of {len(rows)} dims; at d = {last['dim']} orthogonal rows take "
+        f"{share:.0%} off the error"
+    )
+
+
+def _figure_3_time(results: dict[str, Any]) -> Found:
+    found, holds = [], []
+    for size in ("regular", "small"):
+        rows = [row for row in results["times"] if row["size"] == size]
+        both = [
+            (row["length"], row["seconds"]) for row in rows if not _missing(row["seconds"]["exact"])
+        ]
+        length, seconds = both[-1]
+        ours, exact, floor = (
+            seconds[name]["forward_backward"]["median"]
+            for name in ("performer-positive", "exact", "identity")
+        )
+        holds += [ours < exact, ours < 1.5 * floor]
+        found.append(
+            f"{size}, L = {length:,}: {ours / exact:.2f} of the Transformer's time, "
+            f"{ours / floor:.1f} of X's"
+        )
+    return _verdict(holds), "; ".join(found)
+
+
+def _missing(seconds: dict[str, Any] | str) -> bool:
+    return isinstance(seconds, str) or isinstance(seconds["forward_backward"], str)
+
+
+def _figure_3_memory(results: dict[str, Any]) -> Found:
+    row = max(results["memory"], key=lambda row: (row["size"] == "regular", row["length"]))
+    ratio = row["bytes"]["performer-positive"] / row["bytes"]["identity"]
+    return _verdict([ratio < 1.5]), (
+        f"regular, L = {row['length']:,}: {ratio:.2f} of X's. Exact attention keeps no matrix "
+        "either where it is fused, so the Transformer's memory is linear too"
+    )
+
+
+def _figure_4(better: str, worse: str) -> Callable[[dict[str, Any]], Found]:
+    def find(results: dict[str, Any]) -> Found:
+        holds, found = [], []
+        for setting in results["settings"]:
+            ours, theirs = (setting["errors"][name] for name in (better, worse))
+            lower = [mean(a) < mean(b) for a, b in zip(ours, theirs, strict=True)]
+            holds += lower
+            found.append(
+                f"{sum(lower)} of {len(lower)} values of m at deviation {setting['deviation']}"
+            )
+        return _verdict(holds), ", ".join(found)
+
+    return find
+
+
+def _figure_5_left(results: dict[str, Any]) -> Found:
+    curves = results["curves"]
+    exact = curves["exact attention, trained on"][-1][1]
+    ours = {name: curves[name][-1][1] for name in ("FAVOR+", "sharp", "FAVOR+ with a window")}
+    holds = [exact - accuracy < 0.01 for accuracy in ours.values()]
+    gaps = ", ".join(f"{name} {100 * (exact - ours[name]):.1f}" for name in ours)
+    return _verdict(holds), f"points below after a tenth of the steps: {gaps}"
+
+
+def _figure_5_redrawing(results: dict[str, Any]) -> Found:
+    redrawn, kept = (
+        results["curves"][name][-1][1] for name in ("FAVOR+, redrawn", "FAVOR+, not redrawn")
+    )
+    return _verdict([redrawn > kept]), f"{redrawn:.1%} redrawn, {kept:.1%} not; one seed"
+
+
+def _figure_5_smreg(results: dict[str, Any]) -> Found:
+    regular, gaussian = (
+        results["curves"][name][-1][1] for name in ("SMREG, redrawn", "FAVOR+, redrawn")
+    )
+    return _verdict([regular > gaussian]), f"{regular:.1%} against {gaussian:.1%}; one seed"
+
+
+def _figure_14(results: dict[str, Any]) -> Found:
+    layers = list(zip(*results["panels"]["trained weights"]["propagated"]["FAVOR+"], strict=True))
+    first, last = mean(layers[0]), mean(layers[-1])
+    return _verdict([last > 2 * first]), (
+        f"relative error {first:.4f} after one layer, {last:.2f} after {len(layers)}"
+    )
+
+
+def _figure_20(results: dict[str, Any]) -> Found:
+    deep = [row for row in results["layers"] if row["layers"] == 20]
+    times = {
+        row["length"]: row["seconds"]["forward_backward"]["median"]
+        for row in deep
+        if not isinstance(row["seconds"], str) and not _missing(row["seconds"])
+    }
+    (short, first), *_, (long, last) = times.items()
+    growth = (last / first) / (long / short)
+    return _verdict([growth < 1.2]), (
+        f"20 layers: {last / first:.2f} times the time for {long // short} times the length"
+    )
+
+
+def _baseline(results: dict[str, Any]) -> Found:
+    accuracy, perplexity = (results["baseline"][key] for key in ("accuracy", "perplexity"))
+    return _verdict([abs(accuracy - 0.0992) < 0.01, abs(perplexity - 17.80) < 0.5]), (
+        f"{accuracy:.2%} and {perplexity:.2f} on Swiss-Prot"
+    )
+
+
+CLAIMS = (
+    Claim(
+        "Section 2.3, Lemma 2, Figure 2",
+        "where the kernel is small, positive features are the more accurate ones",
+        "figure-2", _lemma_2,
+    ),
+    Claim("Theorem 1", "SMREG is between a bound and the softmax kernel", "theorem-1", _theorem_1),
+    Claim(
+        "Theorem 2", "orthogonal rows lower the error by a stated amount at least",
+        "orthogonality-gap", _theorem_2,
+    ),
+    Claim(
+        "Section 4.1, Figure 3", "a Performer's time is linear, and close to that of X",
+        "figure-3", _figure_3_time,
+    ),
+    Claim(
+        "Section 4.1, Figure 3", "its memory is linear, and close to that of X",
+        "figure-3", _figure_3_memory,
+    ),
+    Claim(
+        "Section 4.2, Figure 4", "orthogonal features are more accurate than independent ones",
+        "figure-4", _figure_4("positive, orthogonal", "positive, iid"),
+    ),
+    Claim(
+        "Section 4.2, Figure 4", "positive features are more accurate than trigonometric ones",
+        "figure-4", _figure_4("positive, orthogonal", "trigonometric, orthogonal"),
+    ),
+    Claim(
+        "Section 4.3, Figure 5 left",
+        "a pretrained Transformer's accuracy comes back in a small fraction of the steps",
+        "figure-5-left", _figure_5_left,
+    ),
+    Claim(
+        "Section 4.3, Figure 5 right", "redrawing ω ends above keeping it",
+        "figure-5-right", _figure_5_redrawing,
+    ),
+    Claim(
+        "Section 4.3, Figure 5 right", "SMREG ends above Gaussian features",
+        "figure-5-right", _figure_5_smreg,
+    ),
+    Claim(
+        "Appendix C.1", "empirical baseline of TrEMBL: accuracy 9.92 %, perplexity 17.80",
+        "protein-statistics", _baseline,
+    ),
+    Claim("Appendix D.1, Figure 14", "errors grow through the layers", "figure-14", _figure_14),
+    Claim("Appendix E, Figure 20", "20 layers, linear in the length", "figure-20", _figure_20),
+)  # fmt: skip
+
+# Experiments that are there and have no result yet, and what the paper claims.
+NOT_RUN = (
+    ("Section 4.4, Figure 6, Table 2", "Performer-ReLU is the most accurate on proteins",
+     "figure-6"),
+    ("Section 4.5, Figure 7 right", "a Performer beats small Transformers on windows of 8,192",
+     "figure-7-right"),
+    ("Appendix C.4, Figures 10 to 13", "heads are local or global, and know similar amino acids",
+     "figures-10-to-13"),
+    ("Appendix D.5, Figure 19", "Performers are fast and accurate on the Long Range Arena",
+     "long-range-arena"),
+)  # fmt: skip
+
+
+def _record(experiment: str) -> Path:
+    """Its numbers, of the paper's scale where there are any."""
+    paths = (ROOT / "experiments" / experiment).glob("*.json")
+    return max(paths, key=lambda path: path.stem == "paper")
+
+
+RESULTS = {claim.experiment: _record(claim.experiment) for claim in CLAIMS}
+
+
+def table(results: dict[str, Any]) -> str:
+    lines = [["in the paper", "what it says", "here", "what was found", "experiment"]]
+    for claim in CLAIMS:
+        record = results[claim.experiment]
+        verdict, found = claim.find(record["results"])
+        link = _link(claim.experiment, record["scale"])
+        lines.append([claim.where, claim.says, f"**{verdict}**", found, link])
+    lines += [
+        [where, says, "not measured yet", "", _link(name, "no results")]
+        for where, says, name in NOT_RUN
+    ]
+    return markdown_table(lines, of_words=True)
+
+
+def _link(name: str, scale: str) -> str:
+    return f"[{name}](../experiments/{name}/README.md), {scale}"
+
+
+if __name__ == "__main__":
+    records = {name: json.loads(path.read_text(encoding="utf-8")) for name, path in RESULTS.items()}
+    write_block(DOCUMENT, BLOCK, table(records))
