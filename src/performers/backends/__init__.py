@@ -24,12 +24,13 @@ BACKENDS: dict[str, Backend] = {
 
 
 def choose_backend(name: str | None, call: Call, query: Tensor, key: Tensor, value: Tensor) -> str:
-    """The backend for a call: the named one, obeyed or refused; for None, the fastest that serves.
+    """The backend for a call: the named one, obeyed or refused; for None, the fastest proven one.
 
-    That is "triton" on a GPU, "landmarks" on a CPU, and "chunked" for what these refuse.
+    That is "triton" on GPUs on which its tests have run, "landmarks" on a CPU, and "chunked" on
+    other devices and for what these refuse.
     """
     if name is None:
-        fastest = "triton" if query.device.type == "cuda" else "landmarks"
+        fastest = "triton" if triton.is_proven(query.device) else "landmarks"
         reason = BACKENDS[fastest].refusal(call, query, key, value)
         return fastest if reason is None else "chunked"
     check_choice("backend", name, BACKENDS)

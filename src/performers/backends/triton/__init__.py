@@ -20,7 +20,7 @@ from performers.backends.triton.config import MAX_DIM, MAX_HEADS, OPERANDS
 from performers.backends.triton.maps import SUPPORTED, KernelMap, kernel_map
 from performers.state import LinearState
 
-__all__ = ["attend", "refusal"]
+__all__ = ["attend", "is_proven", "refusal"]
 
 IS_INSTALLED = importlib.util.find_spec("triton") is not None
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -37,8 +37,13 @@ def refusal(call: Call, query: Tensor, key: Tensor, value: Tensor) -> str | None
         return "Triton is not installed (pip install 'performers[triton]')"
     if query.device.type != "cuda" and not IS_INTERPRETED:
         return "it needs a GPU (on a CPU, set TRITON_INTERPRET=1 to check the kernels, slowly)"
-    if query.device.type == "cuda" and _capability(query.device) < (8, 0):
-        return "it needs a GPU of compute capability 8.0 or more (sm_80)"
+    dim = max(query.shape[-1], value.shape[-1])
+    if query.device.type == "cuda":
+        capability = _capability(query.device)
+        if capability < (8, 0):
+            return "it needs a GPU of compute capability 8.0 or more (sm_80)"
+        if capability < (9, 0) and query.dtype == torch.bfloat16 and dim > 128:
+            return "in bfloat16 a GPU before sm_90 has too little shared memory for dims above 128"
     if is_transformed():
         return "it has a first derivative only, by backward(), and no rule for torch.func"
     plan = kernel_map(call.phi, query)
@@ -50,7 +55,6 @@ def refusal(call: Call, query: Tensor, key: Tensor, value: Tensor) -> str | None
         return "its kernels keep near and far keys in one sum, and far_limit needs two"
     if query.dtype not in OPERANDS:
         return f"it takes float32, bfloat16 and float16, not {query.dtype}"
-    dim = max(query.shape[-1], value.shape[-1])
     if dim > MAX_DIM:
         return f"it takes head dims up to {MAX_DIM}, not {dim}"
     heads = query.shape[0] * query.shape[1]
@@ -61,6 +65,11 @@ def refusal(call: Call, query: Tensor, key: Tensor, value: Tensor) -> str | None
     if not (query.numel() and key.numel() and value.numel()):
         return "it needs at least one query, one key and one column of values"
     return None
+
+
+def is_proven(device: torch.device) -> bool:
+    """Whether the tests of the kernels have run on such a GPU: an H200 it was, of sm_90."""
+    return device.type == "cuda" and _capability(device)[0] == 9
 
 
 def _is_learned(plan: KernelMap) -> bool:
