@@ -55,8 +55,8 @@ def _checked_once(function: Any = None, **typechecker: Any) -> Any:
 
 def _kind(value: Any) -> Hashable:
     """What annotations can tell of a value. Tensors may be inside of tuples, lists and dicts."""
-    if isinstance(value, torch.Tensor):
-        return type(value), value.shape, value.dtype
+    if isinstance(value, torch.Tensor):  # a nested one has no shape
+        return type(value), () if value.is_nested else value.shape, value.dtype
     if isinstance(value, tuple | list):
         return type(value), *map(_kind, value)
     if isinstance(value, dict):

@@ -90,6 +90,16 @@ def benchmark(options: str, argument: str, value: object) -> Call:
     return Call(line, "performers.speed.run", f"plan.{argument}", value)
 
 
+def plan(options: str, place: str, argument: str, value: object) -> Call:
+    return Call(f"plan demo {options}", f"performers.{place}", argument, value)
+
+
+def explore(options: str, place: str, argument: str, value: object) -> Call:
+    instead = {"performers.explore.sample_subject": None, "performers.explore.build": None}
+    instead.pop(f"performers.explore.{place}", None)
+    return Call(f"explore {options}", f"performers.explore.{place}", argument, value, instead)
+
+
 def diagnose(options: str, place: str, argument: str, value: object, **options_of: object) -> Call:
     return Call(f"diagnose {options}", f"performers.{place}", argument, value, **options_of)
 
@@ -170,6 +180,19 @@ EFFECTS: dict[str, dict[str, Call | Shown]] = {
             "fill {masked} MK? --json", lambda out: json.loads(out)["residues"][0]["position"], 3
         ),
     },
+    "plan": {
+        "config": plan("", "train.load_config", "config", "demo"),
+        "overrides": plan("seed=7", "train.load_config", "overrides", ["seed=7"]),
+        "devices": plan("--devices 3", "planning.plan_words", "devices", 3),
+        "memory": plan("--memory 2KiB", "planning.plan_words", "memory", 2048),
+    },
+    "explore": {
+        "source": explore("{masked}", "load_subject", "source", "{masked}"),
+        "runs": explore("--runs {new}/runs", "build", "runs", "{new}/runs"),
+        "host": explore("--host 0.0.0.0", "serve", "host", "0.0.0.0"),
+        "port": explore("--port 8001", "serve", "port", 8001),
+        "browser": explore("--no-browser", "serve", "opens_browser", False),
+    },
     "report": {"run": Call("report {new}", "performers.viz.write_report", "run", "{new}")},
     "reproduce": {
         "name": reproduce("", "experiment_folder", "name", "figure-4"),
@@ -194,6 +217,7 @@ EFFECTS: dict[str, dict[str, Call | Shown]] = {
         "setting": benchmark("--setting sharp --setting relu", "settings", ("sharp", "relu")),
         "dtype": benchmark("--dtype float16", "dtypes", ("float16",)),
         "repeats": benchmark("--repeats 3", "repeats", 3),
+        "batch": benchmark("--batch 3", "batch", 3),
         "heads": benchmark("--heads 3", "heads", 3),
         "dim": benchmark("--dim 7", "dim", 7),
         "num_projections": benchmark("--num-projections 19", "num_projections", 19),

@@ -1,6 +1,7 @@
 """A run can be left at any moment: what it ends with is what it would have ended with."""
 
 import json
+import os
 import shutil
 import signal
 from multiprocessing import get_context
