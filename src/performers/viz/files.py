@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 from pathlib import Path
 
 from matplotlib import rc_context
@@ -21,7 +22,19 @@ def save_figure(figure: Figure, path: Path) -> list[Path]:
     with rc_context({"svg.hashsalt": path.name, "savefig.dpi": 160}):
         figure.savefig(paths[0])
         figure.savefig(paths[1], metadata={"Date": None})
+    _rename_clips(paths[1])
     return paths
+
+
+def _rename_clips(path: Path) -> None:
+    """Number the clips of an SVG. Their names are hashes of coordinates, whose last digits the
+    layout does not repeat.
+    """
+    text = path.read_text(encoding="utf-8")
+    names = dict.fromkeys(re.findall(r'<clipPath id="(\w+)"', text))
+    for number, name in enumerate(names):
+        text = text.replace(name, f"clip{number}")
+    path.write_text(text, encoding="utf-8")
 
 
 def data_url(figure: Figure) -> str:
