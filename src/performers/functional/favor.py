@@ -141,7 +141,8 @@ def favor_attention(
 
     Differentiable in all ways of PyTorch, in query, key, value, ω and the sums of a state: by a
     backward pass, forward mode, `torch.func` (`jvp`, `jacrev`, `vmap(grad(…))`) and twice. All but
-    a plain backward pass goes through slower formulas, which keep features; "triton" refuses it.
+    a plain backward pass goes through slower formulas, which keep features; "triton", the default
+    on GPUs of sm_90, refuses it.
 
     Raises ValueError or TypeError for shapes, dtypes, devices and words that do not fit.
     Cost: O(length · num_features · dim) time, O(length · dim) memory.
