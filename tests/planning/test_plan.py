@@ -43,7 +43,7 @@ def like_an_accelerator(monkeypatch):
     """Tiles, their memory and the masks of dropout as torch has them on a GPU."""
     monkeypatch.setattr(Buffers, "take", lambda self, name, shape, like: like.new_empty(shape))
     monkeypatch.setattr(
-        kernel_tiles, "_sizes", lambda values, is_causal: [len(values), 64 if is_causal else 512]
+        kernel_tiles, "_sizes", lambda values, _, is_causal: [len(values), 64 if is_causal else 512]
     )
     monkeypatch.setattr(
         F, "dropout", lambda x, p, training, inplace: torch.native_dropout(x, p, training)[0]
