@@ -65,7 +65,7 @@ def save_attention_maps(model: Model, path: Path) -> str:
 
 
 def attention_to_amino_acids(
-    model: Model, sequences: Iterable[Int[Tensor, "_"]]
+    model: Model, sequences: Iterable[Int[Tensor, " _"]]
 ) -> Float[Tensor, "layers heads amino_acids"]:
     """The share of its attention that each head gives to each of the 20 standard amino acids.
 
