@@ -10,15 +10,13 @@ from typing import Any
 import torch
 from matplotlib import style
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.ticker import PercentFormatter
 
 from performers.records import markdown_table
 from performers.reproduction import resumable_folder
 from performers.reproduction.means import Mean
 from performers.reproduction.proteins import CURVES, Proteins, kept, timed_run
 from performers.train.config import RunConfig
-from performers.viz.figures import BASELINE_COLOR, COLORS, STYLE
+from performers.viz.figures import COLORS, STYLE, label_accuracies, legend_of_accuracies
 
 HAS_GPU = torch.cuda.is_available()
 
@@ -144,19 +142,9 @@ def figure(config: dict[str, Any], results: dict[str, Any]) -> Figure:
                     seconds, accuracies, _ = zip(*one["curves"][split], strict=True)
                     axes.plot(seconds, accuracies, line, color=colors[name], marker=".")
         accuracy = results["baseline"]["valid"]["accuracy"]
-        axes.axhline(accuracy, color=BASELINE_COLOR, linestyle=":")
-        axes.set(
-            title=f"The next amino acid in windows of {config['length']:,}",
-            xlabel="seconds of training", ylabel="accuracy",
-        )  # fmt: skip
-        axes.yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=1))
-        handles = [Line2D([], [], color=color, label=name) for name, color in colors.items()]
-        handles += [
-            Line2D([], [], color="black", linestyle="--", label="training set"),
-            Line2D([], [], color="black", label="validation set"),
-            Line2D([], [], color=BASELINE_COLOR, linestyle=":", label="empirical baseline"),
-        ]
-        drawn.legend(handles=handles, loc="outside lower center", ncols=3)
+        title = f"The next amino acid in windows of {config['length']:,}"
+        label_accuracies(axes, title, accuracy)
+        legend_of_accuracies(drawn, colors, columns=3)
     return drawn
 
 

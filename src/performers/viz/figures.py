@@ -8,10 +8,13 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 from matplotlib import style
+from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import PercentFormatter
 
-__all__ = ["attention_figure", "curves_figure"]
+__all__ = ["attention_figure", "curves_figure", "label_accuracies", "legend_of_accuracies"]
 
 # The first color is that of the run's own model. All can be told apart in gray print, too.
 COLORS = ("#1f5fbf", "#d1662b", "#3a8f6a", "#7b4fa3", "#8a6d1f")
@@ -93,6 +96,24 @@ def _smoothed(values: Float[np.ndarray, " points"]) -> Float[np.ndarray, " point
     ends = np.arange(1, len(values) + 1)
     starts = np.maximum(ends - SMOOTHED, 0)
     return (sums[ends] - sums[starts]) / (ends - starts)
+
+
+def label_accuracies(axes: Axes, title: str, baseline: float) -> None:
+    """What curves of accuracy against seconds of training need: labels, and the baseline."""
+    axes.axhline(baseline, color=BASELINE_COLOR, linestyle=":")
+    axes.set(title=title, xlabel="seconds of training", ylabel="accuracy")
+    axes.yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=1))
+
+
+def legend_of_accuracies(figure: Figure, colors: Mapping[str, str], columns: int) -> None:
+    """Below all panels: the models by color, the training set dashed, the validation set solid."""
+    handles = [Line2D([], [], color=color, label=name) for name, color in colors.items()]
+    handles += [
+        Line2D([], [], color="black", linestyle="--", label="training set"),
+        Line2D([], [], color="black", label="validation set"),
+        Line2D([], [], color=BASELINE_COLOR, linestyle=":", label="empirical baseline"),
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns)
 
 
 def attention_figure(

@@ -17,9 +17,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from performers.backends.derivatives import refuse_second_derivative
-from performers.backends.triton.config import OPERANDS
+from performers.backends.triton.config import OPERANDS, cdiv, halves, width
 from performers.backends.triton.maps import for_heads
-from performers.backends.triton.tiles import load_rows, store_rows
+from performers.backends.triton.tiles import load_rows, product_options, store_rows
 from performers.typing import LogLinearSide
 
 __all__ = ["mapped"]
@@ -142,16 +142,13 @@ def _launch(
 ) -> None:
     x = x if x.stride(-1) == 1 else x.contiguous()
     batch, heads, length, dim = x.shape
-    operand = OPERANDS[x.dtype]
-    high = matrix.to(operand.dtype)
-    low = (matrix - high).to(operand.dtype)
-    transform[-(-length // ROWS), batch * heads](
+    high, low = halves(matrix, OPERANDS[x.dtype].dtype)
+    transform[cdiv(length, ROWS), batch * heads](
         x, high, low, offset, linear, constant, out, numbers, *x.stride()[:3],
         heads, length, dim, OFFSETS=int(len(offset) > 1), LINEARS=int(len(linear) > 1),
         MATRICES=int(len(matrix) > 1), IS_GRADIENT=is_gradient,
-        OPERAND={torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}[operand.dtype],
-        SPLIT=operand.is_split, PRECISION=operand.precision, ROWS=ROWS,
-        DIM=max(16, 1 << (dim - 1).bit_length()), num_warps=4 if dim <= 128 else 8, num_stages=1,
+        ROWS=ROWS, DIM=width(dim), num_warps=4 if dim <= 128 else 8, num_stages=1,
+        **product_options(x.dtype),
     )  # fmt: skip
 
 

@@ -20,7 +20,6 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
-import triton.language as tl
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -28,8 +27,17 @@ from performers.backends.call import Call
 from performers.backends.derivatives import refuse_second_derivative
 from performers.backends.triton import decoding, gradients, reading, states
 from performers.backends.triton.affine import mapped
-from performers.backends.triton.config import OPERANDS, Config, Tile, config_for
+from performers.backends.triton.config import (
+    OPERANDS,
+    Config,
+    Tile,
+    cdiv,
+    config_for,
+    halves,
+    width,
+)
 from performers.backends.triton.maps import KernelMap, for_heads
+from performers.backends.triton.tiles import product_options
 from performers.state import LinearState
 from performers.typing import LogLinearSide
 
@@ -330,11 +338,11 @@ class Contraction:
         is_causal: bool,
     ) -> Contraction:
         omega = omega.contiguous()
-        high = omega.to(OPERANDS[query.dtype].dtype)
+        high, low = halves(omega, OPERANDS[query.dtype].dtype)
         return cls(
             omega=omega,
             high=high,
-            low=(omega - high).to(high.dtype),
+            low=low,
             tilt=tilt.contiguous(),
             kind=kind,
             epsilon=epsilon,
@@ -344,6 +352,10 @@ class Contraction:
             dtype=query.dtype,
             value_dim=value.shape[-1],
         )
+
+    def norm_of(self, are_queries: bool) -> float:
+        """Of rows that are summed into a state: that of queries cancels in their outputs."""
+        return 0.0 if are_queries else self.norm
 
     @property
     def is_exponential(self) -> bool:
@@ -371,8 +383,8 @@ class Contraction:
         return {
             "KIND": self.kind,
             "PER_HEAD": int(len(self.omega) > 1),
-            "DIM": _width(self.dim),
-            "VALUE_DIM": _width(self.value_dim),
+            "DIM": width(self.dim),
+            "VALUE_DIM": width(self.value_dim),
         }
 
     def scan(
@@ -387,7 +399,7 @@ class Contraction:
 
         `skips`: without the chunk just before. `add_to`: what the former is added to, in place.
         """
-        chunks, blocks = each[0].shape[2], _cdiv(self.num_features, SCAN_FEATURES)
+        chunks, blocks = each[0].shape[2], cdiv(self.num_features, SCAN_FEATURES)
         before = _empty_states(first, chunks) if add_to is None else add_to
         last = (torch.empty_like(first[0]), torch.empty_like(first[1]), torch.empty_like(first[2]))
         if blocks:
@@ -395,17 +407,14 @@ class Contraction:
                 *each, *first, *before, *last, chunks, self.num_features, self.value_dim,
                 KIND=self.kind, REVERSE=is_reverse, SKIPS=skips, ADDS=add_to is not None,
                 FEATURES=SCAN_FEATURES,
-                VALUE_DIM=_width(self.value_dim),
+                VALUE_DIM=width(self.value_dim),
             )  # fmt: skip
         return before, last
 
     def options(self, tile: Tile) -> dict[str, Any]:
         """The compile-time arguments of a kernel that multiplies tiles."""
-        operand = OPERANDS[self.dtype]
         return {
-            "OPERAND": {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}[operand.dtype],
-            "SPLIT": operand.is_split,
-            "PRECISION": operand.precision,
+            **product_options(self.dtype),
             "ROWS": self.rows,
             "FEATURES": tile.features,
             "num_warps": tile.num_warps,
@@ -454,7 +463,7 @@ def _states(
 
     `is_reverse`: of queries, with the gradients of outputs as values, after every chunk.
     """
-    norm = 0.0 if is_reverse else work.norm  # that of queries cancels
+    norm = work.norm_of(is_reverse)
     each = states_of_chunks(work, x, y, rows, shares, first, chunk, norm)
     return work.scan(each, first, is_reverse)
 
@@ -474,25 +483,24 @@ def _unfolded(
     """
     batch, heads, length = x.shape[:3]
     key_heads = first[0].shape[1]
-    blocks = _cdiv(work.num_features, work.config.absorb.features)
-    chunks = _cdiv(length, work.rows)
+    blocks = cdiv(work.num_features, work.config.absorb.features)
+    chunks = cdiv(length, work.rows)
     frames, normalizers, values = _empty_states(first, chunks, work.high.dtype)
     last = (torch.empty_like(first[0]), torch.empty_like(first[1]), torch.empty_like(first[2]))
     risen = torch.full_like(frames[..., 0], work.rows, dtype=torch.int32)
     if not blocks:
         return (frames, normalizers, values), last, risen
-    run = _cdiv(chunks, _runs(x.device, batch * key_heads * blocks))
+    run = cdiv(chunks, _runs(x.device, batch * key_heads * blocks))
     start = first
     if run < chunks:
         start, _ = _states(work, x, y, rows, shares, first, run * work.rows, is_reverse)
-    tile = work.config.absorb
-    states.unfold[_cdiv(chunks, run), blocks, batch * key_heads](
+    states.unfold[cdiv(chunks, run), blocks, batch * key_heads](
         x, y, rows, rows if shares is None else shares, work.high, work.low, work.tilt,
         *start, frames, normalizers, values, *last, risen,
         *x.stride()[:3], *y.stride()[:3], heads, heads // key_heads,
         length, run, work.num_features, work.dim, work.value_dim, work.epsilon,
-        0.0 if is_reverse else work.norm,
-        REVERSE=is_reverse, HAS_SHARES=shares is not None, **work.options(tile),
+        work.norm_of(is_reverse), REVERSE=is_reverse, HAS_SHARES=shares is not None,
+        **work.options(work.config.absorb),
     )  # fmt: skip
     return (frames, normalizers, values), last, risen
 
@@ -510,8 +518,8 @@ def states_of_chunks(
     """The state of every chunk of rows x with values y, [batch, key_heads, chunks, …] each."""
     batch, heads, length = x.shape[:3]
     key_heads = like[0].shape[1]
-    blocks = _cdiv(work.num_features, work.config.absorb.features)
-    chunks = _cdiv(length, chunk)
+    blocks = cdiv(work.num_features, work.config.absorb.features)
+    chunks = cdiv(length, chunk)
     each = _empty_states(like, chunks)
     if not blocks:
         return each
@@ -536,7 +544,7 @@ def _read(
     total: Tensor,
 ) -> None:
     batch, heads, length = query.shape[:3]
-    chunks = _cdiv(length, work.rows)
+    chunks = cdiv(length, work.rows)
     for launch in work.launches(work.config.read):
         reading.read[chunks, batch * heads](
             query, key, value, key_rows, work.high, work.low, work.tilt, *read_from, out, total,
@@ -563,14 +571,14 @@ def _gradients(
     strides = [s for x in rows[:4] for s in x.stride()[:3]]
     sizes = (work.num_features, work.dim, work.value_dim, work.epsilon, work.norm)
     risen = rows.key_rows if risen is None else risen
-    chunks = _cdiv(query_length, work.rows)
+    chunks = cdiv(query_length, work.rows)
     for launch in work.launches(work.config.query_gradient):
         gradients.query_gradient[chunks, batch * heads](
             *rows, work.high, work.low, work.tilt, *before, d_query, risen,
             *strides, *d_query.stride()[:3], heads, work.group, query_length, chunks, *sizes,
             IS_CAUSAL=work.is_causal, **launch,
         )  # fmt: skip
-    chunks = _cdiv(key_length, work.rows)
+    chunks = cdiv(key_length, work.rows)
     d_key_rows = torch.empty_like(rows.key_rows)
     for launch in work.launches(work.config.key_gradient):
         gradients.key_gradient[chunks, batch * key_heads](
@@ -601,11 +609,12 @@ def _step(
 
 
 def row_products(work: Contraction, x: Tensor, y: Tensor) -> Tensor:
-    batch, heads, length, width = x.shape
+    """x_i·y_i of every row in float32, [batch, heads, length]."""
+    batch, heads, length, dim = x.shape
     out = x.new_empty(batch, heads, length, dtype=torch.float32)
-    states.row_products[_cdiv(length, work.rows), batch * heads](
-        x, y, out, *x.stride()[:3], *y.stride()[:3], heads, length, width,
-        ROWS=work.rows, WIDTH=_width(width),
+    states.row_products[cdiv(length, work.rows), batch * heads](
+        x, y, out, *x.stride()[:3], *y.stride()[:3], heads, length, dim,
+        ROWS=work.rows, WIDTH=width(dim),
     )  # fmt: skip
     return out
 
@@ -630,19 +639,11 @@ def _with_dense_rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _width(dim: int) -> int:
-    return max(16, 1 << (dim - 1).bit_length())
-
-
-def _cdiv(a: int, b: int) -> int:
-    return -(-a // b)  # Triton's own costs ten times as much outside of kernels
-
-
 def _split(work: Contraction, x: Tensor) -> int:
     """How many rows go into one state, so that their states fill the device. Multiple of a tile."""
-    tiles = _cdiv(x.shape[2], work.rows)
-    programs = x.shape[0] * x.shape[1] * _cdiv(work.num_features, work.config.absorb.features)
-    return work.rows * _cdiv(tiles, min(tiles, _waves(x.device, 1, programs)))
+    tiles = cdiv(x.shape[2], work.rows)
+    programs = x.shape[0] * x.shape[1] * cdiv(work.num_features, work.config.absorb.features)
+    return work.rows * cdiv(tiles, min(tiles, _waves(x.device, 1, programs)))
 
 
 def _segments(work: Contraction, key: Tensor) -> list[slice]:
@@ -658,7 +659,7 @@ def _segments(work: Contraction, key: Tensor) -> list[slice]:
 
 def _waves(device: torch.device, waves: int, programs: int) -> int:
     """How often so many programs must be started to occupy every processor of the device."""
-    return _cdiv(waves * PROGRAMS_PER_PROCESSOR * _processors(device), programs)
+    return cdiv(waves * PROGRAMS_PER_PROCESSOR * _processors(device), programs)
 
 
 def _runs(device: torch.device, programs: int) -> int:
@@ -666,7 +667,7 @@ def _runs(device: torch.device, programs: int) -> int:
     more have to be summed up first.
     """
     processors = _processors(device)
-    return 1 if programs >= processors else _cdiv(2 * processors, programs)
+    return 1 if programs >= processors else cdiv(2 * processors, programs)
 
 
 def _processors(device: torch.device) -> int:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 __all__ = [
     "CONFIGS",
@@ -21,7 +22,10 @@ __all__ = [
     "Config",
     "Operand",
     "Tile",
+    "cdiv",
     "config_for",
+    "halves",
+    "width",
 ]
 
 MAX_DIM = 256
@@ -92,4 +96,19 @@ CONFIGS = {
 
 def config_for(operand: torch.dtype, dim: int) -> Config:
     """The tiles for this head dim, at most `MAX_DIM`."""
-    return CONFIGS[operand, max(16, 1 << (dim - 1).bit_length())]
+    return CONFIGS[operand, width(dim)]
+
+
+def width(dim: int) -> int:
+    """The columns of a tile of vectors: the next power of 2, at least 16."""
+    return max(16, 1 << (dim - 1).bit_length())
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)  # Triton's own costs ten times as much outside of kernels
+
+
+def halves(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A number as the matrix units take it, and what is left of it."""
+    high = x.to(dtype)
+    return high, (x - high).to(dtype)

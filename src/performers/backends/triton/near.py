@@ -20,7 +20,6 @@ from functools import cached_property
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from performers.backends.blocks import BlockAttention, Problem
@@ -29,7 +28,7 @@ from performers.backends.fused_softmax import HIDDEN
 from performers.backends.triton import near_kernels
 from performers.backends.triton.affine import mapped
 from performers.backends.triton.attention import Contraction, Sums, row_products, states_of_chunks
-from performers.backends.triton.config import Tile
+from performers.backends.triton.config import Tile, cdiv, width
 from performers.typing import LogLinearSide
 
 __all__ = ["block_attention"]
@@ -121,7 +120,7 @@ class _Work:
         no_tilt = torch.zeros_like(key_omega[..., 0])
         self.keys = Contraction.of(self.key.unsqueeze(1), self.value, key_omega, no_tilt, *shared)
         self.heads, self.group, self.length, self.dim = self.query.shape
-        self.blocks = -(-self.length // self.window)
+        self.blocks = cdiv(self.length, self.window)
 
     def far(self, each: Sums, first: Sums, is_reverse: bool) -> tuple[Sums, Sums]:
         """Of every block the sum of the first state and of the blocks' far before it (`is_reverse`:
@@ -149,10 +148,10 @@ class _Work:
     @cached_property
     def rows(self) -> int:
         """Of a tile: at most those of a block."""
-        return max(16, min(self.queries.rows, triton.next_power_of_2(self.window)))
+        return min(self.queries.rows, width(self.window))
 
     def grid(self, heads: int) -> tuple[int, int]:
-        return self.blocks * -(-self.window // self.rows), heads
+        return self.blocks * cdiv(self.window, self.rows), heads
 
     def options(self, tile: Tile) -> dict[str, Any]:
         return self.queries.options(tile) | {"ROWS": self.rows, "IS_CAUSAL": self.is_causal}

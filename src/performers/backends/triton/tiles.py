@@ -12,13 +12,26 @@ A frame is the exponent relative to which the sums of a feature are kept, as the
 an online softmax. It cancels in the output.
 """
 
-from typing import no_type_check
+from typing import Any, no_type_check
 
+import torch
 import triton
 import triton.language as tl
 
+from performers.backends.triton.config import OPERANDS
+
 # As in `performers.backends.tiles`: exp(60) leaves float32 room for the sums over a chunk.
 MAX_RISE = tl.constexpr(60.0)
+
+
+def product_options(dtype: torch.dtype) -> dict[str, Any]:
+    """The compile-time arguments of products in kernels whose inputs have this dtype."""
+    operand = OPERANDS[dtype]
+    return {
+        "OPERAND": {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}[operand.dtype],
+        "SPLIT": operand.is_split,
+        "PRECISION": operand.precision,
+    }
 
 
 @triton.jit
