@@ -9,7 +9,6 @@ MOST_LINES = 450
 
 # Kernels are as long as the arithmetic of a pass, forward and backward.
 KERNELS = (
-    "src/performers/backends/blocks.py",
     "src/performers/backends/kernel_tiles.py",
     "src/performers/backends/scan.py",
     "src/performers/backends/triton/",

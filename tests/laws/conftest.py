@@ -2,7 +2,8 @@
 
 import pytest
 
-from performers.backends import blocks, chunked, kernel_tiles, scan, tiles
+from performers.backends import chunked, kernel_tiles, scan, tiles
+from performers.backends.blocks import sizes
 
 
 @pytest.fixture(autouse=True)
@@ -16,8 +17,8 @@ def small_tiles(without_shape_checks: None, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(chunked, "CAUSAL_CHUNK", 7)
     monkeypatch.setattr(tiles, "PIECE_BYTES", 700)
     monkeypatch.setattr(scan, "CHUNK", 7)
-    monkeypatch.setattr(blocks, "HEADS", 5)
-    monkeypatch.setattr(blocks, "TILE_BYTES", 1500)
+    monkeypatch.setattr(sizes, "HEADS", 5)
+    monkeypatch.setattr(sizes, "TILE_BYTES", 1500)
     monkeypatch.setattr(kernel_tiles, "CHUNK", 7)
     monkeypatch.setattr(kernel_tiles, "HEADS", 5)
     monkeypatch.setattr(kernel_tiles, "TILE_BYTES", 1)

@@ -21,7 +21,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from performers.backends import blocks, kernel_tiles, scan
+from performers.backends import kernel_tiles, scan
+from performers.backends.blocks import sizes
 from performers.backends.chunked import KEY_TILE, QUERY_TILE
 from performers.baselines import Identity
 from performers.nn.mechanisms import Exact, Favor, HeadGroups
@@ -85,11 +86,12 @@ class HeadsOf:
             assert isinstance(window, int), "a near field has blocks of a size"
             averages = 4 * -(-length // window) * m * d
             rows = 3 * length * (self.heads // self.key_heads + 2) * d
-            heads = min(blocks.HEADS, batch * self.key_heads)
-            whole = min(blocks.HEADS_BYTES, heads * WIDE * (averages + rows))
+            of_head = WIDE * (averages + rows)
+            heads = min(sizes.HEADS, batch * self.key_heads)
+            whole = min(max(sizes.HEADS_BYTES, of_head), heads * of_head)
             # A tile of logits and one of their gradients.
             logits = batch * self.heads * length * (3 * window + m)
-            return whole + 2 * min(blocks.TILE_BYTES, WIDE * logits)
+            return whole + 2 * min(sizes.TILE_BYTES, WIDE * logits)
         if self.form == "scan":
             # Of each chunk of a segment K′, and S in two frames; of one chunk five tiles more.
             chunks = -(-min(length, self._segment) // scan.CHUNK)

@@ -1,0 +1,184 @@
+"""The backward pass of some heads, a tile of blocks at a time."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from performers.backends.blocks.far import Averages
+from performers.backends.blocks.rows import Heads
+from performers.backends.blocks.sizes import LOG2_E, BlockAttention, Problem, Sizes
+
+__all__ = ["HeadsBack"]
+
+
+class HeadsBack(Heads):
+    """Some heads on the way back: the gradients of all that `Heads` has of them.
+
+    The gradient of a logit is w (dO·v − e): w its weight, e what all logits of its softmax lose.
+    Where a limit c binds, near and far are two softmaxes, whose weights sum to 1 / (1 + c) and
+    c / (1 + c).
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        sizes: Sizes,
+        heads: slice,
+        found: BlockAttention,
+        gradients: BlockAttention,
+        with_directions: bool,
+    ) -> None:
+        super().__init__(problem, sizes, heads)
+        self.with_directions = with_directions
+        shape = self.query.shape[:-1]
+        self.of_out = self.take("of out", *shape, sizes.value_dim)
+        self.put(gradients.out[heads], self.of_out)
+        self.log_sum, self.excess = self.take("log sum", *shape, 1), self.take("excess", *shape, 1)
+        self.put(found.log_sum[heads], self.log_sum, LOG2_E)
+        spare = self.take("spare", *self.of_out.shape)
+        self.put(found.out[heads], spare)
+        self.put(gradients.log_sum[heads], self.excess, -1.0)
+        self.excess += spare.mul_(self.of_out).sum(dim=-1, keepdim=True)
+        if sizes.limits:
+            self.log_factor = self.take("log factor", *shape, 1)
+            self.put(found.log_factor[heads], self.log_factor, LOG2_E)
+            self.of_log_sum = self.take("of log sum", *shape, 1)
+            self.put(gradients.log_sum[heads], self.of_log_sum)
+        self.of_query = self.take("of query", *self.query.shape)
+        self.of_key = self.take("of key", *self.key.shape).zero_()
+        self.of_value = self.take("of value", *self.value.shape).zero_()
+        self.of_sink_key = torch.zeros_like(self.sink_key)
+        self.of_sink_value = torch.zeros_like(self.sink_value)
+        self.of_heavy_key = torch.empty_like(self.heavy_key)
+        self.of_heavy_value = torch.empty_like(self.heavy_value)
+        if sizes.features:
+            self.of_query_y = self.take("of query y", *self.query_y.shape)
+            self.of_query_number = self.take("of query number", *self.query_number.shape)
+            self.of_key_y = self.take("of key y", *self.key_y.shape)
+            self.of_key_number = self.take("of key number", *self.key_number.shape)
+        directions = self.number, sizes.features if with_directions else 0, sizes.dim
+        self.of_query_directions = self.like.new_zeros(directions)
+        self.of_key_directions = self.like.new_zeros(directions)
+        self.of_tilt = self.like.new_zeros(self.number, 1, sizes.features)
+
+    def rows_back(self, far: Averages) -> tuple[Tensor, Tensor]:
+        """Back through the softmaxes of rows: dF, and e of each feature's sum over far blocks."""
+        sizes = self.sizes
+        of_average = self.take("of far average", *far.average.shape)
+        excess = self.take("excess of far", *far.log_mass.shape)
+        numbers = self.numbered(far)
+        for index in range(self.number):
+            directions = self.directions(self.query_side, index)
+            directions_2 = directions * LOG2_E
+            for tile in sizes.tiles():
+                query, of_query, of_out, log_sum, lost = (
+                    x[index, tile]
+                    for x in (self.query, self.of_query, self.of_out, self.log_sum, self.excess)
+                )
+                weights = self.row_logits(index, directions_2, tile, numbers)
+                shifts = [log_sum] * len(weights)
+                if sizes.features:
+                    shifts[-1] = log_sum - self.row_numbers(index, tile)
+                if sizes.limits:
+                    shifts[-1] = shifts[-1] - self.log_factor[index, tile]
+                of_logits = []
+                values = self.values(index, tile, far.average)
+                for part, (x, shift, value) in enumerate(zip(weights, shifts, values, strict=True)):
+                    # ≤ 0, but for the rounding of very large numbers
+                    x.sub_(shift).clamp_(max=0).exp2_()
+                    of_x = self.take(f"of row logits {part}", *x.shape)
+                    of_logits.append(torch.bmm(of_out, value.mT, out=of_x))
+                losses = [lost] * len(weights)
+                if sizes.limits:
+                    losses = self.losses(index, tile, lost, weights, of_logits)
+                    lost = losses[-1]
+                for x, of_x, of_softmax in zip(weights, of_logits, losses, strict=True):
+                    of_x.sub_(of_softmax).mul_(x)
+
+                near, of_near = weights[0], of_logits[0]
+                self.add_near(self.of_value[index], tile, near, of_out)
+                self.add_near(self.of_key[index], tile, of_near, query, 1 / LOG2_E)
+                key = self.windows(self.key[index], tile)
+                torch.baddbmm(of_query, of_near, key, beta=0, alpha=1 / LOG2_E, out=of_query)
+                if sizes.sinks:
+                    sinks, of_sinks = weights[1].flatten(0, 1), of_logits[1].flatten(0, 1)
+                    flat, of_flat = query.flatten(0, 1), of_query.flatten(0, 1)
+                    self.of_sink_value[index].addmm_(sinks.mT, of_out.flatten(0, 1))
+                    self.of_sink_key[index].addmm_(of_sinks.mT, flat, alpha=1 / LOG2_E)
+                    of_flat.addmm_(of_sinks, self.sink_key[index], alpha=1 / LOG2_E)
+                if sizes.heavy:
+                    part = 1 + bool(sizes.sinks)
+                    heavy, of_heavy = weights[part], of_logits[part]
+                    torch.bmm(heavy.mT, of_out, out=self.of_heavy_value[index, tile])
+                    torch.bmm(of_heavy.mT, query, out=self.of_heavy_key[index, tile])
+                    key = self.heavy_key[index, tile]
+                    of_query.baddbmm_(of_heavy, key, alpha=1 / LOG2_E)
+                if sizes.features:
+                    features, of_features = weights[-1], of_logits[-1]
+                    torch.bmm(of_out.mT, features, out=of_average[index, tile])
+                    torch.bmm(lost.mT, features, out=excess[index, tile].unsqueeze(-2))
+                    rows = slice(tile.start * sizes.rows, tile.stop * sizes.rows)
+                    of_features = of_features.flatten(0, 1)
+                    torch.mm(of_features, directions, out=self.of_query_y[index, rows])
+                    torch.sum(of_features, dim=-1, out=self.of_query_number[index, rows])
+                    if self.with_directions:
+                        y = self.query_y[index, rows]
+                        self.of_query_directions[index].addmm_(of_features.mT, y)
+                        self.of_tilt[index] += of_features.sum(dim=0)
+        if sizes.features:
+            y, of_y, of_number = self.query_y, self.of_query_y, self.of_query_number
+            of_x = self.query_side.mapped_back(self.heads, y, of_y, of_number)
+            self.of_query += of_x.view_as(self.of_query)
+        return of_average, excess
+
+    def losses(
+        self, index: int, tile: slice, lost: Tensor, weights: list[Tensor], of_logits: list[Tensor]
+    ) -> list[Tensor]:
+        """e of each part: that of the softmax over all, or where the limit binds its own."""
+        assert self.problem.far_limit is not None
+        limit, of_log_sum = self.problem.far_limit, self.of_log_sum[index, tile]
+        of_near = torch.zeros_like(lost)
+        for x, of_x in zip(weights[:-1], of_logits[:-1], strict=True):
+            spare = self.take("limited", *x.shape)
+            of_near += torch.mul(x, of_x, out=spare).sum(dim=-1, keepdim=True)
+        is_limited = self.log_factor[index, tile] < 0
+        near = torch.where(is_limited, (of_near - of_log_sum) * (1 + limit), lost)
+        far = torch.where(is_limited, (lost + of_log_sum - of_near) * (1 + 1 / limit), lost)
+        return [near] * (len(weights) - 1) + [far]
+
+    def add_near(
+        self, of_rows: Tensor, tile: slice, weights: Tensor, x: Tensor, factor: float = 1.0
+    ) -> None:
+        """Add weightsᵀ x to the keys that are near each block."""
+        size = self.sizes.block
+        rows = of_rows[tile.start * size :]
+        for start in range(0, self.sizes.near, size):
+            there = rows[start : start + len(x) * size].view(len(x), size, -1)
+            there.baddbmm_(weights[..., start : start + size].mT, x, alpha=factor)
+
+    def keys_back(self, blocks: Averages, of_average: Tensor, excess: Tensor) -> None:
+        """Back through the averages of blocks."""
+        sizes = self.sizes
+        log_mass = (blocks.log_mass * LOG2_E).unsqueeze(2)
+        shift = sizes.before * sizes.block
+        for index in range(self.number):
+            directions = self.directions(self.key_side, index)
+            directions_2 = directions * LOG2_E
+            for tile in sizes.tiles():
+                weights, value = self.key_logits(index, directions_2, tile)
+                weights.sub_(log_mass[index, tile]).clamp_(max=0).exp2_()
+                rows = slice(tile.start * sizes.block, tile.stop * sizes.block)
+                own = self.of_value[index, rows.start + shift : rows.stop + shift]
+                own.view_as(value).baddbmm_(weights, of_average[index, tile].mT)
+                of_logits = self.take("of key logits", *weights.shape)
+                torch.bmm(value, of_average[index, tile], out=of_logits)
+                of_logits.sub_(excess[index, tile].unsqueeze(1)).mul_(weights)
+                of_logits = of_logits.flatten(0, 1)
+                torch.mm(of_logits, directions, out=self.of_key_y[index, rows])
+                torch.sum(of_logits, dim=-1, out=self.of_key_number[index, rows])
+                if self.with_directions:
+                    y = self.key_y[index, rows]
+                    self.of_key_directions[index].addmm_(of_logits.mT, y)
+        of_x = self.key_side.mapped_back(self.heads, self.key_y, self.of_key_y, self.of_key_number)
+        self.of_key[:, shift : shift + of_x.shape[1]] += of_x

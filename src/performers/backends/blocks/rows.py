@@ -1,0 +1,269 @@
+"""The forward pass of some heads, a tile of blocks at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from torch.nn import functional as F
+
+from performers.backends.blocks.far import Averages, Merge
+from performers.backends.blocks.sides import Side, of_heads, scaled
+from performers.backends.blocks.sizes import LOG2_E, Problem, Sizes
+from performers.backends.buffers import buffers
+from performers.backends.fused_softmax import HIDDEN
+
+__all__ = ["Heads"]
+
+
+class Heads:
+    """Some heads: their rows in blocks, 0 beyond the last, and what one tile of blocks takes.
+
+    `key` and `value` begin with a block of nothing, and end with one unless causal, so that what is
+    near of each block are rows that follow each other. Numbers and logits of rows are in base 2.
+    """
+
+    def __init__(self, problem: Problem, sizes: Sizes, heads: slice) -> None:
+        self.problem, self.sizes, self.heads = problem, sizes, heads
+        self.like = problem.average
+        self.root = math.sqrt(problem.scale)
+        self.log_limit = 0.0 if problem.far_limit is None else math.log2(problem.far_limit)
+        self.number = number = heads.stop - heads.start
+        blocks = sizes.count + sizes.before + sizes.after
+        start = sizes.before * sizes.block
+        self.own = own = slice(start, start + sizes.length)  # of rows of keys, the real ones
+        self.query = self.take("query", number, sizes.count, sizes.rows, sizes.dim)
+        self.key = self.take("key", number, blocks * sizes.block, sizes.dim)
+        self.value = self.take("value", number, blocks * sizes.block, sizes.value_dim)
+        self.put(problem.query[heads], self.query, self.root)
+        for whole, x, factor in (
+            (self.key, problem.key, self.root * LOG2_E),
+            (self.value, problem.value, 1.0),
+        ):
+            whole[:, : own.start].zero_()
+            scaled(x[heads], factor, whole[:, own])
+            whole[:, own.stop :].zero_()
+        self.sink_key = problem.sink_key[heads].to(self.like) * (self.root * LOG2_E)
+        self.sink_value = problem.sink_value[heads].to(self.like)
+        self.heavy_key = problem.heavy_key[heads].to(self.like) * (self.root * LOG2_E)
+        self.heavy_value = problem.heavy_value[heads].to(self.like)
+        self.absent = self.hidden(problem.hidden_near, blocks * sizes.block, own)
+        later = torch.ones(sizes.block, sizes.block, dtype=torch.bool, device=self.like.device)
+        self.later = later.triu_(1)
+        self.query_side = Side.of(
+            1.0, problem.query_directions, problem.query_shift, problem.query_matrix,
+            problem.query_linear,
+        )  # fmt: skip
+        self.key_side = Side.of(
+            1 / LOG2_E, problem.key_directions, problem.key_shift, problem.key_matrix,
+            problem.key_linear,
+        )  # fmt: skip
+        if sizes.features:
+            self.query_y, self.query_number = self.mapped(
+                "query", self.query_side, self.query.flatten(1, 2)
+            )
+            rows = self.key[:, start : start + sizes.count * sizes.block]
+            self.key_y, self.key_number = self.mapped("key", self.key_side, rows)
+            absent = self.hidden(problem.hidden_far, rows.shape[1], slice(0, sizes.length))
+            self.key_number.masked_fill_(absent, HIDDEN)
+
+    def take(self, name: str, *shape: int) -> Tensor:
+        return buffers.take(name, shape, self.like)
+
+    def put(self, x: Tensor, rows: Tensor, factor: float = 1.0) -> None:
+        """[heads, group, length, ·] times a factor into [heads, count, rows, ·]."""
+        for part, there in self.paired(x, rows):
+            scaled(part, factor, there)
+        rest = self.sizes.length % self.sizes.block
+        if rest:
+            self.grouped(rows)[:, -1, :, rest:].zero_()
+
+    def grouped(self, rows: Tensor) -> Tensor:
+        return rows.unflatten(2, (self.sizes.group, self.sizes.block))
+
+    def paired(self, x: Tensor, rows: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """The same rows of both: those of whole blocks, and those of the last that is not whole."""
+        blocks = self.grouped(rows)
+        whole, rest = divmod(self.sizes.length, self.sizes.block)
+        stop = whole * self.sizes.block
+        yield x[:, :, :stop].unflatten(2, (whole, -1)).transpose(1, 2), blocks[:, :whole]
+        if rest:
+            yield x[:, :, stop:], blocks[:, whole, :, :rest]
+
+    def hidden(self, mask: Tensor | None, length: int, real: slice) -> Bool[Tensor, "#heads rows"]:
+        """Rows without a key to be seen, one row for all heads where all are alike."""
+        if mask is None:
+            hidden = torch.ones(1, length, dtype=torch.bool, device=self.like.device)
+            hidden[:, real] = False
+        else:
+            mask = mask[self.heads]
+            hidden = F.pad(mask, (real.start, length - real.stop), value=True)
+        return hidden
+
+    def mapped(self, name: str, side: Side, x: Tensor) -> tuple[Tensor, Tensor]:
+        """y and number of rows, the number in base 2."""
+        y, number = self.take(f"{name} y", *x.shape), self.take(f"{name} number", *x.shape[:2])
+        side.mapped(self.heads, x, y, number)
+        return y, number.mul_(LOG2_E)
+
+    def windows(self, rows: Tensor, tile: slice) -> Tensor:
+        """Of rows of keys, [rows, …], those near each block: a view, [blocks, near, …]."""
+        size, row = self.sizes.block, rows.stride(0)
+        shape = tile.stop - tile.start, self.sizes.near, *rows.shape[1:]
+        strides = size * row, row, *rows.stride()[1:]
+        return rows[tile.start * size :].as_strided(shape, strides)
+
+    def directions(self, side: Side, index: int) -> Float[Tensor, "features dim"]:
+        """ω of one head."""
+        return side.directions[self.heads.start + index if len(side.directions) > 1 else 0]
+
+    def key_logits(self, index: int, directions_2: Tensor, tile: slice) -> tuple[Tensor, Tensor]:
+        """log₂ φ of the keys of a tile, [blocks, block, features], and their values."""
+        size = self.sizes.block
+        rows = slice(tile.start * size, tile.stop * size)
+        logits = self.take("key logits", rows.stop - rows.start, self.sizes.features)
+        torch.mm(self.key_y[index, rows], directions_2.mT, out=logits)
+        logits.add_(self.key_number[index, rows].unsqueeze(-1))
+        shift = self.sizes.before * size
+        value = self.value[index, rows.start + shift : rows.stop + shift]
+        return logits.unflatten(0, (-1, size)), value.unflatten(0, (-1, size))
+
+    def block_averages(self) -> Averages:
+        """s and A of every block."""
+        sizes = self.sizes
+        shape = self.number, sizes.count, sizes.features
+        log_mass = self.take("block mass", *shape)
+        average = self.take("block average", *shape[:2], sizes.value_dim, sizes.features)
+        for index in range(self.number if sizes.features else 0):
+            directions_2 = self.directions(self.key_side, index) * LOG2_E
+            for tile in sizes.tiles():
+                weights, value = self.key_logits(index, directions_2, tile)
+                largest = weights.amax(dim=1, keepdim=True)
+                total = weights.sub_(largest).exp2_().sum(dim=1, keepdim=True)
+                torch.bmm(value.mT, weights, out=average[index, tile]).div_(total)
+                torch.add(largest, total.log2_(), out=log_mass[index, tile].unsqueeze(1))
+        return Averages(log_mass.div_(LOG2_E), average)
+
+    def far_averages(self, blocks: Averages) -> tuple[Merge, Averages, Tensor]:
+        """s̃ and F of every block, and F after the last."""
+        problem = self.problem
+        merge = Merge(blocks.log_mass, problem.log_mass[self.heads], problem.is_causal)
+        average = self.take("far average", *blocks.average.shape)
+        first = problem.average[self.heads].mT.contiguous()
+        last = merge.far(first, blocks.average, average)
+        return merge, Averages(merge.log_mass, average), last.mT
+
+    def numbered(self, far: Averages) -> Float[Tensor, "heads blocks 1 features"]:
+        """What the logits of features have that is not of a row: s̃ and the features' numbers."""
+        tilt = of_heads(self.problem.tilt, self.heads)
+        return (far.log_mass + tilt).unsqueeze(2) * LOG2_E
+
+    def row_logits(
+        self, index: int, directions_2: Tensor, tile: slice, numbers: Tensor
+    ) -> list[Tensor]:
+        """What the queries of a tile score with near keys, sinks, heavy keys and features, each
+        [blocks, rows, ·] where there are any; the last without the numbers of rows."""
+        sizes, problem = self.sizes, self.problem
+        query, blocks = self.query[index, tile], tile.stop - tile.start
+        near = self.take("near logits", blocks, sizes.rows, sizes.near)
+        torch.bmm(query, self.windows(self.key[index], tile).mT, out=near)
+        if problem.is_causal:
+            own = near[..., sizes.before * sizes.block :]
+            own.unflatten(1, (sizes.group, sizes.block)).masked_fill_(self.later, HIDDEN)
+        absent = self.absent[index if len(self.absent) > 1 else 0]
+        if problem.hidden_near is not None:
+            near.masked_fill_(self.windows(absent, tile).unsqueeze(1), HIDDEN)
+        else:  # only beyond the first and last blocks
+            for block in {0, sizes.count - 2, sizes.count - 1} & {*range(tile.start, tile.stop)}:
+                window = self.windows(absent, slice(block, block + 1))
+                near[block - tile.start].masked_fill_(window, HIDDEN)
+        logits = [near]
+        if sizes.sinks:
+            sinks = self.take("sink logits", blocks, sizes.rows, sizes.sinks)
+            rows = query.flatten(0, 1)
+            torch.mm(rows, self.sink_key[index].mT, out=sinks.flatten(0, 1))
+            place = torch.arange(blocks * sizes.block, device=rows.device)
+            place += tile.start * sizes.block
+            unseen = place[:, None] < problem.sink_start[self.heads.start + index]
+            unseen = unseen.unflatten(0, (blocks, 1, sizes.block))
+            sinks.unflatten(1, (sizes.group, sizes.block)).masked_fill_(unseen, HIDDEN)
+            logits.append(sinks)
+        if sizes.heavy:
+            heavy = self.take("heavy logits", blocks, sizes.rows, sizes.heavy)
+            torch.bmm(query, self.heavy_key[index, tile].mT, out=heavy)
+            hidden = problem.heavy_hidden[self.heads.start + index, tile]
+            logits.append(heavy.masked_fill_(hidden.unsqueeze(1), HIDDEN))
+        if sizes.features:
+            features = self.take("feature logits", blocks, sizes.rows, sizes.features)
+            y = self.query_y[index, tile.start * sizes.rows : tile.stop * sizes.rows]
+            torch.mm(y, directions_2.mT, out=features.flatten(0, 1))
+            features.add_(numbers[index, tile])
+            logits.append(features)
+        return logits
+
+    def row_numbers(self, index: int, tile: slice) -> Float[Tensor, "blocks rows 1"]:
+        """What the logits of features have that is of a row."""
+        rows = self.query_number[index].unflatten(0, (self.sizes.count, self.sizes.rows))
+        return rows[tile].unsqueeze(-1)
+
+    def values(self, index: int, tile: slice, far: Tensor) -> list[Tensor]:
+        """In the order of `row_logits`."""
+        values = [self.windows(self.value[index], tile)]
+        if self.sizes.sinks:
+            sinks = self.sink_value[index]
+            values.append(sinks.expand(len(values[0]), -1, -1))
+        if self.sizes.heavy:
+            values.append(self.heavy_value[index, tile])
+        if self.sizes.features:
+            values.append(far[index, tile].mT)
+        return values
+
+    def attend(self, far: Averages) -> tuple[Tensor, Tensor, Tensor]:
+        """Outputs, the logs of their normalizers and of the factors of far keys, [heads, count,
+        rows, ·]."""
+        sizes = self.sizes
+        shape = self.number, sizes.count, sizes.rows
+        out, log_sum = self.take("out", *shape, sizes.value_dim), self.take("log sum", *shape, 1)
+        log_factor = self.take("log factor", *shape, sizes.limits)
+        numbers = self.numbered(far)
+        for index in range(self.number):
+            directions_2 = self.directions(self.query_side, index) * LOG2_E
+            for tile in sizes.tiles():
+                weights = self.row_logits(index, directions_2, tile, numbers)
+                largest = [x.amax(dim=-1, keepdim=True) for x in weights]
+                if sizes.features:
+                    of_row = self.row_numbers(index, tile)
+                    largest[-1] += of_row
+                shift = torch.stack(largest).amax(dim=0) if len(largest) > 1 else largest[0]
+                shifts = [shift] * len(weights)
+                if sizes.limits:
+                    near_shift = torch.stack(largest[:-1]).amax(dim=0)
+                    is_alone = near_shift <= HIDDEN / 2  # nothing is near
+                    shift = torch.where(is_alone, shift, near_shift)
+                    shifts = [shift] * (len(weights) - 1) + [largest[-1]]
+                if sizes.features:
+                    shifts[-1] = shifts[-1] - of_row
+                totals = [
+                    x.sub_(of_x).exp2_().sum(dim=-1, keepdim=True)
+                    for x, of_x in zip(weights, shifts, strict=True)
+                ]
+                if sizes.limits:
+                    room = torch.stack(totals[:-1]).sum(dim=0).log2_().add_(shift + self.log_limit)
+                    room -= totals[-1].log2() + largest[-1]
+                    factor = room.clamp_(max=0).masked_fill_(is_alone, 0.0)
+                    log_factor[index, tile] = factor
+                    factor = (factor + largest[-1] - shift).exp2_()
+                    weights[-1] *= factor
+                    totals[-1] *= factor
+                total = sum(totals[1:], start=totals[0])
+                found = out[index, tile]
+                values = self.values(index, tile, far.average)
+                torch.bmm(weights[0], values[0], out=found)
+                for x, value in zip(weights[1:], values[1:], strict=True):
+                    found.baddbmm_(x, value)
+                found.div_(total)
+                torch.add(shift, total.log2_(), out=log_sum[index, tile])
+        return out, log_sum.div_(LOG2_E), log_factor.div_(LOG2_E)

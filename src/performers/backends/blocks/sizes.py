@@ -1,0 +1,106 @@
+"""What the operator is asked, and how much of it is done at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from performers.backends.buffers import CAPABILITIES, slices
+
+__all__ = ["LOG2_E", "BlockAttention", "Problem", "Sizes"]
+
+LOG2_E = math.log2(math.e)
+# Of the logits of a tile. Twice the second-level cache, but assign what suits your processor.
+TILE_BYTES = 2 * (CAPABILITIES.get("l2_cache_size") or 2**20)
+HEADS = 8  # that are worked on in one go; more where all weights of more fit into a tile
+# Of their rows and of the averages of all their blocks, which live during a pass only.
+HEADS_BYTES = 16 * 2**20
+
+
+class BlockAttention(NamedTuple):
+    """Outputs, the log of their normalizers, the averages of all blocks and of the state before
+    them (s̃_m and F_m), and the log of what a limit multiplied the far keys of each query by.
+    """
+
+    out: Float[Tensor, "heads group length value_dim"]
+    log_sum: Float[Tensor, "heads group length 1"]
+    log_mass: Float[Tensor, "heads num_features"]
+    average: Float[Tensor, "heads num_features value_dim"]
+    # one number for each query, none without a limit
+    log_factor: Float[Tensor, "heads group length _"]
+
+
+# In what follows: heads = batch · key_heads; rows = the queries of a block, group · window_size of
+# them; near = the keys of 3 blocks, causal of 2.
+
+
+class Problem(NamedTuple):
+    """The arguments of the operator, in the order of its schema."""
+
+    query: Float[Tensor, "heads group length dim"]
+    key: Float[Tensor, "heads length dim"]
+    value: Float[Tensor, "heads length value_dim"]
+    # keys that no query scores one by one, or by a feature; None for none
+    hidden_near: Bool[Tensor, "heads length"] | None
+    hidden_far: Bool[Tensor, "heads length"] | None
+    sink_key: Float[Tensor, "heads sinks dim"]
+    sink_value: Float[Tensor, "heads sinks value_dim"]
+    # the first query that sees each sink
+    sink_start: Int[Tensor, "heads sinks"]
+    # far keys that each block scores one by one, and which of them there are not
+    heavy_key: Float[Tensor, "heads blocks heavy dim"]
+    heavy_value: Float[Tensor, "heads blocks heavy value_dim"]
+    heavy_hidden: Bool[Tensor, "heads blocks heavy"]
+    # of the two sides, one row for all heads or one for each; no features: nothing far
+    query_directions: Float[Tensor, "#heads num_features dim"]
+    query_shift: Float[Tensor, "#heads 1 dim"] | None
+    query_matrix: Float[Tensor, "#heads dim dim"] | None
+    query_linear: Float[Tensor, "#heads 1 dim"] | None
+    key_directions: Float[Tensor, "#heads num_features dim"]
+    key_shift: Float[Tensor, "#heads 1 dim"] | None
+    key_matrix: Float[Tensor, "#heads dim dim"] | None
+    key_linear: Float[Tensor, "#heads 1 dim"] | None
+    # the numbers of a feature and of both sides, together
+    tilt: Float[Tensor, "#heads 1 num_features"]
+    # the state before the first block
+    log_mass: Float[Tensor, "heads num_features"]
+    average: Float[Tensor, "heads num_features value_dim"]
+    window_size: int
+    scale: float
+    is_causal: bool
+    far_limit: float | None
+
+
+class Sizes:
+    """Sizes of a problem, and of what is done at a time."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.heads, self.group, self.length, self.dim = problem.query.shape
+        self.value_dim, self.features = problem.average.shape[-1], problem.average.shape[-2]
+        self.block, self.sinks = min(problem.window_size, self.length), problem.sink_key.shape[1]
+        self.heavy = problem.heavy_key.shape[2]
+        self.count = -(-self.length // self.block)
+        self.rows = self.group * self.block
+        self.before = int(self.count > 1)  # blocks that are near beside a query's own
+        self.after = 0 if problem.is_causal else self.before
+        self.near = (1 + self.before + self.after) * self.block
+        size = problem.average.element_size()
+        columns = self.near + self.sinks + self.heavy + self.features
+        self.tile = max(1, min(self.count, TILE_BYTES // (self.rows * columns * size)))
+        averages = 4 * self.count * self.features * self.value_dim
+        rows = self.count * self.block * 3 * (self.group + 2) * self.dim
+        whole = TILE_BYTES // (self.count * self.rows * columns * size)
+        most = HEADS_BYTES // (size * (averages + rows))
+        self.at_once = max(1, min(max(HEADS, whole), most))
+        # numbers of a query that say by how much its far keys are too many
+        self.limits = 0 if problem.far_limit is None or not self.features else 1
+
+    def head_groups(self) -> Iterator[slice]:
+        return slices(self.heads, self.at_once)
+
+    def tiles(self) -> Iterator[slice]:
+        return slices(self.count, self.tile)
