@@ -91,8 +91,7 @@ class _Formula:
         """A sum with the keys of a block: keys, values, and 1 where a key is shown."""
         key, value, is_shown = block
         features = self.key_side.log_linear(key.unsqueeze(1)).features()
-        state = LinearState(*carry)
-        after = absorb(state, features, value.unsqueeze(1), is_shown[..., 0] > 0)
+        after = absorb(_state(carry), features, value.unsqueeze(1), is_shown[..., 0] > 0)
         return [after.log_scale, after.normalizer, after.values]
 
     def after_each(self) -> list[Tensor]:
@@ -147,9 +146,9 @@ class _Formula:
         partial = exact_partial(query, keys, values, mask)
         limits = []
         if self.has_features:
-            far = LinearState(*carry)
+            far = _state(carry)
             if not self.problem.is_causal:
-                far = far.merge(LinearState(*(x.squeeze(1) for x in rest[3:])))
+                far = far.merge(_state([x.squeeze(1) for x in rest[3:]]))
             estimated = read(far, self.query_side.log_linear(query).features())
             if self.problem.far_limit is not None:
                 estimated, log_factor = estimated.limited(partial, self.problem.far_limit)
@@ -183,3 +182,8 @@ class _Formula:
 def _one(x: Tensor | None) -> Tensor | None:
     """A head as a batch of one key head."""
     return None if x is None else x.unsqueeze(1)
+
+
+def _state(parts: list[Tensor]) -> LinearState:
+    log_scale, normalizer, values = parts
+    return LinearState(log_scale, normalizer, values)
