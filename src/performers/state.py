@@ -66,9 +66,6 @@ class NearKeys:
     `heavy_key`, `heavy_value`, `heavy_weight`: the heaviest of the far keys, and what near queries
     paid each on average, −∞ where there is no key. `heavy_sums`: what `key` got so far, where there
     are heavy keys.
-    `pending`: sums over the first keys of the block before, as many as the own block has tokens.
-    Each step adds one key to them. So when the own block is full, they are complete, just when the
-    block before becomes far of all later tokens, and no step has to add a whole block.
     """
 
     key: Float[Tensor, "batch key_heads two_blocks dim"]
@@ -80,7 +77,6 @@ class NearKeys:
     heavy_weight: Float[Tensor, "batch key_heads num_heavy"]
     heavy_sums: Float[Tensor, "batch key_heads num_sums"]
     count: Int[Tensor, " batch"]
-    pending: LinearState
 
     @classmethod
     def empty(
@@ -88,9 +84,10 @@ class NearKeys:
         key: Float[Tensor, "batch key_heads _ dim"],
         value: Float[Tensor, "batch key_heads _ value_dim"],
         near: NearField,
-        pending: LinearState,
+        dtype: torch.dtype,
     ) -> NearKeys:
-        """What there is before the first token, for keys and values like these."""
+        """What there is before the first token, for keys and values like these; weights of heavy
+        keys are of `dtype`."""
 
         def zeros(x: Tensor, length: int) -> Tensor:
             return x.new_zeros(*x.shape[:2], length, x.shape[-1])
@@ -102,10 +99,9 @@ class NearKeys:
             sink_value=zeros(value, near.num_sinks),
             heavy_key=zeros(key, near.num_heavy),
             heavy_value=zeros(value, near.num_heavy),
-            heavy_weight=pending.normalizer.new_full((*key.shape[:2], near.num_heavy), -torch.inf),
-            heavy_sums=pending.normalizer.new_zeros(*key.shape[:2], near.num_sums),
+            heavy_weight=key.new_full((*key.shape[:2], near.num_heavy), -torch.inf, dtype=dtype),
+            heavy_sums=key.new_zeros(*key.shape[:2], near.num_sums, dtype=dtype),
             count=torch.zeros(key.shape[0], dtype=torch.int64, device=key.device),
-            pending=pending,
         )
 
     def map(self, function: Callable[[Tensor], Tensor]) -> NearKeys:
@@ -120,7 +116,6 @@ class NearKeys:
             function(self.heavy_weight),
             function(self.heavy_sums),
             function(self.count),
-            self.pending.map(function),
         )
 
 
@@ -155,8 +150,8 @@ class LinearState:
     One object serves prefix sums, prefill and decoding, and ranks of a sequence-parallel group,
     because states merge associatively. With a near field (`window_size=`) the sums are those of the
     blocks that are far from the next token, and `near` has the other keys. Size: num_features ·
-    (value_dim + 2) numbers per head at any length; with a near field twice as many, and two blocks
-    of keys and values.
+    (value_dim + 2) numbers per head at any length; with a near field two blocks of keys and values
+    besides.
 
     `made_by`: whose sums these are; other features or another scale are refused. None, which goes
     with all: a state that is empty, was made while compiling, or by features without identity.
@@ -276,9 +271,7 @@ class LinearState:
         """Every tensor of the state, by name."""
         parts = {"log_scale": self.log_scale, "normalizer": self.normalizer, "values": self.values}
         if self.near is not None:
-            near = vars(self.near) | self.near.pending.parts()
-            near.pop("pending")
-            parts |= {f"near.{name}": part for name, part in near.items()}
+            parts |= {f"near.{name}": part for name, part in vars(self.near).items()}
         return parts
 
     def map(self, function: Callable[[Tensor], Tensor]) -> LinearState:

@@ -20,9 +20,8 @@ from performers.backends.call import Call
 from performers.backends.derivatives import is_transformed
 from performers.backends.fused_softmax import HIDDEN
 from performers.backends.heavy import Kept, heavy_keys
-from performers.backends.reference import remembered
+from performers.backends.reference import absorb, remembered
 from performers.backends.slots import Slots
-from performers.backends.tiles import absorb_one
 from performers.state import LinearState, NearField, NearKeys
 from performers.typing import FeatureMap, LogLinearSide, is_log_linear
 
@@ -87,7 +86,7 @@ def attend(
     if not call.has_state:
         return out, state
     after = sides.sums(found.log_mass, found.average, state)
-    return out, replace(after, near=remembered(call, slots, state, heavy))
+    return out, replace(after, near=remembered(slots, state, heavy))
 
 
 class _Sides(NamedTuple):
@@ -161,7 +160,10 @@ def _step(
     key_mask: Bool[Tensor, "batch 1"] | None,
     state: LinearState,
 ) -> tuple[Float[Tensor, "batch key_heads group 1 value_dim"], LinearState]:
-    """One token after those of the state, at a cost that does not depend on how many there are."""
+    """One token after those of the state, at a cost that does not depend on how many there are.
+
+    The last token of a block adds the block before to the sums, which is far of all later tokens.
+    """
     size, dtype = near.window_size, call.dtype
     count = earlier.count[:, None, None, None]
     offset = count % size  # of the token in its block, whose first slot is `size`
@@ -217,37 +219,29 @@ def _step(
     out = numerator / normalizer if call.normalize else numerator * frame.exp()
     out = out.unsqueeze(3)
 
-    pending, is_full = earlier.pending, offset == size - 1
+    is_full = offset == size - 1
     if key_mask is not None:
         out = out.masked_fill(~key_mask[:, None, None, :, None], 0.0)
         is_full = is_full & key_mask[:, None, None]
-    if near.far:  # one more key of the block before, which is as far along as the token's own
-        one_key, one_value = (
-            x.gather(2, offset.expand_as(new)) for x, new in ((keys, key), (values, value))
-        )
-        is_pending = count >= near.num_sinks + size
-        if key_mask is not None:
-            is_pending = is_pending & key_mask[:, None, None]
-        features = call.phi.key_features(call.scaled(one_key))
-        pending = absorb_one(pending, features, one_value.to(dtype), is_pending[..., 0, 0])
     heavy, sums = Kept.of(earlier), earlier.heavy_sums
     if near.num_heavy:
         paid = logits[..., : 2 * size + near.num_sinks].detach().softmax(dim=-1)
         paid = paid[..., : 2 * size].sum(dim=2)
         sums = sums + (paid if key_mask is None else paid * key_mask[:, None])
     if torch.compiler.is_compiling() or is_transformed() or bool(is_full.any()):
-        # The block before is far of all that comes, and the token's own is the block before.
         full = is_full.squeeze(3)
-        merged = replace(state, near=None).merge(pending.emptied(~full))
-        state, pending = replace(merged, near=earlier), pending.emptied(full)
+        before, of_before = keys[:, :, :size], values[:, :, :size]
+        is_known = (count + slot)[:, :, 0, :size] >= near.num_sinks  # and no sink
+        if near.far:
+            features = call.phi.key_features(call.scaled(before))
+            state = absorb(state, features, of_before.to(dtype), (is_known & full).squeeze(1))
         if near.num_heavy:
-            is_known = (count + slot)[:, :, 0, :size] >= near.num_sinks
-            heavier = heavy.with_block(keys[:, :, :size], values[:, :, :size], sums, is_known)
+            heavier = heavy.with_block(before, of_before, sums, is_known)
             heavy = heavy.where(full, heavier)
             sums = torch.where(full, F.pad(sums[..., size:], (0, size)), sums)
         keys, values = (
             torch.where(is_full, F.pad(x[:, :, size:], (0, 0, 0, size)), x) for x in (keys, values)
         )
     count = earlier.count + (1 if key_mask is None else key_mask.squeeze(1))
-    after = NearKeys(keys, values, sink_key, sink_value, *heavy, sums, count, pending)
+    after = NearKeys(keys, values, sink_key, sink_value, *heavy, sums, count)
     return out, replace(state, near=after)

@@ -177,27 +177,17 @@ def _attend_near(
         return out, state
     if near.far:
         state = absorb(state, features, value, estimated & (positions < slots.next_start()))
-    return out, replace(state, near=remembered(call, slots, state, heavy))
+    return out, replace(state, near=remembered(slots, state, heavy))
 
 
-def remembered(call: Call, slots: Slots, state: LinearState, heavy: HeavyKeys) -> NearKeys:
+def remembered(slots: Slots, state: LinearState, heavy: HeavyKeys) -> NearKeys:
     """What a state keeps for the tokens that come after these slots, besides its sums."""
     near, start = slots.near, slots.next_start()
     position = start + torch.arange(2 * near.window_size, device=start.device)
     key, value = slots.at(position)
     sink_key, sink_value, _ = slots.sinks(state.near)
-    pending = LinearState.empty(
-        *state.values.shape, device=state.values.device, dtype=state.values.dtype
-    )
-    if near.far:
-        first = position[:, : near.window_size]
-        features = call.phi.key_features(call.scaled(key[:, :, : near.window_size]))
-        first_values = value[:, :, : near.window_size].to(call.dtype)
-        # Of the block before, as many keys as the own block has tokens; sinks are never summed.
-        mask = (first >= near.num_sinks) & (first >= 0) & (first < slots.count - near.window_size)
-        pending = absorb(pending, features, first_values, mask)
     count = slots.count.squeeze(1)
-    return NearKeys(key, value, sink_key, sink_value, *heavy.later, heavy.sums, count, pending)
+    return NearKeys(key, value, sink_key, sink_value, *heavy.later, heavy.sums, count)
 
 
 def _no_rows(

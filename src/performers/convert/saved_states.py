@@ -127,8 +127,7 @@ def _state(parts: dict[str, Any], made_by: list[Any] | None) -> LinearState:
     near = {name.removeprefix("near."): x for name, x in parts.items() if name not in sums}
     keys = None
     if near:
-        pending = LinearState(*(near.pop(name) for name in sums))
-        keys = NearKeys(**near, pending=pending)
+        keys = NearKeys(**near)
     maker = None if made_by is None else Maker(_as_tuples(made_by[0]), made_by[1])
     state = LinearState(*(parts[name] for name in sums))
     return replace(state, near=keys, made_by=maker)

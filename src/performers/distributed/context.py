@@ -200,9 +200,7 @@ class _Context:
         state = self._sums(own_far, is_earlier, self.last, is_far)
         two_blocks = self.last.placed(is_earlier, cut, 2 * size)
         sinks = self.first.placed(is_earlier, torch.zeros_like(cut), near.num_sinks)
-        # What is far next matters to whoever continues the state, and nobody does.
-        pending = LinearState.empty(*state.values.shape, device=cut.device, dtype=self.call.dtype)
-        keys = NearKeys.empty(self.key, self.value, near, pending)
+        keys = NearKeys.empty(self.key, self.value, near, self.call.dtype)
         keys = replace(
             keys,
             key=two_blocks.key,

@@ -138,7 +138,7 @@ def linear_attention(
         # backward.
         out = query[..., :1].expand(*query.shape[:-1], value_dim)
         if state.near is None:
-            state = replace(state, near=NearKeys.empty(key, value, near, pending=state))
+            state = replace(state, near=NearKeys.empty(key, value, near, dtype))
         return out, state if return_state else None
     # Autocast would round exponents to half precision.
     with without_autocast(query):
@@ -173,5 +173,4 @@ def _state_shapes(
         "near.heavy_weight": (*heads, near.num_heavy),
         "near.heavy_sums": (*heads, near.num_sums),
         "near.count": (batch,),
-        **{f"near.{name}": shape for name, shape in sums.items()},
     }

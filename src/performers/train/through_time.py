@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from performers.checks import check_count, check_instance, check_tensor
 from performers.convert.saved_states import linear_memories, new_cache
 from performers.models.losses import next_tokens, summed_loss
-from performers.state import LinearState, NearKeys
+from performers.state import LinearState
 
 __all__ = ["backward_through_time"]
 
@@ -185,9 +185,4 @@ def _leaves(state: LinearState) -> LinearState:
 
     leaves = state.map(leaf)
     # Log-scales are frames, and never differentiated.
-    leaves = replace(leaves, log_scale=leaves.log_scale.detach())
-    near: NearKeys | None = leaves.near
-    if near is None:
-        return leaves
-    pending = replace(near.pending, log_scale=near.pending.log_scale.detach())
-    return replace(leaves, near=replace(near, pending=pending))
+    return replace(leaves, log_scale=leaves.log_scale.detach())
