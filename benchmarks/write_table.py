@@ -2,6 +2,7 @@
 
 performers benchmark --length 512 --length 1024 --length 2048 --length 4096 --repeats 3 \
     --output benchmarks/attention.json --force
+python benchmarks/errors.py      # how far each setting is from exact attention
 python benchmarks/write_table.py
 python docs/draw_overview.py    # the README's first picture has the same numbers
 """
@@ -17,20 +18,21 @@ from performers.speed import wins_from
 DOCUMENT = Path(__file__).parents[1] / "README.md"
 BLOCK = "results:attention"
 RESULTS = Path(__file__).with_name("attention.json")
+ERRORS = Path(__file__).with_name("errors.json")
 
 PARTS = ("forward", "forward_backward")
 LENGTHS = (1024, 4096, 16384, 65536)
 PEER = "performer-pytorch"
 
 
-def table(results: dict[str, Any]) -> str:
+def table(results: dict[str, Any], errors: dict[str, Any]) -> str:
     """A table of times for each dtype; models, memory and decoding; how all this was measured."""
-    parts = [_times(results, dtype) for dtype in results["plan"]["dtypes"]]
-    parts += [_models(results), _memory(results), _decoding(results), _made(results)]
+    parts = [_times(results, dtype, errors) for dtype in results["plan"]["dtypes"]]
+    parts += [_models(results), _memory(results), _decoding(results), _made(results, errors)]
     return "\n\n".join(part for part in parts if part)
 
 
-def _times(results: dict[str, Any], dtype: str) -> str:
+def _times(results: dict[str, Any], dtype: str, errors: dict[str, Any]) -> str:
     """A row for each mode and setting; cells have the forward pass, then forward and backward."""
     of_dtype = [row for row in results["time"] if row["dtype"] == dtype]
     lengths = [length for length in results["plan"]["lengths"] if length in LENGTHS]
@@ -38,6 +40,7 @@ def _times(results: dict[str, Any], dtype: str) -> str:
     longest = lengths[-1]
     header = [
         f"{dtype}: forward / forward and backward",
+        "error of the output",
         *(f"relative to exact, L = {length:,}" for length in lengths),
         f"relative to {PEER}, L = {longest:,}",
         f"floor / time, L = {longest:,}",
@@ -49,25 +52,33 @@ def _times(results: dict[str, Any], dtype: str) -> str:
         last = rows[longest]
         times = [_cell(rows[length], "exact", _milliseconds) for length in lengths]
         mode = _mode(last)
-        lines.append([f"{mode}, exact", *times, "", _floor(last, "exact"), ""])
+        lines.append([f"{mode}, exact", "0", *times, "", _floor(last, "exact"), ""])
         for name, setting in results["settings"].items():
             ratios = [_ratios(rows[length], name, "exact") for length in lengths]
             wins = [wins_from(results["time"], name, dtype, causal, part) for part in PARTS]
             lines.append(
                 [
                     f"{mode}, {_words(name, setting)}",
+                    _error(errors, mode, name),
                     *ratios,
                     _ratios(last, name, setting["peers"][0]),
                     _floor(last, name),
                     " / ".join(wins),
                 ]
             )
+        rest = [""] * (len(header) - 2)
+        lines.append([f"{mode}, averaging the values", _error(errors, mode, "averaging"), *rest])
     return markdown_table([header, *lines])
 
 
 def _words(name: str, setting: dict[str, Any]) -> str:
-    window = f", w = {setting['window_size']}" if setting["window_size"] else ""
-    return f"{name}: m = {setting['num_projections']}{window}"
+    sizes = {"m": setting["num_projections"], "w": setting["window_size"]}
+    return f"{name}: " + ", ".join(f"{size} = {value}" for size, value in sizes.items() if value)
+
+
+def _error(errors: dict[str, Any], mode: str, name: str) -> str:
+    found = errors["errors"][mode].get(name)
+    return "" if found is None else f"{found:.2f}"
 
 
 def _mode(row: dict[str, Any]) -> str:
@@ -163,7 +174,7 @@ def _mebibytes(size: int | str, digits: str = ".0f") -> str:
     return size if isinstance(size, str) else f"{size / 2**20:,{digits}} MiB"
 
 
-def _made(results: dict[str, Any]) -> str:
+def _made(results: dict[str, Any], errors: dict[str, Any]) -> str:
     plan, environment = results["plan"], results["environment"]
     model, near = results["model"]["shared"], results["model"]["attention"]["near-field"]
     return (
@@ -174,10 +185,11 @@ def _made(results: dict[str, Any]) -> str:
         f"{model['num_attention_heads']} heads, m = {model['num_projections']}, "
         f"near-field m = {near['num_projections']}, w = {near['window_size']}; "
         f"{environment['processor']}, {results['capability']}, "
-        f"torch {environment['packages']['torch']}, {PEER} {results['peers'][PEER]}."
+        f"torch {environment['packages']['torch']}, {PEER} {results['peers'][PEER]}. Errors: of "
+        f"{errors['model']} on {errors['length']} tokens, by `python benchmarks/errors.py`."
     )
 
 
 if __name__ == "__main__":
-    results = json.loads(RESULTS.read_text(encoding="utf-8"))
-    write_block(DOCUMENT, BLOCK, table(results))
+    results, errors = (json.loads(path.read_text(encoding="utf-8")) for path in (RESULTS, ERRORS))
+    write_block(DOCUMENT, BLOCK, table(results, errors))

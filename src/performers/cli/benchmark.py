@@ -30,7 +30,8 @@ def benchmark(
     setting: Annotated[
         list[str] | None,
         typer.Option(
-            help="plain, relu, sharp, near-field or near-field-wide; more than once. Else all."
+            help="plain, relu, sharp, near-field, near-field-wide or near-alone; more than once. "
+            "Else all."
         ),
     ] = None,
     dtype: Annotated[

@@ -38,7 +38,7 @@ from performers.theory.cost import exact_operations
 __all__ = ["run"]
 
 DECODED = ("plain", "near-field")
-BURST = 20  # tokens decoded in succession
+BURST = 64  # tokens decoded in succession, so that a near field comes to the end of a block
 
 # A whole model, and what is put into it.
 MODEL = {
@@ -124,7 +124,7 @@ def run(plan: Plan, report: Callable[[str], None]) -> dict[str, Any]:
 def _description(plan: Plan, name: str) -> dict[str, Any]:
     setting = SETTINGS[name]
     return {
-        "num_projections": plan.layer(setting, False).num_projections,
+        "num_projections": plan.layer(setting, False).num_projections if setting.far else 0,
         "window_size": setting.window_size,
         "peers": setting.peers,
     }

@@ -57,11 +57,13 @@ def mechanisms(plan: Plan, causal: bool) -> dict[str, Callable[[], Mechanism]]:
 
 def favor(plan: Plan, name: str, causal: bool) -> Mechanism:
     """`favor_attention` in a setting."""
+    setting = SETTINGS[name]
     return partial(
         favor_attention,
         phi=_features(plan, name, causal),
         is_causal=causal,
-        window_size=SETTINGS[name].window_size,
+        window_size=setting.window_size,
+        far=setting.far,
     )
 
 

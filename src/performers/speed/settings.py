@@ -39,7 +39,7 @@ class Setting:
     `peers`: mechanisms of other libraries that estimate the same kernel.
     `num_projections`: fixed by the setting, or None for those of the benchmark's plan.
     `is_exponential`: features are exponentials. `is_mapped`: queries and keys are multiplied by a
-    matrix before the product with ω.
+    matrix before the product with ω. `far`: whether keys beyond the near field are estimated.
     """
 
     features: Callable[[Layer], RandomFeatures]
@@ -48,18 +48,20 @@ class Setting:
     window_size: int | None = None
     is_exponential: bool = True
     is_mapped: bool = False
+    far: bool = True
 
     def operations(self, layer: Layer, length: int) -> Operations:
         """Those of the forward pass of one head."""
+        num_projections = layer.num_projections if self.far else 0
         products = favor_operations(
             length,
             layer.dim,
-            layer.num_projections,
+            num_projections,
             self.window_size,
             is_causal=layer.is_causal,
             is_sharp=self.is_mapped,
         )
-        exponentials = 2 * length * layer.num_projections if self.is_exponential else 0
+        exponentials = 2 * length * num_projections if self.is_exponential else 0
         if self.window_size is not None:
             exponentials += near_pairs(length, self.window_size, layer.is_causal)
         return Operations(products, exponentials)
@@ -104,4 +106,5 @@ SETTINGS = {
     "near-field-wide": Setting(
         _calibrated, (PEER,), num_projections=64, window_size=128, is_mapped=True
     ),
+    "near-alone": Setting(_plain, (PEER,), num_projections=1, window_size=128, far=False),
 }

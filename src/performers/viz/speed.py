@@ -21,6 +21,7 @@ LINES = {
     "relu": (COLORS[2], "-"),
     "near-field": (COLORS[3], "-"),
     "near-field-wide": (COLORS[3], "--"),
+    "near-alone": (COLORS[3], "-."),
     "performer-pytorch": (COLORS[1], ":"),
     "performer-pytorch-relu": (COLORS[4], ":"),
     "flash-linear-attention": (COLORS[1], "-."),
