@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from performers.backends.blocks.far import Averages
@@ -27,25 +28,20 @@ class HeadsBack(Heads):
         heads: slice,
         found: BlockAttention,
         gradients: BlockAttention,
+        of_query: Float[Tensor, "all_heads group length dim"],
         with_directions: bool,
     ) -> None:
         super().__init__(problem, sizes, heads)
         self.with_directions = with_directions
-        shape = self.query.shape[:-1]
-        self.of_out = self.take("of out", *shape, sizes.value_dim)
-        self.put(gradients.out[heads], self.of_out)
-        self.log_sum, self.excess = self.take("log sum", *shape, 1), self.take("excess", *shape, 1)
-        self.put(found.log_sum[heads], self.log_sum, LOG2_E)
-        spare = self.take("spare", *self.of_out.shape)
-        self.put(found.out[heads], spare)
-        self.put(gradients.log_sum[heads], self.excess, -1.0)
-        self.excess += spare.mul_(self.of_out).sum(dim=-1, keepdim=True)
+        self.of_out = self.in_blocks("of out", gradients.out)
+        self.log_sum = self.in_blocks("log sum", found.log_sum) * LOG2_E
+        self.of_log_sum = self.in_blocks("of log sum", gradients.log_sum)
+        out, along = self.in_blocks("out", found.out), self.take("spare", *self.of_out.shape)
+        torch.mul(out, self.of_out, out=along)
+        self.excess = along.sum(dim=-1, keepdim=True) - self.of_log_sum
         if sizes.limits:
-            self.log_factor = self.take("log factor", *shape, 1)
-            self.put(found.log_factor[heads], self.log_factor, LOG2_E)
-            self.of_log_sum = self.take("of log sum", *shape, 1)
-            self.put(gradients.log_sum[heads], self.of_log_sum)
-        self.of_query = self.take("of query", *self.query.shape)
+            self.log_factor = self.in_blocks("log factor", found.log_factor) * LOG2_E
+        self.of_query, self.is_of_query_itself = self.room("of query", of_query)
         self.of_key = self.take("of key", *self.key.shape).zero_()
         self.of_value = self.take("of value", *self.value.shape).zero_()
         self.of_sink_key = torch.zeros_like(self.sink_key)
@@ -64,7 +60,7 @@ class HeadsBack(Heads):
 
     def rows_back(self, far: Averages) -> tuple[Tensor, Tensor]:
         """Back through the softmaxes of rows: dF, and e of each feature's sum over far blocks."""
-        sizes = self.sizes
+        sizes, scale = self.sizes, self.problem.scale
         of_average = self.take("of far average", *far.average.shape)
         excess = self.take("excess of far", *far.log_mass.shape)
         numbers = self.numbered(far)
@@ -98,22 +94,21 @@ class HeadsBack(Heads):
 
                 near, of_near = weights[0], of_logits[0]
                 self.add_near(self.of_value[index], tile, near, of_out)
-                self.add_near(self.of_key[index], tile, of_near, query, 1 / LOG2_E)
+                self.add_near(self.of_key[index], tile, of_near, query, scale)
                 key = self.windows(self.key[index], tile)
-                torch.baddbmm(of_query, of_near, key, beta=0, alpha=1 / LOG2_E, out=of_query)
+                torch.baddbmm(of_query, of_near, key, beta=0, alpha=scale, out=of_query)
                 if sizes.sinks:
                     sinks, of_sinks = weights[1].flatten(0, 1), of_logits[1].flatten(0, 1)
                     flat, of_flat = query.flatten(0, 1), of_query.flatten(0, 1)
                     self.of_sink_value[index].addmm_(sinks.mT, of_out.flatten(0, 1))
-                    self.of_sink_key[index].addmm_(of_sinks.mT, flat, alpha=1 / LOG2_E)
-                    of_flat.addmm_(of_sinks, self.sink_key[index], alpha=1 / LOG2_E)
+                    self.of_sink_key[index].addmm_(of_sinks.mT, flat, alpha=scale)
+                    of_flat.addmm_(of_sinks, self.sink_key[index], alpha=scale)
                 if sizes.heavy:
                     part = 1 + bool(sizes.sinks)
                     heavy, of_heavy = weights[part], of_logits[part]
                     torch.bmm(heavy.mT, of_out, out=self.of_heavy_value[index, tile])
                     torch.bmm(of_heavy.mT, query, out=self.of_heavy_key[index, tile])
-                    key = self.heavy_key[index, tile]
-                    of_query.baddbmm_(of_heavy, key, alpha=1 / LOG2_E)
+                    of_query.baddbmm_(of_heavy, self.heavy_key[index, tile], alpha=scale)
                 if sizes.features:
                     features, of_features = weights[-1], of_logits[-1]
                     torch.bmm(of_out.mT, features, out=of_average[index, tile])

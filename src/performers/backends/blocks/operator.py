@@ -10,7 +10,7 @@ from torch import Tensor
 from performers.backends.blocks.formula import plain
 from performers.backends.blocks.gradients import HeadsBack
 from performers.backends.blocks.rows import Heads
-from performers.backends.blocks.sizes import LOG2_E, BlockAttention, Problem, Sizes
+from performers.backends.blocks.sizes import BlockAttention, Problem, Sizes
 from performers.backends.derivatives import is_differentiated, needs_formula, plain_gradients
 
 __all__ = ["block_attention"]
@@ -27,9 +27,7 @@ def forward(problem: Problem) -> BlockAttention:
         work = Heads(problem, sizes, heads)
         merge, far, average[heads] = work.far_averages(work.block_averages())
         log_mass[heads] = merge.before.log_mass[:, -1]
-        for x, rows in zip((out, log_sum, log_factor), work.attend(far), strict=True):
-            for part, there in work.paired(x[heads], rows):
-                part.copy_(there)
+        work.attend(far, out, log_sum, log_factor)
     return BlockAttention(out, log_sum, log_mass, average, log_factor)
 
 
@@ -51,7 +49,7 @@ def backward(
     for name in SHARED:
         of[name].zero_()
     for heads in sizes.head_groups():
-        work = HeadsBack(problem, sizes, heads, found, gradients, with_directions)
+        work = HeadsBack(problem, sizes, heads, found, gradients, of["query"], with_directions)
         blocks = work.block_averages()
         merge, far, last = work.far_averages(blocks)
         of_far, excess = work.rows_back(far)
@@ -68,14 +66,13 @@ def backward(
             of["average"][heads] = of_first
             along = (of_first * problem.average[heads]).sum(dim=-1)
             of["log_mass"][heads] = along - lost.squeeze(-2)
-        for part, rows in work.paired(of["query"][heads], work.of_query):
-            torch.mul(rows, work.root, out=part)
-        torch.mul(work.of_key[:, work.own], work.root * LOG2_E, out=of["key"][heads])
+        if not work.is_of_query_itself:
+            work.take_out(work.of_query, of["query"])
+        of["key"][heads] = work.of_key[:, work.own]
         of["value"][heads] = work.of_value[:, work.own]
-        of["sink_key"][heads] = work.of_sink_key * (work.root * LOG2_E)
+        of["sink_key"][heads] = work.of_sink_key
         of["sink_value"][heads] = work.of_sink_value
-        # of logits in base 2, by keys in base e
-        of["heavy_key"][heads] = work.of_heavy_key * work.root
+        of["heavy_key"][heads] = work.of_heavy_key * problem.scale
         of["heavy_value"][heads] = work.of_heavy_value
         if with_directions:
             for name in SHARED:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from performers.backends.blocks.far import Averages, Merge
-from performers.backends.blocks.sides import Side, of_heads, scaled
+from performers.backends.blocks.sides import Side, of_heads
 from performers.backends.blocks.sizes import LOG2_E, Problem, Sizes
 from performers.backends.buffers import buffers
 from performers.backends.fused_softmax import HIDDEN
@@ -23,42 +23,39 @@ class Heads:
     """Some heads: their rows in blocks, 0 beyond the last, and what one tile of blocks takes.
 
     `key` and `value` begin with a block of nothing, and end with one unless causal, so that what is
-    near of each block are rows that follow each other. Numbers and logits of rows are in base 2.
+    near of each block are rows that follow each other. Logits, and numbers of rows, are in base 2.
     """
 
     def __init__(self, problem: Problem, sizes: Sizes, heads: slice) -> None:
         self.problem, self.sizes, self.heads = problem, sizes, heads
         self.like = problem.average
-        self.root = math.sqrt(problem.scale)
+        self.scale_2 = problem.scale * LOG2_E  # of the logit of a query and a key
         self.log_limit = 0.0 if problem.far_limit is None else math.log2(problem.far_limit)
         self.number = number = heads.stop - heads.start
         blocks = sizes.count + sizes.before + sizes.after
         start = sizes.before * sizes.block
         self.own = own = slice(start, start + sizes.length)  # of rows of keys, the real ones
-        self.query = self.take("query", number, sizes.count, sizes.rows, sizes.dim)
+        self.query = self.in_blocks("query", problem.query)
         self.key = self.take("key", number, blocks * sizes.block, sizes.dim)
         self.value = self.take("value", number, blocks * sizes.block, sizes.value_dim)
-        self.put(problem.query[heads], self.query, self.root)
-        for whole, x, factor in (
-            (self.key, problem.key, self.root * LOG2_E),
-            (self.value, problem.value, 1.0),
-        ):
+        for whole, x in ((self.key, problem.key), (self.value, problem.value)):
             whole[:, : own.start].zero_()
-            scaled(x[heads], factor, whole[:, own])
+            whole[:, own].copy_(x[heads])
             whole[:, own.stop :].zero_()
-        self.sink_key = problem.sink_key[heads].to(self.like) * (self.root * LOG2_E)
+        self.sink_key = problem.sink_key[heads].to(self.like)
         self.sink_value = problem.sink_value[heads].to(self.like)
-        self.heavy_key = problem.heavy_key[heads].to(self.like) * (self.root * LOG2_E)
+        self.heavy_key = problem.heavy_key[heads].to(self.like)
         self.heavy_value = problem.heavy_value[heads].to(self.like)
         self.absent = self.hidden(problem.hidden_near, blocks * sizes.block, own)
         later = torch.ones(sizes.block, sizes.block, dtype=torch.bool, device=self.like.device)
         self.later = later.triu_(1)
+        unit = math.sqrt(problem.scale)
         self.query_side = Side.of(
-            1.0, problem.query_directions, problem.query_shift, problem.query_matrix,
+            unit, problem.query_directions, problem.query_shift, problem.query_matrix,
             problem.query_linear,
         )  # fmt: skip
         self.key_side = Side.of(
-            1 / LOG2_E, problem.key_directions, problem.key_shift, problem.key_matrix,
+            unit, problem.key_directions, problem.key_shift, problem.key_matrix,
             problem.key_linear,
         )  # fmt: skip
         if sizes.features:
@@ -73,13 +70,26 @@ class Heads:
     def take(self, name: str, *shape: int) -> Tensor:
         return buffers.take(name, shape, self.like)
 
-    def put(self, x: Tensor, rows: Tensor, factor: float = 1.0) -> None:
-        """[heads, group, length, ·] times a factor into [heads, count, rows, ·]."""
-        for part, there in self.paired(x, rows):
-            scaled(part, factor, there)
-        rest = self.sizes.length % self.sizes.block
-        if rest:
-            self.grouped(rows)[:, -1, :, rest:].zero_()
+    def in_blocks(self, name: str, x: Float[Tensor, "all_heads group length _"]) -> Tensor:
+        """These heads of x as [heads, count, rows, ·]: itself, or a copy that is 0 beyond the
+        last row."""
+        rows, is_itself = self.room(name, x)
+        if not is_itself:
+            for part, there in self.paired(x[self.heads], rows):
+                there.copy_(part)
+            rest = self.sizes.length % self.sizes.block
+            if rest:
+                self.grouped(rows)[:, -1, :, rest:].zero_()
+        return rows
+
+    def room(self, name: str, x: Float[Tensor, "all_heads group length _"]) -> tuple[Tensor, bool]:
+        """Where these heads of x are as [heads, count, rows, ·]: in x, if its rows fill whole
+        blocks one after another and have the precision of sums; else in a buffer."""
+        sizes = self.sizes
+        is_whole = sizes.group == 1 and sizes.length == sizes.count * sizes.block
+        if is_whole and x.dtype == self.like.dtype and x.stride(-1) == 1:
+            return x[self.heads, 0].unflatten(1, (sizes.count, sizes.block)), True
+        return self.take(name, self.number, sizes.count, sizes.rows, x.shape[-1]), False
 
     def grouped(self, rows: Tensor) -> Tensor:
         return rows.unflatten(2, (self.sizes.group, self.sizes.block))
@@ -169,7 +179,8 @@ class Heads:
         sizes, problem = self.sizes, self.problem
         query, blocks = self.query[index, tile], tile.stop - tile.start
         near = self.take("near logits", blocks, sizes.rows, sizes.near)
-        torch.bmm(query, self.windows(self.key[index], tile).mT, out=near)
+        key = self.windows(self.key[index], tile)
+        torch.baddbmm(near, query, key.mT, beta=0, alpha=self.scale_2, out=near)
         if problem.is_causal:
             own = near[..., sizes.before * sizes.block :]
             own.unflatten(1, (sizes.group, sizes.block)).masked_fill_(self.later, HIDDEN)
@@ -183,8 +194,9 @@ class Heads:
         logits = [near]
         if sizes.sinks:
             sinks = self.take("sink logits", blocks, sizes.rows, sizes.sinks)
-            rows = query.flatten(0, 1)
-            torch.mm(rows, self.sink_key[index].mT, out=sinks.flatten(0, 1))
+            flat, rows = sinks.flatten(0, 1), query.flatten(0, 1)
+            key = self.sink_key[index]
+            torch.addmm(flat, rows, key.mT, beta=0, alpha=self.scale_2, out=flat)
             place = torch.arange(blocks * sizes.block, device=rows.device)
             place += tile.start * sizes.block
             unseen = place[:, None] < problem.sink_start[self.heads.start + index]
@@ -193,7 +205,8 @@ class Heads:
             logits.append(sinks)
         if sizes.heavy:
             heavy = self.take("heavy logits", blocks, sizes.rows, sizes.heavy)
-            torch.bmm(query, self.heavy_key[index, tile].mT, out=heavy)
+            key = self.heavy_key[index, tile]
+            torch.baddbmm(heavy, query, key.mT, beta=0, alpha=self.scale_2, out=heavy)
             hidden = problem.heavy_hidden[self.heads.start + index, tile]
             logits.append(heavy.masked_fill_(hidden.unsqueeze(1), HIDDEN))
         if sizes.features:
@@ -221,13 +234,12 @@ class Heads:
             values.append(far[index, tile].mT)
         return values
 
-    def attend(self, far: Averages) -> tuple[Tensor, Tensor, Tensor]:
-        """Outputs, the logs of their normalizers and of the factors of far keys, [heads, count,
-        rows, ·]."""
+    def attend(self, far: Averages, *outputs: Float[Tensor, "all_heads group length _"]) -> None:
+        """Write outputs, the logs of their normalizers and those of the factors of far keys."""
         sizes = self.sizes
-        shape = self.number, sizes.count, sizes.rows
-        out, log_sum = self.take("out", *shape, sizes.value_dim), self.take("log sum", *shape, 1)
-        log_factor = self.take("log factor", *shape, sizes.limits)
+        names = ("out", "log sum", "log factor")
+        rooms = [self.room(name, x) for name, x in zip(names, outputs, strict=True)]
+        out, log_sum, log_factor = (rows for rows, _ in rooms)
         numbers = self.numbered(far)
         for index in range(self.number):
             directions_2 = self.directions(self.query_side, index) * LOG2_E
@@ -266,4 +278,13 @@ class Heads:
                     found.baddbmm_(x, value)
                 found.div_(total)
                 torch.add(shift, total.log2_(), out=log_sum[index, tile])
-        return out, log_sum.div_(LOG2_E), log_factor.div_(LOG2_E)
+        log_sum.div_(LOG2_E)
+        log_factor.div_(LOG2_E)
+        for x, (rows, is_itself) in zip(outputs, rooms, strict=True):
+            if not is_itself:
+                self.take_out(rows, x)
+
+    def take_out(self, rows: Tensor, x: Tensor) -> None:
+        """Copy rows to where these heads are in x."""
+        for part, there in self.paired(x[self.heads], rows):
+            part.copy_(there)

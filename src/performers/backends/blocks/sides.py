@@ -11,7 +11,7 @@ from torch import Tensor
 from performers.backends.blocks import sizes
 from performers.backends.buffers import buffers, slices
 
-__all__ = ["Side", "of_heads", "scaled"]
+__all__ = ["Side", "of_heads"]
 
 
 class Side(NamedTuple):
@@ -73,14 +73,6 @@ class Side(NamedTuple):
         if self.linear is not None:
             of_x.addcmul_(of_number, of_heads(self.linear, heads))
         return of_x
-
-
-def scaled(x: Tensor, factor: float, out: Tensor) -> None:
-    """out = factor · x, in the precision of `out`."""
-    if x.dtype == out.dtype:
-        torch.mul(x, factor, out=out)
-    else:
-        out.copy_(x).mul_(factor)
 
 
 def of_heads(x: Float[Tensor, "#heads *_"], heads: slice) -> Tensor:
