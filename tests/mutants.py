@@ -45,7 +45,7 @@ RECORD = ROOT / "tests" / "mutants.json"
 DOCUMENT = ROOT / "tests" / "MUTANTS.md"
 
 # What is mutated, and the tests that say most about it. Its own doctests run as well.
-NEAR_FIELDS = ("laws/test_near_field.py", "laws/test_state.py")
+NEAR_FIELDS = ("laws/test_near_field.py", "laws/test_heavy_keys.py", "laws/test_state.py")
 SHARP = ("laws/test_sharp.py", "statistics/test_sharp.py")
 PARTS = {
     "src/performers/functional/autocast.py": ("functional/test_autocast.py",),
@@ -62,6 +62,7 @@ PARTS = {
         "laws/test_state.py",
         "statistics/test_projections.py",
     ),
+    "src/performers/backends/blocks": NEAR_FIELDS,
     "src/performers/backends/kernel_tiles.py": ("backends/test_kernel_tiles.py",),
     "src/performers/backends/fused_softmax.py": ("backends/test_fused_softmax.py",),
     "src/performers/backends": (
