@@ -45,7 +45,7 @@ RECORD = ROOT / "tests" / "mutants.json"
 DOCUMENT = ROOT / "tests" / "MUTANTS.md"
 
 # What is mutated, and the tests that say most about it. Its own doctests run as well.
-NEAR_FIELDS = ("laws/test_near_field.py", "laws/test_state.py")
+NEAR_FIELDS = ("laws/test_near_field.py", "laws/test_heavy_keys.py", "laws/test_state.py")
 SHARP = ("laws/test_sharp.py", "statistics/test_sharp.py")
 PARTS = {
     "src/performers/functional/autocast.py": ("functional/test_autocast.py",),
@@ -62,6 +62,7 @@ PARTS = {
         "laws/test_state.py",
         "statistics/test_projections.py",
     ),
+    "src/performers/backends/blocks": NEAR_FIELDS,
     "src/performers/backends/kernel_tiles.py": ("backends/test_kernel_tiles.py",),
     "src/performers/backends/fused_softmax.py": ("backends/test_fused_softmax.py",),
     "src/performers/backends": (
@@ -160,7 +161,7 @@ def edits(node: ast.AST) -> Iterator[tuple[ast.AST, str]]:
             yield instead(ast.Constant(2 * value or 1.0))
         case ast.Call(function, arguments, keywords):
             for out in keywords:
-                if out.arg not in (None, "device"):  # the tests know but one device
+                if out.arg not in (None, "device", "strict"):  # the tests know but one device
                     kept = [keyword for keyword in keywords if keyword is not out]
                     yield ast.Call(function, arguments, kept), f"without {ast.unparse(out)}"
         case ast.Return(value) if value is not None and ast.unparse(value) != "None":
@@ -183,6 +184,8 @@ def mutants(tree: ast.AST, function: str = "", inside: bool = False) -> Iterator
         editable = inside or (isinstance(tree, ast.FunctionDef | ast.Lambda) and name == "body")
         for node in field if isinstance(field, list) else [field]:
             if not isinstance(node, ast.AST) or isinstance(node, ast.Assert | ast.JoinedStr):
+                continue
+            if isinstance(node, ast.keyword) and node.arg == "strict":  # of zip: an assertion
                 continue
             if editable:
                 yield from (Mutant(node, new, words, function) for new, words in edits(node))
@@ -223,10 +226,12 @@ class Module:
     def describe(self, mutant: Mutant) -> dict[str, Any]:
         """A mutant as the record names it."""
         line = mutant.lines()[0]
+        whole = self.source.splitlines()[line - 1]
         return {
             "line": line,
+            "column": mutant.old.col_offset - (len(whole) - len(whole.lstrip())),
             "function": mutant.function,
-            "text": self.source.splitlines()[line - 1].strip(),
+            "text": whole.strip(),
             "change": mutant.words,
         }
 
@@ -271,9 +276,9 @@ class Module:
         assert planted, f"no function runs {changed}"
 
 
-def identity(entry: dict[str, Any]) -> tuple[str, str, str]:
-    """What stays of a mutant when lines are inserted above it."""
-    return entry["function"], entry["text"], entry["change"]
+def identity(entry: dict[str, Any]) -> tuple[Any, ...]:
+    """What stays of a mutant when lines are inserted above it, or its function is indented."""
+    return entry["function"], entry["text"], entry["column"], entry["change"]
 
 
 def functions_of(code: types.CodeType) -> Iterator[types.CodeType]:
@@ -456,8 +461,12 @@ def part_of(path: Path) -> str:
     raise SystemExit(f"a module to mutate must be in one of {', '.join(PARTS)}, got {path}.")
 
 
-def renew(record: dict[str, Any], module: Module, results: Results, is_again: bool) -> None:
-    """Put what became of a module's mutants into the record; explanations stay where they are."""
+def renew(record: dict[str, Any], module: Module, results: Results, seed: int | None) -> None:
+    """Put what became of a module's mutants into the record; explanations stay where they are.
+
+    `seed`: what these were drawn with; None for survivors that were tried again.
+    """
+    is_again = seed is None
     earlier = record["modules"].get(module.name, {"survivors": []})
     known = {identity(entry): entry for entry in earlier["survivors"]}
     survivors = dict(known) if is_again else {}
@@ -472,6 +481,7 @@ def renew(record: dict[str, Any], module: Module, results: Results, is_again: bo
     record["modules"][module.name] = {
         "mutants": len(module.mutants),
         "tried": earlier["tried"] if is_again else len(results),
+        "seed": earlier["seed"] if is_again else seed,
         "survivors": sorted(survivors.values(), key=lambda entry: entry["line"]),
     }
 
@@ -481,6 +491,7 @@ def write_document(record: dict[str, Any]) -> None:
     from performers.records import markdown_table, write_block
 
     counts: dict[str, tuple[int, ...]] = {}
+    seeds = {}
     places = [["place", "statement", "change", "what became of it"]]
     for name, module in sorted(record["modules"].items()):
         living = [entry for entry in module["survivors"] if not entry["killed_by"]]
@@ -488,6 +499,7 @@ def write_document(record: dict[str, Any]) -> None:
         killed, alive = module["tried"] - len(living), len(living) - equivalent
         short = name.removeprefix("src/performers/")
         counts[short] = (module["mutants"], module["tried"], killed, equivalent, alive)
+        seeds[f"`{short}`"] = str(module["seed"])
         for entry in module["survivors"]:
             fate = f"killed by `{entry['killed_by']}`" if entry["killed_by"] else "alive"
             if entry["explanation"]:
@@ -498,14 +510,13 @@ def write_document(record: dict[str, Any]) -> None:
     for short, numbers in counts.items():
         rows.setdefault(f"these of `{short.partition('/')[0]}`", []).append(numbers)
     rows["all"] = [*counts.values()]
-    scores = [["module", "mutants", "tried", "killed", "equivalent", "alive", "score"]]
+    scores = [["module", "seed", "mutants", "tried", "killed", "equivalent", "alive", "score"]]
     for name, parts in rows.items():
         sums = [sum(column) for column in zip(*parts, strict=True)]
         _, _, killed, _, alive = sums
         score = killed / (killed + alive) if killed + alive else 1.0
-        scores.append([name, *map(str, sums), f"{score:.0%}"])
-    drawn = f"The mutants tried were drawn with seed {record['seed']}."
-    write_block(DOCUMENT, "scores", f"{drawn}\n\n{markdown_table(scores)}")
+        scores.append([name, seeds.get(name, ""), *map(str, sums), f"{score:.0%}"])
+    write_block(DOCUMENT, "scores", markdown_table(scores))
     write_block(DOCUMENT, "survivors", markdown_table(places))
 
 
@@ -522,8 +533,7 @@ def main() -> None:
     record = json.loads(RECORD.read_text(encoding="utf-8"))
     if not arguments.write:
         os.chdir(ROOT)
-        if not arguments.survivors:
-            record["seed"] = arguments.seed
+        seed = None if arguments.survivors else arguments.seed
         every = (sorted((ROOT / part).glob("*.py")) or [ROOT / part] for part in PARTS)
         paths = [path.resolve() for path in arguments.modules] or [
             *dict.fromkeys(path for part in every for path in part)
@@ -545,7 +555,7 @@ def main() -> None:
         )
 
         def done(module: Module, results: Results) -> None:
-            renew(record, module, results, arguments.survivors)
+            renew(record, module, results, seed)
             text = json.dumps(record, indent=1, ensure_ascii=False)
             RECORD.write_text(text + "\n", encoding="utf-8")
 

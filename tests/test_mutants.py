@@ -50,6 +50,7 @@ def test_bodies_of_functions_are_mutated_and_neither_defaults_nor_assertions_nor
         ("b = a", []),
         ("f = lambda x: x is a", ["x is a → x is not a"]),
         ("if f(a):\n  return", ["if not f(a)"]),
+        ("a = zip(a, strict=True)", ["without a = zip(a, strict=True)"]),  # an assertion
     ],
 )
 def test_each_kind_of_edit(statement, expected):
@@ -97,23 +98,25 @@ print(json.dumps(results))
 
 
 def test_explanations_stay_and_what_is_killed_says_by_whom():
-    def entry(change):
-        return {"line": 3, "function": "f", "text": "return a + b", "change": change}
+    def entry(change, column=7):
+        where = {"line": 3, "column": column, "function": "f", "text": "return a + b"}
+        return {**where, "change": change}
 
     module = type("Toy", (), {"name": "toy.py", "mutants": range(7)})()
     record = {"modules": {}}
-    mutants.renew(
-        record, module, [(entry("a"), None), (entry("b"), None), (entry("c"), "t")], False
-    )
-    first, second = record["modules"]["toy.py"]["survivors"]
-    assert (first["change"], second["change"]) == ("a", "b")
+    found = [(entry("a"), None), (entry("b"), None), (entry("b", 9), None), (entry("c"), "t")]
+    mutants.renew(record, module, found, 5)
+    first, *others = record["modules"]["toy.py"]["survivors"]
+    assert (first["change"], *(other["change"] for other in others)) == ("a", "b", "b")
     first["explanation"] = "b is 0"
-    mutants.renew(record, module, [(entry("b"), "tests/test_toy.py::test_f")], True)
+    mutants.renew(record, module, [(entry("b", 9), "tests/test_toy.py::test_f")], None)
     assert record["modules"]["toy.py"] == {
         "mutants": 7,
-        "tried": 3,
+        "tried": 4,
+        "seed": 5,
         "survivors": [
             {**entry("a"), "killed_by": None, "explanation": "b is 0"},
-            {**entry("b"), "killed_by": "tests/test_toy.py::test_f", "explanation": ""},
+            {**entry("b"), "killed_by": None, "explanation": ""},  # not its twin in the same line
+            {**entry("b", 9), "killed_by": "tests/test_toy.py::test_f", "explanation": ""},
         ],
     }

@@ -142,7 +142,9 @@ def test_a_call_in_inference_mode_leaves_nothing_that_training_cannot_use():
 def test_a_tile_fits_the_memory_that_it_is_given(monkeypatch, rows, keys, dtype):
     for size in (2**19, 2**21, 2**23):
         monkeypatch.setattr(module, "TILE_BYTES", size)
-        row_tile, key_tile = module._tile_sizes(11, rows, keys, dtype)
+        query, key = torch.empty(11, rows, 2, dtype=dtype), torch.empty(11, keys, 2, dtype=dtype)
+        product = module._Product(query, key, key[..., :1], key, 0.0)
+        row_tile, key_tile = product.row_tile, product.key_tile
         assert min(row_tile, key_tile) >= min(rows, keys, 64)
         shorter = row_tile if rows <= keys else key_tile
         assert shorter == min(rows, keys, module.SHORT_SIDE)  # is whole
