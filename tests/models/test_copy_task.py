@@ -9,6 +9,7 @@ WORDS, LENGTH = 16, 128
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_linear_attention_copies_sequences_of_length_128():
     """FAVOR+ in the encoder, in the decoder and between them; tokens are drawn anew for each step.
 

@@ -14,10 +14,12 @@ class Drawn(nn.Module):
     """What mechanisms share that draw: `draw` fills their tensors, `redraw` fills them anew.
 
     The tensors are the same on every rank and device, and saved with the weights. Learned ones are
-    drawn only once: `redraw` is for those that stay as they were drawn, as ω does.
+    drawn only once: `redraw` is for those that stay as they were drawn, as ω does. One that
+    `is_shared` stands in all layers of a model that have its kind, which so learn and draw as one.
     """
 
     num_redraws: Tensor
+    is_shared = False
 
     def __init__(self, seed: int, layer: int, is_learned: bool = False) -> None:
         super().__init__()

@@ -16,15 +16,16 @@ from performers.checks import check_choice, check_count, described
 
 __all__ = ["LinformerAttention", "LinformerOptions"]
 
-SHARING = ("none", "heads", "keys and values")
+SHARING = ("none", "heads", "keys and values", "layers")
 
 
 @dataclass(frozen=True)
 class LinformerOptions:
     """`num_projections`: k, 600 in the experiments of Choromanski et al. (Appendix A.6).
     `sharing`: "none", where each key head has an E and an F of its own; "heads", one E and one F in
-    a layer; "keys and values", one E = F in a layer. `is_learned`: whether they are weights;
-    otherwise they stay as drawn, until `redraw_features` draws them anew.
+    a layer; "keys and values", one E = F in a layer; "layers", one E = F in all layers of a model.
+    `is_learned`: whether they are weights; otherwise they stay as drawn, until `redraw_features`
+    draws them anew.
     """
 
     num_projections: int = 600
@@ -71,9 +72,10 @@ class LinformerAttention(Drawn):
     ) -> None:
         super().__init__(seed, layer, options.is_learned)
         self.options = options
+        self.is_shared = options.sharing == "layers"
         heads = num_heads if options.sharing == "none" else 1
         self.own_tensor("of_keys", heads, options.num_projections, max_length)
-        if options.sharing == "keys and values":
+        if options.sharing in ("keys and values", "layers"):
             self.of_values = None
         else:
             self.own_tensor("of_values", heads, options.num_projections, max_length)

@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import nn
 
+from performers.baselines import Drawn
 from performers.checks import check_choice, check_count
 from performers.models.fields import PerformerFields
 from performers.models.mechanisms import (
@@ -33,6 +34,7 @@ __all__ = [
     "build_attention",
     "build_memory",
     "check_attention",
+    "share_between_layers",
 ]
 
 Entry = str | dict[str, int]
@@ -51,6 +53,18 @@ def build_attention(config: PerformerFields, layer: int) -> nn.Module:
         for p in places
     }
     return HeadGroups(built, heads)
+
+
+def share_between_layers(layers: nn.ModuleList) -> None:
+    """Let layers whose mechanism says `is_shared` have that of the first of them."""
+    shared: dict[type[nn.Module], nn.Module] = {}
+    for path, module in list(layers.named_modules()):
+        if isinstance(module, Drawn) and module.is_shared:
+            layers.set_submodule(path, shared.setdefault(type(module), module))
+    own = {name for name, _ in [*layers.named_parameters(), *layers.named_buffers()]}
+    # transformers saves a tensor of several names once if it is told which of them are copies.
+    copies = {name: name for name in layers.state_dict() if name not in own}
+    layers._tied_weights_keys = copies  # type: ignore[assignment]
 
 
 def build_memory(config: PerformerFields, layer: int) -> Nothing | Rerun | SideBySide | State:

@@ -24,6 +24,7 @@ from performers.models.config import PerformerConfig, changed
 from performers.models.layers import PerformerLayer, final_norm
 from performers.models.losses import cross_entropy
 from performers.models.masks import count_positions, packed_segments, padding_mask
+from performers.models.mixes import share_between_layers
 from performers.models.positions import POSITIONS
 from performers.models.reversible import run_reversible
 from performers.nn import RandomFeatures
@@ -100,6 +101,7 @@ class PerformerModel(PerformerPreTrainedModel):
         self.layers = nn.ModuleList(
             PerformerLayer(config, layer) for layer in range(config.num_hidden_layers)
         )
+        share_between_layers(self.layers)
         self.norm = final_norm(config)
         self.post_init()
 
