@@ -35,7 +35,9 @@ def _itself(projected: Tensor) -> Tensor:
 
 
 def _elu_plus_one(projected: Tensor) -> Tensor:
-    return F.elu(projected) + 1
+    # exp(x) and not (exp(x) - 1) + 1, which has lost its digits at x = -8 and is 0 below -17: the
+    # normalizer of a query with such features would be 0.
+    return torch.where(projected > 0, projected + 1, projected.clamp(max=0).exp())
 
 
 def _of_relu(gradient: Tensor, projected: Tensor) -> Tensor:

@@ -20,3 +20,14 @@ def test_features_of_a_kernel_are_its_values_plus_epsilon(fn, epsilon):
         kernel_features(x, omega, fn, epsilon).dense(), values(x @ omega.mT) / 11**0.5
     )
     torch.testing.assert_close(kernel_features(x, None, fn, epsilon).dense(), values(x))
+
+
+def test_elu_plus_one_keeps_its_digits_far_below_0():
+    x = torch.linspace(-80, 3, 83, dtype=torch.float64, requires_grad=True)
+    values = KERNELS["elu+1"].fn(x.float())
+    torch.testing.assert_close(
+        values.double(), torch.where(x > 0, x + 1, x.exp()), rtol=1e-5, atol=0
+    )
+    (gradient,) = torch.autograd.grad(values.sum(), x)
+    expected = KERNELS["elu+1"].backward(torch.ones_like(x), x)
+    torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=0)
