@@ -44,17 +44,19 @@ def _hash(family: list[Protein]) -> bytes:
     return blake2b(least.encode(), digest_size=16).digest()
 
 
+def write_part(source: Path, output: Path, chosen: list[Protein]) -> dict[str, object]:
+    """Write proteins of a source with their groups, and a card that says where they are from; returns it."""
+    card = json.loads(card_path(source).read_text(encoding="utf-8"))
+    origin = {**card["source"], "cut from": {"file": card["file"], "sha256": card["sha256"]}}
+    return write_proteins(
+        output,
+        [FastaRecord(p.identifier, p.description, p.sequence) for p in chosen],
+        [int(p.cluster) for p in chosen],
+        [int(p.family) for p in chosen],
+        provenance={"source": origin, "clustering": card["clustering"]},
+    )
+
+
 if __name__ == "__main__":
     source, output = map(Path, sys.argv[1:])
-    card = json.loads(card_path(source).read_text(encoding="utf-8"))
-    chosen = choose(read_proteins(source)[0])
-    origin = {"cut from": {"file": card["file"], "sha256": card["sha256"]}, **card["source"]}
-    print(
-        write_proteins(
-            output,
-            [FastaRecord(p.identifier, p.description, p.sequence) for p in chosen],
-            [int(p.cluster) for p in chosen],
-            [int(p.family) for p in chosen],
-            provenance={"source": origin, "clustering": card["clustering"]},
-        )
-    )
+    print(write_part(source, output, choose(read_proteins(source)[0])))

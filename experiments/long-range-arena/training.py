@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +16,7 @@ from performers.models import (
     PerformerForSequencePairClassification,
 )
 from performers.records import PeakMemory
-from performers.train.clock import learning_rate_factor
+from performers.train.clock import learning_rate_factor, time_on
 
 from .tasks import Amount, Split, Task
 
@@ -81,12 +80,10 @@ def train(
 ) -> dict[str, Any]:
     """Train for so many seconds, or for all steps if None, and score once at the end.
 
-    Seconds are those of the steps alone: of the processor with one thread on a CPU, which others
-    disturb less than the time of day. Before the clock starts there is one forward and one backward
-    pass, so that no mechanism pays for compiling.
+    Seconds are those of the steps alone, by `time_on`. Before the clock starts there is one forward
+    and one backward pass, so that no mechanism pays for compiling.
     """
     device = next(model.parameters()).device
-    clock = _clock(device)
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=training.learning_rate, weight_decay=training.weight_decay
@@ -97,14 +94,14 @@ def train(
     steps, used = 0, 0.0
     share = 0.0
     while share < 1:
-        began = clock()
+        began = time_on(device)
         factor = learning_rate_factor("cosine", training.warmup, share)
         optimizer.param_groups[0]["lr"] = factor * training.learning_rate
         _loss(model, task, split.train, training.batch_size, generator).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        used += clock() - began
+        used += time_on(device) - began
         steps += 1
         share = steps / training.steps if seconds is None else used / seconds
     return {
@@ -112,17 +109,6 @@ def train(
         "steps": steps,
         "seconds": used,
     }
-
-
-def _clock(device: torch.device) -> Any:
-    if device.type == "cuda":
-
-        def synchronized() -> float:
-            torch.cuda.synchronize()
-            return time.perf_counter()
-
-        return synchronized
-    return time.process_time if torch.get_num_threads() == 1 else time.perf_counter
 
 
 def _loss(

@@ -61,12 +61,14 @@ class Proteins:
         seed: int = 0,
     ) -> Proteins:
         """`num_scored`: how many sequences of a split at most. Else see `load_proteins`, of which
-        `fractions` has "valid", "test" and "ood".
+        `fractions` has "valid", "test" and "ood". As in the paper the first two are single
+        proteins, chosen at random, and the last is whole families.
         """
         splits = load_proteins(
             source,
             length=length,
             concatenate=concatenate,
+            split_by="sequence",
             valid_fraction=fractions.get("valid", 0.0),
             test_fraction=fractions.get("test", 0.0),
             ood_fraction=fractions.get("ood", 0.0),

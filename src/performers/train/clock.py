@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from transformers import (
     TrainingArguments,
 )
 
-__all__ = ["NEVER", "SCHEDULES", "TrainingClock", "learning_rate_factor"]
+__all__ = ["NEVER", "SCHEDULES", "TrainingClock", "learning_rate_factor", "time_on"]
 
 # A number of steps that no run reaches.
 NEVER = 10**12
@@ -49,9 +49,10 @@ def learning_rate_factor(schedule: str, warmup: float, share: float) -> float:
 class TrainingClock(TrainerCallback):
     """Counts the seconds of the optimizer steps, and ends a training that has used `limit` of them.
 
-    Evaluations, checkpoints and the loading of data are not counted. `seconds`: used so far; the
-    seal of a checkpoint keeps them, so that a resumed run counts on. A step that has begun when the
-    time runs out is finished, so that a model may use up to one step more than `limit`.
+    Seconds are those of `time_on`; evaluations, checkpoints and the loading of data are not
+    counted. `seconds`: used so far; the seal of a checkpoint keeps them, so that a resumed run
+    counts on. A step that has begun when the time runs out is finished, so that a model may use up
+    to one step more than `limit`.
     `shares`: what the Trainer is to do (a field of `TrainerControl`) whenever such a share of the
     limit has passed, at the step that ends next.
 
@@ -82,7 +83,7 @@ class TrainingClock(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        self._started = _time_on(args.device)
+        self._started = time_on(args.device)
 
     def on_optimizer_step(
         self,
@@ -94,7 +95,7 @@ class TrainingClock(TrainerCallback):
         # This is not done at the end of the step, because the learning rate of the next step is set
         # before that.
         self._share_before = self.share
-        self.seconds += _time_on(args.device) - self._started
+        self.seconds += time_on(args.device) - self._started
         if self.limit is not None and PartialState().num_processes > 1:
             first = torch.tensor(self.seconds, dtype=torch.float64, device=args.device)
             self.seconds = float(broadcast(first))
@@ -114,12 +115,15 @@ class TrainingClock(TrainerCallback):
             control.should_evaluate = args.eval_strategy == IntervalStrategy.STEPS
 
 
-def _time_on(device: torch.device) -> float:
-    """The time when a device has done all that it was given.
+def time_on(device: torch.device) -> float:
+    """The time in seconds when a device has done all that it was given.
 
     An accelerator works on while the process goes on: without waiting, what it does while the next
-    batch is loaded would not be counted.
+    batch is loaded would not be counted. On a CPU with one process of one thread it is the time of
+    the processor, which other programs on the machine do not lengthen; else that of a wall clock.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+    elif torch.get_num_threads() == 1 and PartialState().num_processes == 1:
+        return process_time()
     return perf_counter()
