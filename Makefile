@@ -28,7 +28,7 @@ test-slow: $(VENV)/installed-for-development ## run the tests that take long
 fuzz: export HYPOTHESIS_PROFILE = fuzz
 fuzz: $(VENV)/installed-for-development ## throw malformed inputs at everything for FUZZ_MINUTES, 60 unless given
 	end=$$(( $$(date +%s) + 60 * $(FUZZ_MINUTES) )); \
-	while [ $$(date +%s) -lt $$end ]; do $(PYTEST) -n 2 -q tests/fuzz || exit 1; done
+	while [ $$(date +%s) -lt $$end ]; do $(PYTEST) -n 2 -q --timeout 3600 tests/fuzz || exit 1; done
 
 mutants: $(VENV)/installed-for-development ## see whether the tests notice faults in MODULE=src/performers/…
 	$(VENV)/bin/python tests/mutants.py $(MODULE)

@@ -1,11 +1,15 @@
 """torch.compile(fullgraph=True) and torch.export: one graph, for lengths that change as well."""
 
 import pytest
+from warm import warm_python
 
 # In a fresh process, because jaxtyping's import hook leaves traces that cannot be compiled.
 CODE = """
+import warnings
 import torch
 from performers import KernelFeatures, SharpFeatures, SoftmaxFeatures, favor_attention
+
+warnings.simplefilter("ignore")  # of features that can be negative
 
 torch.manual_seed(0)
 PHI = {phi}
@@ -58,23 +62,35 @@ WORDS = [
     {"window_size": 3},
     {"window_size": 3, "is_causal": True},
 ]
-
-
-@pytest.mark.slow
-def test_features_of_several_heads_compile_for_every_length(fresh_python):
-    fresh_python((CODE + COMPILED).format(phi=HEADS, words={}, is_dynamic=True))
+# Features that are computed tile by tile, and have numbers of their own.
+TILES = {
+    "callable": "KernelFeatures(5, 11, lambda x: (1.5 * x).sigmoid())",
+    "exp": 'KernelFeatures(5, 11, "exp")',
+    "trigonometric": 'SoftmaxFeatures(5, 11, estimator="trigonometric")',
+}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("is_dynamic", [False, True])
 @pytest.mark.parametrize("words", WORDS, ids=str)
 @pytest.mark.parametrize("phi", ["SoftmaxFeatures(5, 11)", HEADS])
-def test_attention_compiles_whole(fresh_python, phi, words, is_dynamic):
-    fresh_python((CODE + COMPILED).format(phi=phi, words=words, is_dynamic=is_dynamic))
+def test_attention_compiles_whole(phi, words, is_dynamic):
+    warm_python((CODE + COMPILED).format(phi=phi, words=words, is_dynamic=is_dynamic))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("is_dynamic", [False, True])
+@pytest.mark.parametrize(
+    ("name", "is_causal"),
+    [("callable", False), ("callable", True), ("exp", False), ("trigonometric", False)],
+)
+def test_features_without_an_operator_compile_whole(name, is_causal, is_dynamic):
+    words = {"is_causal": is_causal}
+    warm_python((CODE + COMPILED).format(phi=TILES[name], words=words, is_dynamic=is_dynamic))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("words", WORDS, ids=str)
 @pytest.mark.parametrize("phi", ["SoftmaxFeatures(5, 11)", HEADS])
-def test_attention_exports_with_a_dynamic_length(fresh_python, phi, words):
-    fresh_python((CODE + EXPORTED).format(phi=phi, words=words))
+def test_attention_exports_with_a_dynamic_length(phi, words):
+    warm_python((CODE + EXPORTED).format(phi=phi, words=words))

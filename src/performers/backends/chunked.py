@@ -58,6 +58,11 @@ def attend(
     form = elementwise(call.phi)
     if form is not None and not (call.is_causal and query.shape[3] == 1):
         return kernel_tiles.attend(call, form, query, key, value, key_mask, state)
+    if torch.compiler.is_compiling():
+        # Floats that φ reads become inputs of a dynamic graph where it first reads them, and are
+        # lost to the other tiles if that is within one that the backward pass computes again.
+        call.phi.query_features(call.scaled(query[..., :0, :]))
+        call.phi.key_features(call.scaled(key[..., :0, :]))
     if call.is_causal:
         rows = max(CAUSAL_CHUNK, rows_of_a_piece(key, call.dtype))
         if is_exporting() or query.shape[3] <= rows:

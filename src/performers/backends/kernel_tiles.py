@@ -32,7 +32,7 @@ from performers.backends import plain
 from performers.backends.buffers import CAPABILITIES, buffers, slices
 from performers.backends.call import Call
 from performers.backends.derivatives import is_differentiated, needs_formula, plain_gradients
-from performers.backends.reference import SIGNED_STABILIZER, absorb, read
+from performers.backends.reference import absorb, read, renormalized
 from performers.kernels import KERNELS
 from performers.state import LinearState
 from performers.typing import Elementwise, Features
@@ -301,8 +301,7 @@ def _inverse(normalizer: Tensor, is_nonnegative: bool) -> Tensor:
     """D⁻¹ as `reference.Partial.output` has it."""
     if is_nonnegative:
         return (normalizer + (normalizer == 0)).reciprocal()
-    nearly_zero = normalizer.abs() <= SIGNED_STABILIZER
-    return (normalizer + 2 * SIGNED_STABILIZER * nearly_zero).reciprocal()
+    return renormalized(normalizer).reciprocal()
 
 
 @_kernel_attention.register_fake

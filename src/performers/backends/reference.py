@@ -39,11 +39,8 @@ __all__ = [
     "read",
     "read_weights",
     "remembered",
+    "renormalized",
 ]
-
-# Features that can be negative can have a normalizer of any sign. The paper's renormalizer adds 2ε
-# to |D| ≤ ε.
-SIGNED_STABILIZER = 1e-6
 
 
 class Partial(NamedTuple):
@@ -90,8 +87,14 @@ class Partial(NamedTuple):
         if call.phi.is_nonnegative:
             # 0 / 1 instead of 0 / 0 for a row that sees no key.
             return self.numerator / (self.normalizer + (self.normalizer == 0))
-        nearly_zero = self.normalizer.abs() <= SIGNED_STABILIZER
-        return self.numerator / (self.normalizer + 2 * SIGNED_STABILIZER * nearly_zero)
+        return self.numerator / renormalized(self.normalizer)
+
+
+def renormalized(normalizer: Float[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
+    """D + 2ε where |D| ≤ ε, the paper's renormalizer: where features can be negative, so can D."""
+    # Literals, because dynamic compilation makes inputs of floats that it reads, and loses them
+    # between recomputed tiles.
+    return normalizer + 2e-6 * (normalizer.abs() <= 1e-6)
 
 
 def attend(

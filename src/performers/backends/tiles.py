@@ -87,11 +87,13 @@ def causal_chunk(
         first = exponent_at(start, exponent.detach()) if has_exponents else largest
         state = state.rescaled(torch.maximum(state.log_scale, first))
         frame = state.log_scale.unsqueeze(2)  # [batch, key_heads, 1, num_features]
-        limit = frame[..., : exponent.shape[-1]] + MAX_RISE
-        is_last = not (has_exponents and bool((largest.unsqueeze(2) > limit).any()))
-        if not is_last or inside is not None:
-            inside, start = rows_below(limit, exponent.detach(), start)
-            is_last = bool((start == length).all())
+        is_last = True
+        if has_exponents:
+            limit = frame[..., : exponent.shape[-1]] + MAX_RISE
+            is_last = not bool((largest.unsqueeze(2) > limit).any())
+            if not is_last or inside is not None:
+                inside, start = rows_below(limit, exponent.detach(), start)
+                is_last = bool((start == length).all())
 
         seen = exponent
         if inside is not None:
