@@ -10,6 +10,7 @@ from statistics import mean
 from typing import Any, NamedTuple
 
 from performers.records import markdown_table, write_block
+from performers.reproduction.means import Mean
 
 ROOT = Path(__file__).parents[1]
 DOCUMENT = ROOT / "docs" / "reproduction.md"
@@ -195,6 +196,67 @@ def _baseline(results: dict[str, Any]) -> Found:
     )
 
 
+def _scores(runs: list[dict[str, Any]]) -> Mean:
+    """The accuracy on the validation set over seeds."""
+    return Mean.of([run["scores"]["valid"]["accuracy"] for run in runs])
+
+
+def _figure_6_best(results: dict[str, Any]) -> Found:
+    holds, found = [], []
+    for direction, runs in results["runs"].items():
+        reached = {name: _scores(of_seeds) for name, of_seeds in runs.items()}
+        relu = reached.pop("Performer-ReLU")
+        best = max(reached, key=lambda name: reached[name].value)
+        holds.append((relu - reached[best]).is_above_0() == "yes")
+        found.append(f"({direction}) {relu.percent()}, {best} {reached[best].percent()}")
+    return _verdict(holds), _with_seeds(found, results["runs"])
+
+
+def _figure_6_others(results: dict[str, Any]) -> Found:
+    holds, found = [], []
+    for direction, runs in results["runs"].items():
+        exact = _scores(runs["Transformer"])
+        for name in {"Reformer", "Linformer"} & set(runs):
+            gap = exact - _scores(runs[name])
+            holds.append(gap.is_above_0() == "yes")
+            steps, of_exact = (mean(run["steps"] for run in runs[n]) for n in (name, "Transformer"))
+            found.append(
+                f"({direction}) {name} {gap.points()} after {steps:.0f} steps, not {of_exact:.0f}"
+            )
+    words = f"points below: {', '.join(sorted(found))}"
+    return _verdict(holds), _with_seeds([words], results["runs"])
+
+
+def _figure_7_right(results: dict[str, Any]) -> Found:
+    reached = {name: _scores(of_seeds) for name, of_seeds in results["runs"].items()}
+    performer = reached.pop("Performer")
+    best = max(reached, key=lambda name: reached[name].value)
+    holds = [(performer - reached[best]).is_above_0() == "yes"]
+    found = [f"{performer.percent()}, the best small one ({best}) {reached[best].percent()}"]
+    return _verdict(holds), _with_seeds(found, {"": results["runs"]})
+
+
+def _with_seeds(found: list[str], runs: dict[str, dict[str, list[Any]]]) -> str:
+    seeds = {len(of_seeds) for models in runs.values() for of_seeds in models.values()}
+    return f"{'; '.join(found)}; seeds: {max(seeds)}"
+
+
+def _figures_10_to_12(results: dict[str, Any]) -> Found:
+    kinds = [head["kind"] for head in results["heads"]]
+    counts = {kind: kinds.count(kind) for kind in ("local", "vertical", "global")}
+    return _verdict([counts["vertical"] > 0, counts["local"] > 0]), (
+        ", ".join(f"{count} {kind}" for kind, count in counts.items()) + f" of {len(kinds)} heads"
+    )
+
+
+def _figure_13(results: dict[str, Any]) -> Found:
+    trained, untrained = (results["similarity"][name] for name in ("trained", "untrained"))
+    return _verdict([trained["p"] < 0.05]), (
+        f"correlation {trained['correlation']:+.2f} with BLOSUM62 (p = {trained['p']:.2g}); "
+        f"untrained {untrained['correlation']:+.2f} (p = {untrained['p']:.2g})"
+    )
+
+
 CLAIMS = (
     Claim(
         "Section 2.3, Lemma 2, Figure 2",
@@ -236,8 +298,28 @@ CLAIMS = (
         "figure-5-right", _figure_5_smreg,
     ),
     Claim(
+        "Section 4.4, Figure 6, Table 2", "Performer-ReLU is the most accurate on proteins",
+        "figure-6", _figure_6_best,
+    ),
+    Claim(
+        "Section 4.4, Figure 6", "the Reformer and the Linformer are below the Transformer",
+        "figure-6", _figure_6_others,
+    ),
+    Claim(
+        "Section 4.5, Figure 7 right", "a Performer beats small Transformers on windows of 8,192",
+        "figure-7-right", _figure_7_right,
+    ),
+    Claim(
         "Appendix C.1", "empirical baseline of TrEMBL: accuracy 9.92 %, perplexity 17.80",
         "protein-statistics", _baseline,
+    ),
+    Claim(
+        "Appendix C.4, Figures 10 to 12", "some heads are local, some vertical",
+        "figures-10-to-13", _figures_10_to_12,
+    ),
+    Claim(
+        "Appendix C.4, Figure 13", "attention knows which amino acids are similar",
+        "figures-10-to-13", _figure_13,
     ),
     Claim("Appendix D.1, Figure 14", "errors grow through the layers", "figure-14", _figure_14),
     Claim(
@@ -257,12 +339,6 @@ CLAIMS = (
 
 # Experiments that are there and have no result yet, and what the paper claims.
 NOT_RUN = (
-    ("Section 4.4, Figure 6, Table 2", "Performer-ReLU is the most accurate on proteins",
-     "figure-6"),
-    ("Section 4.5, Figure 7 right", "a Performer beats small Transformers on windows of 8,192",
-     "figure-7-right"),
-    ("Appendix C.4, Figures 10 to 13", "heads are local or global, and know similar amino acids",
-     "figures-10-to-13"),
     ("Section 4.5, Figure 7 left, Appendix D.2", "on images of 12,288 bytes a Performer matches a "
      "Reformer twice as deep; softmax and SMREG match ReLU", "figure-7-left"),
     ("Appendix D.2, Figure 15", "an unlucky ω holds a training back, and redrawing mends it",

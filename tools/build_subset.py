@@ -45,7 +45,7 @@ def _hash(family: list[Protein]) -> bytes:
 
 
 def write_part(source: Path, output: Path, chosen: list[Protein]) -> dict[str, object]:
-    """Write proteins of a source with their groups, and a card that says where they are from; returns it."""
+    """Write proteins with their groups, and a card that names their source; returns the card."""
     card = json.loads(card_path(source).read_text(encoding="utf-8"))
     origin = {**card["source"], "cut from": {"file": card["file"], "sha256": card["sha256"]}}
     return write_proteins(

@@ -36,19 +36,17 @@ def drawn(results: dict[str, Any]) -> Figure:
             axes.set_title(f"{layer}-{head} {found['kind']}", fontsize=7)
         examples = {kind: _clearest(of_head.values(), kind) for kind in KINDS}
         shown = {kind: found for kind, found in examples.items() if found is not None}
-        panels = parts[1].subplots(1, 5, width_ratios=[2, 2, 1, 1, 1])
         in_detail = list(shown.values())[:2]
-        for axes, found in zip(panels[:2], in_detail, strict=False):
+        widths = [2] * len(in_detail) + [1] * len(shown)
+        panels = parts[1].subplots(1, len(widths), width_ratios=widths)
+        for axes, found in zip(panels, in_detail, strict=False):
             root = roots[found["layer"] - 1, found["head"] - 1]
             _matrix(axes, root)
             axes.set_title(f"Figure 11: head {found['layer']}-{found['head']}, {found['kind']}")
-        for axes, found in zip(panels[2:], shown.values(), strict=False):
+        for axes, found in zip(panels[len(in_detail) :], shown.values(), strict=True):
             root = roots[found["layer"] - 1, found["head"] - 1]
             _lines(axes, root[:FIRST, :FIRST] ** 2, results["sequence"][:FIRST])
             axes.set_title(f"Figure 12: {found['layer']}-{found['head']}, {found['kind']}", size=8)
-        for axes in panels:
-            if not axes.has_data():
-                axes.axis("off")
         _similarities(parts[2].subplots(1, 3), results)
     return figure
 
@@ -93,14 +91,17 @@ def _similarities(panels: Any, results: dict[str, Any]) -> None:
         axes.set_xticks(range(len(letters)), letters, fontsize=7)
         axes.set_yticks(range(len(letters)), letters, fontsize=7)
         axes.set_title(title)
-        axes.figure.colorbar(picture, ax=axes, shrink=0.8)
+        axes.figure.colorbar(picture, ax=axes, shrink=0.6)
     axes = panels[2]
     for (row, a), (column, b) in combinations(enumerate(letters), 2):
         x, y = expected[row, column], found[row, column]
         is_named = a + b in ("DE", "FY")
         axes.plot(x, y, ".", color=COLORS[1] if is_named else COLORS[0])
         if is_named:
-            axes.annotate(f"({a}, {b})", (x, y), fontsize=8)
+            axes.annotate(
+                f"({a}, {b})", (x, y), xytext=(4, 4), textcoords="offset points", fontsize=8
+            )
+    axes.set_box_aspect(1)
     axes.set(
         title=f"correlation {trained['correlation']:+.2f}, p = {trained['p']:.2g}",
         xlabel="BLOSUM62, normalized", ylabel="from attention",

@@ -1,6 +1,6 @@
 """What the experiments on proteins share, and what they measure, does what it says."""
 
-import importlib.util
+import importlib
 import itertools
 import random
 import sys
@@ -242,12 +242,26 @@ def test_a_permutation_test_finds_what_is_there_and_is_uniform_where_nothing_is(
     assert abs(sum(found) / 40 - 0.525) < 4 * 0.288 / 40**0.5
 
 
-@pytest.fixture(scope="module")
-def build_subset():
-    spec = importlib.util.spec_from_file_location("subset", ROOT / "tools" / "build_subset.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture
+def tool(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    return importlib.import_module
+
+
+@pytest.fixture
+def build_subset(tool):
+    return tool("build_subset")
+
+
+def test_the_largest_families_of_short_proteins_are_chosen_whole(tool):
+    sizes = {"long": (29, 449), "large": (13, 448), "short": (11, 5), "small": (7, 5)}
+    all_of = [
+        Protein(f"{family}{number}", "", length * "M", family, family)
+        for family, (count, length) in sizes.items()
+        for number in range(count)
+    ]
+    chosen = tool("build_families").choose(all_of[::-1], num_families=2)
+    assert [protein.family for protein in chosen] == 13 * ["large"] + 11 * ["short"]
 
 
 def test_a_part_of_a_set_has_whole_families_whatever_the_order_of_the_file(build_subset):

@@ -12,12 +12,13 @@ from transformers import Trainer, TrainerControl, TrainerState, TrainingArgument
 from performers.train import Run, load_config
 from performers.train import clock as clock_module
 from performers.train.checkpoints import last_whole_checkpoint, seconds_until
-from performers.train.clock import SCHEDULES, TrainingClock, learning_rate_factor
+from performers.train.clock import SCHEDULES, TrainingClock, learning_rate_factor, time_on
 
 
 def count_seconds(patch):
     readings = itertools.count(start=1000, step=2)
-    patch.setattr(clock_module, "perf_counter", lambda: float(next(readings)))
+    for name in ("perf_counter", "process_time"):
+        patch.setattr(clock_module, name, lambda: float(next(readings)))
 
 
 @pytest.fixture
@@ -124,6 +125,19 @@ def test_evaluation_and_saving_are_not_training(fake_time, tmp_path):
     clock.on_optimizer_step(arguments, state, control)
     assert clock.seconds == 9.0
     assert clock.share == 0.09
+
+
+@pytest.mark.parametrize(("threads", "processes", "clock"), [(1, 1, 5.0), (2, 1, 7.0), (1, 2, 7.0)])
+def test_only_one_thread_of_one_process_has_the_time_of_the_processor(
+    monkeypatch, threads, processes, clock
+):
+    monkeypatch.setattr(clock_module, "process_time", lambda: 5.0)
+    monkeypatch.setattr(clock_module, "perf_counter", lambda: 7.0)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(
+        clock_module, "PartialState", lambda: SimpleNamespace(num_processes=processes)
+    )
+    assert time_on(torch.device("cpu")) == clock
 
 
 def test_without_a_limit_a_clock_only_counts(fake_time, tmp_path):
