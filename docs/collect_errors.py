@@ -18,8 +18,9 @@ What performers refuses, and in which words. A message says what must hold, what
 do. To find one, search this page for some of its words that are no numbers, names or paths of
 yours: these are `…` here.
 
-A command prints such a message as one line, `error: …`, and ends with exit code 2. From Python it
-is the exception that stands before it. An `AssertionError`, or an error of another library with a
+A command prints such a message as one line, `error: …`, and ends with exit code 2; one that was
+interrupted, by Ctrl-C or by a scheduler, ends with 130. From Python the message is that of the
+exception that stands before it. An `AssertionError`, or an error of another library with a
 traceback through performers, is a fault of performers: please report it.
 
 `python docs/collect_errors.py` writes this page from the source.

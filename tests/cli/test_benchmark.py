@@ -72,6 +72,57 @@ def test_the_command_measures_every_mechanism_and_draws(tmp_path):
     assert "--force" in again.stderr
 
 
+def test_an_interrupted_benchmark_keeps_what_it_measured_and_goes_on(tmp_path, monkeypatch):
+    """Interrupted at each length but the first, the same command measures each row once."""
+    output, measured, interrupted = tmp_path / "speed.json", [], set()
+    real = benchmark._time_row
+
+    def interrupted_once(plan, made, dtype, causal, length, slow):
+        if length != 13 and (causal, length) not in interrupted:
+            interrupted.add((causal, length))
+            raise KeyboardInterrupt
+        measured.append((causal, length))
+        return real(plan, made, dtype, causal, length, slow)
+
+    monkeypatch.setattr(benchmark, "_time_row", interrupted_once)
+    what = ["--setting", "plain", "--dtype", "float32", "--no-memory", "--no-models"]
+    arguments = [*SMALL, *what, "--length", 13, "--length", 29, "--output", output]
+    kept = []
+    for _ in range(2):
+        result = run(*arguments)
+        assert result.exit_code == 130
+        assert "same command" in result.stderr
+        assert not output.exists()
+        kept = json.loads((tmp_path / "speed.json.unfinished").read_text())["time"]
+    assert [row["length"] for row in kept] == [13, 29, 13]
+
+    other = run(*arguments[2:])
+    assert other.exit_code == 2
+    assert "another plan" in other.stderr
+
+    result = run(*arguments)
+    assert result.exit_code == 0, result.output
+    assert measured == [(False, 13), (False, 29), (True, 13), (True, 29)]
+    found = json.loads(output.read_text())
+    assert found["time"][:3] == kept
+    assert len(found["correctness"]) == 2
+    assert not (tmp_path / "speed.json.unfinished").exists()
+
+
+def test_a_mechanism_that_was_too_slow_is_not_tried_by_a_resumed_benchmark():
+    plan = Plan(
+        lengths=(13, 29), settings=("plain",), heads=2, dim=5, num_projections=7, repeats=1,
+        dtypes=("float32",), memory_lengths=(), model_lengths=(), contexts=(), patience=0.0,
+    )  # fmt: skip
+    kept = []
+    whole = benchmark.run(plan, lambda line: None, lambda x: kept.append(json.dumps(x)))
+    resumed = benchmark.run(plan, lambda line: None, begun=json.loads(kept[0]))
+    for row, again in zip(whole["time"], resumed["time"], strict=True):
+        assert row["seconds"].keys() == again["seconds"].keys()
+        for parts in (row["seconds"], again["seconds"]):
+            assert isinstance(parts["plain"]["forward"], str) == (row["length"] == 29)
+
+
 def test_only_the_settings_asked_for_are_timed(tmp_path):
     output = tmp_path / "speed.json"
     asked = ["--setting", "near-field", "--setting", "relu", "--setting", "relu"]

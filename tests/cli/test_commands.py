@@ -268,3 +268,12 @@ def test_a_fasta_set_is_written_with_its_card(fasta, tmp_path):
     assert result.exit_code == 0, result.output
     assert output.exists()
     assert (tmp_path / "mine.json").exists()
+
+
+def test_a_shell_is_taught_to_complete_the_names_of_commands():
+    assert "install_completion" in {option.name for option in get_command(app).params}
+    asked = {
+        "_PERFORMERS_COMPLETE": "complete_bash", "COMP_WORDS": "performers e", "COMP_CWORD": "1"
+    }  # fmt: skip
+    result = CliRunner().invoke(app, [], env=asked, prog_name="performers")
+    assert result.stdout.split() == ["evaluate", "embed", "explore"]

@@ -1,5 +1,9 @@
 """An embedding is the mean of what the model makes of a protein's residues, however it is run."""
 
+import signal
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -88,6 +92,45 @@ def test_a_resumed_run_writes_the_bytes_of_one_that_was_not_interrupted(
     assert written == list(range(4, len(again.batches())))
     assert resumed.read_bytes() == whole.read_bytes()
     assert not again.parts.exists()
+
+
+KILLED = """
+import os, signal, sys
+import numpy
+from performers.cli import app
+
+write, parts = numpy.save, []
+
+def write_or_die(file, rows, **options):
+    parts.append(rows)
+    if len(parts) == 5:
+        file.write(b"half of a part")
+        file.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+    write(file, rows, **options)
+
+numpy.save = write_or_die
+app(sys.argv[1:])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pooling", ["mean", "residue"])
+def test_a_process_killed_within_a_part_is_resumed_to_the_same_bytes(
+    pooling, checkpoint, fasta, tmp_path
+):
+    whole, resumed = tmp_path / "whole.npz", tmp_path / "resumed.npz"
+    Embedding.prepare(checkpoint, [fasta], whole, pooling, 300).run()
+    options = ["--output", str(resumed), "--pooling", pooling, "--batch-tokens", "300"]
+    command = [sys.executable, "-c", KILLED, "embed", str(checkpoint), str(fasta), *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    again = Embedding.prepare(checkpoint, [fasta], resumed, pooling, 300, resume=True)
+    assert sorted(path.name for path in again.parts.iterdir()) == [
+        *(f"part-{number:06}.npy" for number in range(4)), "part-000004.partial", "plan.json",
+    ]  # fmt: skip
+    again.run()
+    assert resumed.read_bytes() == whole.read_bytes()
 
 
 def test_a_batch_is_no_larger_than_asked_but_for_a_single_protein(checkpoint, fasta, tmp_path):

@@ -53,8 +53,8 @@ GROUPS = {"data": "Fetch data sets."}
 app = typer.Typer(
     name="performers",
     help="Train, evaluate and sample from Performers: Transformers with linear-time attention.",
+    epilog="Exit codes: 0 done, 2 refused (the last line says why), 130 interrupted, 1 a fault.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from performers.cli.errors import one_line_errors
+from performers.cli.errors import one_line_errors, saying_when_interrupted
 
 __all__ = ["benchmark"]
 
@@ -68,7 +68,8 @@ def benchmark(
     decoding. A percentage says what share of the time the matrix products and exponentials alone
     would take (the floor). Every mechanism takes its turn in every round, and nothing is timed
     before it has matched its definition. At the end the command says from which length on each
-    setting is faster than exact attention here.
+    setting is faster than exact attention here. What is measured is kept as the work goes on: an
+    interrupted command goes on where it was when it is given again.
 
     Examples:
 
@@ -78,6 +79,7 @@ def benchmark(
     """
     import torch
 
+    from performers.records import read_json, replace_text
     from performers.speed import Plan, run
     from performers.viz.files import save_figure
     from performers.viz.speed import speed_figure
@@ -97,9 +99,21 @@ def benchmark(
             device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
         )
         changes = _changes(length, context, setting, dtype, repeats, memory, models)
-        result = run(replace(plan.quick() if quick else plan, **changes), typer.echo)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        unfinished = output.with_name(output.name + ".unfinished")
+        remedy = f"Delete {unfinished} and begin anew."
+        begun = read_json(unfinished, remedy) if unfinished.exists() else None
+        if begun:
+            typer.echo(f"Going on with {unfinished}. To begin anew, delete it.")
+        output.parent.mkdir(parents=True, exist_ok=True)
+
+        def keep(result: dict[str, Any]) -> None:
+            replace_text(unfinished, json.dumps(result, indent=1, allow_nan=False) + "\n")
+
+        kept = "What was measured is kept; go on with the same command."
+        with saying_when_interrupted(kept):
+            planned = replace(plan.quick() if quick else plan, **changes)
+            result = run(planned, typer.echo, keep, begun)
+    unfinished.replace(output)
     written = [output, *save_figure(speed_figure(result), output)]
     typer.echo("\n".join(["", *_verdict(result), "", *(f"Wrote {path}" for path in written)]))
 

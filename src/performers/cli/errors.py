@@ -5,11 +5,11 @@ from __future__ import annotations
 import shlex
 import signal
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import typer
 
-__all__ = ["MISTAKES", "one_line_errors", "saying_how_to_resume"]
+__all__ = ["MISTAKES", "one_line_errors", "saying_how_to_resume", "saying_when_interrupted"]
 
 # What the checks before long work raise.
 MISTAKES = (ValueError, TypeError, OSError, ModuleNotFoundError)
@@ -32,17 +32,22 @@ def one_line_errors(kinds: tuple[type[Exception], ...] = MISTAKES) -> Iterator[N
         raise typer.Exit(2) from None
 
 
+def saying_how_to_resume(command: Sequence[str]) -> AbstractContextManager[None]:
+    """`saying_when_interrupted` what resumes the work: this command with --resume."""
+    again = shlex.join([*command, "--resume"])
+    return saying_when_interrupted(f"Every whole checkpoint is kept; go on with: {again}")
+
+
 @contextmanager
-def saying_how_to_resume(command: Sequence[str]) -> Iterator[None]:
-    """If the user interrupts the work, or a system asks it to end (SIGTERM, which schedulers send,
-    and torchrun when another process has ended), say what resumes it: this command with --resume.
+def saying_when_interrupted(message: str) -> Iterator[None]:
+    """End with this message and exit code 130 if the user interrupts the work, or a system asks it
+    to end (SIGTERM, which schedulers send, and torchrun when another process has ended).
     """
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
     except KeyboardInterrupt:
-        again = shlex.join([*command, "--resume"])
-        typer.echo(f"\nInterrupted. Every whole checkpoint is kept; go on with: {again}", err=True)
+        typer.echo(f"\nInterrupted. {message}", err=True)
         raise typer.Exit(130) from None
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -2,7 +2,7 @@
 
 from performers.records.documents import with_block, write_block
 from performers.records.environment import PeakMemory, describe_environment
-from performers.records.files import holding, read_json, read_text
+from performers.records.files import holding, read_json, read_text, replace_text
 from performers.records.tables import aligned, markdown_table
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "markdown_table",
     "read_json",
     "read_text",
+    "replace_text",
     "with_block",
     "write_block",
 ]

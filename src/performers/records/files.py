@@ -1,14 +1,25 @@
-"""JSON files that were written by a run, which may have been damaged since."""
+"""Files of a run: written in one step, and read with the thought that they may be damaged since."""
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-__all__ = ["holding", "read_json", "read_text"]
+__all__ = ["holding", "read_json", "read_text", "replace_text"]
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write so that a kill at any moment leaves the old file or the new one, never a part."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
 
 
 def read_json(path: Path, remedy: str) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from performers.checks import check_choice
-from performers.records import describe_environment, read_json, write_block
+from performers.records import describe_environment, read_json, replace_text, write_block
 from performers.reproduction.protocol import (
     SCALES,
     Experiment,
@@ -55,7 +55,7 @@ class Reproduction:
             "environment": describe_environment(),
         }
         path = self._numbers(self.scale)
-        path.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        replace_text(path, json.dumps(record, indent=1, allow_nan=False) + "\n")
         return [path, *self.draw()]
 
     def draw(self) -> list[Path]:

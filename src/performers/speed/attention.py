@@ -5,6 +5,7 @@ Nothing is timed before every setting has matched its definition in float64.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
@@ -61,10 +62,19 @@ MODELS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def run(plan: Plan, report: Callable[[str], None]) -> dict[str, Any]:
+def run(
+    plan: Plan,
+    report: Callable[[str], None],
+    keep: Callable[[dict[str, Any]], None] = lambda result: None,
+    begun: dict[str, Any] | None = None,
+) -> dict[str, Any]:
     """All measurements of a plan, as JSON can hold them. `report` gets lines of progress.
 
-    Raises ValueError for unknown settings, dtypes and devices, before anything runs.
+    `keep` gets the result after each measurement. `begun`, what it got last from a run that was
+    interrupted, is completed.
+
+    Raises ValueError, before anything runs, for unknown settings, dtypes and devices, and if
+    `begun` was measured by another plan, or with other versions or hardware.
     """
     device = torch.device(plan.device)
     if device.type == "cuda" and not torch.cuda.is_available():
@@ -75,50 +85,86 @@ def run(plan: Plan, report: Callable[[str], None]) -> dict[str, Any]:
         if not isinstance(getattr(torch, name, None), torch.dtype):
             raise ValueError(f"dtype must be a float type of torch, got {name!r}.")
     torch.manual_seed(plan.seed)
-    result: dict[str, Any] = {
+    about = {
         "plan": asdict(plan),
         "settings": {name: _description(plan, name) for name in plan.settings},
         "model": {"shared": MODEL, "attention": MODELS},
         "environment": describe_environment(),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "peers": versions(),
-        "rates": {},
-        "correctness": [],
-        "time": [],
-        "memory": [],
-        "models": [],
-        "decoding": [],
     }
+    about = json.loads(json.dumps(about))  # as a file holds it, in which a tuple is a list
+    parts: dict[str, list[Any]] = {
+        "correctness": [], "time": [], "memory": [], "models": [], "decoding": []
+    }  # fmt: skip
+    result: dict[str, Any] = begun or {**about, "rates": {}, **parts}
+    changed = [name for name, value in about.items() if result.get(name) != value]
+    if changed:
+        raise ValueError(
+            "what is completed must be of this plan and this machine, and was begun with another "
+            f"{' and another '.join(changed)}. Repeat the command that began it, or begin anew."
+        )
+
+    def missing(part: str, **key: Any) -> bool:
+        return not any(row.items() >= key.items() for row in result[part])
+
+    def add(part: str, row: dict[str, Any], line: str) -> None:
+        result[part].append(row)
+        keep(result)
+        report(line)
+
     peers = {name: list(SETTINGS[name].peers) for name in plan.settings}
-    slow: dict[bool, dict[str, int]] = {}
     with limited_memory(device):
         for dtype in plan.dtypes:
-            kind = getattr(torch, dtype)
-            rates = matmul_rate(kind, device), exponential_rate(kind, device)
-            result["rates"][dtype] = dict(zip(("product", "exponential"), rates, strict=True))
+            if dtype not in result["rates"]:
+                kind = getattr(torch, dtype)
+                rates = matmul_rate(kind, device), exponential_rate(kind, device)
+                result["rates"][dtype] = dict(zip(("product", "exponential"), rates, strict=True))
             for causal in (False, True):
                 for name in plan.settings:
-                    result["correctness"].append(_correctness_row(plan, name, dtype, causal))
-                made = {name: make() for name, make in mechanisms(plan, causal).items()}
-                slow[causal] = {}
+                    if missing("correctness", setting=name, dtype=dtype, causal=causal):
+                        result["correctness"].append(_correctness_row(plan, name, dtype, causal))
+                made: dict[str, Mechanism] = {}
                 for length in plan.lengths:
-                    row = _time_row(plan, made, dtype, causal, length, slow[causal])
-                    row["floor_seconds"] = _floors(plan, causal, length, *rates)
-                    result["time"].append(row)
-                    report(time_lines(row, peers))
+                    if missing("time", dtype=dtype, causal=causal, length=length):
+                        made = made or {
+                            name: make() for name, make in mechanisms(plan, causal).items()
+                        }
+                        slow = _slow(plan, result["time"], dtype, causal)
+                        row = _time_row(plan, made, dtype, causal, length, slow)
+                        row["floor_seconds"] = _floors(
+                            plan, causal, length, *result["rates"][dtype].values()
+                        )
+                        add("time", row, time_lines(row, peers))
     for causal in (False, True):
+        slow = _slow(plan, result["time"], plan.dtypes[-1], causal)
         for length in plan.memory_lengths:
-            result["memory"].append(_memory_row(plan, causal, length, slow[causal]))
-            report(memory_line(result["memory"][-1]))
+            if missing("memory", causal=causal, length=length):
+                row = _memory_row(plan, causal, length, slow)
+                add("memory", row, memory_line(row))
     for causal in (False, True):
         for length in plan.model_lengths:
-            result["models"].append(_model_row(plan, causal, length))
-            report(model_line(result["models"][-1]))
+            if missing("models", causal=causal, length=length):
+                row = _model_row(plan, causal, length)
+                add("models", row, model_line(row))
     with limited_memory(device):
         for context in plan.contexts:
-            result["decoding"].append(_decoding_row(plan, context))
-            report(decoding_line(result["decoding"][-1]))
+            if missing("decoding", context=context):
+                row = _decoding_row(plan, context)
+                add("decoding", row, decoding_line(row))
     return result
+
+
+def _slow(plan: Plan, rows: list[dict[str, Any]], dtype: str, causal: bool) -> dict[str, int]:
+    """By the mechanisms that are not tried any longer: the length at which one was too slow."""
+    slow: dict[str, int] = {}
+    for row in rows:
+        if (row["dtype"], row["causal"]) == (dtype, causal):
+            for name, parts in row["seconds"].items():
+                both = parts["forward_backward"]
+                if isinstance(both, str) or both["median"] > plan.patience:
+                    slow.setdefault(name, row["length"])
+    return slow
 
 
 def _description(plan: Plan, name: str) -> dict[str, Any]:
@@ -180,10 +226,7 @@ def _time_row(
     length: int,
     slow: dict[str, int],
 ) -> dict[str, Any]:
-    """Seconds of the forward pass and of forward and backward together.
-
-    `slow`: the lengths from which on mechanisms are not tried. It grows.
-    """
+    """Seconds of the forward pass, and of forward and backward, of what is not in `slow`."""
     device = torch.device(plan.device)
     inputs = _inputs(plan, length, getattr(torch, dtype))
     calls: dict[str, Callable[[], object]] = {}
@@ -195,10 +238,6 @@ def _time_row(
     seconds: dict[str, Any] = {
         name: {part: measured.get(f"{name}/{part}", TOO_SLOW) for part in PARTS} for name in made
     }
-    for name, parts in seconds.items():
-        both = parts["forward_backward"]
-        if isinstance(both, str) or both["median"] > plan.patience:
-            slow.setdefault(name, length)
     return {"dtype": dtype, "causal": causal, "length": length, "seconds": seconds}
 
 

@@ -8,7 +8,6 @@ step, that lists every file with its size.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +21,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from performers.models import PerformerConfig
-from performers.records.files import holding, read_json
+from performers.records.files import holding, read_json, replace_text
 from performers.train.clock import TrainingClock
 from performers.train.tasks import TASKS, Model
 
@@ -90,17 +89,9 @@ def saving(path: Path) -> Iterator[None]:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write so that a kill at any moment leaves the old file or the new one, never a part.
-
-    Raises UnsavedError.
-    """
-    partial = path.with_name(path.name + ".partial")
+    """`replace_text`, for what a run is to keep. Raises UnsavedError."""
     with saving(path):
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
+        replace_text(path, text)
 
 
 def is_whole(checkpoint: Path) -> bool:
