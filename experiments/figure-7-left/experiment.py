@@ -61,7 +61,7 @@ PAPER = Config()
 REDUCED = replace(
     PAPER, num_scored=8, hidden_size=64, num_attention_heads=2, intermediate_size=128,
     num_projections=32, performer_layers=(1, 2), reformer_layers=(2, 4), num_hashes=1,
-    chunk_size=32, batch_size=1, learning_rate=1e-2, warmup_steps=5, redraw_every=20, steps=45,
+    chunk_size=32, batch_size=1, learning_rate=2e-3, warmup_steps=5, redraw_every=20, steps=45,
     evaluations=3, num_samples=3, known_rows=48, seeds=1,
 )  # fmt: skip
 SMOKE = replace(
