@@ -184,5 +184,5 @@ def test_a_tab_among_the_letters_is_found_in_its_line(write):
 
 
 def test_a_folder_is_no_fasta(tmp_path):
-    with pytest.raises(IsADirectoryError, match=r"is a folder\. Give the FASTA"):
+    with pytest.raises(IsADirectoryError, match=r"is a folder\. Give the files"):
         list(read_fasta(tmp_path))

@@ -2,13 +2,14 @@ import gzip
 import hashlib
 import itertools
 import json
+import os
 import shutil
 import subprocess
 
 import pytest
 
 from performers.data import read_fasta, read_proteins
-from performers.data.fetch import fetch_proteins
+from performers.data.fetch import DebianPackage, fetch_proteins, read_package
 
 NCBI_LETTERS = "-ABCDEFGHIKLMNPQRSTVWXYZU*OJ"
 DATABASES = {"BPO": {"P1": "MKV", "P2": "WYUX"}, "MFO": {"P2": "WYUX"}, "CCO": {"P3": "MKV"}}
@@ -98,6 +99,69 @@ def test_the_same_proteins_give_the_same_bytes_at_any_time(tmp_path, monkeypatch
     }
 
 
+# `apt-get`, of which a download goes on where it stopped; it breaks off after half of the file
+# unless a part is there.
+APT = """#!/bin/sh
+if [ "$2" = --print-uris ]; then
+    echo "'http://x/data.deb' data.deb 10 SHA256:{sha256}"
+elif [ -e data.deb ]; then
+    tail --bytes=+6 {source} >> data.deb
+else
+    head --bytes=5 {source} > data.deb
+    echo "connection lost" >&2
+    exit 100
+fi
+"""
+
+
+@pytest.fixture
+def apt(tmp_path, monkeypatch):
+    """A function that makes `apt-get` serve ten bytes under a checksum."""
+
+    def serve(content, sha256):
+        (tmp_path / "source").write_bytes(content)
+        program = tmp_path / "apt-get"
+        program.write_text(APT.format(source=tmp_path / "source", sha256=sha256))
+        program.chmod(0o755)
+
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return serve
+
+
+class Whole(DebianPackage):
+    """Its file is what it holds."""
+
+    def unpack(self, path, folder):
+        folder.mkdir()
+        shutil.copy(path, folder / "content")
+        return "1"
+
+
+def test_a_download_that_broke_off_goes_on_where_it_stopped(apt, tmp_path):
+    apt(b"0123456789", hashlib.sha256(b"0123456789").hexdigest())
+    package = Whole("data", "none", lambda folder: (folder / "content").read_bytes())
+    with pytest.raises(RuntimeError, match="failed with status 100: connection lost"):
+        read_package(package, report=lambda line: None)
+    part = tmp_path / "cache/performers/downloads/data/data.deb"
+    assert part.read_bytes() == b"01234"
+    content, origin = read_package(package, report=lambda line: None)
+    assert content == b"0123456789"
+    assert origin["package_sha256"] == hashlib.sha256(content).hexdigest()
+    assert not part.exists()
+
+
+def test_a_download_with_another_checksum_is_refused_and_removed(apt, tmp_path):
+    apt(b"0123456789", hashlib.sha256(b"012345678X").hexdigest())
+    part = tmp_path / "cache/performers/downloads/data/data.deb"
+    part.parent.mkdir(parents=True)
+    part.write_bytes(b"01234")
+    package = Whole("data", "none", lambda folder: None)
+    with pytest.raises(RuntimeError, match=r"data\.deb must have the SHA-256 .* and was removed"):
+        read_package(package, report=lambda line: None)
+    assert not part.exists()
+
+
 @pytest.mark.parametrize("existing", ["proteins.fasta.gz", "proteins.json"])
 def test_nothing_is_overwritten(tmp_path, existing):
     (tmp_path / existing).write_text("precious")
@@ -142,6 +206,7 @@ def test_bad_options_are_named(tmp_path, output, options, error, words):
 
 def test_a_machine_without_apt_is_told_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", "")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     with pytest.raises(FileNotFoundError, match=r"'apt-get', which is not on the PATH"):
         fetch_proteins(tmp_path / "proteins.fasta.gz", "swissprot")
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["cache"]

@@ -27,6 +27,7 @@ from performers.data.proteins import (
     read_proteins,
     split_proteins,
 )
+from performers.data.stream import stream_tokens
 from performers.data.tokens import TokenDataset
 from performers.data.vocabulary import (
     AMINO_ACIDS,
@@ -68,4 +69,5 @@ __all__ = [
     "read_proteins",
     "read_texts",
     "split_proteins",
+    "stream_tokens",
 ]

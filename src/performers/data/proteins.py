@@ -82,6 +82,16 @@ class ProteinSplits:
             counts |= {f"{name}_sequences": len(dataset), f"{name}_tokens": len(dataset.tokens)}
         return counts
 
+    def description(self, source: str | Sequence[str]) -> str:
+        """What the sets are made of, in words."""
+        files = "the UniProt sample of the package" if source == "sample" else _listed(source)
+        counts = self.summary()
+        return (
+            f"{files}: {counts['proteins']:,} proteins, {counts['duplicates']:,} duplicates "
+            f"dropped, {counts['train_sequences']:,} sequences with {counts['train_tokens']:,} "
+            "tokens to train on"
+        )
+
 
 def load_proteins(
     source: Source = "sample",
@@ -223,6 +233,10 @@ def concatenate_sequences(sequences: Sequence[str], length: int) -> TokenDataset
     Raises ValueError when the proteins do not fill one window.
     """
     return concatenate_tokens(_rows(sequences), length, VOCAB_SIZE)
+
+
+def _listed(source: str | Sequence[str]) -> str:
+    return source if isinstance(source, str) else ", ".join(source)
 
 
 def _rows(sequences: Sequence[str]) -> list[Tensor]:

@@ -3,9 +3,10 @@ convert` with a pretrained model, from Python.
 """
 
 from performers.train.checkpoints import UnsavedError
-from performers.train.config import DataConfig, RunConfig, load_config, shipped_configs
+from performers.train.config import RunConfig, load_config, shipped_configs
 from performers.train.conversion_config import ConversionConfig
 from performers.train.conversion_run import Conversion
+from performers.train.data import DataConfig, StreamConfig
 from performers.train.embed import Embedding
 from performers.train.evaluate import Evaluation
 from performers.train.fill import Filling
@@ -25,6 +26,7 @@ __all__ = [
     "LostProcessError",
     "Run",
     "RunConfig",
+    "StreamConfig",
     "UnsavedError",
     "has_finished",
     "holds_run",

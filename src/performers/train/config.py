@@ -34,9 +34,10 @@ from performers.models import MECHANISMS, PerformerConfig
 from performers.models.mechanisms import in_current_words
 from performers.models.mixes import attention_words
 from performers.train.clock import SCHEDULES
+from performers.train.data import DataConfig, StreamConfig, checked_stream
 from performers.train.options import REFUSED_OPTIONS, TRAINER_OPTIONS, Served
 
-__all__ = ["TASKS", "DataConfig", "RunConfig", "load_config", "read_yaml", "shipped_configs"]
+__all__ = ["TASKS", "RunConfig", "load_config", "read_yaml", "shipped_configs"]
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -87,25 +88,6 @@ RUN_ARGUMENTS: dict[str, Any] = {
     "save_steps": 500.0,
     "save_total_limit": 2,
 }
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """Which proteins, and how they become sequences of tokens: see `performers.data.load_proteins`.
-
-    `source`: "sample" is the set that ships with the package; else FASTA files, gzipped or not.
-    `length`, `concatenate`: proteins cropped to 1024 tokens or joined into windows of 8192 are the
-    paper's two tasks (Appendix C.1).
-    `split_by` and the fractions: what is held out, whole clusters of similar sequences by default.
-    """
-
-    source: str | list[str] = "sample"
-    length: int = 1024
-    concatenate: bool = False
-    split_by: str = "cluster"
-    valid_fraction: float = 0.1
-    test_fraction: float = 0.1
-    ood_fraction: float = 0.1
 
 
 @dataclass(frozen=True)
@@ -279,7 +261,11 @@ def _apply(tree: dict[str, Any], override: str) -> None:
 
 def _checked(tree: Mapping[str, Any], source: str) -> RunConfig:
     top = _section(RunConfig, tree, "", source)
-    data = DataConfig(**_section(DataConfig, top.get("data", {}), "data", source))
+    given = _section(DataConfig, top.get("data", {}), "data", source)
+    if given.get("stream") is not None:
+        stream = _section(StreamConfig, given["stream"], "data.stream", source)
+        given["stream"] = checked_stream(stream, given)
+    data = DataConfig(**given)
     model = top.get("model", {})
     if isinstance(model, Mapping):
         model = in_current_words({"attention": PerformerConfig.attention, **model})
@@ -299,10 +285,15 @@ def _checked(tree: Mapping[str, Any], source: str) -> RunConfig:
         raise ValueError(f"redraw_every must be at least 0 (0 = never), got {config.redraw_every}.")
     if config.data.length < 2:
         raise ValueError(f"data.length must be at least 2, got {config.data.length}.")
-    if not config.data.valid_fraction > 0:
+    if not config.data.valid_fraction > 0 and data.stream is None:
         raise ValueError("data.valid_fraction must be above 0: the curves of a run need a set.")
     if config.max_seconds is not None:
         _check_time(config.max_seconds, trainer)
+    elif data.stream is not None and "max_steps" not in trainer:
+        raise ValueError(
+            "a stream has no end, so a run on data.stream must say its own: set trainer.max_steps, "
+            "or max_seconds."
+        )
     return config
 
 

@@ -81,7 +81,11 @@ REPORTED = "TensorBoard events are always in the tensorboard/ folder of the run"
 NOT_PUSHED = "push the model/ folder of the run yourself"
 LAST_STEP = "the report is about the last step of every model"
 METRICS = "the metrics are those of the paper, summed batch by batch"
-SHARDED = "checkpoints hold whole weights, and every process holds all of them"
+SHARDED = (
+    "checkpoints hold whole weights, and every process holds all of them. To shard them, wrap the "
+    "model in torch.distributed.fsdp.fully_shard in a program of your own, as docs/distributed.md "
+    "does"
+)
 NO_COLUMNS = "proteins are no table, and have no columns"
 ALL_DONE = "a run always trains and evaluates"
 LOGGED = "divergence is seen where the loss is logged: set trainer.logging_steps"

@@ -30,7 +30,7 @@ from transformers import TrainingArguments
 from transformers.integrations import TensorBoardCallback
 
 from performers.data.baseline import EmpiricalBaseline
-from performers.data.proteins import SPLITS, ProteinSplits, load_proteins
+from performers.data.proteins import SPLITS
 from performers.data.tokens import TokenDataset
 from performers.models.mixes import attention_words
 from performers.records.environment import describe_environment
@@ -44,6 +44,7 @@ from performers.train.checkpoints import (
     write_atomically,
 )
 from performers.train.config import RunConfig, read_yaml
+from performers.train.data import Splits, read_data
 from performers.train.folders import check_place, claim, holds_nothing, release
 from performers.train.lost import naming_lost_processes
 from performers.train.options import check_arguments
@@ -78,7 +79,7 @@ class Run:
 
     config: RunConfig
     folder: Path
-    data: ProteinSplits
+    data: Splits
     device: torch.device
     environment: dict[str, Any]
 
@@ -109,8 +110,9 @@ class Run:
                 steps_of(checkpoint)
                 with torch.device("meta"):
                     check_weights(checkpoint, build_model(one))
-        data = load_proteins(**vars(config.data), seed=config.seed)
-        _check_shares(config, folder, environment, len(data.train))
+        data = read_data(config.data, config.seed, arguments.dataloader_num_workers)
+        sequences = len(data.train) if isinstance(data.train, TokenDataset) else None
+        _check_shares(config, folder, environment, sequences)
         # Asking for the device starts the process group of torchrun. The barrier then makes every
         # rank look at the folder before any rank writes into it.
         device = arguments.device
@@ -161,7 +163,7 @@ class Run:
         """
         model_options = {**self.config.with_attention("identity").model, "num_hidden_layers": 1}
         model = build_model(replace(self.config, model=model_options)).to(self.device)
-        batch = TASKS[self.config.task].collator(self.config.seed)([self.data.train[0]])
+        batch = TASKS[self.config.task].collator(self.config.seed)([next(iter(self.data.train))])
         model(**{name: tensor.to(self.device) for name, tensor in batch.items()}).loss.backward()
         AdamW(model.parameters()).step()
         TensorBoardCallback()
@@ -226,21 +228,13 @@ class Run:
         return {name: baseline.evaluate(split, collator) for name, split in self._evaluated()}
 
     def _describe_data(self) -> dict[str, Any]:
-        source = self.config.data.source
-        files = [source] if isinstance(source, str) else source
-        counts = self.data.summary()
-        what = "the UniProt sample of the package" if source == "sample" else ", ".join(files)
         return {
-            "description": (
-                f"{what}: {counts['proteins']:,} proteins, {counts['duplicates']:,} duplicates "
-                f"dropped, {counts['train_sequences']:,} sequences with "
-                f"{counts['train_tokens']:,} tokens to train on"
-            ),
+            "description": self.data.description(self.config.data.source),
             "splits": {
                 name: {"title": TITLES[name], "sequences": len(split)}
                 for name, split in self._evaluated()
             },
-            **counts,
+            **self.data.summary(),
         }
 
 
@@ -299,7 +293,7 @@ def _environment(arguments: TrainingArguments) -> dict[str, Any]:
 
 
 def _check_shares(
-    config: RunConfig, folder: Path, environment: Mapping[str, Any], sequences: int
+    config: RunConfig, folder: Path, environment: Mapping[str, Any], sequences: int | None
 ) -> None:
     """Refuse to go on by as many processes that the run would end with other numbers."""
     path = folder / "environment.json"

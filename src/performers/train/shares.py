@@ -46,9 +46,13 @@ class Shares:
     def of_step(self) -> int:
         return self.at_once * self.accumulation
 
-    def of_epoch(self, sequences: int) -> int:
-        """Several processes fill up the last batch with sequences from the beginning."""
-        return sequences if self.processes == 1 else -(-sequences // self.at_once) * self.at_once
+    def of_epoch(self, sequences: int | None) -> int | None:
+        """Several processes fill up the last batch with sequences from the beginning. A stream has
+        no last one, and None sequences.
+        """
+        if sequences is None or self.processes == 1:
+            return sequences
+        return -(-sequences // self.at_once) * self.at_once
 
     def __str__(self) -> str:
         return (
@@ -58,11 +62,13 @@ class Shares:
         )
 
 
-def check_shares(before: Shares, now: Shares, draws: Mapping[str, float], sequences: int) -> None:
+def check_shares(
+    before: Shares, now: Shares, draws: Mapping[str, float], sequences: int | None
+) -> None:
     """Refuse to share out the steps of a run anew where that would change its numbers.
 
     `draws`: options that make each process draw numbers of its own if they are not 0.
-    `sequences`: those of an epoch.
+    `sequences`: those of an epoch; None of a stream.
 
     Raises ValueError that says what would change.
     """

@@ -69,6 +69,10 @@ def training_arguments(config: RunConfig, folder: Path) -> TrainingArguments:
         batch_eval_metrics=True,
         include_num_input_tokens_seen="non_padding",
         report_to="none",
+        # Items of a stream say which pass they are of, and every process reads the stream by
+        # itself: one that read for all would have to pad their batches alike.
+        remove_unused_columns=False,
+        accelerator_config={"dispatch_batches": False},
     )
 
 
