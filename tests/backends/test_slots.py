@@ -23,6 +23,7 @@ def test_slots_are_the_last_blocks_and_the_new_tokens(before, shown):
         *first, SoftmaxFeatures(5, 7), True, return_state=True, window_size=3, num_sinks=2
     )
     slots = Slots.of(NEAR, rest[0].unsqueeze(2), *rest[1:], shown, state.near)
+    assert slots.is_real[0, -1]  # none stands behind the last new token
     real = torch.cat([torch.ones(before, dtype=torch.bool), shown[0]])
     keys, count = key[0][:, real], int(real.sum())
     start = (before // 3 - 1) * 3
@@ -39,3 +40,21 @@ def test_slots_are_the_last_blocks_and_the_new_tokens(before, shown):
     of_tokens = slots.tokens(rows)[0, 0, 0, :, 0]
     assert of_tokens[shown[0]].tolist() == list(range(before, count))
     assert not of_tokens[~shown[0]].any()
+
+
+def test_slots_are_as_many_as_the_longest_of_a_batch_needs():
+    query, key, value = inputs(9, batch=2, key_heads=6)
+    first, rest = ([x[:, :, place] for x in (query, key, value)] for place in (
+        slice(4), slice(4, 9)
+    ))  # fmt: skip
+    mask = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]]).bool()
+    _, state = favor_attention(
+        *first, SoftmaxFeatures(5, 7), True, mask, return_state=True, window_size=3, num_sinks=2
+    )
+    # The second begins with an empty block and two keys.
+    for shown, number in ([[1, 0, 0, 0, 0], [1, 1, 1, 1, 0]], 5 + 4), ([[0] * 5] * 2, 5 + 1):
+        shown = torch.tensor(shown).bool()
+        slots = Slots.of(NEAR, rest[0].unsqueeze(2), *rest[1:], shown, state.near)
+        assert slots.key.shape[2] == number
+        of_tokens = slots.tokens(torch.ones(2, 6, 1, number, 1))[:, 0, 0, :, 0]
+        assert torch.equal(of_tokens > 0, shown)

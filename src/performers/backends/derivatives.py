@@ -18,6 +18,7 @@ from torch.autograd import forward_ad
 
 __all__ = [
     "is_differentiated",
+    "is_traced",
     "is_transformed",
     "needs_formula",
     "plain_gradients",
@@ -34,6 +35,12 @@ def is_transformed() -> bool:
 def needs_formula() -> bool:
     """Whether an operator has to be its formula: what ONNX cannot be told otherwise, too."""
     return is_transformed() or torch.onnx.is_in_onnx_export()
+
+
+def is_traced() -> bool:
+    """Whether no number in a tensor may be read: a graph is made that serves others, too, or a
+    transform has put tensors of tensors there."""
+    return torch.compiler.is_compiling() or needs_formula()
 
 
 def is_differentiated() -> bool:

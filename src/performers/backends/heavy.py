@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from performers.backends.call import Call
+from performers.backends.derivatives import is_traced
 from performers.backends.slots import Slots
 from performers.state import NearKeys
 
@@ -200,22 +201,28 @@ def _received(
     received: list[list[Tensor]] = [[] for _ in range(count)]
     hidden = torch.finfo(call.dtype).min  # of rows that see nothing: no NaN, which times 0 is one
     later = torch.ones(size, size, dtype=torch.bool, device=key.device).triu_(1)
-    for block in range(count):
+    # Hiding all columns takes as long as a third of the scores, and few blocks have any to hide.
+    is_gappy = [True] * count if is_traced() else (~is_visible).any(dim=-1).any(dim=0).tolist()
+    # After a state, the block before the next token's own has no new query.
+    for block in range(0 if earlier is None else 1, count):
         near_blocks = range(max(0, block - 1), min(count, block + (1 if is_causal else 2)))
-        place = position[:, block, :, None]
-        parts = [~is_sink[:, None] | ((sink_place > place) & is_causal)]
-        for other in near_blocks:
-            is_hidden = ~is_visible[:, None, other].expand(-1, size, -1)
-            parts.append(is_hidden | later if is_causal and other == block else is_hidden)
-        is_hidden = torch.cat(parts, dim=-1).repeat(1, group, 1).unsqueeze(1)
         columns = torch.cat([sink_key, *(key[:, :, other] for other in near_blocks)], dim=2)
         logits = query[:, :, :, block].flatten(2, 3) @ columns.mT
-        logits = logits.masked_fill_(is_hidden, hidden)
+        parts = [near.num_sinks, *[size] * len(near_blocks)]
+        of_sinks, *of_blocks = logits.unflatten(2, (group, size)).split(parts, dim=-1)
+        place = position[:, block, :, None]
+        is_hidden = ~is_sink[:, None] | ((sink_place > place) & is_causal)
+        of_sinks.masked_fill_(is_hidden[:, None, None], hidden)
+        for other, of_block in zip(near_blocks, of_blocks, strict=True):
+            if is_gappy[other]:
+                of_block.masked_fill_(~is_visible[:, None, None, None, other], hidden)
+            if is_causal and other == block:
+                of_block.masked_fill_(later, hidden)
         weights = logits.sub_(logits.amax(dim=-1, keepdim=True)).exp2_()
         # Only what each key gets is needed: no row is divided by its sum on its own.
         share = is_new[:, None, block].repeat(1, 1, group) / weights.sum(dim=-1)
         paid = (share.unsqueeze(2) @ weights).squeeze(2)
-        _, *found = paid.split([near.num_sinks, *[size] * len(near_blocks)], dim=-1)
+        _, *found = paid.split(parts, dim=-1)
         for other, weight in zip(near_blocks, found, strict=True):
             received[other].append(weight)
     sums = torch.cat([torch.stack(x).sum(dim=0) for x in received], dim=-1)[..., :slot_count]

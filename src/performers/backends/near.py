@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from performers.backends.blocks import BlockAttention, Problem, block_attention
 from performers.backends.call import Call
-from performers.backends.derivatives import is_transformed
+from performers.backends.derivatives import is_traced
 from performers.backends.fused_softmax import HIDDEN
 from performers.backends.heavy import Kept, heavy_keys
 from performers.backends.reference import absorb, remembered
@@ -228,7 +228,7 @@ def _step(
         paid = logits[..., : 2 * size + near.num_sinks].detach().softmax(dim=-1)
         paid = paid[..., : 2 * size].sum(dim=2)
         sums = sums + (paid if key_mask is None else paid * key_mask[:, None])
-    if torch.compiler.is_compiling() or is_transformed() or bool(is_full.any()):
+    if is_traced() or bool(is_full.any()):
         full = is_full.squeeze(3)
         before, of_before = keys[:, :, :size], values[:, :, :size]
         is_known = (count + slot)[:, :, 0, :size] >= near.num_sinks  # and no sink

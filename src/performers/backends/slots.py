@@ -5,6 +5,8 @@ first of a block. If a state is continued, the slots begin with the keys that it
 
     slots     │ the block before │ the next token's own │ …            a block: window_size slots
                ─── remembered keys ───┃── new tokens ────
+
+They end with the last new token, so that a part of a block costs no more than the block.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from performers.backends.derivatives import is_traced
 from performers.state import NearField, NearKeys
 
 __all__ = ["Slots"]
@@ -73,7 +76,9 @@ class Slots:
         # −size, and the slots before position 0 are not real.
         start = (before // size - 1) * size
         first = before - start  # the slot of the first new token
-        slot = torch.arange(2 * size + length, device=key.device).expand(batch, -1)
+        most = 2 * size + length
+        num_slots = most if is_traced() else int((first + number.clamp(min=1)).max())
+        slot = torch.arange(num_slots, device=key.device).expand(batch, -1)
         source = real_first.gather(1, (slot - first).clamp(0, length - 1))
         query = _taken(query, source)
         # Places in [remembered keys, new keys]: the former for the first slots, the latter after

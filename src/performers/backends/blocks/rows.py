@@ -47,6 +47,10 @@ class Heads:
         self.heavy_key = problem.heavy_key[heads].to(self.like)
         self.heavy_value = problem.heavy_value[heads].to(self.like)
         self.absent = self.hidden(problem.hidden_near, blocks * sizes.block, own)
+        # Few blocks are near a key that is not there, and hiding it takes as long as a third of the
+        # scores.
+        absent = self.absent.unflatten(1, (blocks, sizes.block)).any(dim=-1)
+        self.is_gappy = absent.unfold(1, sizes.near // sizes.block, 1).any(dim=-1).tolist()
         later = torch.ones(sizes.block, sizes.block, dtype=torch.bool, device=self.like.device)
         self.later = later.triu_(1)
         unit = math.sqrt(problem.scale)
@@ -184,12 +188,10 @@ class Heads:
         if problem.is_causal:
             own = near[..., sizes.before * sizes.block :]
             own.unflatten(1, (sizes.group, sizes.block)).masked_fill_(self.later, HIDDEN)
-        absent = self.absent[index if len(self.absent) > 1 else 0]
-        if problem.hidden_near is not None:
-            near.masked_fill_(self.windows(absent, tile).unsqueeze(1), HIDDEN)
-        else:  # only beyond the first and last blocks
-            for block in {0, sizes.count - 2, sizes.count - 1} & {*range(tile.start, tile.stop)}:
-                window = self.windows(absent, slice(block, block + 1))
+        alike = index if len(self.absent) > 1 else 0
+        for block in range(tile.start, tile.stop):
+            if self.is_gappy[alike][block]:
+                window = self.windows(self.absent[alike], slice(block, block + 1))
                 near[block - tile.start].masked_fill_(window, HIDDEN)
         logits = [near]
         if sizes.sinks:
