@@ -4,6 +4,7 @@ import pytest
 import torch
 from cases import FEATURE_MAPS
 
+from performers import favor_attention
 from performers.backends import BACKENDS, Call, choose_backend, refusals
 from performers.state import NearField
 
@@ -51,3 +52,20 @@ def test_queries_and_keys_share_the_scale(scale):
 def test_a_backend_that_there_is_not_is_refused(name):
     with pytest.raises((ValueError, TypeError), match=r"backend.*'chunked', 'landmarks'"):
         choose_backend(name, CALLS["positive"], X, X, X)
+
+
+@pytest.mark.parametrize("backend", [None, *BACKENDS.keys() - {"triton"}])
+@pytest.mark.parametrize("name", FEATURE_MAPS)
+def test_tensors_are_made_where_the_inputs_are_whatever_the_default_device(name, backend):
+    torch.manual_seed(0)
+    query, key, value = torch.randn(3, 1, 2, 7, 5).unbind()
+    phi = FEATURE_MAPS[name](5, 3)
+    for is_causal in (False, True):
+        options = {"is_causal": is_causal, "backend": backend}
+        reasons = refusals(call(name, is_causal), query, key, value)
+        if backend in reasons:
+            continue
+        expected = favor_attention(query, key, value, phi, **options)
+        with torch.device("meta"):
+            found = favor_attention(query, key, value, phi, **options)
+        assert torch.equal(found, expected)

@@ -113,11 +113,13 @@ def _side(
     side = side_in(wide)
     if side.matrix is None and side.shift is None and isinstance(side.constant, float):
         inputs, stretch = x.to(dtype), root
-        offset = torch.full((1, 1, 1, 1), side.constant, dtype=wide)
+        offset = x.new_full((1, 1, 1, 1), side.constant, dtype=wide)
     else:
         parts = [side.log_linear(part.to(wide) * root) for part in tiles(TILE, x, dim=2)]
         inputs, stretch = torch.cat([part.inputs.to(dtype) for part in parts], dim=2), 1.0
-        offset = torch.cat([torch.as_tensor(part.offset) for part in parts], dim=2)
+        offset = torch.cat(
+            [part.offset + torch.zeros_like(part.inputs[..., :1]) for part in parts], dim=2
+        )
     return _Side(
         inputs,
         side.directions * (stretch * LOG2_E),
