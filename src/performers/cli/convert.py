@@ -13,6 +13,7 @@ from performers.cli.errors import one_line_errors, saying_how_to_resume
 
 if TYPE_CHECKING:
     from performers.convert.options import FavorOptions
+    from performers.train.conversion_run import Conversion
 
 __all__ = ["convert"]
 
@@ -160,7 +161,6 @@ def convert(
 
         performers convert path/to/model --data book.txt --output converted --resume
     """
-    from performers.train.checkpoints import UnsavedError
     from performers.train.conversion_config import ConversionConfig
     from performers.train.conversion_run import Conversion
 
@@ -192,12 +192,23 @@ def convert(
             seed=seed,
         )
         conversion = Conversion.prepare(config, output, resume=resume, force=force)
+    _show(_run(conversion), output)
+
+
+def _run(conversion: Conversion) -> Mapping[str, Any]:
+    """The record of a conversion; one that is interrupted says how to go on."""
+    from performers.train.checkpoints import UnsavedError
+
     command = ["performers", *(word for word in sys.argv[1:] if word not in RESTART)]
     with (
         one_line_errors((FloatingPointError, ValueError, UnsavedError)),
         saying_how_to_resume(command),
     ):
-        record = conversion.run(lambda line: typer.echo(line, err=True))
+        return conversion.run(lambda line: typer.echo(line, err=True))
+
+
+def _show(record: Mapping[str, Any], output: Path) -> None:
+    """The picture in the folder, and the table and where things are on the terminal."""
     from performers.viz.conversion import conversion_figure
     from performers.viz.files import save_figure
 

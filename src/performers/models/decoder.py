@@ -6,12 +6,17 @@ from typing import NamedTuple
 
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from performers.functional.readout import apply_matrix, implied_matrix
 from performers.models.cache import PerformerEncoderDecoderCache
 from performers.models.config import PerformerConfig, decoder_config
-from performers.models.layers import MultiHead, PerformerAttention, PerformerMLP, final_norm
+from performers.models.layers import (
+    MultiHead,
+    PerformerAttention,
+    PerformerMLP,
+    ResidualLayer,
+    final_norm,
+)
 from performers.models.masks import count_positions, padding_mask
 from performers.models.mechanisms import cross_config
 from performers.models.positions import POSITIONS, Rotation
@@ -86,22 +91,17 @@ class PerformerCrossAttention(MultiHead):
         return self.out_proj(out.transpose(1, 2).flatten(2)), matrix
 
 
-class PerformerDecoderLayer(GradientCheckpointingLayer):
-    """One block: attention to what is written, attention to what was read, and an MLP.
-
-    Norms come before the sublayers or, with `norm_first=False`, after them, as in `PerformerLayer`.
-    """
+class PerformerDecoderLayer(ResidualLayer):
+    """One block: attention to what is written, attention to what was read, and an MLP."""
 
     def __init__(self, config: PerformerConfig, layer: int) -> None:
-        super().__init__()
-        self.norm_first = config.norm_first
+        super().__init__(config)
         self.attention = PerformerAttention(config, layer)
         self.cross_attention = PerformerCrossAttention(cross_config(config), layer)
         self.mlp = PerformerMLP(config)
         self.attention_norm, self.cross_attention_norm, self.mlp_norm = (
             nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) for _ in range(3)
         )
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(
         self,
@@ -115,30 +115,24 @@ class PerformerDecoderLayer(GradientCheckpointingLayer):
     ) -> tuple[Float[Tensor, "batch length hidden"], Matrix, CrossMatrix]:
         written = None if past_key_values is None else past_key_values.self_attention_cache
         out, matrix = self.attention(
-            self._before(self.attention_norm, hidden),
+            self.before(self.attention_norm, hidden),
             rotation,
             key_padding_mask,
             written,
             output_attentions,
         )
-        hidden = self._after(self.attention_norm, hidden + self.dropout(out))
+        hidden = self.after(self.attention_norm, hidden, self.dropout(out))
         out, cross_matrix = self.cross_attention(
-            self._before(self.cross_attention_norm, hidden),
+            self.before(self.cross_attention_norm, hidden),
             encoder_hidden,
             rotation,
             encoded,
             past_key_values,
             output_attentions,
         )
-        hidden = self._after(self.cross_attention_norm, hidden + self.dropout(out))
-        out = self.mlp(self._before(self.mlp_norm, hidden))
-        return self._after(self.mlp_norm, hidden + self.dropout(out)), matrix, cross_matrix
-
-    def _before(self, norm: nn.Module, hidden: Tensor) -> Tensor:
-        return norm(hidden) if self.norm_first else hidden
-
-    def _after(self, norm: nn.Module, hidden: Tensor) -> Tensor:
-        return hidden if self.norm_first else norm(hidden)
+        hidden = self.after(self.cross_attention_norm, hidden, self.dropout(out))
+        out = self.mlp(self.before(self.mlp_norm, hidden))
+        return self.after(self.mlp_norm, hidden, self.dropout(out)), matrix, cross_matrix
 
 
 class PerformerDecoder(nn.Module):

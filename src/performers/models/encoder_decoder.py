@@ -92,7 +92,9 @@ class PerformerEncoderDecoderModel(PerformerPreTrainedModel):
             raise ValueError("pass exactly one of decoder_input_ids and decoder_inputs_embeds.")
         if decoder_inputs_embeds is None:
             decoder_inputs_embeds = self.encoder.embed_tokens(decoder_input_ids)
-        cache = self._cache(past_key_values, use_cache)
+        cache = self._cache(
+            PerformerEncoderDecoderCache, self.decoder.layers, past_key_values, use_cache
+        )
         decoded = self.decoder(
             decoder_inputs_embeds,
             decoder_attention_mask,
@@ -112,24 +114,6 @@ class PerformerEncoderDecoderModel(PerformerPreTrainedModel):
             encoder_hidden_states=getattr(encoder_outputs, "hidden_states", None),
             encoder_attentions=getattr(encoder_outputs, "attentions", None),
         )
-
-    def _cache(
-        self, past_key_values: PerformerEncoderDecoderCache | None, use_cache: bool | None
-    ) -> PerformerEncoderDecoderCache | None:
-        """The cache to continue, a new one, or None."""
-        if past_key_values is not None:
-            if not isinstance(past_key_values, PerformerEncoderDecoderCache):
-                raise TypeError(
-                    "past_key_values must be a performers.models.PerformerEncoderDecoderCache, got "
-                    f"{type(past_key_values).__name__}. Make it with "
-                    "PerformerEncoderDecoderCache(model.config)."
-                )
-            return past_key_values
-        if use_cache is None:
-            use_cache = self.config.use_cache and not self.training
-        if self.training and any(layer.gradient_checkpointing for layer in self.decoder.layers):
-            use_cache = False  # the backward pass would run layers again and count keys twice
-        return PerformerEncoderDecoderCache(self.config) if use_cache else None
 
 
 class PerformerForConditionalGeneration(PerformerPreTrainedModel, GenerationMixin):

@@ -18,7 +18,14 @@ from performers.models.fields import PerformerFields
 from performers.models.mixes import build_attention
 from performers.models.positions import Rotation
 
-__all__ = ["MultiHead", "PerformerAttention", "PerformerLayer", "PerformerMLP", "final_norm"]
+__all__ = [
+    "MultiHead",
+    "PerformerAttention",
+    "PerformerLayer",
+    "PerformerMLP",
+    "ResidualLayer",
+    "final_norm",
+]
 
 
 class MultiHead(nn.Module):
@@ -106,20 +113,43 @@ class PerformerMLP(nn.Module):
         return self.down_proj(self.activation(self.up_proj(hidden)))
 
 
-class PerformerLayer(GradientCheckpointingLayer):
-    """One block: norms come before the sublayers, so the residual path is never normalized.
+class ResidualLayer(GradientCheckpointingLayer):
+    """Sublayers that add to a residual path: x + sublayer(norm(x)), so it is never normalized.
 
     With `norm_first=False`, as in the first Transformer, it is: norm(x + sublayer(x)).
     """
 
-    def __init__(self, config: PerformerConfig, layer: int) -> None:
+    def __init__(self, config: PerformerConfig) -> None:
         super().__init__()
         self.norm_first = config.norm_first
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def before(
+        self, norm: nn.Module, hidden: Float[Tensor, "batch length hidden"]
+    ) -> Float[Tensor, "batch length hidden"]:
+        """What a sublayer with this norm reads."""
+        return norm(hidden) if self.norm_first else hidden
+
+    def after(
+        self,
+        norm: nn.Module,
+        hidden: Float[Tensor, "batch length hidden"],
+        out: Float[Tensor, "batch length hidden"],
+    ) -> Float[Tensor, "batch length hidden"]:
+        """The path with what such a sublayer gives."""
+        hidden = hidden + out
+        return hidden if self.norm_first else norm(hidden)
+
+
+class PerformerLayer(ResidualLayer):
+    """One block: attention of a sequence to itself, and an MLP."""
+
+    def __init__(self, config: PerformerConfig, layer: int) -> None:
+        super().__init__(config)
         self.attention_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.attention = PerformerAttention(config, layer)
         self.mlp_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = PerformerMLP(config)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(
         self,
@@ -135,11 +165,8 @@ class PerformerLayer(GradientCheckpointingLayer):
         out, matrix = self.attend(
             hidden, rotation, key_padding_mask, past_key_values, output_attentions, segment_ids
         )
-        hidden = hidden + out
-        if self.norm_first:
-            return hidden + self.transform(hidden), matrix
-        hidden = self.attention_norm(hidden)
-        return self.mlp_norm(hidden + self.transform(hidden)), matrix
+        hidden = self.after(self.attention_norm, hidden, out)
+        return self.after(self.mlp_norm, hidden, self.transform(hidden)), matrix
 
     def attend(
         self, hidden: Float[Tensor, "batch length hidden"], *arguments: Any
@@ -149,12 +176,11 @@ class PerformerLayer(GradientCheckpointingLayer):
         """What attention adds to the residual path, and its matrix; `arguments` of
         `PerformerAttention.forward` after the first.
         """
-        read = self.attention_norm(hidden) if self.norm_first else hidden
-        out, matrix = self.attention(read, *arguments)
+        out, matrix = self.attention(self.before(self.attention_norm, hidden), *arguments)
         return self.dropout(out), matrix
 
     def transform(
         self, hidden: Float[Tensor, "batch length hidden"]
     ) -> Float[Tensor, "batch length hidden"]:
         """What the MLP adds to the residual path."""
-        return self.dropout(self.mlp(self.mlp_norm(hidden) if self.norm_first else hidden))
+        return self.dropout(self.mlp(self.before(self.mlp_norm, hidden)))

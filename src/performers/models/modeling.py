@@ -5,7 +5,7 @@ embeddings ─► [ x + attention(norm(x)) ─► x + mlp(norm(x)) ] × layers �
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -19,7 +19,12 @@ from transformers.modeling_outputs import (
 from transformers.utils.generic import can_return_tuple
 
 from performers.baselines import Drawn
-from performers.models.cache import PerformerCache, no_continuous_batching, prepare_cache
+from performers.models.cache import (
+    PerformerCache,
+    PerformerEncoderDecoderCache,
+    no_continuous_batching,
+    prepare_cache,
+)
 from performers.models.config import PerformerConfig, changed
 from performers.models.layers import PerformerLayer, final_norm
 from performers.models.losses import cross_entropy
@@ -36,6 +41,7 @@ __all__ = [
     "PerformerPreTrainedModel",
 ]
 
+CacheT = TypeVar("CacheT", PerformerCache, PerformerEncoderDecoderCache)
 TIED = {"lm_head.weight": "performer.embed_tokens.weight"}  # if config.tie_word_embeddings
 
 
@@ -82,6 +88,27 @@ class PerformerPreTrainedModel(PreTrainedModel):
         for module in self.modules():
             if isinstance(module, RandomFeatures | Drawn):
                 module.redraw(generator)
+
+    def _cache(
+        self,
+        kind: type[CacheT],
+        layers: nn.ModuleList,
+        past_key_values: CacheT | None,
+        use_cache: bool | None,
+    ) -> CacheT | None:
+        """The cache that causal layers continue, a new one, or None."""
+        if past_key_values is not None:
+            if not isinstance(past_key_values, kind):
+                raise TypeError(
+                    f"past_key_values must be a performers.models.{kind.__name__}, got "
+                    f"{type(past_key_values).__name__}. Make it with {kind.__name__}(model.config)."
+                )
+            return past_key_values
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        if self.training and any(layer.gradient_checkpointing for layer in layers):
+            use_cache = False  # the backward pass would run layers again and count keys twice
+        return kind(self.config) if use_cache else None
 
 
 class PerformerModel(PerformerPreTrainedModel):
@@ -139,7 +166,14 @@ class PerformerModel(PerformerPreTrainedModel):
             output_attentions = self.config.output_attentions
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        cache = self._cache(past_key_values, use_cache)
+        cache = None
+        if self.config.is_decoder:
+            cache = self._cache(PerformerCache, self.layers, past_key_values, use_cache)
+        elif past_key_values is not None:
+            raise ValueError(
+                "past_key_values continues a causal sequence, and this model is bidirectional: "
+                "build it with is_decoder=True."
+            )
         past_length = 0 if cache is None else cache.get_seq_length()
         batch, length = inputs_embeds.shape[:2]
         is_whole = attention_mask is None and past_length == 0
@@ -200,29 +234,6 @@ class PerformerModel(PerformerPreTrainedModel):
             hidden_states=tuple(hidden_states) if output_hidden_states else None,
             attentions=tuple(matrices) if output_attentions else None,
         )
-
-    def _cache(
-        self, past_key_values: PerformerCache | None, use_cache: bool | None
-    ) -> PerformerCache | None:
-        """The cache to continue, a new one, or None."""
-        is_causal = self.config.is_decoder
-        if past_key_values is not None:
-            if not is_causal:
-                raise ValueError(
-                    "past_key_values continues a causal sequence, and this model is bidirectional: "
-                    "build it with is_decoder=True."
-                )
-            if not isinstance(past_key_values, PerformerCache):
-                raise TypeError(
-                    "past_key_values must be a performers.models.PerformerCache, got "
-                    f"{type(past_key_values).__name__}. Make it with PerformerCache(model.config)."
-                )
-            return past_key_values
-        if use_cache is None:
-            use_cache = self.config.use_cache and is_causal and not self.training
-        if self.training and any(layer.gradient_checkpointing for layer in self.layers):
-            use_cache = False  # the backward pass would run layers again and count keys twice
-        return PerformerCache(self.config) if use_cache and is_causal else None
 
 
 class PerformerForMaskedLM(PerformerPreTrainedModel):
