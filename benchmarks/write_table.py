@@ -25,8 +25,10 @@ LENGTHS = (1024, 4096, 16384, 65536)
 PEER = "performer-pytorch"
 
 
-def table(results: dict[str, Any], errors: dict[str, Any]) -> str:
-    """A table of times for each dtype; models, memory and decoding; how all this was measured."""
+def table(results: dict[str, Any]) -> str:
+    """A table of times for each dtype, with errors; models, memory and decoding; how all this was
+    measured."""
+    errors = json.loads(ERRORS.read_text(encoding="utf-8"))
     parts = [_times(results, dtype, errors) for dtype in results["plan"]["dtypes"]]
     parts += [_models(results), _memory(results), _decoding(results), _made(results, errors)]
     return "\n\n".join(part for part in parts if part)
@@ -191,5 +193,5 @@ def _made(results: dict[str, Any], errors: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    results, errors = (json.loads(path.read_text(encoding="utf-8")) for path in (RESULTS, ERRORS))
-    write_block(DOCUMENT, BLOCK, table(results, errors))
+    results = json.loads(RESULTS.read_text(encoding="utf-8"))
+    write_block(DOCUMENT, BLOCK, table(results))

@@ -68,9 +68,9 @@ REDUCED = replace(
     evaluations=2, num_sequences=120, bf16=False, workers=0,
 )  # fmt: skip
 SMOKE = replace(
-    REDUCED, source="sample", length=64, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
-    intermediate_size=16, num_projections=8, batch_size=4, redraw_every=2, seconds=0.02,
-    evaluations=1, num_sequences=4, permutations=100, bf16=True,
+    REDUCED, source="sample", length=64, position="rotary", hidden_size=16, num_hidden_layers=2,
+    num_attention_heads=2, intermediate_size=16, num_projections=8, batch_size=4, redraw_every=2,
+    seconds=0.02, evaluations=1, num_sequences=4, permutations=100, bf16=True,
 )  # fmt: skip
 CONFIGS = {"smoke": SMOKE, "reduced": REDUCED, "paper": PAPER}
 

@@ -229,7 +229,7 @@ EFFECTS: dict[str, dict[str, Call | Shown]] = {
             lambda call: call[0], 3
         ),
         "output": Call(
-            "benchmark --output {new}/x.json", "pathlib.Path.write_text", "self", "{new}/x.json",
+            "benchmark --output {new}/x.json", "pathlib.Path.replace", "target", "{new}/x.json",
             {"performers.speed.run": {}},
         ),
         "force": Call(

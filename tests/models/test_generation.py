@@ -119,10 +119,10 @@ def test_the_state_has_one_size_at_every_length(model, tokens):
     model(tokens.repeat(1, 100), past_key_values=long)
     assert long.get_seq_length() == 1100
     assert size(long) == size(short)
-    # 2 layers × 3 rows × 3 heads × 17 features × (8 values, normalizer, scale); with a window as
-    # much again for the block that is far next, two blocks of 3 keys and values, a count per row
+    # 2 layers × 3 rows × 3 heads × 17 features × (8 values, normalizer, scale); with a window two
+    # blocks of 3 keys and values, and a count per row
     sums = 2 * 3 * 3 * 17 * 10
-    near = sums + 2 * 3 * 3 * 2 * 3 * (8 + 8) + 2 * 3
+    near = 2 * 3 * 3 * 2 * 3 * (8 + 8) + 2 * 3
     assert size(long) == sums + (near if model.config.window_size else 0)
 
 
