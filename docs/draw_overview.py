@@ -96,16 +96,17 @@ def _draw_lines(
     axes: Axes, lines: dict[str, list[tuple[int, float]]], words: dict[str, str]
 ) -> None:
     """A line of (x, y) for each mechanism, with its words beside the last point."""
-    middle = sorted(lines, key=lambda name: lines[name][-1][1])[1]
+    # The two Performers end near each other: words above the one and below the other.
+    ranked = sorted(lines, key=lambda name: lines[name][-1][1])
+    sides = dict(zip(ranked, ("top", "bottom", "center"), strict=True))
     for name, points in lines.items():
         color, _ = LINES[name]
         xs, ys = zip(*points, strict=True)
         axes.plot(xs, ys, color=color, marker="o", markersize=4)
-        # The two Performers end near each other: words above the one and below the other.
-        side = "bottom" if name == middle else "top"
         axes.annotate(
-            words[name], (xs[-1], ys[-1]), (7, 0), textcoords="offset points", va=side, color=color
-        )
+            words[name], (xs[-1], ys[-1]), (7, 0), textcoords="offset points", va=sides[name],
+            color=color,
+        )  # fmt: skip
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xticks(xs, [f"{x:,}" for x in xs])
