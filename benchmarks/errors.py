@@ -11,6 +11,7 @@ layers, sequences and draws of ω.
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from performers import KernelFeatures, SharpFeatures, favor_attention, softmax_attention
 from performers.convert import Captured, capture_text
+from performers.diagnosis.captured import relative_errors
 from performers.records import describe_environment
 from performers.speed import Plan
 from performers.speed.settings import SETTINGS
@@ -32,54 +34,50 @@ SEQUENCES, CALIBRATION_SEQUENCES, DRAWS = 1, 8, 3
 
 
 def errors(
-    name: str, is_causal: bool, layers: list[Captured], calibration: list[Captured]
+    name: str, layers: list[Captured], calibration: list[Captured], exact: list[Tensor]
 ) -> Tensor:
-    """Of one setting: [layers, draws, sequences, heads]."""
+    """Of one setting: [layers · draws, sequences, heads]."""
     setting = SETTINGS[name]
     found = []
-    for x, seen in zip(layers, calibration, strict=True):
+    for x, seen, expected in zip(layers, calibration, exact, strict=True):
         heads, dim = x.query.shape[1], x.query.shape[3]
-        phi = setting.features(Plan(heads=heads, dim=dim).layer(setting, is_causal))
+        phi = setting.features(Plan(heads=heads, dim=dim).layer(setting, x.is_causal))
         if isinstance(phi, SharpFeatures) and phi.statistics == "calibrated":
             phi.calibrate(seen.query, seen.key, scale=seen.scale)
         for _ in range(DRAWS):
             phi.redraw()
             out = favor_attention(
-                x.query, x.key, x.value, phi, is_causal, scale=x.scale,
+                x.query, x.key, x.value, phi, x.is_causal, scale=x.scale,
                 window_size=setting.window_size, far=setting.far,
             )  # fmt: skip
-            found.append(relative(out, x, is_causal))
+            found.append(relative_errors(out, expected))
     return torch.stack(found)
-
-
-def relative(out: Tensor, x: Captured, is_causal: bool) -> Tensor:
-    exact = softmax_attention(x.query, x.key, x.value, is_causal, scale=x.scale)
-    return (out - exact).flatten(2).norm(dim=-1) / exact.flatten(2).norm(dim=-1)
 
 
 def main() -> None:
     torch.manual_seed(0)
     model = Path(str(files(MODEL_PACKAGE))) / "model"
-    layers, calibration = (
+    captured, calibration = (
         capture_text(model, path.read_text("utf-8"), LENGTH, sequences)
         for path, sequences in ((READ, SEQUENCES), (CALIBRATED_ON, CALIBRATION_SEQUENCES))
     )
     found: dict[str, dict[str, float]] = {}
     for mode, is_causal in (("bidirectional", False), ("causal", True)):
-        averaged = [
-            relative(
-                softmax_attention(torch.zeros_like(x.query), x.key, x.value, is_causal),
-                x,
-                is_causal,
-            )
-            for x in layers
-        ]
-        found[mode] = {"averaging": float(torch.stack(averaged).mean())}
+        layers = [replace(x, is_causal=is_causal) for x in captured]
+        exact, averaged = (
+            [
+                softmax_attention(factor * x.query, x.key, x.value, is_causal, scale=x.scale)
+                for x in layers
+            ]
+            for factor in (1, 0)
+        )
+        distances = map(relative_errors, averaged, exact)
+        found[mode] = {"averaging": float(torch.stack(list(distances)).mean())}
         for name, setting in SETTINGS.items():
             layer = Plan().layer(setting, is_causal)
             if isinstance(setting.features(layer), KernelFeatures):
                 continue  # a kernel of its own, which estimates nothing
-            found[mode][name] = float(errors(name, is_causal, layers, calibration).mean())
+            found[mode][name] = float(errors(name, layers, calibration, exact).mean())
             print(f"{mode}, {name}: {found[mode][name]:.3f}", flush=True)
     result = {
         "model": "all-MiniLM-L6-v2",

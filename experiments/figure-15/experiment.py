@@ -19,7 +19,13 @@ from performers.reproduction import read_texts, resumable_folder
 from performers.reproduction.books import Books, model_fields, transfer_weights
 from performers.reproduction.means import Mean
 from performers.reproduction.proteins import kept
-from performers.reproduction.steps import Steps, drawn_batches, scored_batches, train_for_steps
+from performers.reproduction.steps import (
+    Steps,
+    drawn_batches,
+    rows_with,
+    scored_batches,
+    train_for_steps,
+)
 from performers.viz.figures import COLORS, STYLE
 
 
@@ -154,19 +160,19 @@ def figure(config: dict[str, Any], results: dict[str, Any]) -> Figure:
         drawn = Figure(figsize=(11.6, 4.2), layout="constrained")
         luck, means, unstable = drawn.subplots(1, 3)
         lucky, unlucky = _by_luck(results)
-        for row in _of(results, KEPT):
+        for row in rows_with(results, name=KEPT):
             is_named = row["seed"] in (lucky, unlucky)
             label = {lucky: "lucky ω, kept", unlucky: "unlucky ω, kept"}.get(row["seed"])
             _draw(luck, row, COLORS[0] if row["seed"] != unlucky else COLORS[1], label, is_named)
-        mended = next(row for row in _of(results, MENDED) if row["seed"] == unlucky)
+        mended = next(row for row in rows_with(results, name=MENDED) if row["seed"] == unlucky)
         _draw(luck, mended, LINES[MENDED], "unlucky ω, then redrawn", True)
         luck.axvline(config["steps"] // 2, color="black", linewidth=1)
         for name in (KEPT, REDRAWN, SMREG):
-            for row in _of(results, name):
+            for row in rows_with(results, name=name):
                 label = name if row["seed"] == config["seed"] else None
                 _draw(means, row, LINES[name], label, True)
         for name in (REDRAWN, TRIG):
-            for row in _of(results, name):
+            for row in rows_with(results, name=name):
                 steps = [point[0] for point in row["curve"][1:]]
                 label = name if row["seed"] == config["seed"] else None
                 unstable.plot(steps, row["gradients"], color=LINES[name], marker=".", label=label)
@@ -187,18 +193,14 @@ def _draw(axes: Axes, row: dict[str, Any], color: str, label: str | None, is_nam
     )  # fmt: skip
 
 
-def _of(results: dict[str, Any], name: str) -> list[dict[str, Any]]:
-    return [row for row in results["rows"] if row["name"] == name]
-
-
 def _losses(results: dict[str, Any], name: str) -> list[float]:
     """At the end, of the runs that came there."""
-    return [row["curve"][-1][2] for row in _of(results, name) if row["stopped"] is None]
+    return [row["curve"][-1][2] for row in rows_with(results, name=name) if row["stopped"] is None]
 
 
 def _by_luck(results: dict[str, Any]) -> tuple[int, int]:
     """The seeds of the ω that ends with the least loss, and with the most, where ω is kept."""
-    rows = sorted(_of(results, KEPT), key=lambda row: row["curve"][-1][2] or math.inf)
+    rows = sorted(rows_with(results, name=KEPT), key=lambda row: row["curve"][-1][2] or math.inf)
     return rows[0]["seed"], rows[-1]["seed"]
 
 
@@ -227,7 +229,7 @@ def _table(results: dict[str, Any]) -> Iterator[list[str]]:
         "largest gradient", "ended in NaN",
     ]  # fmt: skip
     for name, (_, decided) in VARIANTS.items():
-        rows, losses = _of(results, name), _losses(results, name)
+        rows, losses = rows_with(results, name=name), _losses(results, name)
         largest = max(max(row["gradients"], default=0.0) for row in rows)
         cells = ["–"] * 4
         if losses:

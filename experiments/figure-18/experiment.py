@@ -20,7 +20,13 @@ from performers.records import markdown_table
 from performers.reproduction import resumable_folder
 from performers.reproduction.means import Mean
 from performers.reproduction.proteins import Proteins, kept
-from performers.reproduction.steps import Steps, drawn_batches, scored_batches, train_for_steps
+from performers.reproduction.steps import (
+    Steps,
+    drawn_batches,
+    rows_with,
+    scored_batches,
+    train_for_steps,
+)
 from performers.train.config import RunConfig
 from performers.train.tasks import TASKS, build_model
 from performers.viz.figures import BASELINE_COLOR, COLORS, STYLE
@@ -138,7 +144,7 @@ def figure(config: dict[str, Any], results: dict[str, Any]) -> Figure:
     with style.context(STYLE):
         drawn = Figure(figsize=(11.2, 4.4), layout="constrained")
         loss, gradient, error = drawn.subplots(1, 3)
-        for row in _chosen(results, direction, rate):
+        for row in rows_with(results, direction=direction, learning_rate=rate):
             _draw_run(loss, gradient, row)
         baseline = results["baseline"][direction]["valid"]["loss"]
         loss.axhline(baseline, color=BASELINE_COLOR, linestyle=":")
@@ -189,23 +195,12 @@ def summary(config: dict[str, Any], results: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
-def _chosen(
-    results: dict[str, Any], direction: str, learning_rate: float, name: str | None = None
-) -> list[dict[str, Any]]:
-    return [
-        row
-        for row in results["rows"]
-        if (row["direction"], row["learning_rate"]) == (direction, learning_rate)
-        and name in (None, row["name"])
-    ]
-
-
 def _table(config: dict[str, Any], results: dict[str, Any]) -> Iterator[list[str]]:
     yield ["", "learning rate", "attention", "ended in NaN", "perplexity", "largest gradient"]
     for direction in config["directions"]:
         for rate in config["learning_rates"]:
             for name in LINES:
-                runs = _chosen(results, direction, rate, name)
+                runs = rows_with(results, direction=direction, learning_rate=rate, name=name)
                 ended = [row for row in runs if row["stopped"] is None]
                 last = [math.exp(min(row["curve"][-1][2] or 700.0, 700.0)) for row in ended]
                 largest = max((max(row["gradients"], default=0.0) for row in runs), default=0.0)

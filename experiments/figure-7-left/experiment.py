@@ -19,7 +19,7 @@ from performers.records import markdown_table
 from performers.reproduction import resumable_folder
 from performers.reproduction.means import Mean
 from performers.reproduction.proteins import kept
-from performers.reproduction.steps import Batch, Steps, train_for_steps
+from performers.reproduction.steps import Batch, Steps, rows_with, train_for_steps
 from performers.viz.figures import BASELINE_COLOR, COLORS, STYLE
 
 from .photographs import Tiles, marginal_bits, packed, unpacked
@@ -263,9 +263,7 @@ def _table(results: dict[str, Any]) -> Iterator[list[str]]:
         "seconds of the processor",
     ]  # fmt: skip
     for (name, layers), bits in _bits(results).items():
-        runs = [
-            row for row in results["rows"] if (row["mechanism"], row["layers"]) == (name, layers)
-        ]
+        runs = rows_with(results, mechanism=name, layers=layers)
         seconds = Mean.of([row["processor_seconds"] for row in runs]).value
         yield [
             name, str(layers), bits.number(), f"{results['marginal_bits'] - bits.value:.2f}",

@@ -23,7 +23,13 @@ from performers.records import markdown_table
 from performers.reproduction import resumable_folder
 from performers.reproduction.means import Mean
 from performers.reproduction.proteins import Proteins, kept
-from performers.reproduction.steps import Steps, drawn_batches, scored_batches, train_for_steps
+from performers.reproduction.steps import (
+    Steps,
+    drawn_batches,
+    rows_with,
+    scored_batches,
+    train_for_steps,
+)
 from performers.train.config import RunConfig
 from performers.train.tasks import TASKS, build_model
 from performers.viz.figures import BASELINE_COLOR, STYLE
@@ -136,7 +142,7 @@ def figure(config: dict[str, Any], results: dict[str, Any]) -> Figure:
         panels = drawn.subplots(len(sizes), 2, sharex=True, sharey=True, squeeze=False)
         for line, size in zip(panels, sizes, strict=True):
             for axes, is_normalized in zip(line, (True, False), strict=True):
-                for row in _chosen(results, is_normalized, size):
+                for row in rows_with(results, is_normalized=is_normalized, batch_size=size):
                     _draw_run(axes, row, colors[row["kernel"]])
                 baseline = results["baseline"]["valid"]["perplexity"]
                 axes.axhline(baseline, color=BASELINE_COLOR, linestyle=":")
@@ -181,15 +187,9 @@ def summary(config: dict[str, Any], results: dict[str, Any]) -> str:
     return "\n\n".join(tables)
 
 
-def _chosen(
-    results: dict[str, Any], is_normalized: bool, size: int, kernel: str | None = None
-) -> list[dict[str, Any]]:
-    return [
-        row
-        for row in results["rows"]
-        if (row["is_normalized"], row["batch_size"]) == (is_normalized, size)
-        and kernel in (None, row["kernel"])
-    ]
+def _runs(results: dict[str, Any], kernel: str, case: tuple[bool, int]) -> list[dict[str, Any]]:
+    is_normalized, size = case
+    return rows_with(results, kernel=kernel, is_normalized=is_normalized, batch_size=size)
 
 
 def _cases(config: dict[str, Any]) -> list[tuple[bool, int]]:
@@ -201,9 +201,7 @@ def _cases(config: dict[str, Any]) -> list[tuple[bool, int]]:
 def _ends(results: dict[str, Any], kernel: str, case: tuple[bool, int], column: int) -> list[float]:
     """An entry of the last point of each curve that came to the end; of a loss its exponential."""
     last = [
-        row["curve"][-1][column]
-        for row in _chosen(results, *case, kernel)
-        if row["stopped"] is None
+        row["curve"][-1][column] for row in _runs(results, kernel, case) if row["stopped"] is None
     ]
     return [math.exp(loss) for loss in last] if column == PERPLEXITY else last
 
@@ -222,7 +220,7 @@ def _table(
             found = _ends(results, kernel, case, column)
             stopped = [
                 str(row["stopped"])
-                for row in _chosen(results, *case, kernel)
+                for row in _runs(results, kernel, case)
                 if row["stopped"] is not None
             ]
             words = [printed(Mean.of(found))] if found else []

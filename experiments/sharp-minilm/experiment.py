@@ -15,6 +15,7 @@ from torch import Tensor
 
 from performers import SharpFeatures, SoftmaxFeatures, favor_attention, softmax_attention
 from performers.convert import Captured, capture_text
+from performers.diagnosis.captured import relative_errors
 from performers.functional.sharp import QUERY_RATIO
 from performers.viz.figures import BASELINE_COLOR, COLORS, STYLE
 
@@ -94,7 +95,9 @@ def _case(
         methods += [(f"{name}, window {window}", name, window) for name in (PLAIN, SHARP, ALONE)]
     exact = [softmax_attention(x.query, x.key, x.value, is_causal, None, x.scale) for x in layers]
     uniform = [
-        _errors(softmax_attention(torch.zeros_like(x.query), x.key, x.value, is_causal), out)
+        relative_errors(
+            softmax_attention(torch.zeros_like(x.query), x.key, x.value, is_causal), out
+        )
         for x, out in zip(layers, exact, strict=True)
     ]
     errors: dict[str, list[dict[str, float]]] = {title: [] for title, _, _ in methods}
@@ -109,7 +112,7 @@ def _case(
                         x.query, x.key, x.value, phi, is_causal, None, x.scale, window_size=window,
                         far=name != ALONE,
                     )  # fmt: skip
-                    heads.append(_errors(estimate, out))
+                    heads.append(relative_errors(estimate, out))
                 draws.append(torch.stack(heads))
             errors[title].append(_summary(torch.stack(draws)))
     return {
@@ -132,11 +135,6 @@ def _features(
     if phi.statistics == "calibrated":
         phi.calibrate(calibration.query, calibration.key, scale=calibration.scale)
     return phi
-
-
-def _errors(out: Tensor, exact: Tensor) -> Tensor:
-    """‖out − exact‖ / ‖exact‖ of each sequence and head."""
-    return (out - exact).flatten(2).norm(dim=-1) / exact.flatten(2).norm(dim=-1)
 
 
 def _summary(errors: Tensor) -> dict[str, float]:

@@ -125,9 +125,7 @@ def _state(parts: dict[str, Any], made_by: list[Any] | None) -> LinearState:
     """The way back from `LinearState.parts`."""
     sums = ("log_scale", "normalizer", "values")
     near = {name.removeprefix("near."): x for name, x in parts.items() if name not in sums}
-    keys = None
-    if near:
-        keys = NearKeys(**near)
+    keys = NearKeys(**near) if near else None
     maker = None if made_by is None else Maker(_as_tuples(made_by[0]), made_by[1])
     state = LinearState(*(parts[name] for name in sums))
     return replace(state, near=keys, made_by=maker)

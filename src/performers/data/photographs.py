@@ -51,7 +51,7 @@ def _read_lomiri(folder: Path) -> Photographs:
     return read_photographs(folder / "usr/share/backgrounds")
 
 
-# 15 photographs of landscapes, plants, animals and people: 1,935 tiles of 64 × 64 pixels.
+# 15 photographs of landscapes, plants, animals and people.
 LOMIRI = DebianPackage(
     "lomiri-wallpapers-16.04",
     "CC BY 4.0, CC BY-SA 4.0, CC BY-SA 3.0 or CC0 1.0: that of each photographer, who is named in "

@@ -84,7 +84,7 @@ class ProteinSplits:
 
     def description(self, source: str | Sequence[str]) -> str:
         """What the sets are made of, in words."""
-        files = "the UniProt sample of the package" if source == "sample" else _listed(source)
+        files = "the UniProt sample of the package" if source == "sample" else listed(source)
         counts = self.summary()
         return (
             f"{files}: {counts['proteins']:,} proteins, {counts['duplicates']:,} duplicates "
@@ -235,7 +235,8 @@ def concatenate_sequences(sequences: Sequence[str], length: int) -> TokenDataset
     return concatenate_tokens(_rows(sequences), length, VOCAB_SIZE)
 
 
-def _listed(source: str | Sequence[str]) -> str:
+def listed(source: str | Sequence[str]) -> str:
+    """The names of files, in words."""
     return source if isinstance(source, str) else ", ".join(source)
 
 

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from performers.checks import check_choice, check_count
-from performers.diagnosis.captured import Captured
+from performers.diagnosis.captured import Captured, relative_errors
 from performers.functional.favor import favor_attention, without_sinks
 from performers.functional.sharp import QUERY_RATIO
 from performers.functional.softmax import softmax_attention
@@ -336,10 +336,7 @@ class _Layer:
         )
 
     def error(self, out: Float[Tensor, "batch heads length value_dim"]) -> float:
-        difference, whole = (
-            (x.float().flatten(2).norm(dim=-1)) for x in (out - self.exact, self.exact)
-        )
-        return float((difference / whole.clamp(min=torch.finfo(whole.dtype).tiny)).mean())
+        return float(relative_errors(out, self.exact).mean())
 
     def operations(
         self, features: str, window_size: int | None, num_projections: int, num_sinks: int

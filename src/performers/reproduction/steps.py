@@ -16,7 +16,7 @@ from performers.train.metrics import score_tokens
 from performers.train.tasks import Task
 from performers.train.trainer import without_needless_mask
 
-__all__ = ["Batch", "Steps", "drawn_batches", "scored_batches", "train_for_steps"]
+__all__ = ["Batch", "Steps", "drawn_batches", "rows_with", "scored_batches", "train_for_steps"]
 
 Batch = dict[str, Tensor]
 
@@ -133,3 +133,8 @@ def scored_batches(data: TokenDataset, task: Task, batch_size: int, seed: int) -
         without_needless_mask(collator(items[start : start + batch_size]), task)
         for start in range(0, len(items), batch_size)
     ]
+
+
+def rows_with(results: dict[str, Any], **fields: Any) -> list[dict[str, Any]]:
+    """The rows of an experiment's results in which these fields have these values."""
+    return [row for row in results["rows"] if row.items() >= fields.items()]

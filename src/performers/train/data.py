@@ -14,6 +14,7 @@ from performers.data.proteins import (
     ProteinSplits,
     concatenate_sequences,
     crop_sequences,
+    listed,
     load_proteins,
 )
 from performers.data.stream import TokenStream
@@ -105,8 +106,8 @@ class StreamedProteins:
 
     def description(self, source: str | Sequence[str]) -> str:
         """What the sets are made of, in words."""
-        files = source if isinstance(source, str) else ", ".join(source)
-        return f"{files}, read as a stream: {self.summary()['train_bytes']:,} bytes to train on"
+        size = self.summary()["train_bytes"]
+        return f"{listed(source)}, read as a stream: {size:,} bytes to train on"
 
 
 Splits = ProteinSplits | StreamedProteins
