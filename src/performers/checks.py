@@ -22,6 +22,7 @@ __all__ = [
     "check_instance",
     "check_key_padding_mask",
     "check_made_by",
+    "check_not_traced",
     "check_number",
     "check_omega",
     "check_rows",
@@ -181,6 +182,15 @@ def check_feature_map_parts(phi: object) -> None:
             f"phi must be a feature map, as SoftmaxFeatures(dim) is one, got {described(phi)}"
             f"{lacks}. Pass one that performers has, or an object with all that "
             "performers.typing.FeatureMap names."
+        )
+
+
+def check_not_traced() -> None:
+    """Raise under torch.jit.trace, to which a length is a tensor; attention counts with numbers."""
+    if torch.jit.is_tracing():
+        raise RuntimeError(
+            "torch.jit.trace cannot record this attention, whose graph depends on the length. Use "
+            "torch.compile, or torch.export.export to save a graph (docs/export.md)."
         )
 
 

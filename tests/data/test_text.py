@@ -1,13 +1,10 @@
-import struct
-import zlib
-
 import pytest
 import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from performers.data import EmpiricalBaseline, MaskedCollator, mask_tokens
-from performers.data.fetch import read_package
 from performers.data.text import (
-    AUSTEN,
     encode_text,
     log_likelihood_multiplier,
     paragraphs,
@@ -130,17 +127,29 @@ def test_the_baseline_of_text_is_its_commonest_piece(vocabulary):
     assert abs(scores["accuracy"] - 0.97) < 4 * standard_error
 
 
-def test_novels_are_read_from_the_database_of_the_r_package(tmp_path):
-    def block(lines):
-        header = b"X\n" + bytes(25)
-        strings = [struct.pack(">ii", 9, len(s.encode())) + s.encode() for s in lines]
-        body = header + struct.pack(">i", len(lines)) + b"".join(strings)
-        return struct.pack(">i", len(body)) + zlib.compress(body)
+@pytest.fixture(scope="module")
+def invertible():
+    return train_vocabulary([BOOK], 400, is_invertible=True)
 
-    folder = tmp_path / "usr/lib/R/site-library/janeaustenr/data"
-    folder.mkdir(parents=True)
-    novels = (["EMMA", "", "é one"], ["Persuasion", "two"])
-    (folder / "Rdata.rdb").write_bytes(b"".join(map(block, novels)))
-    texts, origin = read_package(AUSTEN, tmp_path)
-    assert texts == {"Emma": "EMMA\n\né one", "Persuasion": "Persuasion\ntwo"}
-    assert origin["package"] == "r-cran-janeaustenr"
+
+@given(st.text(st.characters(exclude_categories=["Cs"])))
+@example(BOOK)
+@example("  two\r\n\n\tand <0xE2> ▁ <pad><unk>\ufeff é 𝄞 \x00 ")
+def test_an_invertible_vocabulary_gives_every_text_back(invertible, text):
+    (row,) = encode_text([text], invertible)
+    assert invertible.decode(row.tolist(), skip_special_tokens=False) == text
+    assert all(token in piece_ids(invertible) for token in row.tolist())
+
+
+def test_what_a_vocabulary_knows_is_not_written_in_bytes(invertible):
+    assert invertible.get_vocab_size() <= 400
+    (row,) = encode_text([BOOK], invertible)
+    first_piece = piece_ids(invertible).start + 256
+    assert int(row.min()) >= first_piece
+    (row,) = encode_text(["é"], invertible)
+    assert [token - first_piece + 256 for token in row.tolist()] == list("é".encode())
+
+
+def test_a_vocabulary_of_bytes_alone_is_refused():
+    with pytest.raises(ValueError, match=r"5 special tokens and 256 bytes, got 261"):
+        train_vocabulary([BOOK], 261, is_invertible=True)

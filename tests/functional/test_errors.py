@@ -113,6 +113,13 @@ class TestAttention:
             attend(*inputs(key_heads=6), key_padding_mask=mask)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_what_torch_jit_would_trace_is_refused():
+    phi = SoftmaxFeatures(5, 11)
+    with refused("torch.jit.trace cannot record this attention", RuntimeError):
+        torch.jit.trace(lambda query: favor_attention(query, query, query, phi), inputs()[0])
+
+
 def test_a_near_miss_of_a_backend_is_named():
     with refused("unknown backend 'chunk': choose one of") as raised:
         favor_attention(*inputs(key_heads=6), SoftmaxFeatures(5), backend="chunk")

@@ -51,6 +51,20 @@ def test_gaussian_rows_have_chi_lengths(kind):
     assert_mean_within((square_lengths - dim).square(), 2 * dim)
 
 
+@pytest.mark.parametrize("exponents", [(2,), (4,), (2, 2), (4, 2, 2), (1, 2), (3, 1)])
+@pytest.mark.parametrize("dim", [3, 8])
+def test_lemma_5_moments_of_a_direction_are_those_of_gaussians_over_that_of_their_length(
+    dim, exponents
+):
+    # E[g^k] of N(0, 1), and E[‖g‖^n] of the chi distribution with `dim` degrees of freedom.
+    of_gaussians = math.prod(0 if k % 2 else math.prod(range(1, k, 2)) for k in exponents)
+    n = sum(exponents)
+    of_length = 2 ** (n / 2) * math.gamma((dim + n) / 2) / math.gamma(dim / 2)
+    u = draw_projection(40_000, dim, "iid", "sphere").double() / math.sqrt(dim)
+    product = math.prod(u[:, i] ** k for i, k in enumerate(exponents))
+    assert_mean_within(product, of_gaussians / of_length)
+
+
 @pytest.mark.parametrize("kind", PROJECTIONS)
 def test_sphere_rows_have_length_root_dim(kind):
     lengths = draw_projection(37, 16, kind, "sphere").norm(dim=1)

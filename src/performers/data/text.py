@@ -13,24 +13,19 @@ from __future__ import annotations
 
 import json
 import re
-import struct
-import zlib
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Int32
 from torch import Tensor
 
-from performers.data.fetch import DebianPackage
 from performers.data.vocabulary import TOKENS
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 __all__ = [
-    "AUSTEN",
     "encode_text",
     "log_likelihood_multiplier",
     "paragraphs",
@@ -40,6 +35,9 @@ __all__ = [
 ]
 
 SPECIAL_TOKENS = (*TOKENS[:4], "<unk>")  # <pad>, <bos>, <eos>, <mask>
+BYTES = tuple(f"<0x{value:02X}>" for value in range(256))  # as SentencePiece names them
+# What the names of special tokens and bytes are written with, for texts that have such a word.
+ALPHABET = sorted(set("".join((*SPECIAL_TOKENS, *BYTES))))
 
 
 def paragraphs(book: str) -> list[str]:
@@ -68,38 +66,49 @@ def sentences(book: str) -> list[str]:
     return found
 
 
-def train_vocabulary(texts: Iterable[str], size: int) -> Tokenizer:
+def train_vocabulary(texts: Iterable[str], size: int, *, is_invertible: bool = False) -> Tokenizer:
     """A unigram SentencePiece vocabulary (Kudo & Richardson 2018) of at most `size` tokens.
 
     Spaces are part of the pieces, so decoding gives the text back, except for characters that
-    `texts` do not contain, which become <unk>.
+    `texts` do not contain, which become <unk>, and a space at the beginning.
+
+    is_invertible: decoding gives back every text whatever. Each line break is a piece, and what
+        `texts` do not contain is written as bytes, which take 256 of the tokens. This is how the
+        paper prepares PG-19 (Appendix A.1.1), whole books at a time.
 
     Raises ValueError if `size` leaves no room for pieces.
     """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-    if size <= len(SPECIAL_TOKENS):
+    taken = len(SPECIAL_TOKENS) + (len(BYTES) if is_invertible else 0)
+    if size <= taken:
         raise ValueError(
-            f"size must leave room for pieces beside the {len(SPECIAL_TOKENS)} special tokens, got "
-            f"{size}. The paper's is 32768."
+            f"size must leave room for pieces beside the {len(SPECIAL_TOKENS)} special tokens"
+            f"{' and 256 bytes' if is_invertible else ''}, got {size}. The paper's is 32768."
         )
     tokenizer = Tokenizer(models.Unigram())
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    tokenizer.decoder = decoders.Metaspace()
+    if is_invertible:
+        words = Regex(r" ?\S+|\s")
+        tokenizer.pre_tokenizer = pre_tokenizers.Split(words, behavior="isolated")
+        tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+        tokenizer.decoder = decoders.Metaspace()
     tokenizer.train_from_iterator(
         texts,
         trainers.UnigramTrainer(
-            vocab_size=size,
+            vocab_size=size - taken + len(SPECIAL_TOKENS),
             special_tokens=list(SPECIAL_TOKENS),
             unk_token=SPECIAL_TOKENS[-1],
+            initial_alphabet=ALPHABET if is_invertible else [],
             show_progress=False,
         ),
     )
-    return _canonical(tokenizer)
+    return _canonical(tokenizer, is_invertible)
 
 
-def _canonical(tokenizer: Tokenizer) -> Tokenizer:
-    """The same pieces in an order that the texts alone decide.
+def _canonical(tokenizer: Tokenizer, has_bytes: bool) -> Tokenizer:
+    """The same pieces in an order that the texts alone decide, after bytes where it has them.
 
     The trainer hashes with a random seed: which of the characters that it must keep comes first,
     0.0001 apart in score from the lowest upwards, changes from run to run.
@@ -114,13 +123,20 @@ def _canonical(tokenizer: Tokenizer) -> Tokenizer:
     level = [(p, lowest if len(p) == 1 and score <= kept else score) for p, score in pieces]
     rounded = [(piece, round(score, 6)) for piece, score in level]
     rounded.sort(key=lambda entry: (-entry[1], entry[0]))
-    unknown = SPECIAL_TOKENS.index("<unk>")
-    tokenizer.model = models.Unigram([*map(tuple, special), *rounded], unk_id=unknown)
+    # Bytes stand for what no piece can write. A text that reads "<0x41>" or "<pad>" is neither a
+    # byte nor the end of a row: written in pieces it is cheaper.
+    dear = [(name, 100 * lowest) for name in (*SPECIAL_TOKENS, *BYTES)]
+    tokenizer.encode_special_tokens = has_bytes
+    tokenizer.model = models.Unigram(
+        [*(dear if has_bytes else map(tuple, special)), *rounded],
+        unk_id=SPECIAL_TOKENS.index("<unk>"),
+        byte_fallback=has_bytes,
+    )
     return tokenizer
 
 
 def piece_ids(tokenizer: Tokenizer) -> range:
-    """The ids of the pieces. These are masked and scored; special tokens are not."""
+    """The ids of the pieces, bytes among them. These are masked and scored, no special tokens."""
     return range(len(SPECIAL_TOKENS), tokenizer.get_vocab_size())
 
 
@@ -142,32 +158,3 @@ def log_likelihood_multiplier(texts: Sequence[str], tokenizer: Tokenizer) -> flo
     """
     tokens = sum(map(len, encode_text(texts, tokenizer)))
     return tokens / sum(len(text.split()) for text in texts)
-
-
-def _read_austen(folder: Path) -> dict[str, str]:
-    """The novels of the R package janeaustenr, by their titles.
-
-    R's database is a chain of zlib blocks, each after four bytes with its length. A block is a
-    serialized vector of lines: 27 bytes of header, their number, then each with four bytes of
-    flags, its length and its bytes, all numbers big-endian.
-    """
-    packed = (folder / "usr/lib/R/site-library/janeaustenr/data/Rdata.rdb").read_bytes()
-    novels = {}
-    while packed:
-        stream = zlib.decompressobj()
-        block = stream.decompress(packed[4:])
-        packed = stream.unused_data
-        (count,) = struct.unpack_from(">i", block, 27)
-        lines, offset = [], 31
-        for _ in range(count):
-            (length,) = struct.unpack_from(">i", block, offset + 4)
-            lines.append(block[offset + 8 : offset + 8 + length].decode("utf-8"))
-            offset += 8 + length
-        novels[lines[0].title()] = "\n".join(lines)
-    return novels
-
-
-# The six novels of Jane Austen, 1811 to 1817, from Project Gutenberg: 4.0 million characters.
-AUSTEN = DebianPackage(
-    "r-cran-janeaustenr", "MIT (package). The novels are in the public domain.", _read_austen
-)

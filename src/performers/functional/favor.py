@@ -9,7 +9,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from performers.checks import check_attention_inputs, check_feature_map_parts, check_flags
+from performers.checks import (
+    check_attention_inputs,
+    check_feature_map_parts,
+    check_flags,
+    check_not_traced,
+)
 from performers.functional.autocast import autocast_inputs, without_autocast
 from performers.functional.linear import linear_attention
 from performers.functional.segments import attend_by_segment
@@ -154,6 +159,7 @@ def favor_attention(
     >>> favor_attention(query, key, value, SoftmaxFeatures(dim=64), is_causal=True).shape
     torch.Size([2, 4, 1000, 64])
     """
+    check_not_traced()
     check_feature_map_parts(phi)
     scale = phi.default_scale if scale is None else scale
     query, key, value = autocast_inputs(query, key, value)

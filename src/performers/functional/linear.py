@@ -16,6 +16,7 @@ from performers.checks import (
     check_flags,
     check_instance,
     check_made_by,
+    check_not_traced,
     check_number,
     check_state,
 )
@@ -69,6 +70,7 @@ def linear_attention(
     Cost: O(length · num_features · value_dim) time, O(length · (dim + value_dim)) memory.
     Source: Choromanski et al. 2021, Section 2.5.1 and Algorithm 1.
     """
+    check_not_traced()
     query, key, value = autocast_inputs(query, key, value)
     check_attention_inputs(
         query,

@@ -9,8 +9,8 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from performers.data.books import AMERICAN, AUSTEN, SPURGEON
 from performers.data.fetch import read_package
-from performers.data.text import AUSTEN
 from performers.reproduction.protocol import EXPERIMENTS
 
 if TYPE_CHECKING:
@@ -22,12 +22,21 @@ __all__ = ["read_texts", "resumable_folder"]
 def read_texts(name: str, report: Callable[[str], None]) -> tuple[dict[str, str], dict[str, Any]]:
     """Books by their titles, and where they are from.
 
-    "novels" downloads those of Jane Austen, a Debian package. "excerpts" are in the repository.
+    "novels" downloads those of Jane Austen, a Debian package, "books" all of
+    `performers.data.books`. "excerpts" are in the repository.
     """
     if name == "excerpts":
         files = sorted((EXPERIMENTS / "sharp-minilm").glob("*.txt"))
         return {path.stem: path.read_text(encoding="utf-8") for path in files}, {}
-    return read_package(AUSTEN, report=report)
+    if name == "novels":
+        return read_package(AUSTEN, report=report)
+    books: dict[str, str] = {}
+    origins = []
+    for package in (AUSTEN, AMERICAN, SPURGEON):
+        texts, origin = read_package(package, report=report)
+        books |= texts
+        origins.append(origin)
+    return books, {"packages": origins}
 
 
 @contextmanager
