@@ -86,10 +86,14 @@ class Reproduction:
 
     def _results_text(self, record: dict[str, Any]) -> str:
         scale, environment = record["scale"], record["environment"]
+        tables = [key for key, value in record["config"].items() if isinstance(value, dict)]
         config = ", ".join(
             f"{key} = {', '.join(map(str, value)) if isinstance(value, list) else value}"
             for key, value in record["config"].items()
+            if key not in tables
         )
+        if tables:
+            config += f"; {', '.join(tables)} are in [{scale}.json]({scale}.json)"
         packages = environment["packages"]
         made_with = (
             f"Made by `performers reproduce {self.folder.name} --scale {scale}` in "
