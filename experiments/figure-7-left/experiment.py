@@ -48,6 +48,8 @@ class Config:
     batch_size: int = 8
     learning_rate: float = 1e-3
     warmup_steps: int = 0
+    schedule: str = "constant"
+    initializer_range: float = 0.02
     redraw_every: int = 1000
     steps: int = 100_000
     evaluations: int = 50
@@ -61,8 +63,9 @@ PAPER = Config()
 REDUCED = replace(
     PAPER, num_scored=8, hidden_size=64, num_attention_heads=2, intermediate_size=128,
     num_projections=32, performer_layers=(1, 2), reformer_layers=(2, 4), num_hashes=1,
-    chunk_size=32, batch_size=1, learning_rate=2e-3, warmup_steps=5, redraw_every=20, steps=45,
-    evaluations=3, num_samples=3, known_rows=48, seeds=1,
+    chunk_size=32, batch_size=1, learning_rate=3e-3, warmup_steps=10, schedule="linear",
+    initializer_range=0.1, redraw_every=50, steps=300, evaluations=6, num_samples=3,
+    known_rows=48, seeds=1,
 )  # fmt: skip
 SMOKE = replace(
     REDUCED, source="scikit-learn", size=8, num_held_out=1, num_scored=2, hidden_size=16,
@@ -94,6 +97,7 @@ def models(config: Config) -> dict[tuple[str, int], dict[str, Any]]:
         "intermediate_size": config.intermediate_size,
         "num_projections": config.num_projections,
         "max_position_embeddings": length + 1,
+        "initializer_range": config.initializer_range,
         "hidden_dropout_prob": 0.0,
     }
     mechanisms: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
@@ -158,7 +162,7 @@ def run(config: Config, report: Callable[[str], None]) -> dict[str, Any]:
 def _plan(config: Config) -> Steps:
     return Steps(
         config.steps, config.evaluations, config.learning_rate, config.warmup_steps,
-        redraw_every=config.redraw_every,
+        config.schedule, redraw_every=config.redraw_every,
     )  # fmt: skip
 
 

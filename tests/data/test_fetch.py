@@ -5,11 +5,13 @@ import json
 import os
 import shutil
 import subprocess
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from performers.data import read_fasta, read_proteins
-from performers.data.fetch import DebianPackage, fetch_proteins, read_package
+from performers.data.fetch import DebianPackage, Package, fetch_proteins, read_package
 
 NCBI_LETTERS = "-ABCDEFGHIKLMNPQRSTVWXYZU*OJ"
 DATABASES = {"BPO": {"P1": "MKV", "P2": "WYUX"}, "MFO": {"P2": "WYUX"}, "CCO": {"P3": "MKV"}}
@@ -210,3 +212,26 @@ def test_a_machine_without_apt_is_told_what_to_do(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match=r"'apt-get', which is not on the PATH"):
         fetch_proteins(tmp_path / "proteins.fasta.gz", "swissprot")
     assert [path.name for path in tmp_path.iterdir()] == ["cache"]
+
+
+def test_who_waits_for_the_same_download_has_a_folder_for_its_own(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    waits, others = threading.Event(), []
+
+    class Text(Package[str]):
+        def download(self, folder):
+            if not others:
+                others.append(threads.submit(read_package, self, report=lambda line: waits.set()))
+                assert waits.wait(60)
+            (folder / "text").write_text("content")
+            return folder / "text"
+
+        def unpack(self, path, folder):
+            shutil.copytree(path.parent, folder)
+            return "1.0"
+
+    package = Text("p", "MIT", lambda folder: (folder / "text").read_text())
+    with ThreadPoolExecutor() as threads:
+        found = read_package(package, report=lambda line: None)
+        assert found == others[0].result(60)
+    assert found[0] == "content"

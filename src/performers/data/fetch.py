@@ -211,9 +211,10 @@ def read_package(
         else:
             report(f"downloading the package {package.name}")
             partial = _downloads() / package.name.replace("/", "-")
-            partial.mkdir(parents=True, exist_ok=True)
-            # Another process may download the same package.
+            partial.parent.mkdir(parents=True, exist_ok=True)
+            # Another process may download the same package, and remove its folder when it has.
             with FileLock(f"{partial}.lock"):
+                partial.mkdir(exist_ok=True)
                 origin |= _unpack(package, package.download(partial), unpacked, report)
                 shutil.rmtree(partial)
         return package.read(unpacked), origin

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from performers.data.tokens import TokenDataset
 from performers.models import PerformerPreTrainedModel
+from performers.train.clock import learning_rate_factor
 from performers.train.metrics import score_tokens
 from performers.train.tasks import Task
 from performers.train.trainer import without_needless_mask
@@ -24,7 +25,7 @@ Batch = dict[str, Tensor]
 @dataclass(frozen=True)
 class Steps:
     """How a model trains: as in Appendix A.2, with a learning rate that rises over the first
-    `warmup_steps` and then stays.
+    `warmup_steps` and then stays, or falls as `schedule` says (`learning_rate_factor`).
 
     `evaluations`: how often it is scored, the end included; at the beginning once more.
     `redraw_every`: after how many steps ω is drawn anew, from step `redraw_from` on; 0 for never.
@@ -34,6 +35,7 @@ class Steps:
     evaluations: int
     learning_rate: float = 1e-3
     warmup_steps: int = 0
+    schedule: str = "constant"
     weight_decay: float = 0.1
     clip: float = 0.5
     redraw_every: int = 0
@@ -61,12 +63,14 @@ def train_for_steps(
         weight_decay=plan.weight_decay,
     )
     every = plan.steps // plan.evaluations
+    warmup = plan.warmup_steps / plan.steps
     curve, gradients = [[0, *_score(model, valid, shift)]], []
     largest, stopped = 0.0, None
     model.train()
     for step in range(1, plan.steps + 1):
+        factor = learning_rate_factor(plan.schedule, warmup, step / plan.steps)
         for group in optimizer.param_groups:
-            group["lr"] = plan.learning_rate * min(1.0, step / (plan.warmup_steps or 1))
+            group["lr"] = factor * plan.learning_rate
         loss = model(**batch(step - 1)).loss
         loss.backward()
         norm = float(nn.utils.clip_grad_norm_(model.parameters(), plan.clip))
