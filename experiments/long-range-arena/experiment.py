@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from performers.models import MECHANISMS
 from performers.records import describe_environment, markdown_table, read_json
 from performers.reproduction import resumable_folder
-from performers.viz.figures import COLORS, STYLE
+from performers.viz.figures import COLORS, STYLE, label_points
 
 from .tasks import CHECKOUT, OFFICIAL, PACKAGES, TASKS, Amount, load
 from .training import Model, Training, measure
@@ -214,21 +214,23 @@ def figure(config: dict[str, Any], results: dict[str, Any]) -> Figure:
     with rc_context(STYLE):
         drawn = Figure(figsize=(9.6, 6.0), layout="constrained")
         axes = drawn.subplots()
+        places = {}
         largest = max(filter(None, (score.bytes for score in scores.values())), default=1)
         for name, score in scores.items():
             color = COLORS[0] if name.startswith("performer") else COLORS[1]
             if name in ("exact", "identity"):
                 color = "#111827"
             size = 40 + 1200 * (score.bytes or 0) / largest
-            place = (score.speed, 100 * score.accuracy)
-            axes.scatter(*place, s=size, color=color, alpha=0.45, linewidth=0)
-            axes.annotate(name, place, ha="center", va="center", fontsize=8)
+            places[name] = (score.speed, 100 * score.accuracy)
+            axes.scatter(*places[name], s=size, color=color, alpha=0.45, linewidth=0)
         axes.set_xscale("log", base=2)
+        axes.set_axisbelow(True)
         axes.set(
             xlabel="steps per second ÷ those of exact attention",
             ylabel="accuracy in percent, mean of the tasks",
             title="Score, speed and memory (the area of a circle)",
         )
+        label_points(axes, places)
     return drawn
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,9 +13,17 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.text import Text
 from matplotlib.ticker import PercentFormatter
+from matplotlib.transforms import BboxBase
 
-__all__ = ["attention_figure", "curves_figure", "label_accuracies", "legend_of_accuracies"]
+__all__ = [
+    "attention_figure",
+    "curves_figure",
+    "label_accuracies",
+    "label_points",
+    "legend_of_accuracies",
+]
 
 # The first color is that of the run's own model. All can be told apart in gray print, too.
 COLORS = ("#1f5fbf", "#d1662b", "#3a8f6a", "#7b4fa3", "#8a6d1f")
@@ -26,6 +35,8 @@ LARGEST_RATIO = 16
 
 # How many entries of the log a training loss is averaged over.
 SMOOTHED = 10
+
+LINE_TO_ITS_POINT = {"arrowstyle": "-", "linewidth": 0.5, "shrinkA": 0, "shrinkB": 0}
 
 STYLE = {
     "font.size": 10,
@@ -114,6 +125,33 @@ def legend_of_accuracies(figure: Figure, colors: Mapping[str, str], columns: int
         Line2D([], [], color=BASELINE_COLOR, linestyle=":", label="empirical baseline"),
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=columns)
+
+
+def label_points(axes: Axes, places: Mapping[str, tuple[float, float]], size: float = 8) -> None:
+    """Write the names of points over them, each moved up or down until no name covers another.
+
+    For points and limits that are all drawn; a name that was moved has a line to its point.
+    """
+    figure = axes.get_figure(root=True)
+    assert isinstance(figure, Figure), "axes are those of a figure"
+    figure.draw_without_rendering()  # where the axes are
+    taken: list[BboxBase] = []
+    heights = itertools.chain([0], (sign * n for n in itertools.count(1) for sign in (1, -1)))
+    lines = list(itertools.islice(heights, 2 * len(places)))
+    for name, place in sorted(places.items(), key=lambda item: item[1]):
+        for height in lines:
+            label = axes.annotate(
+                name, place, (0, 1.4 * size * height), textcoords="offset points", ha="center",
+                va="center", fontsize=size,
+                arrowprops=LINE_TO_ITS_POINT if height else None,
+            )  # fmt: skip
+            label.set_in_layout(False)
+            label.get_window_extent()  # puts it into its place
+            box = Text.get_window_extent(label)  # of the name alone, without its line
+            if not any(box.overlaps(other) for other in taken):
+                break
+            label.remove()
+        taken.append(box)
 
 
 def attention_figure(
