@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from transformers import (
 from transformers.masking_utils import AttentionMaskInterface
 
 from performers.convert.sequences import text_windows
-from performers.reproduction import read_texts
+from performers.reproduction import kept, read_texts, resumable_folder
 from performers.theory.cost import exact_operations, favor_operations
 from performers.viz.figures import BASELINE_COLOR, COLORS, STYLE
 
@@ -186,9 +187,13 @@ AttentionMaskInterface.register(FAR_FIELD, lambda *arguments, **options: None)
 @torch.no_grad()
 def run(config: Config, report: Callable[[str], None]) -> dict[str, Any]:
     texts, _ = read_texts("excerpts", report)
-    return {
-        "models": [_study(config, number, texts, report) for number in range(len(config.models))]
-    }
+    with resumable_folder("far-field", config) as folder:
+        return {
+            "models": [
+                kept(folder / f"{number}.json", partial(_study, config, number, texts, report))
+                for number in range(len(config.models))
+            ]
+        }
 
 
 def _study(

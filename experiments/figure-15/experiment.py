@@ -15,10 +15,9 @@ from matplotlib.figure import Figure
 
 from performers.models import PerformerForMaskedLM
 from performers.records import markdown_table
-from performers.reproduction import read_texts, resumable_folder
+from performers.reproduction import kept, read_texts, resumable_folder
 from performers.reproduction.books import Books, model_fields, transfer_weights
 from performers.reproduction.means import Mean
-from performers.reproduction.proteins import kept
 from performers.reproduction.steps import (
     Steps,
     drawn_batches,

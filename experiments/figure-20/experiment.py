@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from matplotlib.figure import Figure
 
 from performers import speed
 from performers.models.config import SIZES
+from performers.reproduction import kept, resumable_folder
 from performers.speed.timing import TOO_SLOW
 from performers.viz.figures import BASELINE_COLOR, COLORS, STYLE
 
@@ -75,32 +77,37 @@ def run(config: Config, report: Callable[[str], None]) -> dict[str, Any]:
         device=config.device,
         seed=config.seed,
     )
-    attention = speed.run(plan, report)["time"]
     layers = []
-    for count in config.layers:
-        slow = False
-        for length in config.lengths:
-            report(f"{count} layers, L = {length}")
-            seconds: dict[str, Any] = dict.fromkeys(PARTS, TOO_SLOW)
-            if not slow:
-                model = {
-                    **SIZES[config.size],
-                    "attention": "performer-positive",
-                    "num_hidden_layers": count,
-                    "vocab_size": 256,
-                    "num_projections": config.num_projections,
-                    "max_position_embeddings": length,
-                    "hidden_dropout_prob": 0.0,
-                    "seed": config.seed,
-                }
-                measured = speed.seconds_of_step(
-                    {"FAVOR+": model}, length, 1, config.repeats, torch.device(config.device)
-                )
-                seconds = measured["FAVOR+"]
-            both = seconds["forward_backward"]
-            slow = isinstance(both, str) or both["median"] > config.patience
-            layers.append({"layers": count, "length": length, "seconds": seconds})
+    with resumable_folder("figure-20", config) as folder:
+        attention = kept(folder / "attention.json", partial(speed.run, plan, report))["time"]
+        for count in config.layers:
+            slow = False
+            for length in config.lengths:
+                report(f"{count} layers, L = {length}")
+                seconds: dict[str, Any] = dict.fromkeys(PARTS, TOO_SLOW)
+                if not slow:
+                    measure = partial(_seconds_of, config, count, length)
+                    seconds = kept(folder / f"{count}-{length}.json", measure)
+                both = seconds["forward_backward"]
+                slow = isinstance(both, str) or both["median"] > config.patience
+                layers.append({"layers": count, "length": length, "seconds": seconds})
     return {"attention": attention, "layers": layers}
+
+
+def _seconds_of(config: Config, num_layers: int, length: int) -> dict[str, Any]:
+    """Seconds of a step of a Performer with so many layers."""
+    model = {
+        **SIZES[config.size],
+        "attention": "performer-positive",
+        "num_hidden_layers": num_layers,
+        "vocab_size": 256,
+        "num_projections": config.num_projections,
+        "max_position_embeddings": length,
+        "hidden_dropout_prob": 0.0,
+        "seed": config.seed,
+    }
+    device = torch.device(config.device)
+    return speed.seconds_of_step({"FAVOR+": model}, length, 1, config.repeats, device)["FAVOR+"]
 
 
 def figure(config: dict[str, Any], results: dict[str, Any]) -> Figure:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from performers.models.config import SIZES
+from performers.reproduction import kept, resumable_folder
 from performers.speed import peak_of_step, seconds_of_step
 from performers.speed.timing import TOO_SLOW
 from performers.viz.figures import BASELINE_COLOR, COLORS, STYLE
@@ -53,31 +55,54 @@ def run(config: Config, report: Callable[[str], None]) -> dict[str, Any]:
     torch.manual_seed(config.seed)
     device = torch.device(config.device)
     times, memory = [], []
-    for size in config.sizes:
-        slow: set[str] = set()
-        for length in config.lengths:
-            report(f"{size}, L = {length}")
-            names = tuple(name for name in MECHANISMS if name not in slow)
-            seconds: dict[str, Any] = {name: {} for name in MECHANISMS}
-            if names:
-                models = {name: _model(config, size, length, name) for name in names}
-                seconds |= seconds_of_step(models, length, config.batch, config.repeats, device)
-            for name, parts in seconds.items():
-                both = parts.setdefault("forward_backward", TOO_SLOW)
-                parts.setdefault("forward", TOO_SLOW)
-                if isinstance(both, str) or both["median"] > config.patience:
-                    slow.add(name)
-            times.append({"size": size, "length": length, "seconds": seconds})
-        for length in config.memory_lengths:
-            report(f"{size}, memory at L = {length}")
-            peaks = {
-                name: peak_of_step(_model(config, size, length, name), length, config.batch, device)
-                for name in MECHANISMS
-                # Exact attention needs little memory here, but minutes at these lengths.
-                if name != "exact" or length <= 4096
-            }
-            memory.append({"size": size, "length": length, "bytes": peaks})
+    with resumable_folder("figure-3", config) as folder:
+        for size in config.sizes:
+            slow: set[str] = set()
+            for length in config.lengths:
+                report(f"{size}, L = {length}")
+                names = tuple(name for name in MECHANISMS if name not in slow)
+                seconds = kept(
+                    folder / f"{size}-{length}.json",
+                    partial(_seconds_of, config, size, length, names, device),
+                )
+                for name, parts in seconds.items():
+                    both = parts["forward_backward"]
+                    if isinstance(both, str) or both["median"] > config.patience:
+                        slow.add(name)
+                times.append({"size": size, "length": length, "seconds": seconds})
+            for length in config.memory_lengths:
+                report(f"{size}, memory at L = {length}")
+                peaks = kept(
+                    folder / f"{size}-{length}-memory.json",
+                    partial(_peaks, config, size, length, device),
+                )
+                memory.append({"size": size, "length": length, "bytes": peaks})
     return {"times": times, "memory": memory}
+
+
+def _seconds_of(
+    config: Config, size: str, length: int, names: Sequence[str], device: torch.device
+) -> dict[str, Any]:
+    """Seconds of a step of these mechanisms; the others are too slow."""
+    models = {name: _model(config, size, length, name) for name in names}
+    found: dict[str, Any] = {
+        name: {"forward": TOO_SLOW, "forward_backward": TOO_SLOW} for name in MECHANISMS
+    }
+    if names:
+        measured = seconds_of_step(models, length, config.batch, config.repeats, device)
+        for name, parts in measured.items():
+            found[name] |= parts
+    return found
+
+
+def _peaks(config: Config, size: str, length: int, device: torch.device) -> dict[str, Any]:
+    """Peak memory of a step of each mechanism."""
+    return {
+        name: peak_of_step(_model(config, size, length, name), length, config.batch, device)
+        for name in MECHANISMS
+        # Exact attention needs little memory here, but minutes at these lengths.
+        if name != "exact" or length <= 4096
+    }
 
 
 def _model(config: Config, size: str, length: int, mechanism: str) -> dict[str, Any]:

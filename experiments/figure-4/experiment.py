@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib import metadata
 from typing import Any
 
@@ -14,6 +15,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from performers import SoftmaxFeatures, favor_attention, softmax_attention
+from performers.reproduction import kept, resumable_folder
 from performers.viz.figures import BASELINE_COLOR, COLORS, STYLE
 
 
@@ -56,29 +58,44 @@ def run(config: Config, report: Callable[[str], None]) -> dict[str, Any]:
     if has_peer:
         mechanisms[PEER] = _performer_pytorch
     settings = []
-    for deviation in config.deviations:
-        errors: dict[str, list[list[float]]] = {
-            name: [[] for _ in config.num_projections] for name in mechanisms
-        }
-        uniform = []
-        for sample in range(config.samples):
-            report(f"deviation {deviation}, sample {sample + 1} of {config.samples}")
-            seed = config.seed + sample
-            shape = (3, 1, 1, config.length, config.dim)
-            query, key, value = torch.randn(
-                shape, generator=torch.Generator().manual_seed(seed)
-            ).unbind()
-            query, key = deviation * query, deviation * key
-            exact = softmax_attention(query, key, value)
-            uniform.append(_mean_squared_error(value.mean(dim=2, keepdim=True), exact))
-            for name, attend in mechanisms.items():
-                for index, num_projections in enumerate(config.num_projections):
-                    out = attend(query, key, value, num_projections, seed)
-                    errors[name][index].append(_mean_squared_error(out, exact))
-        settings.append({"deviation": deviation, "errors": errors, "uniform": uniform})
+    with resumable_folder("figure-4", config) as folder:
+        for deviation in config.deviations:
+            samples = []
+            for sample in range(config.samples):
+                report(f"deviation {deviation}, sample {sample + 1} of {config.samples}")
+                measure = partial(_of_sample, config, mechanisms, deviation, config.seed + sample)
+                samples.append(kept(folder / f"{deviation}-{sample}.json", measure))
+            errors = {
+                name: [
+                    list(of_m) for of_m in zip(*(x["errors"][name] for x in samples), strict=True)
+                ]
+                for name in mechanisms
+            }
+            uniform = [x["uniform"] for x in samples]
+            settings.append({"deviation": deviation, "errors": errors, "uniform": uniform})
     return {
         "settings": settings,
         "peers": {PEER: metadata.version(PEER) if has_peer else None},
+    }
+
+
+def _of_sample(
+    config: Config, mechanisms: Mapping[str, Callable[..., Tensor]], deviation: float, seed: int
+) -> dict[str, Any]:
+    """The errors of each mechanism at every number of projections, and of averaging the values."""
+    shape = (3, 1, 1, config.length, config.dim)
+    query, key, value = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).unbind()
+    query, key = deviation * query, deviation * key
+    exact = softmax_attention(query, key, value)
+    return {
+        "errors": {
+            name: [
+                _mean_squared_error(attend(query, key, value, num_projections, seed), exact)
+                for num_projections in config.num_projections
+            ]
+            for name, attend in mechanisms.items()
+        },
+        "uniform": _mean_squared_error(value.mean(dim=2, keepdim=True), exact),
     }
 
 

@@ -11,9 +11,9 @@ from matplotlib import style
 from matplotlib.figure import Figure
 
 from performers.records import markdown_table
-from performers.reproduction import resumable_folder
+from performers.reproduction import kept, resumable_folder
 from performers.reproduction.means import Mean
-from performers.reproduction.proteins import CURVES, Proteins, kept, timed_run
+from performers.reproduction.proteins import CURVES, Proteins, timed_run
 from performers.train.config import RunConfig
 from performers.viz.figures import COLORS, STYLE, label_accuracies, legend_of_accuracies
 

@@ -16,9 +16,8 @@ from torch import Tensor
 
 from performers.models import PerformerConfig, PerformerForImageGeneration
 from performers.records import markdown_table
-from performers.reproduction import resumable_folder
+from performers.reproduction import kept, resumable_folder
 from performers.reproduction.means import Mean
-from performers.reproduction.proteins import kept
 from performers.reproduction.steps import Batch, Steps, rows_with, train_for_steps
 from performers.viz.figures import BASELINE_COLOR, COLORS, STYLE
 

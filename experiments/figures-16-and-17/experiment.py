@@ -20,9 +20,9 @@ from performers.functional import favor_attention
 from performers.models import PerformerPreTrainedModel
 from performers.nn.mechanisms import Favor
 from performers.records import markdown_table
-from performers.reproduction import resumable_folder
+from performers.reproduction import kept, resumable_folder
 from performers.reproduction.means import Mean
-from performers.reproduction.proteins import Proteins, kept
+from performers.reproduction.proteins import Proteins
 from performers.reproduction.steps import (
     Steps,
     drawn_batches,

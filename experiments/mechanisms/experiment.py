@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from performers.models import MECHANISMS, PerformerConfig
 from performers.records import markdown_table
 from performers.records.environment import PeakMemory
+from performers.reproduction import kept, resumable_folder
 from performers.speed.timing import TOO_SLOW, interleaved, limited_memory
 from performers.viz.figures import BASELINE_COLOR, COLORS, STYLE
 
@@ -77,16 +78,23 @@ CONFIGS = {"smoke": SMOKE, "reduced": REDUCED, "paper": PAPER}
 def run(config: Config, report: Callable[[str], None]) -> dict[str, Any]:
     torch.manual_seed(config.seed)
     rows = []
-    with limited_memory(torch.device(config.device)):
+    with (
+        resumable_folder("mechanisms", config) as folder,
+        limited_memory(torch.device(config.device)),
+    ):
         for name, mechanism in MECHANISMS.items():
             for causal, mode in MODES.items():
                 if causal and mechanism.memory is None:
                     continue
                 report(f"{name}, {mode}")
-                steps = list(_measured(config, name, causal))
-                row = {"mechanism": name, "promised": mechanism.cost, "causal": causal}
-                rows.append({**row, "steps": steps})
+                measure = partial(_row, config, name, causal)
+                rows.append(kept(folder / f"{name}-{causal}.json", measure))
     return {"rows": rows}
+
+
+def _row(config: Config, name: str, causal: bool) -> dict[str, Any]:
+    row = {"mechanism": name, "promised": MECHANISMS[name].cost, "causal": causal}
+    return {**row, "steps": list(_measured(config, name, causal))}
 
 
 def _measured(config: Config, name: str, causal: bool) -> Iterator[dict[str, Any]]:

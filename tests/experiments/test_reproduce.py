@@ -4,6 +4,7 @@ says what it should."""
 import dataclasses
 import json
 import shutil
+import time
 
 import pytest
 import toys
@@ -15,6 +16,7 @@ from performers.reproduction import (
     Reproduction,
     experiment_folder,
     experiment_names,
+    kept,
     protocol,
     resumable_folder,
 )
@@ -95,6 +97,41 @@ def test_checkpoints_belong_to_one_config_and_stay_if_an_experiment_fails(copy_o
     with resumable_folder("x", configs[0]) as again:
         assert (again / "checkpoint").exists()
     assert not again.exists()
+
+
+def test_what_is_kept_is_measured_once(tmp_path):
+    measured = []
+    for _ in range(2):
+        found = kept(tmp_path / "part" / "1.json", lambda: measured.append(1) or {"value": 1.5})
+        assert found == {"value": 1.5}
+    assert measured == [1]
+
+
+def test_a_run_that_goes_on_counts_the_time_before_it_was_interrupted(copy_of, monkeypatch):
+    folder = copy_of("theorem-1")
+    reproduction = Reproduction.prepare(folder, "smoke")
+
+    def be_interrupted():
+        with resumable_folder("theorem-1", reproduction.experiment.CONFIGS["smoke"]):
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as clock:
+        times = iter([0.0, 700.0, 1000.0, 1300.0])
+        clock.setattr(time, "perf_counter", lambda: next(times))
+        for _ in range(2):
+            with pytest.raises(KeyboardInterrupt):
+                be_interrupted()
+    reproduction.run(print)
+    seconds = json.loads((folder / "smoke.json").read_text(encoding="utf-8"))["seconds"]
+    assert 1000 <= seconds < 1200
+
+
+@pytest.mark.parametrize("name", COMMITTED)
+def test_what_takes_more_than_ten_minutes_can_be_interrupted(name):
+    paths = [EXPERIMENTS / name / f"{scale}.json" for scale in SCALES[1:]]
+    took = [json.loads(path.read_text("utf-8"))["seconds"] for path in paths if path.exists()]
+    code = (EXPERIMENTS / name / "experiment.py").read_text("utf-8")
+    assert max(took) < 600 or "resumable_folder(" in code
 
 
 def test_the_same_seed_gives_the_same_numbers(copy_of):

@@ -2,7 +2,7 @@
 
 from performers.reproduction.protocol import SCALES, Experiment, experiment_folder, experiment_names
 from performers.reproduction.run import Reproduction
-from performers.reproduction.shared import read_texts, resumable_folder
+from performers.reproduction.shared import kept, read_texts, resumable_folder
 
 __all__ = [
     "SCALES",
@@ -10,6 +10,7 @@ __all__ = [
     "Reproduction",
     "experiment_folder",
     "experiment_names",
+    "kept",
     "read_texts",
     "resumable_folder",
 ]

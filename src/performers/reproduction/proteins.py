@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,6 @@ import torch
 from performers.data.baseline import EmpiricalBaseline
 from performers.data.proteins import SPLITS, load_proteins
 from performers.data.tokens import TokenDataset
-from performers.records import read_json
-from performers.train.checkpoints import write_atomically
 from performers.train.config import PAPER_ARGUMENTS, RunConfig
 from performers.train.tasks import TASKS, Task, build_model
 from performers.train.trainer import (
@@ -25,7 +22,7 @@ from performers.train.trainer import (
     without_needless_mask,
 )
 
-__all__ = ["CURVES", "Proteins", "kept", "timed_run"]
+__all__ = ["CURVES", "Proteins", "timed_run"]
 
 # Batches are as long as a multiple of this: an accelerator sees few shapes, and exact attention
 # takes masks of such sizes as they are.
@@ -208,15 +205,6 @@ def timed_run(
             "disable_tqdm": True,
         },
     )
-
-
-def kept(path: Path, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What was measured, once: read from the file if an interrupted experiment has written it."""
-    if not path.exists():
-        found = measure()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json.dumps(found))
-    return read_json(path, "Delete it to measure again.")
 
 
 def _task(name: str, scoring_seed: int) -> Task:

@@ -18,6 +18,7 @@ from performers.reproduction.protocol import (
     block_name,
     load_experiment,
 )
+from performers.reproduction.shared import seconds_before
 from performers.viz.files import save_figure
 
 __all__ = ["Reproduction"]
@@ -44,7 +45,8 @@ class Reproduction:
     def run(self, report: Callable[[str], None]) -> list[Path]:
         """Save the numbers as SCALE.json and draw them; returns the files that were written."""
         config = self.experiment.CONFIGS[self.scale]
-        began = time.perf_counter()
+        # An interrupted run does not begin anew, and neither does its time.
+        began = time.perf_counter() - seconds_before(self.folder.name, config)
         results = self.experiment.run(config, report)
         record = {
             "experiment": self.folder.name,

@@ -1,8 +1,10 @@
-"""What several experiments need: books, and a folder from which a long one can resume."""
+"""What several experiments need: books, and what a long one is to find again if interrupted."""
 
 from __future__ import annotations
 
+import json
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from hashlib import sha256
@@ -11,12 +13,16 @@ from typing import TYPE_CHECKING, Any
 
 from performers.data.books import AMERICAN, AUSTEN, SPURGEON
 from performers.data.fetch import read_package
+from performers.records import read_json
 from performers.reproduction.protocol import EXPERIMENTS
+from performers.train.checkpoints import write_atomically
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-__all__ = ["read_texts", "resumable_folder"]
+__all__ = ["kept", "read_texts", "resumable_folder", "seconds_before"]
+
+SECONDS = "seconds.txt"
 
 
 def read_texts(name: str, report: Callable[[str], None]) -> tuple[dict[str, str], dict[str, Any]]:
@@ -46,8 +52,31 @@ def resumable_folder(name: str, config: DataclassInstance) -> Iterator[Path]:
     It belongs to this config alone, and is removed when the block ends without an error: a later
     run starts anew.
     """
-    digest = sha256(repr(config).encode()).hexdigest()[:8]
-    folder = Path("runs", f"{name}-{digest}")
+    folder = _folder(name, config)
     folder.mkdir(parents=True, exist_ok=True)
-    yield folder
+    began = time.perf_counter() - seconds_before(name, config)
+    try:
+        yield folder
+    except BaseException:
+        write_atomically(folder / SECONDS, f"{time.perf_counter() - began:.1f}\n")
+        raise
     shutil.rmtree(folder)
+
+
+def seconds_before(name: str, config: DataclassInstance) -> float:
+    """How long an experiment ran before it was interrupted; 0 for one that was not, or killed."""
+    path = _folder(name, config) / SECONDS
+    return float(path.read_text(encoding="utf-8")) if path.exists() else 0.0
+
+
+def _folder(name: str, config: DataclassInstance) -> Path:
+    return Path("runs", f"{name}-{sha256(repr(config).encode()).hexdigest()[:8]}")
+
+
+def kept(path: Path, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What was measured, once: read from the file if an interrupted experiment has written it."""
+    if not path.exists():
+        found = measure()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps(found))
+    return read_json(path, "Delete it to measure again.")
