@@ -41,7 +41,7 @@ def test_every_mechanism_says_the_cost_that_its_paper_promises():
     ],
 )
 def test_a_sequence_of_any_length_is_itself_beside_padding_on_either_side(name, is_causal):
-    """Below, at and beyond the blocks, chunks and windows that a model has unless told otherwise."""
+    """Below, at and beyond the blocks, chunks and windows that models have by default."""
     config = PerformerConfig(
         attention=name,
         hidden_size=5,
