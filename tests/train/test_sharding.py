@@ -9,7 +9,7 @@ from ranks import on_ranks
 from torch.distributed.tensor import DTensor
 
 from performers.models import PerformerConfig, PerformerForMaskedLM
-from performers.train.sharding import check_sharding, share_out, shard_weights, whole
+from performers.train.sharding import check_sharding, shard_weights, share_out, whole
 
 SIZES = {
     "vocab_size": 29,

@@ -25,7 +25,7 @@ from performers.models import PerformerConfig
 from performers.models.modeling import PerformerModel
 from performers.train.tasks import Model
 
-__all__ = ["check_sharding", "share_out", "shard_weights", "whole"]
+__all__ = ["check_sharding", "shard_weights", "share_out", "whole"]
 
 
 def check_sharding(config: PerformerConfig, trainer: Mapping[str, Any], processes: int) -> None:

@@ -43,7 +43,7 @@ from performers.train.clock import NEVER, TrainingClock, learning_rate_factor
 from performers.train.config import RunConfig
 from performers.train.metrics import TokenMetrics, score_tokens
 from performers.train.redraw import RedrawFeatures
-from performers.train.sharding import share_out, shard_weights, whole
+from performers.train.sharding import shard_weights, share_out, whole
 from performers.train.tasks import TASKS, Model, Task
 
 __all__ = [
