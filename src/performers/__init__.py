@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # for type checkers and editors: what the table below says at
     )
     from performers.diagnosis import diagnose
     from performers.distributed import sequence_parallel_attention
+    from performers.distributed.heads import shard_heads
     from performers.distributed.models import parallelize
     from performers.functional import (
         attention_matrix,
@@ -87,6 +88,7 @@ __all__ = [
     "restore",
     "save_state",
     "sequence_parallel_attention",
+    "shard_heads",
     "softmax_attention",
 ]
 
@@ -102,6 +104,7 @@ _HOME = {
     "save_state": "convert",
     "sequence_parallel_attention": "distributed",
     "parallelize": "distributed.models",
+    "shard_heads": "distributed.heads",
     "attention_matrix": "functional",
     "draw_projection": "functional",
     "favor_attention": "functional",

@@ -7,6 +7,7 @@ import random
 
 import pytest
 import torch
+from accelerate.data_loader import prepare_data_loader
 from datasets.distributed import split_dataset_by_node
 from torch.utils.data import DataLoader
 
@@ -95,6 +96,23 @@ def test_ranks_and_workers_divide_a_pass(fasta):
     assert all(len(part) > 50 for part in of_ranks)
     loaded = DataLoader(stream, batch_size=None, num_workers=2)
     assert sorted(letters(loaded)) == sorted(PROTEINS)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_the_processes_of_a_run_have_each_sequence_of_a_pass_once(fasta, num_workers):
+    stream = TokenStream([fasta], 97, shuffle_buffer=501, piece_bytes=1999)
+    loader = DataLoader(stream, batch_size=5, num_workers=num_workers, collate_fn=list)
+    seen = []
+    for rank in range(2):
+        # As the Trainer has it made, by each process for itself.
+        own = prepare_data_loader(
+            loader, num_processes=2, process_index=rank, dispatch_batches=False,
+            put_on_device=False,
+        )  # fmt: skip
+        batches = itertools.islice(own, 2 * len(PROTEINS) // 5)
+        seen += [item for batch in batches for item in batch]
+    first = [item for item in seen if item["epoch"] == 0]
+    assert sorted(letters(first)) == sorted(PROTEINS)
 
 
 def test_what_is_held_out_is_passed_over(fasta):

@@ -97,6 +97,7 @@ def config(config_file):
 
 def started(config, processes, folder, *options, script=("-m", "performers.cli")):
     """torchrun with gloo, each process with its share of 12 sequences; what it came to."""
+    config = {**config, "trainer": {**config["trainer"]}}
     config["trainer"]["per_device_train_batch_size"] = 12 // processes
     path = folder.parent / f"{folder.name}.yaml"
     path.write_text(yaml.safe_dump(config))
@@ -149,3 +150,51 @@ def test_it_ends_on_another_number_of_processes_with_the_losses_of_one(
     torch.testing.assert_close(losses(folder), losses(whole), rtol=1e-5, atol=1e-5)
     environment = json.loads((folder / "environment.json").read_text())
     assert environment["processes"] == processes
+
+
+@pytest.fixture(scope="module")
+def sharded(config, tmp_path_factory):
+    """A run of two processes, each of which had a share of the weights."""
+    folder = tmp_path_factory.mktemp("sharded") / "run"
+    done = started(config, 2, folder, "shard_weights=true")
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.mark.slow
+def test_shares_of_the_weights_train_to_the_numbers_of_one_process(sharded, whole_and_killed):
+    whole, _, _ = whole_and_killed
+    torch.testing.assert_close(losses(sharded), losses(whole), rtol=1e-5, atol=1e-5)
+    ends = [json.loads((x / "metrics.json").read_text())["models"][0] for x in (sharded, whole)]
+    assert ends[0]["metrics"]["valid"] == pytest.approx(ends[1]["metrics"]["valid"], rel=1e-5)
+    assert ends[0]["parameters"] == ends[1]["parameters"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("processes", "is_sharded"), [(3, "true"), (1, "false")])
+def test_a_sharded_run_goes_on_on_other_processes_and_without_shares(
+    sharded, config, tmp_path, processes, is_sharded
+):
+    folder = shutil.copytree(sharded, tmp_path / "resumed")
+    for name in ("metrics.json", "result.json"):
+        (folder / name).unlink()
+    shutil.rmtree(last_whole_checkpoint(folder / "checkpoints"))
+    assert last_whole_checkpoint(folder / "checkpoints").name == "checkpoint-15"
+    done = started(config, processes, folder, "--resume", f"shard_weights={is_sharded}")
+    assert done.returncode == 0, done.stderr
+    torch.testing.assert_close(losses(folder), losses(sharded), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_stream_gives_two_processes_the_losses_of_one(config, fasta, tmp_path):
+    records = [">" + record for record in fasta.read_text().split(">")[1:]]
+    for name, part in (("train", records), ("valid", records[:11])):
+        (tmp_path / f"{name}.fasta").write_text("".join(part))
+    stream = {"valid": str(tmp_path / "valid.fasta"), "shuffle_buffer": 400}
+    data = {"source": str(tmp_path / "train.fasta"), "length": 31, "stream": stream}
+    for processes in (1, 2):
+        done = started(config | {"data": data}, processes, tmp_path / f"on-{processes}")
+        assert done.returncode == 0, done.stderr
+    torch.testing.assert_close(
+        losses(tmp_path / "on-2"), losses(tmp_path / "on-1"), rtol=1e-5, atol=1e-5
+    )

@@ -32,7 +32,7 @@ def group_of(mesh: DeviceMesh | dist.ProcessGroup) -> dist.ProcessGroup:
         )
     if mesh.ndim != 1:
         raise ValueError(
-            f"a sequence is split over one dimension of a mesh, and this one has {mesh.ndim}: "
+            f"the ranks are those of one dimension of a mesh, and this one has {mesh.ndim}: "
             f"{mesh.mesh_dim_names}. Pass one of them, such as mesh['sequence']."
         )
     return mesh.get_group()

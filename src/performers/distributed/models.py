@@ -28,7 +28,7 @@ from performers.models.masks import packed_segments
 from performers.models.modeling import PerformerPreTrainedModel
 from performers.nn.mechanisms import Favor
 
-__all__ = ["own_piece", "parallelize"]
+__all__ = ["attending_modules", "identities", "own_piece", "parallelize"]
 
 # The arguments of models that have a place for each token.
 OF_TOKENS = ("input_ids", "inputs_embeds", "attention_mask", "token_type_ids", "position_ids")
@@ -78,8 +78,8 @@ def parallelize(model: nn.Module, mesh: DeviceMesh | dist.ProcessGroup) -> nn.Mo
     attending: list[Favor | FavorLayer] = []
 
     def describe() -> tuple[Mapping[str, object], int]:
-        attending.extend(_attending(model))
-        return {"class of the model": type(model).__name__, **_weights(model)}, 0
+        attending.extend(attending_modules(model))
+        return {"class of the model": type(model).__name__, **identities(model)}, 0
 
     agree(group, describe)
     is_own = isinstance(model, PerformerPreTrainedModel)
@@ -91,7 +91,7 @@ def parallelize(model: nn.Module, mesh: DeviceMesh | dist.ProcessGroup) -> nn.Mo
     return model
 
 
-def _attending(model: nn.Module) -> list[Favor | FavorLayer]:
+def attending_modules(model: nn.Module) -> list[Favor | FavorLayer]:
     """What computes attention in this model.
 
     Raises ValueError where it is anything else than FAVOR+ of a sequence with itself.
@@ -117,7 +117,7 @@ def _attending(model: nn.Module) -> list[Favor | FavorLayer]:
         elif isinstance(module, FavorLayer) and module.is_cross:
             reason = "attends to another sequence"
         elif isinstance(module, FavorLayer) and module.options.exact_heads.get(module.number):
-            reason = "has exact heads, whose keys do not add up to a state"
+            reason = "has exact heads, which take whole sequences and all heads"
         elif module.attend is not favor_attention:
             reason = "is split over ranks already"
         else:
@@ -130,7 +130,7 @@ def _attending(model: nn.Module) -> list[Favor | FavorLayer]:
     return attending
 
 
-def _weights(model: nn.Module) -> dict[str, object]:
+def identities(model: nn.Module) -> dict[str, object]:
     """Shape and bits of every parameter and buffer, ω among them."""
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     return {name: _identity(x) for name, x in tensors.items()}

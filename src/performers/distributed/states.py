@@ -30,22 +30,25 @@ def merged_where(
 ) -> LinearState:
     """The state of the keys of some ranks; others leave no trace, not even of rounding or of NaN.
 
-    States that are not counted stay in the graph, with gradients of 0: a rank that left them out
-    would let the others wait for it in the backward pass.
+    All gathered states stay in the graph, with gradients of 0 where they are not counted: a rank
+    that left them out would let the others wait for it in the backward pass.
 
     Cost: num_features · (value_dim + 2) numbers per head and rank are exchanged.
     """
     parts = [state.log_scale.unsqueeze(-1), state.normalizer.unsqueeze(-1), state.values]
     gathered = on_all_ranks(torch.cat(parts, dim=-1), group)
     log_scales, normalizers, values = gathered.split([1, 1, state.values.shape[-1]], dim=-1)
-    states = []
-    for rank, counts in enumerate(is_counted):
-        part = replace(
+
+    def of_rank(rank: int) -> LinearState:
+        return replace(
             state,
             log_scale=log_scales[rank].detach().squeeze(-1),
             normalizer=normalizers[rank].squeeze(-1),
             values=values[rank],
         )
-        where = torch.full((len(part.values), 1, 1), not counts, device=part.values.device)
-        states.append(part.emptied(where))
-    return functools.reduce(LinearState.merge, states)
+
+    counted = [of_rank(rank) for rank, counts in enumerate(is_counted) if counts]
+    if not counted:
+        everywhere = torch.ones(len(state.values), 1, 1, dtype=torch.bool, device=values.device)
+        return of_rank(0).emptied(everywhere)
+    return functools.reduce(LinearState.merge, counted)

@@ -162,6 +162,13 @@ class SharpFeatures(RandomFeatures):
                 getattr(self, f"{side}_{name}").copy_(part)
         self._learn(self._sharpened(self._moments("query"), self._moments("key")))
 
+    def keep_heads(self, heads: slice) -> None:
+        """Forget what was learned of other key heads than these, which stay here alone."""
+        for name, buffer in self.named_buffers(recurse=False):
+            if name not in {"omega", "num_redraws"}:
+                setattr(self, name, buffer[heads].clone())
+        self.num_heads = len(self.query_count)
+
     def reset_parameters(self) -> None:
         """Draw the first ω of this seed and layer, and forget all calibration."""
         super().reset_parameters()

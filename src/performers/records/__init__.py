@@ -1,7 +1,7 @@
 """What a measurement writes down: on what it was made, tables, blocks of documents."""
 
 from performers.records.documents import with_block, write_block
-from performers.records.environment import PeakMemory, describe_environment
+from performers.records.environment import PeakMemory, describe_environment, resident_bytes
 from performers.records.files import holding, read_json, read_text, replace_text
 from performers.records.tables import aligned, markdown_table
 
@@ -14,6 +14,7 @@ __all__ = [
     "read_json",
     "read_text",
     "replace_text",
+    "resident_bytes",
     "with_block",
     "write_block",
 ]

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["PeakMemory", "describe_environment"]
+__all__ = ["PeakMemory", "describe_environment", "resident_bytes"]
 
 PACKAGES = ("performers", "torch", "transformers", "accelerate", "safetensors", "numpy")
 
@@ -61,7 +61,7 @@ class PeakMemory:
             if trim is not None:
                 trim(0)
             Path("/proc/self/clear_refs").write_text("5")
-            self.before = _process_bytes("VmRSS")
+            self.before = resident_bytes()
 
     def measure(self) -> int | None:
         if torch.cuda.is_available():
@@ -69,6 +69,11 @@ class PeakMemory:
         if Path("/proc/self/clear_refs").exists():
             return _process_bytes("VmHWM") - self.before
         return None
+
+
+def resident_bytes() -> int:
+    """The memory that this process has in use now, on Linux, its libraries included."""
+    return _process_bytes("VmRSS")
 
 
 def _process_bytes(field: str) -> int:

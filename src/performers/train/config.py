@@ -104,6 +104,8 @@ class RunConfig:
     be. How many steps fit into this time depends on the machine, so such a run cannot be repeated
     bit by bit, and neither can a resumed one, which uses the time that was left at its last
     checkpoint.
+    `shard_weights`: each of several processes keeps a share of the weights, of their gradients and
+    of what the optimizer remembers (FSDP2), and not all of them. The numbers are the same.
     """
 
     task: str = "masked-lm"
@@ -111,6 +113,7 @@ class RunConfig:
     redraw_every: int = 1000
     compare: list[str] = field(default_factory=list)
     max_seconds: float | None = None
+    shard_weights: bool = False
     data: DataConfig = field(default_factory=DataConfig)
     model: dict[str, Any] = field(default_factory=dict)
     trainer: dict[str, Any] = field(default_factory=dict)

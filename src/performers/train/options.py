@@ -81,11 +81,7 @@ REPORTED = "TensorBoard events are always in the tensorboard/ folder of the run"
 NOT_PUSHED = "push the model/ folder of the run yourself"
 LAST_STEP = "the report is about the last step of every model"
 METRICS = "the metrics are those of the paper, summed batch by batch"
-SHARDED = (
-    "checkpoints hold whole weights, and every process holds all of them. To shard them, wrap the "
-    "model in torch.distributed.fsdp.fully_shard in a program of your own, as docs/distributed.md "
-    "does"
-)
+SHARDED = "write shard_weights: true at the top level, which shares them out and saves them whole"
 NO_COLUMNS = "proteins are no table, and have no columns"
 ALL_DONE = "a run always trains and evaluates"
 LOGGED = "divergence is seen where the loss is logged: set trainer.logging_steps"
@@ -218,7 +214,11 @@ TRAINER_OPTIONS: dict[str, Served | str] = {
     "fsdp": SHARDED,
     "fsdp_config": SHARDED,
     "deepspeed": SHARDED,
-    "parallelism_config": SHARDED,
+    "parallelism_config": (
+        "processes differ in their sequences, and shard_weights: true at the top level shares the "
+        "weights out. To split heads or sequences, write a program of your own, as in "
+        "docs/distributed.md"
+    ),
     "do_train": ALL_DONE,
     "do_eval": ALL_DONE,
     "do_predict": ALL_DONE,

@@ -48,6 +48,7 @@ from performers.train.data import Splits, read_data
 from performers.train.folders import check_place, claim, holds_nothing, release
 from performers.train.lost import naming_lost_processes
 from performers.train.options import check_arguments
+from performers.train.sharding import check_sharding
 from performers.train.shares import SHARED_OUT, Shares, check_shares
 from performers.train.tasks import TASKS, build_model, model_config
 from performers.train.trainer import TokenTrainer, train_to_the_end, training_arguments
@@ -99,6 +100,9 @@ class Run:
         configs = _configs(config)
         arguments = training_arguments(config, folder)
         check_arguments(arguments)
+        if config.shard_weights:
+            for one in configs.values():
+                check_sharding(model_config(one), config.trainer, arguments.world_size)
         _check_folder(config, folder, resume)
         environment = _environment(arguments)
         for name, one in configs.items():
@@ -274,7 +278,8 @@ def _check_folder(config: RunConfig, folder: Path, resume: bool) -> None:
         )
     saved = _flat(written)
     given = _flat(yaml.safe_load(config.to_yaml()))
-    shared_out = {f"trainer.{key}" for key in SHARED_OUT}  # `_check_shares` is about these
+    # `_check_shares` is about the former, and checkpoints hold whole weights.
+    shared_out = {f"trainer.{key}" for key in SHARED_OUT} | {"shard_weights"}
     for key in sorted((saved.keys() | given.keys()) - shared_out):
         if saved.get(key) != given.get(key):
             raise ValueError(

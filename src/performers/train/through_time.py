@@ -74,10 +74,13 @@ def backward_through_time(
             "keys twice: call model.gradient_checkpointing_disable(). Chunks save memory instead."
         )
     linear_memories(new_cache(model))  # refuses other models, before any work
-    targets = next_tokens(labels)
-    count = (targets != -100).sum().clamp(min=1)
-    # By `split`: views, so that nothing is as long as the sequence but the sequence.
-    pieces = zip(input_ids.split(chunk_length, 1), targets.split(chunk_length, 1), strict=True)
+    # Slices are views, so that nothing is as long as the sequence but the sequence.
+    starts = range(0, input_ids.shape[1], chunk_length)
+    pieces = [
+        (input_ids[:, start : start + chunk_length], labels[:, start : start + chunk_length + 1])
+        for start in starts
+    ]
+    count = torch.stack([(after[:, 1:] != -100).sum() for _, after in pieces]).sum().clamp(min=1)
     seed = int(torch.randint(2**62, ()))  # of dropout
     chunks = [_Chunk(model, *piece, count, seed + number) for number, piece in enumerate(pieces)]
     loss, _ = _back(chunks, None, None, kept_states)
@@ -123,11 +126,13 @@ class _States:
 
 @dataclass(frozen=True)
 class _Chunk:
-    """Tokens and what they predict. `count`: of all predictions of the whole sequences."""
+    """Tokens and what they predict: their labels, and that of the token after them if there is one.
+    `count`: of all predictions of the whole sequences.
+    """
 
     model: Any
     input_ids: Int[Tensor, "batch chunk"]
-    targets: Int[Tensor, "batch chunk"]
+    labels: Int[Tensor, "batch chunk_and_next"]
     count: Int[Tensor, ""]
     seed: int
 
@@ -159,7 +164,8 @@ class _Chunk:
             leaves = [_leaves(state) for state in states.states]
             states = replace(states, states=leaves)
         logits, after = self.read(states)
-        loss = summed_loss(logits, self.targets) / self.count
+        targets = next_tokens(self.labels)[:, : logits.shape[1]]
+        loss = summed_loss(logits, targets) / self.count
         ends, of_ends = [loss], [torch.ones_like(loss)]
         for state, of_state in zip(after.states, gradients or (), strict=gradients is not None):
             parts = state.parts()

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from safetensors.torch import load_model
 from torch.optim import Optimizer
@@ -25,6 +26,7 @@ from transformers import (
 )
 from transformers import trainer as transformers_trainer
 from transformers.integrations import TensorBoardCallback
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.utils.logging import disable_progress_bar
 
 from performers.data.masking import Collator
@@ -41,6 +43,7 @@ from performers.train.clock import NEVER, TrainingClock, learning_rate_factor
 from performers.train.config import RunConfig
 from performers.train.metrics import TokenMetrics, score_tokens
 from performers.train.redraw import RedrawFeatures
+from performers.train.sharding import shard_weights, share_out, whole
 from performers.train.tasks import TASKS, Model, Task
 
 __all__ = [
@@ -136,6 +139,7 @@ class TokenTrainer(Trainer):
             callbacks=callbacks,
         )
         self.task = task
+        self.shards_weights = config.shard_weights
         self.peak_memory: int | None = None
         # This collator stays at epoch 0, so that every evaluation scores the same positions.
         self.evaluation_collator = task.evaluation_collator(config.seed)
@@ -151,6 +155,16 @@ class TokenTrainer(Trainer):
             return super().get_eval_dataloader(eval_dataset)
         finally:
             self.data_collator = collator
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Optimizer:
+        """Of this process's shares of the weights, if these are shared out. By now whole weights
+        have been loaded.
+        """
+        if self.shards_weights:
+            shard_weights(self.model)
+            # The Trainer's word for a model that accelerate is not to wrap.
+            self.is_distributed_loading_by_transformers = True
+        return super().create_optimizer(*args, **kwargs)
 
     def create_scheduler(
         self, num_training_steps: int, optimizer: Optimizer | None = None
@@ -173,6 +187,34 @@ class TokenTrainer(Trainer):
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         with saving(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"):
             super()._save_checkpoint(*args, **kwargs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if not self.shards_weights:
+            super().save_model(output_dir, _internal_call)
+            return
+        weights = whole(self.model.state_dict(keep_vars=True))
+        if self.args.should_save:
+            self._save(output_dir, state_dict=weights)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.shards_weights:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        state = whole(self.optimizer.state_dict())
+        if self.args.should_save:
+            torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if not self.shards_weights or checkpoint is None:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        saved, schedule = (
+            torch.load(Path(checkpoint) / name, map_location="cpu", weights_only=True)
+            for name in (OPTIMIZER_NAME, SCHEDULER_NAME)
+        )
+        self.optimizer.load_state_dict(share_out(saved, self.optimizer))
+        self.lr_scheduler.load_state_dict(schedule)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds to every entry the seconds of training so far."""
@@ -224,6 +266,10 @@ def train_to_the_end(
         state.wait_for_everyone()  # the main process seals the checkpoint
         checkpoint = last_whole_checkpoint(checkpoints)
         assert checkpoint is not None, "the Trainer saves the last step"
+        if config.shard_weights:  # what follows takes whole weights, without gradients
+            peak, seconds = trainer.peak_memory, trainer.clock.seconds
+            trainer = TokenTrainer(config, folder, build(), train, valid, seconds, task)
+            trainer.peak_memory = peak
     load_model(trainer.accelerator.unwrap_model(trainer.model), checkpoint / "model.safetensors")
     trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
     return trainer
