@@ -1,16 +1,18 @@
-# Everything runs in .venv, which is made with this interpreter and installed as constraints.txt says.
+# Everything runs in .venv, which is made with this interpreter and installed as CONSTRAINTS says.
 PYTHON ?= python3
 VENV := .venv
 DEMO := $(VENV)/bin/performers train demo --output runs/demo --if-exists show
-INSTALL := $(VENV)/bin/python -m pip install --quiet --constraint constraints.txt
+CONSTRAINTS := constraints.txt
+INSTALL := $(VENV)/bin/python -m pip install --quiet --constraint $(CONSTRAINTS)
 FUZZ_MINUTES ?= 60
 PYTEST := $(VENV)/bin/python -m pytest
+OLDEST := .venv-oldest
 
 # Two workers with one thread each: more threads than cores make torch slower, not faster.
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow fuzz mutants lint format docs package clean
+.PHONY: help demo test test-oldest test-slow fuzz mutants lint format docs package clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -21,6 +23,9 @@ demo: $(VENV)/installed-for-use ## train a small Performer on long sequences of 
 
 test: $(VENV)/installed-for-development ## run the tests, the examples in docstrings included
 	$(PYTEST) -n 2
+
+test-oldest: $(OLDEST)/constraints.txt ## run them with the oldest torch and transformers that are supported
+	$(MAKE) test VENV=$(OLDEST) CONSTRAINTS=$<
 
 test-slow: $(VENV)/installed-for-development ## run the tests that take long
 	$(PYTEST) -n 2 -m slow
@@ -53,19 +58,24 @@ package: $(VENV)/installed-for-development ## build the wheel and the sdist into
 	$(VENV)/bin/twine check --strict dist/*
 
 clean: ## remove the environment and the caches; runs/ stays
-	rm -rf $(VENV) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(OLDEST) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamps say what the environment holds. When one of these two files is newer, it is renewed.
-$(VENV)/installed-for-use: pyproject.toml constraints.txt | $(VENV)/bin/pip
+$(VENV)/installed-for-use: pyproject.toml $(CONSTRAINTS) | $(VENV)/bin/pip
 	$(INSTALL) --editable ".[hf,bio,viz]"
 	touch $@
 
-$(VENV)/installed-for-development: pyproject.toml constraints.txt | $(VENV)/bin/pip
+$(VENV)/installed-for-development: pyproject.toml $(CONSTRAINTS) | $(VENV)/bin/pip
 	$(INSTALL) --editable ".[hf,lora,bio,viz,sklearn,triton,onnx,dev]"
 	touch $@ $(VENV)/installed-for-use
 
 # Debian's venv module has no ensurepip of its own, so the pip of $(PYTHON) brings the environment's.
 $(VENV)/bin/pip:
 	$(PYTHON) -m venv --without-pip $(VENV)
-	$(PYTHON) -m pip --python $(VENV)/bin/python install --quiet --constraint constraints.txt pip
+	$(PYTHON) -m pip --python $(VENV)/bin/python install --quiet --constraint $(CONSTRAINTS) pip
+
+# The lower bounds in pyproject.toml; all else is as new as these allow.
+$(OLDEST)/constraints.txt: pyproject.toml
+	mkdir -p $(OLDEST)
+	sed -nE 's/.*"(torch|transformers)>=([0-9.]+).*/\1==\2/p' $< > $@

@@ -1,14 +1,20 @@
 """The wheel is the package, whole and alone, and code that uses it passes strict type checks."""
 
+import os
+import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from email.parser import Parser
 from pathlib import Path
 
 import pytest
+from hatchling.builders.sdist import SdistBuilder
 from hatchling.builders.wheel import WheelBuilder
 from packaging.requirements import Requirement
+
+import performers
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "performers"
@@ -47,6 +53,61 @@ def test_the_extra_all_is_all_extras_of_users(wheel):
     others = packages.keys() - {"", "all", "dev", "docs", "release"}
     assert packages["all"] == set().union(*(packages[extra] for extra in others))
     assert metadata.get_payload() == (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="there is no git to say what it tracks")
+def test_the_sdist_has_every_file_that_git_tracks(tmp_path):
+    (path,) = SdistBuilder(str(ROOT)).build(directory=str(tmp_path), versions=["standard"])
+    with tarfile.open(path) as archive:
+        packed = {name.partition("/")[2] for name in archive.getnames()}
+    done = subprocess.run(
+        ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert set(done.stdout.split("\0")) - {"", ".gitignore"} <= packed
+
+
+# The door opens without torch, every file is compiled, and what needs torch says so.
+OPENED = """
+import compileall, pathlib, sys, performers
+assert len(dir(performers)) > 20
+assert compileall.compile_dir(pathlib.Path(performers.__file__).parent, quiet=1)
+try:
+    performers.favor_attention
+except ModuleNotFoundError as error:
+    print(performers.__version__, error.name)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("version", ["3.10", "3.11", "3.12", "3.13"])
+def test_the_wheel_installs_and_imports_without_torch(version, wheel, tmp_path):
+    python = shutil.which(f"python{version}")
+    if python is None or subprocess.run([python, "-c", ""], capture_output=True).returncode:
+        pytest.skip(f"there is no python{version} here")
+    environment = {name: x for name, x in os.environ.items() if name != "PYTHONPATH"}
+
+    def run(*command):
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    run(python, "-m", "venv", "--without-pip", tmp_path)
+    inside = tmp_path / "bin" / "python"
+    offline = ("--no-index", "--no-deps", "--quiet")
+    run(sys.executable, "-m", "pip", "--python", inside, "install", *offline, wheel.filename)
+    assert run(inside, "-c", OPENED) == f"{performers.__version__} torch"
+
+
+def test_the_oldest_versions_are_the_lower_bounds(tmp_path):
+    file = tmp_path / "constraints.txt"
+    environment = {name: value for name, value in os.environ.items() if "MAKE" not in name}
+    command = ["make", "--silent", f"OLDEST={tmp_path}", str(file)]
+    subprocess.run(command, cwd=ROOT, env=environment, check=True)
+    oldest = dict(line.split("==") for line in file.read_text().splitlines())
+    assert oldest.keys() == {"torch", "transformers"}
+    bounds = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert all(f'"{name}>={version}' in bounds for name, version in oldest.items())
 
 
 CONSUMER = """

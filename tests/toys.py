@@ -45,17 +45,19 @@ from typing import Annotated
 
 import typer
 
+from performers.cli.answers import Answer
+
 __all__ = ["toy"]
 
 
-def toy(count: Annotated[int, typer.Option(help="How often.")] = 1) -> None:
+def toy(count: Annotated[int, typer.Option(help="How often.")] = 1) -> Answer:
     """Do nothing, so many times.
 
     Example:
 
         performers toy --count 3
     """
-    typer.echo("nothing " * count)
+    return Answer({"count": count}, "nothing " * count)
 '''
 
 

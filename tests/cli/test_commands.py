@@ -20,7 +20,7 @@ from performers.models import MECHANISMS
 from performers.train import UnsavedError, shipped_configs
 
 # Modules of performers.cli that are no commands.
-SHARED = {"__init__", "__main__", "app", "errors"}
+SHARED = {"__init__", "__main__", "answers", "app", "errors"}
 
 
 def run(*arguments):
@@ -244,6 +244,49 @@ def test_sampled_proteins_are_fasta_that_begins_with_the_prompt(trained):
         assert all(len(line) <= 60 for line in lines)
         assert sequence.isalpha()
     assert run(*arguments).stdout == result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "keys"),
+    [
+        (["train", "{config}", "--output", "{run}", "--if-exists", "show"], {"models", "baseline"}),
+        (["evaluate", "{run}", "{fasta}", "--length", "23"], {"accuracy", "perplexity"}),
+        (["embed", "{run}", "{fasta}", "--output", "{new}/x.npz"], {"proteins", "dim", "output"}),
+        (["report", "{run}"], {"report"}),
+        (["plan", "{config}", "--devices", "3"], {"layouts", "refused", "memory"}),
+        (["info"], {"environment", "attention", "configs"}),
+        (
+            ["data", "proteins", "{new}/x.fasta.gz", "--source", "fasta", "--from", "{fasta}"],
+            {"card"},
+        ),
+    ],
+    ids=lambda case: case[0] if isinstance(case, list) else None,
+)
+def test_with_json_a_command_prints_one_document(arguments, keys, trained, config, fasta, tmp_path):
+    names = {"run": trained[0], "config": config, "fasta": fasta, "new": tmp_path}
+    result = run(*(word.format(**names) for word in arguments), "--json")
+    assert result.exit_code == 0, result.output
+    assert keys <= json.loads(result.stdout).keys()
+
+
+def test_a_plan_as_json_holds_what_its_table_says(config):
+    asked = ["plan", config, "--devices", "3", "--memory", "2GiB"]
+    found, table = json.loads(run(*asked, "--json").stdout), run(*asked).stdout
+    assert found["layouts"].keys() | found["refused"].keys() == {"data", "sharded", "sequence"}
+    assert f"{found['weights']:,} weights" in table
+    assert f"{found['layouts']['data']['largest_batch']:,}" in table
+    assert found["layouts"]["data"]["fits"] is True
+    assert found["memory"] == 2 * 2**30
+
+
+def test_sampled_proteins_as_json_are_those_of_the_fasta(trained):
+    asked = ["generate", trained[0], "--count", "2", "--length", "70", "--prompt", "MKV"]
+    found, fasta = json.loads(run(*asked, "--json").stdout), run(*asked).stdout
+    for protein, record in zip(found, fasta.split(">")[1:], strict=True):
+        header, *lines = record.splitlines()
+        assert protein["sequence"] == "".join(lines)
+        assert header.startswith(f"{protein['name']} length={protein['length']} ")
+        assert ("complete" in header) is protein["is_complete"]
 
 
 def test_a_masked_model_cannot_be_sampled_from(trained, tmp_path):

@@ -7,7 +7,6 @@ on the way.
 """
 
 import inspect
-import json
 import pkgutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -24,6 +23,7 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from performers.cli import app
+from performers.cli.answers import COMMON_OPTIONS
 from performers.data.vocabulary import BOS_TOKEN_ID, EOS_TOKEN_ID, PAD_TOKEN_ID, VOCAB_SIZE
 from performers.models import PerformerConfig, PerformerForCausalLM, PerformerForMaskedLM
 
@@ -147,9 +147,6 @@ EFFECTS: dict[str, dict[str, Call | Shown]] = {
         "seed": Call(
             "evaluate {masked} {fasta} --seed 7", "performers.train.tasks.HiddenTokens", "seed", 7
         ),
-        "json_output": Shown(
-            "evaluate {masked} {fasta} --json", lambda out: json.loads(out)["proteins"], 5
-        ),
     },
     "generate": {
         "checkpoint": generate("", "load_model", "checkpoint", "{causal}"),
@@ -176,15 +173,12 @@ EFFECTS: dict[str, dict[str, Call | Shown]] = {
         "checkpoint": fill("", "load_model", "checkpoint", "{masked}"),
         "sequence": fill("", "encode", "sequence", "MKX"),
         "top": Shown("fill {masked} MK? --top 3 --json", lambda out: out.count("0."), 3),
-        "json_output": Shown(
-            "fill {masked} MK? --json", lambda out: json.loads(out)["residues"][0]["position"], 3
-        ),
     },
     "plan": {
         "config": plan("", "train.load_config", "config", "demo"),
         "overrides": plan("seed=7", "train.load_config", "overrides", ["seed=7"]),
-        "devices": plan("--devices 3", "planning.plan_words", "devices", 3),
-        "memory": plan("--memory 2KiB", "planning.plan_words", "memory", 2048),
+        "devices": plan("--devices 3", "planning.plan_layouts", "devices", 3),
+        "memory": plan("--memory 2KiB", "planning.plan_layouts", "memory", 2048),
     },
     "explore": {
         "source": explore("{masked}", "load_subject", "source", "{masked}"),
@@ -256,7 +250,7 @@ EFFECTS: dict[str, dict[str, Call | Shown]] = {
         ),
         "window": diagnose("{tensors} --window 7", "diagnosis.compare", "window_size", 7),
         "sinks": diagnose(
-            "{tensors} --sinks 3", "diagnosis.measure_frontier", "num_sinks", 3,
+            "{tensors} --sinks 3", "train.progress.frontier_with_bar", "num_sinks", 3,
             instead={"performers.diagnosis.compare": {}},
         ),
         "target_error": diagnose(
@@ -266,9 +260,6 @@ EFFECTS: dict[str, dict[str, Call | Shown]] = {
         "heads": Shown(of_file("--heads"), lambda out: "attention, sharp + window" in out, True),
         "output": Call(
             of_file(""), "performers.viz.files.save_figure", "path", "{new}/picture.png"
-        ),
-        "json_output": Shown(
-            of_file("--json"), lambda out: list(json.loads(out)), ["layers", "frontier"]
         ),
     },
     "convert": {
@@ -354,6 +345,7 @@ PARAMETERS = {
     (path, parameter.name): parameter
     for path, command in commands(get_command(app))
     for parameter in command.params
+    if parameter.name not in COMMON_OPTIONS  # those of all commands are tested in test_answers.py
 }
 
 

@@ -162,7 +162,7 @@ def test_another_protein_another_head_and_other_features_are_other_matrices(page
     assert "24 tokens" in page.locator("#attention-sentence").inner_text()
     before = picture(page, "#matrices")
     page.get_by_role("combobox", name="features of FAVOR+").click()
-    page.locator("[role=option]", has_text="positive").click()
+    page.locator("[role=option]", has_text="sharp").click()
     changed(page, "#matrices", before)
 
 

@@ -1,12 +1,14 @@
 """The page around the tabs: bars, pictures and messages, and what it needs."""
 
+import inspect
 import sys
+from functools import partial, wraps
 
 import pytest
 from typer.testing import CliRunner
 
 from performers.cli import app
-from performers.explore.parts import answered, progress
+from performers.explore.parts import answered, answered_steps, progress, stoppable
 
 
 @pytest.mark.parametrize(("done", "share"), [(0, "0.0000"), (3, "0.7500"), (9, "1.0000")])
@@ -57,10 +59,26 @@ def test_a_mistake_of_the_user_is_said_on_the_page_once_or_in_the_middle_of_long
 
     with pytest.raises(Said, match="a &lt; b is refused"):
         answered(once)()
-    work = answered(steps)()
+    work = answered_steps(steps)()
     assert next(work) == 1
     with pytest.raises(Said, match="gone"):
         next(work)
+
+
+def test_the_page_sees_that_long_work_has_steps_whatever_wraps_its_function():
+    """Gradio asks whether the function is a generator's, and else shows what it returns."""
+    clicked = []
+
+    class Button:
+        def click(self, function, *others, **options):
+            clicked.append(function)
+
+    def work(number):
+        yield from range(number)
+
+    stoppable(Button(), Button(), partial(wraps(work)(lambda *given: work(*given)), 3), [], [])
+    assert inspect.isgeneratorfunction(clicked[0])
+    assert list(clicked[0]()) == [0, 1, 2]
 
 
 @pytest.mark.usefixtures("gradio")

@@ -1,7 +1,8 @@
 """The table of commands.
 
-Each is a file of its own, which declares options and calls the layers below. Those are imported
-when it runs: `performers --help` answers without loading torch.
+Each is a file of its own, which declares options, calls the layers below, and returns its answer.
+The layers are imported when it runs: `performers --help` answers without loading torch. What all
+commands have in common, as the options --json, --verbose and --quiet, is added here.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Callable
 
 import typer
 
+from performers.cli.answers import Answer, answering
 from performers.cli.benchmark import benchmark
 from performers.cli.convert import convert
 from performers.cli.diagnose import diagnose
@@ -29,7 +31,7 @@ from performers.cli.train import train
 __all__ = ["COMMANDS", "app", "main"]
 
 # By the words that call them, in the order of the help: a new command is a file and a row.
-COMMANDS: dict[str, Callable[..., None]] = {
+COMMANDS: dict[str, Callable[..., Answer | None]] = {
     "plan": plan,
     "train": train,
     "evaluate": evaluate,
@@ -61,7 +63,7 @@ app = typer.Typer(
 groups = {name: typer.Typer(help=text, no_args_is_help=True) for name, text in GROUPS.items()}
 for words, command in COMMANDS.items():
     first, _, last = words.rpartition(" ")
-    (groups[first] if first else app).command(last)(command)
+    (groups[first] if first else app).command(last)(answering(command))
 for name, group in groups.items():
     app.add_typer(group, name=name)
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from performers.cli.answers import Answer, remark
 from performers.cli.errors import one_line_errors, saying_when_interrupted
 
 __all__ = ["benchmark"]
@@ -60,7 +61,7 @@ def benchmark(
         Path, typer.Option(help="Where the numbers go; the picture lies beside them.")
     ] = Path("benchmark.json"),
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier result.")] = False,
-) -> None:
+) -> Answer:
     """Time one attention layer, in each recommended setting, and what one could use instead.
 
     They are compared with exact attention, the identity and performer-pytorch. Measured are the
@@ -103,7 +104,7 @@ def benchmark(
         remedy = f"Delete {unfinished} and begin anew."
         begun = read_json(unfinished, remedy) if unfinished.exists() else None
         if begun:
-            typer.echo(f"Going on with {unfinished}. To begin anew, delete it.")
+            remark(f"Going on with {unfinished}. To begin anew, delete it.")
         output.parent.mkdir(parents=True, exist_ok=True)
 
         def keep(result: dict[str, Any]) -> None:
@@ -112,10 +113,10 @@ def benchmark(
         kept = "What was measured is kept; go on with the same command."
         with saying_when_interrupted(kept):
             planned = replace(plan.quick() if quick else plan, **changes)
-            result = run(planned, typer.echo, keep, begun)
+            result = run(planned, remark, keep, begun)
     unfinished.replace(output)
     written = [output, *save_figure(speed_figure(result), output)]
-    typer.echo("\n".join(["", *_verdict(result), "", *(f"Wrote {path}" for path in written)]))
+    return Answer(result, [*_verdict(result), "", *(f"Wrote {path}" for path in written)])
 
 
 def _changes(

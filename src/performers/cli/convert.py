@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from performers.cli.answers import Answer, remark
 from performers.cli.errors import one_line_errors, saying_how_to_resume
 
 if TYPE_CHECKING:
@@ -130,7 +131,7 @@ def convert(
     force: Annotated[
         bool, typer.Option("--force", help="Write over what is in the output folder.")
     ] = False,
-) -> None:
+) -> Answer:
     """Convert a pretrained encoder or language model to FAVOR+, and train it to recover its
     quality.
 
@@ -192,7 +193,7 @@ def convert(
             seed=seed,
         )
         conversion = Conversion.prepare(config, output, resume=resume, force=force)
-    _show(_run(conversion), output)
+    return _answer(_run(conversion), output)
 
 
 def _run(conversion: Conversion) -> Mapping[str, Any]:
@@ -204,20 +205,20 @@ def _run(conversion: Conversion) -> Mapping[str, Any]:
         one_line_errors((FloatingPointError, ValueError, UnsavedError)),
         saying_how_to_resume(command),
     ):
-        return conversion.run(lambda line: typer.echo(line, err=True))
+        return conversion.run(remark)
 
 
-def _show(record: Mapping[str, Any], output: Path) -> None:
-    """The picture in the folder, and the table and where things are on the terminal."""
+def _answer(record: Mapping[str, Any], output: Path) -> Answer:
+    """The table and where things are; the picture is drawn in the folder."""
     from performers.viz.conversion import conversion_figure
     from performers.viz.files import save_figure
 
     save_figure(conversion_figure(record), output / "conversion.png")
-    typer.echo(_table(record))
-    typer.echo(
-        f"\nThe model is in {output}; load it with performers.load_linearized. Numbers: "
+    places = (
+        f"The model is in {output}; load it with performers.load_linearized. Numbers: "
         f"{output / 'conversion.json'}, picture: {output / 'conversion.png'}"
     )
+    return Answer(record, f"{_table(record)}\n\n{places}")
 
 
 def _options(error: float | None, measured: Mapping[str, Any], **others: Any) -> FavorOptions:

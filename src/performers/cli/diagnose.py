@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from performers.cli.answers import Answer
 from performers.cli.errors import one_line_errors
 
 if TYPE_CHECKING:
@@ -72,8 +71,7 @@ def diagnose(
     output: Annotated[
         Path, typer.Option(help="The picture to write, with the suffix .png and .svg.")
     ] = Path("diagnosis.png"),
-    json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-) -> None:
+) -> Answer:
     """Compare plain, sharp and windowed features with exact attention in every layer and head, and
     find the cheapest near field and m for an error.
 
@@ -94,44 +92,56 @@ def diagnose(
 
         performers diagnose attention.safetensors --causal --json
     """
-    from performers.diagnosis import measure_frontier, recommendation
+    from performers.train.progress import frontier_with_bar
 
     with one_line_errors():
         captured = _captured(source, text, text_format, column, length, sequences, causal)
         found = _compared(captured, num_projections, window, target_error)
-        typer.echo("measuring settings", err=True)
-        frontier = measure_frontier(captured, sinks)
-    record = {
+        frontier = frontier_with_bar(captured, sinks)
+    layers = {
         layer: {kind: dataclasses.asdict(diagnosis) for kind, diagnosis in kinds.items()}
         for layer, kinds in found.items()
     }
     settings = dataclasses.asdict(frontier)
     with one_line_errors((OSError,)):
-        written = _drawn(record, settings, output)
-    if json_output:
-        whole = _without_infinity({"layers": record, "frontier": settings})
-        typer.echo(json.dumps(whole, indent=1, allow_nan=False))
-        return
-    if heads:
-        for layer, kinds in found.items():
-            for kind, diagnosis in kinds.items():
-                typer.echo(f"{layer}, {kind}\n{diagnosis}\n")
-    typer.echo(_layers_table(found))
-    typer.echo(f"\n{recommendation(found)}\n\n{frontier}")
+        written = _drawn(layers, settings, output)
+    words = _words(found, frontier, heads, target_error)
+    words.append(f"Pictures: {', '.join(map(str, written))}")
+    record = {"layers": layers, "frontier": settings, "pictures": written}
+    return Answer(record, "\n\n".join(words))
+
+
+def _words(
+    found: Mapping[str, Mapping[str, Diagnosis]],
+    frontier: Frontier,
+    heads: bool,
+    target_error: float | None,
+) -> list[str]:
+    """What is said of the layers and of the settings, a paragraph each."""
+    from performers.diagnosis import recommendation
+
+    words = [
+        f"{layer}, {kind}\n{diagnosis}"
+        for layer, kinds in found.items()
+        for kind, diagnosis in kinds.items()
+        if heads
+    ]
+    words += [_layers_table(found), recommendation(found), str(frontier)]
     if target_error is not None:
-        typer.echo(f"\n{_advice(frontier, target_error)}")
-    typer.echo(f"\nPictures: {', '.join(map(str, written))}")
+        words.append(_advice(frontier, target_error))
+    return words
 
 
 def _compared(
     captured: Sequence[Captured], num_projections: int, window: int, target_error: float | None
 ) -> dict[str, dict[str, Diagnosis]]:
     """Each layer by `compare`; without a window where queries and keys differ in number."""
+    from tqdm.auto import tqdm
+
     from performers.diagnosis import compare
 
     found = {}
-    for layer in captured:
-        typer.echo(f"diagnosing {layer.name}", err=True)
+    for layer in tqdm(captured, "diagnosing layers"):
         found[layer.name] = compare(
             layer.query,
             layer.key,
@@ -187,15 +197,6 @@ def _captured(
     if text is None:
         raise ValueError("a model needs something to read: pass --text FILE.")
     return capture_text(path, read_texts(text, text_format, columns or ()), length, sequences)
-
-
-def _without_infinity(record: Any) -> Any:
-    """JSON has no infinity: an expected error beyond all numbers becomes null."""
-    if isinstance(record, Mapping):
-        return {key: _without_infinity(value) for key, value in record.items()}
-    if isinstance(record, list | tuple):
-        return [_without_infinity(value) for value in record]
-    return None if isinstance(record, float) and not math.isfinite(record) else record
 
 
 def _layers_table(found: Mapping[str, Mapping[str, Diagnosis]]) -> str:

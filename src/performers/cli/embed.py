@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from performers.cli.answers import Answer
 from performers.cli.errors import one_line_errors, saying_how_to_resume
 
 __all__ = ["embed"]
@@ -29,7 +30,7 @@ def embed(
         bool, typer.Option("--resume", help="Go on with an interrupted run.")
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier result.")] = False,
-) -> None:
+) -> Answer:
     """Write the embeddings of proteins, in the order of the files.
 
     The file holds ids and embeddings, the last hidden states of the residues. With
@@ -57,7 +58,8 @@ def embed(
     command += ["--pooling", pooling, "--batch-tokens", str(batch_tokens)]
     with saying_how_to_resume(command), one_line_errors((UnsavedError,)):
         found = embedding.run()
-    typer.echo(
+    words = (
         f"Wrote {found['output']}: {found['proteins']:,} proteins of {found['residues']:,} "
         f"residues, vectors of {found['dim']}."
     )
+    return Answer(found, words)

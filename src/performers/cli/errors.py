@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import shlex
 import signal
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
 import typer
+
+from performers.cli.answers import is_verbose
 
 __all__ = ["MISTAKES", "one_line_errors", "saying_how_to_resume", "saying_when_interrupted"]
 
@@ -17,7 +20,7 @@ MISTAKES = (ValueError, TypeError, OSError, ModuleNotFoundError)
 
 @contextmanager
 def one_line_errors(kinds: tuple[type[Exception], ...] = MISTAKES) -> Iterator[None]:
-    """Turn errors of these kinds into one line on stderr.
+    """Turn errors of these kinds into one line on stderr, after a traceback under --verbose.
 
     For the work itself only kinds that it raises on purpose are given: the traceback of any other
     error there is wanted.
@@ -25,6 +28,8 @@ def one_line_errors(kinds: tuple[type[Exception], ...] = MISTAKES) -> Iterator[N
     try:
         yield
     except kinds as error:
+        if is_verbose():
+            typer.echo(traceback.format_exc(), err=True)
         message = str(error)
         if isinstance(error, OSError) and error.strerror:  # raised by the system, not by us
             message = f"{error.filename}: {error.strerror}"

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from performers.cli.answers import Answer
 from performers.cli.errors import one_line_errors
 
 __all__ = ["evaluate"]
@@ -19,8 +19,7 @@ def evaluate(
     length: Annotated[int, typer.Option(help="Crop proteins to this many tokens.")] = 1024,
     batch_size: Annotated[int, typer.Option(help="Proteins per batch.")] = 8,
     seed: Annotated[int, typer.Option(help="Seed of the masked positions.")] = 0,
-    json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-) -> None:
+) -> Answer:
     """Print accuracy, perplexity and bits per character of a model on proteins.
 
     Examples:
@@ -36,4 +35,4 @@ def evaluate(
             checkpoint, data, length=length, batch_size=batch_size, seed=seed
         )
     scores = evaluation.run()
-    typer.echo(json.dumps(scores, indent=2) if json_output else scores_table(scores))
+    return Answer(scores, scores_table(scores))

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from performers.cli.answers import remark
 from performers.cli.errors import one_line_errors
 
 __all__ = ["explore"]
@@ -57,11 +58,11 @@ def explore(
     with one_line_errors():
         from performers.explore import build, load_subject, sample_subject, serve
 
-        typer.echo("reading the model", err=True)
+        remark("reading the model")
         subject = sample_subject() if source is None else load_subject(source)
         page = build(subject, runs or _runs_beside(source))
         address = serve(page, host, port, opens_browser=browser)
-    typer.echo(f"The page is at {address} until Ctrl-C.", err=True)
+    typer.echo(f"The page is at {address} until Ctrl-C.")
     page.block_thread()
 
 

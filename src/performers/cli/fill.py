@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from performers.cli.answers import Answer
 from performers.cli.errors import one_line_errors
 
 __all__ = ["fill"]
@@ -19,8 +20,7 @@ def fill(
         str, typer.Argument(help="A protein in which ? or <mask> hides a residue.")
     ],
     top: Annotated[int, typer.Option(help="Likeliest amino acids of each residue.")] = 5,
-    json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-) -> None:
+) -> Answer:
     """Print the likeliest amino acids of hidden residues, and the protein filled with them.
 
     Examples:
@@ -34,10 +34,10 @@ def fill(
     with one_line_errors():
         filling = Filling.prepare(checkpoint, sequence, top=top)
     found = filling.run()
-    if json_output:
-        typer.echo(json.dumps(found, indent=2))
-        return
-    for residue in found["residues"]:
-        likely = "  ".join(f"{letter} {chance:.3f}" for letter, chance in residue["likely"].items())
-        typer.echo(f"{residue['position']:>6}  {likely}")
-    typer.echo(found["sequence"])
+    return Answer(found, "\n".join([*map(_line, found["residues"]), found["sequence"]]))
+
+
+def _line(residue: Mapping[str, Any]) -> str:
+    """The position of a hidden residue, and what is likely there."""
+    likely = "  ".join(f"{letter} {chance:.3f}" for letter, chance in residue["likely"].items())
+    return f"{residue['position']:>6}  {likely}"

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from performers.cli.answers import Answer
 from performers.cli.errors import one_line_errors
 
 __all__ = ["generate"]
@@ -21,7 +24,7 @@ def generate(
         float, typer.Option(help="Below 1 the likely gets likelier; 0 always takes the likeliest.")
     ] = 1.0,
     seed: Annotated[int, typer.Option(help="The same seed gives the same proteins.")] = 0,
-) -> None:
+) -> Answer:
     """Sample proteins from a causal model and print them as FASTA.
 
     Examples:
@@ -30,6 +33,8 @@ def generate(
 
         performers generate runs/protein-clm --prompt MKTAYIAK --temperature 0.8 > new.fasta
     """
+    from tqdm.auto import tqdm
+
     from performers.train import Generation
 
     with one_line_errors():
@@ -41,5 +46,9 @@ def generate(
             temperature=temperature,
             seed=seed,
         )
-    for record in generation.run():
-        typer.echo(record)
+    # In a terminal the proteins themselves show how far it is.
+    bar = tqdm(generation.run(), "generating", count, disable=sys.stdout.isatty())
+    return Answer(
+        ({**asdict(sample), "length": len(sample.sequence)} for sample in bar),
+        (sample.fasta() for sample in bar),
+    )

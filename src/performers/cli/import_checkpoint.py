@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from performers.cli.answers import Answer
 from performers.cli.errors import one_line_errors
 
 __all__ = ["import_checkpoint"]
@@ -46,7 +47,7 @@ def import_checkpoint(
     force: Annotated[
         bool, typer.Option("--force", help="Write over what is in the output folder.")
     ] = False,
-) -> None:
+) -> Answer:
     """Import a model that was trained with another library, with equal outputs.
 
     A checkpoint does not say all that its model computed. Options say the rest, where it is not
@@ -89,10 +90,13 @@ def import_checkpoint(
             )
     with one_line_errors((OSError, SafetensorError)):
         model.save_pretrained(output)
-    typer.echo(
-        f"{output}: a {type(model).__name__} of {model.num_parameters():,} weights. As {library} "
-        f"does, and no other model here: {model.config.dialect}"
+    kind, weights, dialect = type(model).__name__, model.num_parameters(), model.config.dialect
+    record = {"output": output, "model": kind, "weights": weights, "dialect": dialect}
+    words = (
+        f"{output}: a {kind} of {weights:,} weights. As {library} does, and no other model here: "
+        f"{dialect}"
     )
+    return Answer(record, words)
 
 
 def _check_output(output: Path, force: bool) -> None:

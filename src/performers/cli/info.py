@@ -2,47 +2,64 @@
 
 from __future__ import annotations
 
-import typer
+from typing import Any
+
+from performers.cli.answers import Answer
 
 __all__ = ["info"]
 
 
-def info() -> None:
+def info() -> Answer:
     """Print versions, hardware, and the words that configs may use.
 
     Example:
 
         performers info
     """
-    typer.echo(_description())
-
-
-def _description() -> str:
-    """Versions, hardware, and the values that a config or a call may have."""
     from performers.backends import BACKENDS
     from performers.functional.projections import DISTRIBUTIONS, PROJECTIONS
     from performers.models import MECHANISMS
     from performers.nn.words import FEATURES
-    from performers.records import aligned, describe_environment
+    from performers.records import describe_environment
     from performers.train import shipped_configs
 
-    environment = describe_environment()
+    record = {
+        "environment": describe_environment(),
+        "backends": {
+            "all": list(BACKENDS),
+            "bidirectional": _chosen(is_causal=False),
+            "causal": _chosen(is_causal=True),
+        },
+        "attention": list(MECHANISMS),
+        "features": list(FEATURES),
+        "projections": list(PROJECTIONS),
+        "distributions": list(DISTRIBUTIONS),
+        "configs": shipped_configs(),
+    }
+    return Answer(record, _words(record))
+
+
+def _words(record: dict[str, Any]) -> str:
+    """Versions, hardware, and the values that a config or a call may have, as a table."""
+    from performers.records import aligned
+
+    environment, backends = record["environment"], record["backends"]
     rows = [
         *environment["packages"].items(),
         ("python", f"{environment['python']} on {environment['system']}"),
         ("processor", f"{environment['processor']}, {environment['cores']} cores"),
         ("accelerators", ", ".join(environment["accelerators"]) or "none"),
         ("threads", f"{environment['threads']} (set OMP_NUM_THREADS to change)"),
-        ("backends", ", ".join(BACKENDS)),
-        ("  bidirectional", _chosen(is_causal=False)),
-        ("  causal", _chosen(is_causal=True)),
-        ("attention", ", ".join(MECHANISMS)),
-        ("features", ", ".join(FEATURES)),
-        ("projections", ", ".join(PROJECTIONS)),
-        ("distributions", ", ".join(DISTRIBUTIONS)),
+        ("backends", ", ".join(backends["all"])),
+        ("  bidirectional", backends["bidirectional"]),
+        ("  causal", backends["causal"]),
+        *(
+            (name, ", ".join(record[name]))
+            for name in ("attention", "features", "projections", "distributions")
+        ),
         ("", ""),
         ("config", "performers train NAME"),
-        *shipped_configs().items(),
+        *record["configs"].items(),
     ]
     return "\n".join(aligned([[name, text] for name, text in rows], right=False))
 

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from performers.cli.answers import Answer
 from performers.cli.errors import one_line_errors
 
 __all__ = ["plan"]
@@ -21,7 +22,7 @@ def plan(
     ] = None,
     devices: Annotated[int, typer.Option(min=1, help="How many accelerators train together.")] = 1,
     memory: Annotated[str, typer.Option(help="What each has, such as 80GiB.")] = "80GiB",
-) -> None:
+) -> Answer:
     """Print the memory, operations and communication of a training run, from formulas.
 
     One column for each layout: sequences of its own for every device (data), weights that are
@@ -35,11 +36,11 @@ def plan(
 
         performers plan protein-long data.length=1048576 --devices 8
     """
-    from performers.planning import plan_words, workload_of
+    from performers.planning import plan_layouts, plan_words, workload_of
     from performers.planning.tables import bytes_of
     from performers.train import load_config
 
     with one_line_errors():
         workload = workload_of(load_config(config, overrides or []))
-        words = plan_words(workload, devices, bytes_of(memory))
-    typer.echo(words)
+        record = plan_layouts(workload, devices, bytes_of(memory))
+    return Answer(record, plan_words(record))

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from performers.cli.answers import Answer, remark
 from performers.cli.errors import MISTAKES, one_line_errors
 
 __all__ = ["proteins"]
@@ -25,7 +26,7 @@ def proteins(
         Literal["mmseqs", "kmers"] | None,
         typer.Option(help="How homologues are found; chosen by size unless given."),
     ] = None,
-) -> None:
+) -> Answer:
     """Write a set of distinct proteins with clusters of homologues, and a card that says
     where it came from.
 
@@ -43,6 +44,7 @@ def proteins(
 
     with one_line_errors((*MISTAKES, RuntimeError)):
         card = fetch_proteins(
-            output, source, from_paths=from_path or [], clustering=clustering, report=typer.echo
+            output, source, from_paths=from_path or [], clustering=clustering, report=remark
         )
-    typer.echo(f"Wrote {output}: {card['counts']}")
+    counts = ", ".join(f"{what} {number:,}" for what, number in card["counts"].items())
+    return Answer({"output": output, "card": card}, f"Wrote {output}: {counts}.")

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from performers.cli.answers import Answer
 from performers.cli.errors import one_line_errors
 
 __all__ = ["report"]
@@ -14,7 +15,7 @@ __all__ = ["report"]
 
 def report(
     run: Annotated[Path, typer.Argument(help="The folder of a finished run.")],
-) -> None:
+) -> Answer:
     """Draw the report of a run again from its metrics.json.
 
     Example:
@@ -25,4 +26,4 @@ def report(
 
     with one_line_errors():
         path = write_report(run)
-    typer.echo(f"Report: {path}")
+    return Answer({"report": path}, f"Report: {path}")

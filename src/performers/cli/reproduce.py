@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from performers.cli.answers import Answer, remark
 from performers.cli.errors import one_line_errors
 
 __all__ = ["reproduce"]
@@ -20,7 +21,7 @@ def reproduce(
     draw_only: Annotated[
         bool, typer.Option("--draw-only", help="Draw again from the numbers of an earlier run.")
     ] = False,
-) -> None:
+) -> Answer:
     """Run an experiment of the paper and save its numbers, its figure and its README.
 
     Examples:
@@ -29,14 +30,16 @@ def reproduce(
 
         performers reproduce theorem-1 --scale paper --draw-only
     """
+    from performers.records import TimeLeft
     from performers.reproduction import Reproduction, experiment_folder
 
     with one_line_errors():
         reproduction = Reproduction.prepare(experiment_folder(name), scale)
         if draw_only:
             written = reproduction.draw()
+        else:
+            left = TimeLeft(reproduction.seconds_before())
     if not draw_only:
         with one_line_errors((ModuleNotFoundError,)):  # weights that come in a package
-            written = reproduction.run(typer.echo)
-    for path in written:
-        typer.echo(f"Wrote {path}")
+            written = reproduction.run(lambda line: remark(f"{line} ({left()})"))
+    return Answer({"written": written}, [f"Wrote {path}" for path in written])

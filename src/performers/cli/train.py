@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from performers.cli.answers import Answer
 from performers.cli.errors import one_line_errors, saying_how_to_resume
 
 __all__ = ["train"]
@@ -33,7 +34,7 @@ def train(
             "if it is not finished)."
         ),
     ] = "refuse",
-) -> None:
+) -> Answer | None:
     """Train a model and write a report.
 
     Keys under `trainer` are those of transformers' TrainingArguments, keys under `model` those of
@@ -63,8 +64,7 @@ def train(
     with one_line_errors():
         if if_exists == "show" and holds_run(folder):
             if has_finished(folder):
-                _print_results(folder)
-                return
+                return _earlier_results(folder)
             resume = True
         run = Run.prepare(load_config(config, overrides or []), folder, resume=resume)
     expected = (FloatingPointError, UnsavedError, LostProcessError)
@@ -72,15 +72,14 @@ def train(
     with one_line_errors(expected), saying_how_to_resume(again):
         metrics = run.train()
     if metrics is None:  # another rank writes the report
-        return
+        return None
     from performers.viz import write_report
 
-    write_report(folder)
-    typer.echo(results_table(metrics))
-    typer.echo(f"\nReport: {folder / 'report.html'}")
+    report = write_report(folder)
+    return Answer(metrics, f"{results_table(metrics)}\n\nReport: {report}")
 
 
-def _print_results(folder: Path) -> None:
+def _earlier_results(folder: Path) -> Answer:
     """The table of a finished run, whose report is drawn if it is missing."""
     from performers.records import holding, read_json
     from performers.train import results_table
@@ -95,5 +94,4 @@ def _print_results(folder: Path) -> None:
             from performers.viz import write_report
 
             write_report(folder)
-    typer.echo(table)
-    typer.echo(f"\nThis run is finished. Report: {report}")
+    return Answer(metrics, f"{table}\n\nThis run is finished. Report: {report}")

@@ -107,4 +107,4 @@ def frontier_tab(gr: Any, tab: Any, subject: Subject) -> None:
     draw = answered(partial(compare, subject))
     on_change(tab.select, draw, controls, outputs, watched=[window, projections, measured])
     text.submit(draw, controls, outputs)
-    stoppable(start, stop, answered(partial(grid, subject)), [text], [bar, measured])
+    stoppable(start, stop, partial(grid, subject), [text], [bar, measured])

@@ -16,7 +16,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from performers.checks import check_count, check_seed
 from performers.convert.options import FAVOR
 from performers.convert.saved_states import new_cache
-from performers.explore.parts import answered, picture, progress, stoppable
+from performers.explore.parts import picture, progress, stoppable
 from performers.explore.practice import SECONDS, train
 from performers.explore.subject import Subject
 from performers.models import PerformerForCausalLM
@@ -163,7 +163,7 @@ def generation_tab(gr: Any, subject: Subject) -> None:
                 begin = gr.Button("Train it")
                 end = gr.Button("Stop training")
             lesson = gr.HTML(elem_id="training-bar")
-        stoppable(begin, end, answered(partial(train, subject)), [seconds], [lesson])
+        stoppable(begin, end, partial(train, subject), [seconds], [lesson])
     with gr.Row():
         with gr.Column(scale=1, min_width=260):
             prompt = gr.Textbox(subject.vocabulary.prompt, label="prompt", elem_id="prompt")
@@ -179,4 +179,4 @@ def generation_tab(gr: Any, subject: Subject) -> None:
                 gr.HTML(elem_id="memory"),
             ]
     controls = [prompt, length, temperature, seed]
-    stoppable(start, stop, answered(partial(shown, subject)), controls, outputs)
+    stoppable(start, stop, partial(shown, subject), controls, outputs)

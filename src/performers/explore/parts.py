@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import html
-import inspect
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import wraps
 from typing import Any
 
 from performers.viz.files import Figure, data_url
 
-__all__ = ["answered", "on_change", "picture", "progress", "stoppable"]
+__all__ = ["answered", "answered_steps", "on_change", "picture", "progress", "stoppable"]
 
 # What the layers below raise for what one has typed or chosen.
 MISTAKES = (ValueError, TypeError, OSError)
@@ -43,17 +42,6 @@ def progress(done: int | float, of: int | float, what: str) -> str:
 
 def answered(function: Callable[..., Any]) -> Callable[..., Any]:
     """Show mistakes of the user as a message on the page, in the words of the error."""
-    # Imported by the page, which exists when this is called.
-    if inspect.isgeneratorfunction(function):
-
-        @wraps(function)
-        def steps(*arguments: Any) -> Any:
-            try:
-                yield from function(*arguments)
-            except MISTAKES as error:
-                raise _message(error) from error
-
-        return steps
 
     @wraps(function)
     def once(*arguments: Any) -> Any:
@@ -63,6 +51,19 @@ def answered(function: Callable[..., Any]) -> Callable[..., Any]:
             raise _message(error) from error
 
     return once
+
+
+def answered_steps(function: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
+    """`answered`, of a function that shows one thing after another."""
+
+    @wraps(function)
+    def steps(*arguments: Any) -> Iterator[Any]:
+        try:
+            yield from function(*arguments)
+        except MISTAKES as error:
+            raise _message(error) from error
+
+    return steps
 
 
 def on_change(
@@ -84,16 +85,18 @@ def on_change(
 def stoppable(
     start: Any,
     stop: Any,
-    function: Callable[..., Any],
+    function: Callable[..., Iterator[Any]],
     inputs: Sequence[Any],
     outputs: Sequence[Any],
 ) -> None:
-    """Let one button begin a long work, whose function is a generator, and another one end it."""
-    work = start.click(function, inputs, outputs, show_progress="hidden")
+    """Let one button begin a long work, of which the function yields what is to be shown, and
+    another one end it.
+    """
+    work = start.click(answered_steps(function), inputs, outputs, show_progress="hidden")
     stop.click(None, None, None, cancels=[work])
 
 
 def _message(error: Exception) -> Exception:
-    import gradio
+    import gradio  # by the page, which exists when this is called
 
     return gradio.Error(html.escape(" ".join(str(error).split())), print_exception=False)

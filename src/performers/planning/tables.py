@@ -1,14 +1,17 @@
-"""A plan as text: one column per layout."""
+"""The plans of all layouts beside each other, and as text: one column per layout."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from typing import Any
 
-from performers.planning.layouts import LAYOUTS, Plan, largest_batch, plan
+from performers.planning.layouts import LAYOUTS, largest_batch, plan
 from performers.planning.workload import Workload
 from performers.records import aligned
 
-__all__ = ["bytes_of", "plan_words"]
+__all__ = ["bytes_of", "plan_layouts", "plan_words"]
 
 UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 
@@ -30,47 +33,68 @@ def bytes_of(size: str) -> int:
     return int(float(found[1]) * UNITS[found[2]])
 
 
-def plan_words(workload: Workload, devices: int, memory: int) -> str:
+def plan_layouts(workload: Workload, devices: int, memory: int) -> dict[str, Any]:
     """The plan of every layout for devices with so many bytes, and why a layout is left out.
 
     Raises ValueError where not even the first layout, that of every run, can be planned.
     """
-    plans: dict[str, Plan] = {}
-    reasons = []
+    layouts: dict[str, dict[str, Any]] = {}
+    refused: dict[str, str] = {}
     for name in LAYOUTS if devices > 1 else ["data"]:
         try:
-            plans[name] = plan(workload, name, devices)
+            found = plan(workload, name, devices)
         except ValueError as error:
-            if not plans:
+            if not layouts:
                 raise
-            reasons.append(f"Not {name}: {error}")
-    is_many = devices > 1
-    config = workload.config
-    batch = "sequence" if workload.batch == 1 else "sequences"
-    again = f", {workload.accumulation} times a step" if workload.accumulation > 1 else ""
+            refused[name] = str(error)
+        else:
+            layouts[name] = {
+                **asdict(found),
+                "fits": found.peak <= memory,
+                "largest_batch": largest_batch(workload, name, devices, memory),
+            }
+    return {
+        "weights": workload.weights,
+        "layers": workload.config.num_hidden_layers,
+        "batch": workload.batch,
+        "length": workload.length,
+        "accumulation": workload.accumulation,
+        "devices": devices,
+        "memory": memory,
+        "layouts": layouts,
+        "refused": refused,
+    }
+
+
+def plan_words(record: Mapping[str, Any]) -> str:
+    """What `plan_layouts` found, as a table with a column for each layout."""
+    devices, layouts = record["devices"], record["layouts"]
+    batch = "sequence" if record["batch"] == 1 else "sequences"
+    again = f", {record['accumulation']} times a step" if record["accumulation"] > 1 else ""
     lines = [
-        f"{workload.weights:,} weights in {config.num_hidden_layers} layers. A device computes "
-        f"{workload.batch} {batch} of {workload.length:,} tokens at a time{again}.",
+        f"{record['weights']:,} weights in {record['layers']} layers. A device computes "
+        f"{record['batch']} {batch} of {record['length']:,} tokens at a time{again}.",
         "",
     ]
+
+    def row(title: str, name: str, words: Callable[[Any], str] = _bytes) -> list[str]:
+        return [title, *(words(layout[name]) for layout in layouts.values())]
+
     rows = [
-        [f"one of {devices} devices" if is_many else "one device", *plans],
-        ["weights", *(_bytes(p.weights) for p in plans.values())],
-        ["gradients", *(_bytes(p.gradients) for p in plans.values())],
-        ["optimizer", *(_bytes(p.optimizer) for p in plans.values())],
-        ["activations", *(_bytes(p.activations) for p in plans.values())],
-        ["expected peak", *(_bytes(p.peak) for p in plans.values())],
-        ["reached in", *(p.moment for p in plans.values())],
-        [f"fits {_bytes(memory)}", *("yes" if p.peak <= memory else "no" for p in plans.values())],
-        [
-            "largest batch that fits",
-            *(f"{largest_batch(workload, name, devices, memory):,}" for name in plans),
-        ],
-        ["operations of a step", *(f"{p.operations:.3g}" for p in plans.values())],
-        ["sent in a step", *(_bytes(p.sent) for p in plans.values())],
+        [f"one of {devices} devices" if devices > 1 else "one device", *layouts],
+        row("weights", "weights"),
+        row("gradients", "gradients"),
+        row("optimizer", "optimizer"),
+        row("activations", "activations"),
+        row("expected peak", "peak"),
+        row("reached in", "moment", str),
+        row(f"fits {_bytes(record['memory'])}", "fits", lambda fits: "yes" if fits else "no"),
+        row("largest batch that fits", "largest_batch", "{:,}".format),
+        row("operations of a step", "operations", "{:.3g}".format),
+        row("sent in a step", "sent"),
     ]
-    lines += aligned(rows)
-    return "\n".join([*lines, *([""] if reasons else []), *reasons])
+    reasons = [f"Not {name}: {reason}" for name, reason in record["refused"].items()]
+    return "\n".join([*lines, *aligned(rows), *([""] if reasons else []), *reasons])
 
 
 def _bytes(size: int | float) -> str:

@@ -3,10 +3,12 @@
 from performers.records.documents import with_block, write_block
 from performers.records.environment import PeakMemory, describe_environment, resident_bytes
 from performers.records.files import holding, read_json, read_text, replace_text
+from performers.records.progress import TimeLeft
 from performers.records.tables import aligned, markdown_table
 
 __all__ = [
     "PeakMemory",
+    "TimeLeft",
     "aligned",
     "describe_environment",
     "holding",

@@ -42,6 +42,12 @@ class Reproduction:
         check_choice("scale", scale, SCALES)
         return cls(folder, load_experiment(folder), scale)
 
+    def seconds_before(self) -> float | None:
+        """What the last run at this scale took; None if there was none."""
+        if not self._numbers(self.scale).is_file():
+            return None
+        return float(self._read(self.scale)["seconds"])
+
     def run(self, report: Callable[[str], None]) -> list[Path]:
         """Save the numbers as SCALE.json and draw them; returns the files that were written."""
         config = self.experiment.CONFIGS[self.scale]

@@ -6,7 +6,7 @@ Nothing is timed before every setting has matched its definition in float64.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from performers.checks import check_choice
 from performers.functional import softmax_attention
-from performers.records.environment import describe_environment
+from performers.records import TimeLeft, describe_environment
 from performers.speed.competitors import Mechanism, favor, mechanisms, versions
 from performers.speed.model import seconds_of_step
 from performers.speed.operations import Operations
@@ -108,10 +108,13 @@ def run(
     def missing(part: str, **key: Any) -> bool:
         return not any(row.items() >= key.items() for row in result[part])
 
+    left, before, planned = TimeLeft(), _tokens(result), _tokens_planned(plan)
+
     def add(part: str, row: dict[str, Any], line: str) -> None:
         result[part].append(row)
         keep(result)
-        report(line)
+        done = _tokens(result)
+        report(f"{line}\n{done / planned:.0%} done, {left((done - before) / (planned - before))}")
 
     peers = {name: list(SETTINGS[name].peers) for name in plan.settings}
     with limited_memory(device):
@@ -153,6 +156,18 @@ def run(
                 row = _decoding_row(plan, context)
                 add("decoding", row, decoding_line(row))
     return result
+
+
+def _tokens(result: Mapping[str, Any]) -> int:
+    """Tokens of all sequences that were timed: what is measured takes about as long."""
+    parts = ("time", "memory", "models", "decoding")
+    return sum(row.get("length", row.get("context")) for part in parts for row in result[part])
+
+
+def _tokens_planned(plan: Plan) -> int:
+    by_dtype = len(plan.dtypes) * sum(plan.lengths)
+    twice = by_dtype + sum(plan.memory_lengths) + sum(plan.model_lengths)
+    return 2 * twice + sum(plan.contexts)
 
 
 def _slow(plan: Plan, rows: list[dict[str, Any]], dtype: str, causal: bool) -> dict[str, int]:

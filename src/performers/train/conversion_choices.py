@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from performers.convert.calibration import calibrate
@@ -163,7 +164,7 @@ class Chooser:
         order = sorted(tried, key=lambda name: cost[name] or 0.0)
         models: dict[Any, PreTrainedModel] = {}
         learned: dict[FavorOptions, PreTrainedModel] = {}
-        for name in order:
+        for name in tqdm(order, "calibrating settings", leave=False):
             options = tried[name]
             models[name] = variant(self.model, options)
             if not learns(options):
@@ -173,7 +174,8 @@ class Chooser:
                 _copy_features(learned[alike], models[name])
             else:
                 learned[alike] = calibrate(models[name], self.learn_from)
-        found = compare_fidelity(models, self.teacher, self.batches)
+        batches = tqdm(self.batches, "comparing settings", leave=False)
+        found = compare_fidelity(models, self.teacher, batches)
         return {n: Candidate(tried[n], models[n], found[n], cost[n]) for n in order}
 
 

@@ -42,9 +42,9 @@ from performers.convert.linearize import linearize, load_linearized
 from performers.convert.mixed import choose_layers, layer_costs
 from performers.convert.options import FavorOptions
 from performers.convert.sequences import Sequences
-from performers.diagnosis import Frontier, measure_frontier
+from performers.diagnosis import Frontier
 from performers.diagnosis.frontier import NUM_SINKS
-from performers.records.environment import describe_environment
+from performers.records import TimeLeft, describe_environment
 from performers.records.files import read_json
 from performers.train.checkpoints import saving, write_atomically
 from performers.train.conversion_choices import Chooser, learns
@@ -58,6 +58,7 @@ from performers.train.conversion_config import (
 from performers.train.conversion_data import ConversionData
 from performers.train.fine_tuning import fine_tune
 from performers.train.folders import claim, release
+from performers.train.progress import frontier_with_bar
 
 __all__ = ["Conversion"]
 
@@ -193,10 +194,12 @@ class Conversion:
         self._measure("calibrated", model, teacher, record, report)
         steps = self.config.transfer_steps
         if steps:
+            left = TimeLeft()
 
             def every_tenth(step: int, loss: float) -> None:
                 if step % 10 == 0 or step == steps:
-                    report(f"attention transfer, step {step} of {steps}: loss {loss:.4f}")
+                    progress = f"step {step} of {steps}, {left(step / steps)}"
+                    report(f"attention transfer, {progress}: loss {loss:.4f}")
 
             rate = self.config.transfer_learning_rate
             before = _weights(model)
@@ -214,7 +217,7 @@ class Conversion:
         layers = capture_attention(model, input_ids=rows.to(_device()))
         options = self.config.options
         sinks = NUM_SINKS if options.num_sinks is None else options.num_sinks
-        return measure_frontier(layers, sinks, options.statistics or "calibrated")
+        return frontier_with_bar(layers, sinks, options.statistics or "calibrated")
 
     def _within(
         self, frontier: Frontier, error: float, report: Callable[[str], None]

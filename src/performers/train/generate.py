@@ -29,6 +29,24 @@ LINE_WIDTH = 60
 
 
 @dataclass(frozen=True)
+class Sample:
+    """A protein that a model made up. `is_complete`: the model ended it, before the length did."""
+
+    name: str
+    sequence: str
+    is_complete: bool
+    seed: int
+
+    def fasta(self) -> str:
+        """The protein as a record of FASTA."""
+        length = len(self.sequence)
+        note = "complete" if self.is_complete else f"cut at {length}"
+        starts = range(0, length, LINE_WIDTH)
+        lines = [self.sequence[start : start + LINE_WIDTH] for start in starts]
+        return "\n".join([f">{self.name} length={length} {note} seed={self.seed}", *lines])
+
+
+@dataclass(frozen=True)
 class Generation:
     """A causal model and how proteins are to be sampled from it, all checked."""
 
@@ -73,8 +91,10 @@ class Generation:
         return cls(model, prompt, count, length, temperature, seed)
 
     @torch.no_grad()
-    def run(self) -> Iterator[str]:
-        """Lines of FASTA. The state of the model has a constant size, however long they get."""
+    def run(self) -> Iterator[Sample]:
+        """One protein after another. The state of the model has a constant size, however long they
+        get.
+        """
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         model = self.model.to(device)
         start = torch.cat([torch.tensor([BOS_TOKEN_ID]), encode(self.prompt)])[None].to(device)
@@ -93,7 +113,4 @@ class Generation:
             tokens = model.generate(start, generation_config=settings)[0, 1:].cpu()
             ended = bool((tokens == EOS_TOKEN_ID).any())
             sequence = decode(tokens[: -1 if ended else None])
-            note = "complete" if ended else f"cut at {self.length}"
-            yield f">sample_{number + 1} length={len(sequence)} {note} seed={self.seed + number}"
-            for first in range(0, len(sequence), LINE_WIDTH):
-                yield sequence[first : first + LINE_WIDTH]
+            yield Sample(f"sample_{number + 1}", sequence, ended, self.seed + number)
