@@ -140,6 +140,7 @@ UNFIT = {
     "attends by something else than FAVOR+": lambda: PerformerForMaskedLM(
         PerformerConfig(**SIZES, attention="exact")
     ),
+    "Sequential is a module around one": lambda: torch.nn.Sequential(MODELS["masked"]()),
     "has no plan for tensor parallelism": lambda: linearize(bert(), FavorOptions()),
 }
 

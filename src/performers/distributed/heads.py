@@ -68,10 +68,16 @@ def shard_heads(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
     check_instance("mesh", mesh, DeviceMesh, "a torch.distributed.device_mesh.DeviceMesh")
     group = group_of(mesh)
     ranks, rank = size_of(group), rank_in(group)
+    base = getattr(model, "base_model", None)
     attending: list[Favor | FavorLayer] = []
     plan: dict[str, ParallelStyle] = {}
 
     def describe() -> tuple[Mapping[str, object], int]:
+        if not isinstance(base, nn.Module):
+            raise ValueError(
+                f"shard_heads takes a Performer or a model of transformers itself, and "
+                f"{type(model).__name__} is a module around one, or none. Pass what is inside."
+            )
         if any(isinstance(weight, DTensor) for weight in model.parameters()):
             raise ValueError(
                 f"the weights of {type(model).__name__} are shared out already. Call shard_heads "
@@ -83,7 +89,8 @@ def shard_heads(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
         return {"class of the model": type(model).__name__, **identities(model)}, 0
 
     agree(group, describe)
-    parallelize_module(model.base_model, mesh, plan)
+    assert base is not None, "it has been described"
+    parallelize_module(base, mesh, plan)
     for module in attending:
         phi = module.feature_map
         if isinstance(phi, SharpFeatures) and phi.num_heads > 1:
