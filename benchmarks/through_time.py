@@ -118,7 +118,7 @@ def draw(results: dict[str, Any]) -> None:
             axes.annotate(
                 f"{row[word]:,}",
                 place,
-                xytext=(6, 4),
+                xytext=(6, 4) if rows is results["chunks"] else (-14, -4),
                 textcoords="offset points",
                 fontsize=8,
                 color=color,

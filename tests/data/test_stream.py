@@ -98,7 +98,7 @@ def test_ranks_and_workers_divide_a_pass(fasta):
     assert sorted(letters(loaded)) == sorted(PROTEINS)
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_the_processes_of_a_run_have_each_sequence_of_a_pass_once(fasta, num_workers):
     stream = TokenStream([fasta], 97, shuffle_buffer=501, piece_bytes=1999)
     loader = DataLoader(stream, batch_size=5, num_workers=num_workers, collate_fn=list)

@@ -44,6 +44,7 @@ def losses(model, ids):
     return torch.tensor(found)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("without_shape_checks")
 @pytest.mark.parametrize("name", MODELS)
 def test_two_processes_train_to_the_losses_of_one_under_ddp_and_fsdp(name):

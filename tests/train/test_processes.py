@@ -95,10 +95,11 @@ def config(config_file):
     return tree
 
 
-def started(config, processes, folder, *options, script=("-m", "performers.cli")):
+def started(config, processes, folder, *options, accumulation=1, script=("-m", "performers.cli")):
     """torchrun with gloo, each process with its share of 12 sequences; what it came to."""
     config = {**config, "trainer": {**config["trainer"]}}
-    config["trainer"]["per_device_train_batch_size"] = 12 // processes
+    config["trainer"]["per_device_train_batch_size"] = 12 // processes // accumulation
+    config["trainer"]["gradient_accumulation_steps"] = accumulation
     path = folder.parent / f"{folder.name}.yaml"
     path.write_text(yaml.safe_dump(config))
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
@@ -171,16 +172,19 @@ def test_shares_of_the_weights_train_to_the_numbers_of_one_process(sharded, whol
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("processes", "is_sharded"), [(3, "true"), (1, "false")])
+@pytest.mark.parametrize(
+    ("processes", "accumulation", "is_sharded"), [(3, 1, "true"), (2, 2, "true"), (1, 1, "false")]
+)
 def test_a_sharded_run_goes_on_on_other_processes_and_without_shares(
-    sharded, config, tmp_path, processes, is_sharded
+    sharded, config, tmp_path, processes, accumulation, is_sharded
 ):
     folder = shutil.copytree(sharded, tmp_path / "resumed")
     for name in ("metrics.json", "result.json"):
         (folder / name).unlink()
     shutil.rmtree(last_whole_checkpoint(folder / "checkpoints"))
     assert last_whole_checkpoint(folder / "checkpoints").name == "checkpoint-15"
-    done = started(config, processes, folder, "--resume", f"shard_weights={is_sharded}")
+    option = f"shard_weights={is_sharded}"
+    done = started(config, processes, folder, "--resume", option, accumulation=accumulation)
     assert done.returncode == 0, done.stderr
     torch.testing.assert_close(losses(folder), losses(sharded), rtol=1e-5, atol=1e-5)
 

@@ -25,10 +25,12 @@ from torch.distributed.tensor.parallel import (
 )
 
 from performers.checks import check_instance
+from performers.convert.layer import FavorLayer
 from performers.distributed.agreement import agree
 from performers.distributed.collectives import group_of, rank_in, size_of
 from performers.distributed.models import attending_modules, identities
 from performers.models.modeling import PerformerPreTrainedModel
+from performers.nn.mechanisms import Favor
 from performers.nn.sharp import SharpFeatures
 
 __all__ = ["shard_heads"]
@@ -66,22 +68,30 @@ def shard_heads(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
     check_instance("mesh", mesh, DeviceMesh, "a torch.distributed.device_mesh.DeviceMesh")
     group = group_of(mesh)
     ranks, rank = size_of(group), rank_in(group)
+    base = getattr(model, "base_model", None)
+    attending: list[Favor | FavorLayer] = []
     plan: dict[str, ParallelStyle] = {}
 
     def describe() -> tuple[Mapping[str, object], int]:
+        if not isinstance(base, nn.Module):
+            raise ValueError(
+                f"shard_heads takes a Performer or a model of transformers itself, and "
+                f"{type(model).__name__} is a module around one, or none. Pass what is inside."
+            )
         if any(isinstance(weight, DTensor) for weight in model.parameters()):
             raise ValueError(
                 f"the weights of {type(model).__name__} are shared out already. Call shard_heads "
                 "first, once, and FSDP2 after it."
             )
-        attending_modules(model)  # refuses others
+        attending.extend(attending_modules(model))
         _check_divides(model, ranks)
         plan.update(_plan(model))
         return {"class of the model": type(model).__name__, **identities(model)}, 0
 
     agree(group, describe)
-    parallelize_module(model.base_model, mesh, plan)
-    for module in attending_modules(model):
+    assert base is not None, "it has been described"
+    parallelize_module(base, mesh, plan)
+    for module in attending:
         phi = module.feature_map
         if isinstance(phi, SharpFeatures) and phi.num_heads > 1:
             own = phi.num_heads // ranks

@@ -167,7 +167,7 @@ class SharpFeatures(RandomFeatures):
         for name, buffer in self.named_buffers(recurse=False):
             if name not in {"omega", "num_redraws"}:
                 setattr(self, name, buffer[heads].clone())
-        self.num_heads = len(self.query_count)
+        self.num_heads = len(self.query_shift)
 
     def reset_parameters(self) -> None:
         """Draw the first ω of this seed and layer, and forget all calibration."""

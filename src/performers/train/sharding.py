@@ -88,7 +88,7 @@ def whole(tree: Any, made: dict[int, Tensor | None] | None = None) -> Any:
     if not isinstance(tree, DTensor):
         return tree
     if id(tree) not in made:
-        full = tree.detach().full_tensor()
+        full = tree.full_tensor().detach()
         made[id(tree)] = full.cpu() if dist.get_rank() == 0 else None
     return made[id(tree)]
 

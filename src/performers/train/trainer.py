@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +166,12 @@ class TokenTrainer(Trainer):
             # The Trainer's word for a model that accelerate is not to wrap.
             self.is_distributed_loading_by_transformers = True
         return super().create_optimizer(*args, **kwargs)
+
+    def _defer_fsdp_gradient_reduction(self) -> AbstractContextManager[None]:
+        """Between the batches of a step: nothing, for shares of gradients add up to shares. To wait
+        with the exchange would keep whole gradients meanwhile.
+        """
+        return nullcontext()
 
     def create_scheduler(
         self, num_training_steps: int, optimizer: Optimizer | None = None
