@@ -50,7 +50,15 @@ def _checked_once(function: Any = None, **typechecker: Any) -> Any:
         _seen.add(call)
         return result
 
-    return wrapped
+    if not inspect.isgeneratorfunction(function):
+        return wrapped
+
+    @functools.wraps(function)
+    def stepped(*args: Any, **kwargs: Any) -> Any:
+        # Who asks whether it is a generator's, as gradio does, gets the answer that users get.
+        return (yield from wrapped(*args, **kwargs))
+
+    return stepped
 
 
 def _kind(value: Any) -> Hashable:

@@ -1,5 +1,6 @@
 """Annotations are checked in every kind of call, if not in every call."""
 
+import inspect
 from typing import Literal
 
 import beartype
@@ -62,3 +63,15 @@ def test_functions_inside_of_functions_are_checked_in_each_that_is_made():
     made()(SQUARE)
     with pytest.raises(TypeCheckError):
         made()(SQUARE[:2])
+
+
+def test_a_function_that_yields_is_still_seen_to_and_is_checked():
+    def count(x: Float[Tensor, "n n"], times: int):
+        yield from range(times)
+        return x.mT
+
+    checked = jaxtyping.jaxtyped(count, typechecker=beartype.beartype)
+    assert inspect.isgeneratorfunction(checked)
+    assert list(checked(SQUARE, 3)) == [0, 1, 2]
+    with pytest.raises(TypeCheckError):
+        list(checked(SQUARE[:2], 3))

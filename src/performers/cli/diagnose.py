@@ -112,7 +112,7 @@ def diagnose(
 
 
 def _words(
-    found: Mapping[str, Mapping[str, Diagnosis]],
+    found: dict[str, dict[str, Diagnosis]],
     frontier: Frontier,
     heads: bool,
     target_error: float | None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, cast
 
 import typer
 
@@ -46,5 +46,6 @@ def proteins(
         card = fetch_proteins(
             output, source, from_paths=from_path or [], clustering=clustering, report=remark
         )
-    counts = ", ".join(f"{what} {number:,}" for what, number in card["counts"].items())
-    return Answer({"output": output, "card": card}, f"Wrote {output}: {counts}.")
+    counts = cast("dict[str, int]", card["counts"])
+    words = ", ".join(f"{what} {number:,}" for what, number in counts.items())
+    return Answer({"output": output, "card": card}, f"Wrote {output}: {words}.")
