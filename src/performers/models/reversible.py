@@ -157,8 +157,15 @@ class _Reversible(torch.autograd.Function):
     def backward(ctx: Any, of_a: Tensor, of_b: Tensor) -> tuple[Tensor | None, ...]:
         a, b, *_ = ctx.saved_tensors
         of_weights: list[Tensor | None] = []
-        for branch, randomness in zip(
-            reversed(ctx.branches), reversed(ctx.randomness), strict=True
+        # Room for all that stays, before anything that does not. Gradients made among activations
+        # stand between the places that these leave, so that the allocator finds none large enough
+        # for the next layer, and memory grows with the number of layers after all.
+        rooms = [
+            [torch.empty_like(w) for w in branch.weights if w.requires_grad]
+            for branch in ctx.branches
+        ]
+        for branch, randomness, room in zip(
+            reversed(ctx.branches), reversed(ctx.randomness), reversed(rooms), strict=True
         ):
             read = a.detach().requires_grad_()
             with randomness.again(), ctx.autocast(), torch.enable_grad():
@@ -168,7 +175,10 @@ class _Reversible(torch.autograd.Function):
             of_read, *found = torch.autograd.grad(
                 added, [read, *wanted], of_b.to(added.dtype), allow_unused=True
             )
-            gradients = iter(found)
+            gradients = iter(
+                None if gradient is None else kept.copy_(gradient)
+                for kept, gradient in zip(room, found, strict=True)
+            )
             of_weights[:0] = [next(gradients) if w.requires_grad else None for w in weights]
             a, b = b - added.detach(), a
             of_a, of_b = of_b, of_a + of_read
