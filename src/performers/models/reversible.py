@@ -143,9 +143,11 @@ class _Reversible(torch.autograd.Function):
         ctx.branches, ctx.dtype = branches, dtype
         ctx.autocast = _autocast_of_now(b.device.type)
         ctx.randomness = []
+        state = torch.get_rng_state()
+        rooms = state.new_empty(len(branches), *state.shape)  # first, as in `backward`
         with ctx.autocast():
-            for branch in branches:
-                ctx.randomness.append(_Randomness.now(b))
+            for branch, room in zip(branches, rooms, strict=True):
+                ctx.randomness.append(_Randomness.now(b, room))
                 a, b = b, a + branch.function(b.to(dtype))
         # The weights are at hand anyway. Saved, they are checked: whoever changes them in place
         # before the backward pass gets an error, as everywhere.
@@ -212,13 +214,14 @@ class _Randomness:
     states: list[Tensor]
 
     @classmethod
-    def now(cls, x: Tensor) -> _Randomness:
-        return cls(torch.get_rng_state(), x.device.type, *get_device_states(x))
+    def now(cls, x: Tensor, room: Tensor) -> _Randomness:
+        """That of the generators of the CPU, which goes into `room`, and of the device of `x`."""
+        return cls(room.copy_(torch.get_rng_state()), x.device.type, *get_device_states(x))
 
     @contextmanager
     def again(self) -> Iterator[None]:
         """Draw the numbers that were drawn then; afterwards the generators are as they were."""
         with torch.random.fork_rng(self.numbers, device_type=self.device):
-            torch.set_rng_state(self.cpu)
+            torch.set_rng_state(self.cpu.clone())
             set_device_states(self.numbers, self.states, device_type=self.device)
             yield
