@@ -252,6 +252,14 @@ def test_theorem_2_holds_in_the_simulation_at_dims_2_8_and_64():
         assert abs(row["simulated"][0] - row["exact"]) < 4 * row["simulated"][1]
 
 
+def test_32_reversible_layers_need_little_more_memory_than_2():
+    needed = {"plain": {}, "reversible": {}}
+    for row in results("reversible-layers", "reduced")["rows"]:
+        needed[row["kind"]][row["layers"]] = row["peak"] - 2 * row["weights"]
+    assert needed["reversible"][32] <= 1.4 * needed["reversible"][2]
+    assert needed["plain"][32] > 5 * needed["plain"][2]
+
+
 def mean_errors(setting):
     return {
         name: [sum(samples) / len(samples) for samples in per_count]

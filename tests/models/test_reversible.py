@@ -1,6 +1,7 @@
 """Reversible layers: the gradients of the coupling, with nothing kept of any layer."""
 
 from contextlib import ExitStack, nullcontext
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from performers.models import (
     PerformerForMaskedLM,
     PerformerModel,
 )
+from performers.speed import peak_of_step
 
 MIX = {
     "attention": ["exact", {"local": 1, "performer-positive": 2}] * 2,
@@ -126,6 +128,22 @@ def test_what_32_layers_keep_is_what_2_keep(reversible, tiny_model, tokens):
         for n in (2, 8)
     ]
     assert plain[1] > 3 * plain[0] > 3 * sizes[0]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux resets the peak")
+def test_a_step_of_16_layers_needs_the_memory_of_a_step_of_2():
+    """Resident memory, beyond weights and gradients: also what the allocator cannot use again."""
+
+    def needed(layers):
+        options = {"hidden_size": 128, "num_attention_heads": 2, "intermediate_size": 512}
+        options |= {"vocab_size": 31, "num_projections": 64, "num_hidden_layers": layers}
+        model = PerformerForMaskedLM(PerformerConfig(**options))
+        weights = sum(weight.nbytes for weight in model.parameters())
+        peak = peak_of_step(options | {"reversible": True}, 4096, 1, torch.device("cpu"))
+        return peak - 2 * weights
+
+    assert needed(16) <= 1.3 * needed(2)
 
 
 def test_each_weight_gets_its_gradient_once_and_a_frozen_one_none(reversible, tokens):

@@ -143,9 +143,11 @@ class _Reversible(torch.autograd.Function):
         ctx.branches, ctx.dtype = branches, dtype
         ctx.autocast = _autocast_of_now(b.device.type)
         ctx.randomness = []
+        state = torch.get_rng_state()
+        rooms = state.new_empty(len(branches), *state.shape)  # first, as in `backward`
         with ctx.autocast():
-            for branch in branches:
-                ctx.randomness.append(_Randomness.now(b))
+            for branch, room in zip(branches, rooms, strict=True):
+                ctx.randomness.append(_Randomness.now(b, room))
                 a, b = b, a + branch.function(b.to(dtype))
         # The weights are at hand anyway. Saved, they are checked: whoever changes them in place
         # before the backward pass gets an error, as everywhere.
@@ -157,8 +159,15 @@ class _Reversible(torch.autograd.Function):
     def backward(ctx: Any, of_a: Tensor, of_b: Tensor) -> tuple[Tensor | None, ...]:
         a, b, *_ = ctx.saved_tensors
         of_weights: list[Tensor | None] = []
-        for branch, randomness in zip(
-            reversed(ctx.branches), reversed(ctx.randomness), strict=True
+        # Room for all that stays, before anything that does not. Gradients made among activations
+        # stand between the places that these leave, so that the allocator finds none large enough
+        # for the next layer, and memory grows with the number of layers after all.
+        rooms = [
+            [torch.empty_like(w) for w in branch.weights if w.requires_grad]
+            for branch in ctx.branches
+        ]
+        for branch, randomness, room in zip(
+            reversed(ctx.branches), reversed(ctx.randomness), reversed(rooms), strict=True
         ):
             read = a.detach().requires_grad_()
             with randomness.again(), ctx.autocast(), torch.enable_grad():
@@ -168,7 +177,10 @@ class _Reversible(torch.autograd.Function):
             of_read, *found = torch.autograd.grad(
                 added, [read, *wanted], of_b.to(added.dtype), allow_unused=True
             )
-            gradients = iter(found)
+            gradients = iter(
+                None if gradient is None else kept.copy_(gradient)
+                for kept, gradient in zip(room, found, strict=True)
+            )
             of_weights[:0] = [next(gradients) if w.requires_grad else None for w in weights]
             a, b = b - added.detach(), a
             of_a, of_b = of_b, of_a + of_read
@@ -202,13 +214,14 @@ class _Randomness:
     states: list[Tensor]
 
     @classmethod
-    def now(cls, x: Tensor) -> _Randomness:
-        return cls(torch.get_rng_state(), x.device.type, *get_device_states(x))
+    def now(cls, x: Tensor, room: Tensor) -> _Randomness:
+        """That of the generators of the CPU, which goes into `room`, and of the device of `x`."""
+        return cls(room.copy_(torch.get_rng_state()), x.device.type, *get_device_states(x))
 
     @contextmanager
     def again(self) -> Iterator[None]:
         """Draw the numbers that were drawn then; afterwards the generators are as they were."""
         with torch.random.fork_rng(self.numbers, device_type=self.device):
-            torch.set_rng_state(self.cpu)
+            torch.set_rng_state(self.cpu.clone())
             set_device_states(self.numbers, self.states, device_type=self.device)
             yield
