@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-from performers import attention_matrix
+from performers import attention_matrix, linearize, restore
 from performers.records import with_block
 
 FOLDER = Path(__file__).parents[2] / "examples"
@@ -131,6 +133,34 @@ def test_swapped_attention_has_the_same_weights():
     assert "MultiheadAttention" not in kinds
     after = swapped.state_dict()
     assert all(torch.equal(weight, after[name]) for name, weight in before.items())
+
+
+def test_two_lines_let_a_sentence_transformer_read_whole_documents(tmp_path):
+    """Those of the docstring, on a model that reads 31 tokens."""
+    library = pytest.importorskip("sentence_transformers", reason="needs sentence-transformers")
+    example = loaded("long_documents")
+    words = Tokenizer(models.WordLevel({"[UNK]": 0, "[PAD]": 1, "to": 2, "be": 3}, "[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(
+        tokenizer_object=words, unk_token="[UNK]", pad_token="[PAD]", model_max_length=31
+    ).save_pretrained(tmp_path)
+    sizes = {"hidden_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2}
+    bert = BertConfig(
+        vocab_size=4, max_position_embeddings=31, intermediate_size=13, pad_token_id=1, **sizes
+    )
+    BertModel(bert).save_pretrained(tmp_path)
+    model = library.SentenceTransformer(str(tmp_path), device="cpu")
+    document = "to be " * 20 + "to " * 47
+    cut = torch.tensor(model.encode(document))
+    assert torch.equal(cut, torch.tensor(model.encode("to be " * 15 + "to")))
+
+    linearize(example.extend_positions(model[0].auto_model, 128))
+    model.max_seq_length = 128
+    whole = torch.tensor(model.encode(document))
+    tokens = torch.tensor([[2, 3] * 20 + [2] * 47])
+    expected = example.embed(restore(model[0].auto_model), tokens, torch.ones_like(tokens) > 0)
+    torch.testing.assert_close(whole, expected[0], atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(whole, cut, atol=1e-2)
 
 
 def test_documents_are_cut_into_sentences_without_names_of_libraries():

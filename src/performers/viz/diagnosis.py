@@ -8,6 +8,7 @@ from typing import Any
 from matplotlib import colormaps, style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from performers.viz.figures import BASELINE_COLOR, COLORS, STYLE
 
@@ -103,6 +104,10 @@ def frontier_figure(frontier: Mapping[str, Any], chosen: Mapping[str, Any] | Non
             label="averaging the values",
         )  # fmt: skip
         axes.set_xscale("log")
+        # Labels as 3 × 10⁻¹ and 4 × 10⁻¹ would lie on each other.
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_ylim(bottom=0)
         axes.set_xlabel("counted operations ÷ those of exact attention")
         axes.set_title(f"Relative error of the output at length {frontier['length']}, by m")
