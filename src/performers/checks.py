@@ -187,7 +187,7 @@ def check_feature_map_parts(phi: object) -> None:
 
 def check_not_traced() -> None:
     """Raise under torch.jit.trace, to which a length is a tensor; attention counts with numbers."""
-    if torch.jit.is_tracing():
+    if torch.jit.is_tracing():  # type: ignore[attr-defined]
         raise RuntimeError(
             "torch.jit.trace cannot record this attention, whose graph depends on the length. Use "
             "torch.compile, or torch.export.export to save a graph (docs/export.md)."
