@@ -299,10 +299,13 @@ def _figure_6_others(results: dict[str, Any]) -> Found:
 
 def _figure_7_right(results: dict[str, Any]) -> Found:
     reached = {name: _scores(of_seeds) for name, of_seeds in results["runs"].items()}
-    performer = reached.pop("Performer")
+    performer, near = reached.pop("Performer"), reached.pop("Performer, near field")
     best = max(reached, key=lambda name: reached[name].value)
     holds = [(performer - reached[best]).is_above_0() == "yes"]
-    found = [f"{performer.percent()}, the best small one ({best}) {reached[best].percent()}"]
+    found = [
+        f"{performer.percent()}, with a near field {near.percent()}, the best small one ({best}) "
+        f"{reached[best].percent()}"
+    ]
     return _verdict(holds), _with_seeds(found, {"": results["runs"]})
 
 

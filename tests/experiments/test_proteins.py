@@ -120,7 +120,8 @@ def test_figure_7_at_the_papers_scale_is_one_regular_and_three_small_models_on_8
     assert paper.length == 8192
     built = [shapes(module.training_run(paper, f, 0)) for f in module.models(paper).values()]
     small = [((8, layers, 256, 256), "exact") for layers in (1, 2, 3)]
-    assert built == [*small, ((8, 6, 2048, 512), "performer-relu")]
+    regular = (8, 6, 2048, 512)
+    assert built == [*small, (regular, "performer-relu"), (regular, "performer-positive")]
 
 
 def test_figure_13_at_the_papers_scale_reads_800_sequences():
