@@ -217,7 +217,7 @@ def figure(config: dict[str, Any], results: dict[str, Any]) -> Figure:
             results["marginal_bits"], color=BASELINE_COLOR, linestyle=":", label="marginal entropy"
         )
         axes.set(title="Bits per dimension, validation", xlabel="gradient steps")
-        left.legend(loc="outside lower center", ncols=3)
+        left.legend(loc="outside lower center", ncols=3, fontsize=8)
         grid = right.subplots(len(pictures), config["num_samples"], squeeze=False)
         for line, (name, text) in zip(grid, pictures.items(), strict=True):
             shape = (config["num_samples"], config["size"], config["size"], 3)
@@ -240,7 +240,7 @@ def summary(config: dict[str, Any], results: dict[str, Any]) -> str:
     counts, marginal = results["tiles"], results["marginal_bits"]
     held_out = ", ".join(results["photographs"]["valid"])
     parts = [
-        f"{config['steps']} steps of {config['batch_size']} tiles out of {counts['train']:,}; "
+        f"{config['steps']} steps, each of {config['batch_size']} of {counts['train']:,} tiles; "
         f"scored on {counts['scored']} of {counts['valid']:,} tiles of the photographs {held_out}. "
         + ("± is one standard error over seeds." if config["seeds"] > 1 else "One seed.")
         + f" The marginal entropy of the bytes that are scored is {marginal:.2f} bits.",

@@ -1,7 +1,6 @@
 """What the experiments on proteins share, and what they measure, does what it says."""
 
 import importlib
-import itertools
 import random
 import sys
 from pathlib import Path
@@ -13,7 +12,7 @@ from performers.data import Protein
 from performers.data.vocabulary import STANDARD_AMINO_ACIDS, encode
 from performers.models import PerformerConfig, PerformerForMaskedLM
 from performers.reproduction.means import Mean
-from performers.reproduction.proteins import LENGTH_UNIT, Proteins, kept
+from performers.reproduction.proteins import LENGTH_UNIT, Proteins
 from performers.reproduction.protocol import EXPERIMENTS, load_experiment
 from performers.train.attention import (
     amino_acid_similarity,
@@ -67,12 +66,6 @@ def test_batches_have_few_lengths_and_every_seed_is_scored_at_the_same_positions
     # As in any run with this seed, but for the padding.
     expected = TASKS[name].evaluation_collator(3)(rows)["labels"]
     assert torch.equal(one["labels"][:, : expected.shape[1]], expected)
-
-
-def test_what_was_measured_is_not_measured_again(tmp_path):
-    numbers = itertools.count()
-    results = [kept(tmp_path / "a" / "b.json", lambda: {"x": next(numbers)}) for _ in range(2)]
-    assert results == [{"x": 0}, {"x": 0}]
 
 
 @pytest.mark.parametrize(
