@@ -256,7 +256,7 @@ def test_32_reversible_layers_need_little_more_memory_than_2():
     needed = {"plain": {}, "reversible": {}}
     for row in results("reversible-layers", "reduced")["rows"]:
         needed[row["kind"]][row["layers"]] = row["peak"] - 2 * row["weights"]
-    assert needed["reversible"][32] <= 1.4 * needed["reversible"][2]
+    assert needed["reversible"][32] <= 1.3 * needed["reversible"][2]
     assert needed["plain"][32] > 5 * needed["plain"][2]
 
 

@@ -102,6 +102,10 @@ def shown(page, selector):
     settled(page)
 
 
+# Long enough for the keys and values of its residues to need more memory than a state.
+UBIQUITIN = "MQIFVKTLTGKTITLEVEPSDTIENVKAKIQDKEGIPPDQQRLIFAGKQLEDGRTLSDYNIQKESTLHLVLRLRGG"
+
+
 def settled(page):
     page.wait_for_function("!document.querySelector('.pending, .generating')")
 
@@ -215,6 +219,7 @@ def test_the_model_trains_until_stopped_and_writes_with_a_state_that_does_not_gr
     settled(page)
     bar = page.locator("#training-bar")
     said = bar.inner_text()
+    page.locator("#prompt textarea").fill(UBIQUITIN)  # the model may end its text soon
     page.get_by_role("button", name="Write", exact=True).click()
     page.wait_for_function("document.querySelector('#writing-bar')?.innerText.includes('done')")
     assert bar.inner_text() == said  # no step came after
@@ -227,8 +232,10 @@ def test_the_model_trains_until_stopped_and_writes_with_a_state_that_does_not_gr
 
 def test_writing_ends_when_asked_to(page):
     open_tab(page, "Generation")
-    page.get_by_label("number input for tokens at most").fill("1000")
-    page.keyboard.press("Tab")
+    # A model that takes the likeliest token does not end its text by chance.
+    for name, value in {"tokens at most": "1000", "temperature": "0"}.items():
+        page.get_by_label(f"number input for {name}").fill(value)
+        page.keyboard.press("Tab")
     page.get_by_role("button", name="Write", exact=True).click()
     page.wait_for_selector("#written p")
     page.get_by_role("button", name="Stop writing").click()

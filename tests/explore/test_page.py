@@ -3,12 +3,13 @@
 import inspect
 import sys
 from functools import partial, wraps
+from types import SimpleNamespace
 
 import pytest
 from typer.testing import CliRunner
 
 from performers.cli import app
-from performers.explore.parts import answered, answered_steps, progress, stoppable
+from performers.explore.parts import answered, progress, stoppable
 
 
 @pytest.mark.parametrize(("done", "share"), [(0, "0.0000"), (3, "0.7500"), (9, "1.0000")])
@@ -44,8 +45,23 @@ class Said(Exception):  # noqa: N818 - in the place of gradio.Error, which is no
 @pytest.fixture
 def gradio(monkeypatch):
     module = type(sys)("gradio")
-    module.Error = Said
+    module.Error, module.Request = Said, SimpleNamespace
     monkeypatch.setitem(sys.modules, "gradio", module)
+
+
+class Button:
+    def click(self, function, *others, **options):
+        self.clicked = function
+
+
+def clicks(function):
+    """What two buttons call, of which one begins this work and the other ends it."""
+    start, stop = Button(), Button()
+    stoppable(start, stop, function, [], [])
+    return start.clicked, stop.clicked
+
+
+ONE, OTHER = SimpleNamespace(session_hash="one"), SimpleNamespace(session_hash="other")
 
 
 @pytest.mark.usefixtures("gradio")
@@ -59,26 +75,33 @@ def test_a_mistake_of_the_user_is_said_on_the_page_once_or_in_the_middle_of_long
 
     with pytest.raises(Said, match="a &lt; b is refused"):
         answered(once)()
-    work = answered_steps(steps)()
+    work = clicks(steps)[0](ONE)
     assert next(work) == 1
     with pytest.raises(Said, match="gone"):
         next(work)
 
 
+@pytest.mark.usefixtures("gradio")
 def test_the_page_sees_that_long_work_has_steps_whatever_wraps_its_function():
     """Gradio asks whether the function is a generator's, and else shows what it returns."""
-    clicked = []
-
-    class Button:
-        def click(self, function, *others, **options):
-            clicked.append(function)
 
     def work(number):
         yield from range(number)
 
-    stoppable(Button(), Button(), partial(wraps(work)(lambda *given: work(*given)), 3), [], [])
-    assert inspect.isgeneratorfunction(clicked[0])
-    assert list(clicked[0]()) == [0, 1, 2]
+    begin, _ = clicks(partial(wraps(work)(lambda *given: work(*given)), 3))
+    assert inspect.isgeneratorfunction(begin)
+    assert list(begin(ONE)) == [0, 1, 2]
+
+
+@pytest.mark.usefixtures("gradio")
+def test_long_work_ends_at_the_step_in_which_its_own_page_asks_for_it():
+    begin, end = clicks(lambda: iter(range(5)))
+    work, others = begin(ONE), begin(OTHER)
+    assert (next(work), next(others)) == (0, 0)
+    end(ONE)
+    assert list(work) == []
+    assert list(others) == [1, 2, 3, 4]
+    assert list(begin(ONE)) == [0, 1, 2, 3, 4]
 
 
 @pytest.mark.usefixtures("gradio")

@@ -10,7 +10,7 @@ from typing import Any
 
 from performers.viz.files import Figure, data_url
 
-__all__ = ["answered", "answered_steps", "on_change", "picture", "progress", "stoppable"]
+__all__ = ["answered", "on_change", "picture", "progress", "stoppable"]
 
 # What the layers below raise for what one has typed or chosen.
 MISTAKES = (ValueError, TypeError, OSError)
@@ -53,19 +53,6 @@ def answered(function: Callable[..., Any]) -> Callable[..., Any]:
     return once
 
 
-def answered_steps(function: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
-    """`answered`, of a function that shows one thing after another."""
-
-    @wraps(function)
-    def steps(*arguments: Any) -> Iterator[Any]:
-        try:
-            yield from function(*arguments)
-        except MISTAKES as error:
-            raise _message(error) from error
-
-    return steps
-
-
 def on_change(
     opened: Callable[..., Any],
     function: Callable[..., Any],
@@ -92,8 +79,28 @@ def stoppable(
     """Let one button begin a long work, of which the function yields what is to be shown, and
     another one end it.
     """
-    work = start.click(answered_steps(function), inputs, outputs, show_progress="hidden")
-    stop.click(None, None, None, cancels=[work])
+    import gradio  # by the page, which exists when this is called
+
+    # Sessions whose work is to end. gradio's own way closes a generator that may be in a step.
+    ending: set[str | None] = set()
+
+    def steps(request: Any, *arguments: Any) -> Iterator[Any]:
+        ending.discard(request.session_hash)
+        try:
+            for shown in function(*arguments):
+                if request.session_hash in ending:
+                    return
+                yield shown
+        except MISTAKES as error:
+            raise _message(error) from error
+
+    def end(request: Any) -> None:
+        ending.add(request.session_hash)
+
+    # By this annotation gradio knows what is no input.
+    steps.__annotations__["request"] = end.__annotations__["request"] = gradio.Request
+    start.click(steps, inputs, outputs, show_progress="hidden")
+    stop.click(end, queue=False)
 
 
 def _message(error: Exception) -> Exception:
