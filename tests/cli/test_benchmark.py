@@ -180,6 +180,13 @@ def test_a_call_that_runs_out_of_memory_ends_alone():
     assert measured["modest"]["median"] >= 0
 
 
+def test_each_timed_call_comes_after_one_of_its_own():
+    made = []
+    calls = {name: lambda name=name: made.append(name) for name in ("first", "second")}
+    interleaved(calls, 3, torch.device("cpu"))
+    assert made == ["first", "first", "second", "second"] * 3
+
+
 def test_an_error_that_is_not_of_memory_is_not_swallowed():
     def broken():
         raise RuntimeError("shapes do not match")

@@ -42,27 +42,30 @@ Measured = dict[str, float] | str
 def interleaved(
     calls: Mapping[str, Callable[[], object]], repeats: int, device: torch.device
 ) -> dict[str, Measured]:
-    """Seconds of each call: median and quartiles of `repeats` rounds, after one to warm up.
+    """Seconds of each call: median and quartiles of `repeats` rounds.
 
-    Each round makes every call once, so what disturbs the machine for a while disturbs all alike.
-    On a CPU with one thread it is CPU time, which other processes disturb less than the time of
-    day; with more threads it is the time of day, and on a GPU the time of its own events. A call
-    that runs out of memory has that as its result, and the other calls continue.
+    Each round times every call, so what disturbs the machine for a while disturbs all alike. Right
+    before it is timed, a call is made once untimed: it then finds memory and caches as it has left
+    them, and does not pay for what the one before has left. On a CPU with one thread it is CPU
+    time, which other processes disturb less than the time of day; with more threads it is the time
+    of day, and on a GPU the time of its own events. A call that runs out of memory has that as its
+    result, and the other calls continue.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
     failed: set[str] = set()
-    for _ in range(repeats + 1):
+    for _ in range(repeats):
         for name, call in calls.items():
             if name in failed:
                 continue
             try:
+                call()
                 times[name].append(_seconds(call, device))
             except (MemoryError, RuntimeError) as error:
                 if not _is_out_of_memory(error):
                     raise
                 failed.add(name)
     return {
-        name: OUT_OF_MEMORY if name in failed else _summary(measured[1:])
+        name: OUT_OF_MEMORY if name in failed else _summary(measured)
         for name, measured in times.items()
     }
 
