@@ -42,7 +42,7 @@ class Config:
 PAPER = replace(Config(), device="cuda" if torch.cuda.is_available() else "cpu")
 SMALL = Model(hidden_size=128, num_attention_heads=2, intermediate_size=512, num_projections=64)
 REDUCED = replace(Config(), model=SMALL)
-SMOKE = replace(REDUCED, layers=(2, 3), length=16)
+SMOKE = replace(REDUCED, layers=(2,), length=16)
 CONFIGS = {"smoke": SMOKE, "reduced": REDUCED, "paper": PAPER}
 
 

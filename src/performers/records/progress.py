@@ -11,7 +11,7 @@ __all__ = ["TimeLeft", "duration"]
 def duration(seconds: float) -> str:
     """Seconds as people say them.
 
-    >>> duration(7.2), duration(95), duration(3.7 * 3600)
+    >>> duration(7.2), duration(95.0), duration(3.7 * 3600)
     ('7 s', '2 min', '3.7 h')
     """
     if seconds < 90:
