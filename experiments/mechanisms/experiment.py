@@ -70,7 +70,7 @@ class Config:
 
 
 PAPER = replace(Config(), device="cuda" if torch.cuda.is_available() else "cpu")
-REDUCED = replace(Config(), heads=1, repeats=1, patience=0.15, room=2 * 2**30)
+REDUCED = replace(Config(), heads=1, repeats=1, patience=2.0, room=2 * 2**30)
 SMOKE = replace(REDUCED, lengths=(16, 32), dim=8, num_projections=16, repeats=1, weighs=False)
 CONFIGS = {"smoke": SMOKE, "reduced": REDUCED, "paper": PAPER}
 
