@@ -9,8 +9,8 @@ The agent acts on the positions of the most important patches alone, so all that
 they are. The column sums need no matrix either. They are attention with the roles of queries and
 keys exchanged: Aᵀ 1 = K′ (Q′ᵀ D⁻¹ 1). Cost: O(patches).
 
-The task is to catch a ball that falls through noise, in an environment with the interface of
-Gymnasium's vector environments. Choosing the largest has no gradient, so an evolution strategy
+The task is to catch a ball that falls through noise, a vector environment of Gymnasium
+(`pip install gymnasium`). Choosing the largest has no gradient, so an evolution strategy
 learns projections and controller: it moves the parameters towards random changes that did well.
 The figures are the share of balls caught, in games that no agent has trained on.
 
@@ -27,9 +27,12 @@ Measured in 29 s of CPU time on AMD EPYC, 1 thread(s), torch 2.13.0+cpu:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+from gymnasium.spaces import Box
+from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector.utils import batch_space
 from torch import Generator, Tensor
 
 from performers import SoftmaxFeatures, favor_attention
@@ -52,7 +55,7 @@ SHAPES = ((PATCH**2, DIM), (PATCH**2, DIM), (2 * CHOSEN, HIDDEN), (1, HIDDEN), (
 SIZES = [rows * columns for rows, columns in SHAPES]
 
 
-class Catch:
+class Catch(VectorEnv):
     """Games in which a paddle at the bottom is to be below a ball when it lands.
 
     Observations: images (games, 24, 24) of noise, the bright ball and the dark paddle. Actions: how
@@ -60,29 +63,40 @@ class Catch:
     the further the ball lands from the paddle. All games end together.
     """
 
+    metadata: ClassVar[dict[str, Any]] = {"autoreset_mode": AutoresetMode.DISABLED}
     size, reach, fall = 24, 3, 3
+    single_observation_space = Box(-1.0, 1.0, (size, size))
+    single_action_space = Box(-1.0, 1.0, ())
 
-    def __init__(self, games: int, generator: Generator) -> None:
-        self.games, self.generator = games, generator
+    def __init__(self, games: int) -> None:
+        self.num_envs, self.generator = games, Generator()
+        self.observation_space = batch_space(self.single_observation_space, games)
+        self.action_space = batch_space(self.single_action_space, games)
 
     def _random(self, *shape: int) -> Tensor:
         return torch.rand(shape, generator=self.generator)
 
-    def reset(self) -> tuple[Tensor, dict[str, Any]]:
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Tensor, dict[str, Any]]:
+        if seed is not None:
+            self.generator.manual_seed(seed)
         self.height = 1
-        self.ball, self.paddle = 1 + (self.size - 2) * self._random(2, self.games)
+        self.ball, self.paddle = 1 + (self.size - 2) * self._random(2, self.num_envs)
         return self._image(), {}
 
-    def step(self, action: Tensor) -> tuple[Tensor, Tensor, bool, bool, dict[str, Any]]:
-        self.paddle = (self.paddle + 4 * action.clamp(-1, 1)).clamp(0, self.size)
+    def step(self, actions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, dict[str, Any]]:
+        self.paddle = (self.paddle + 4 * actions.clamp(-1, 1)).clamp(0, self.size)
         self.height += self.fall
         is_over = self.height >= self.size - 2
         distance = (self.ball - self.paddle).abs()
-        reward = -distance / self.size if is_over else torch.zeros(self.games)
-        return self._image(), reward, is_over, False, {"caught": distance <= self.reach}
+        reward = -distance / self.size if is_over else torch.zeros(self.num_envs)
+        ended = torch.full((self.num_envs,), is_over)
+        never = torch.zeros_like(ended)
+        return self._image(), reward, ended, never, {"caught": distance <= self.reach}
 
     def _image(self) -> Tensor:
-        image = 0.2 * self._random(self.games, self.size, self.size)
+        image = 0.2 * self._random(self.num_envs, self.size, self.size)
         place = torch.arange(self.size)
         rows = ((place - self.height).abs() <= 1, place >= self.size - 2)
         columns = (
@@ -129,14 +143,14 @@ def play(parameters: Tensor, games: int, phi: SoftmaxFeatures, seed: int) -> tup
     """The mean reward of each agent, and the share of balls that it caught. All agents play the
     same games.
     """
-    environments = [Catch(games, Generator().manual_seed(seed)) for _ in parameters]
-    images = torch.stack([environment.reset()[0] for environment in environments])
+    environments = [Catch(games) for _ in parameters]
+    images = torch.stack([environment.reset(seed=seed)[0] for environment in environments])
     is_over = False
     while not is_over:
         actions = act(parameters, images, phi)
         results = [e.step(a) for e, a in zip(environments, actions, strict=True)]
         images = torch.stack([result[0] for result in results])
-        is_over = results[0][2]
+        is_over = bool(results[0][2].all())
     rewards = torch.stack([result[1].mean() for result in results])
     caught = torch.stack([result[4]["caught"].float().mean() for result in results])
     return rewards, caught
