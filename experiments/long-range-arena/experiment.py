@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,11 +13,11 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from performers.models import MECHANISMS
-from performers.records import describe_environment, markdown_table, read_json
-from performers.reproduction import resumable_folder
+from performers.records import describe_environment, markdown_table
+from performers.reproduction import kept, resumable_folder
 from performers.viz.figures import COLORS, STYLE, label_points
 
-from .tasks import CHECKOUT, OFFICIAL, PACKAGES, TASKS, Amount, load
+from .tasks import CHECKOUT, OFFICIAL, PACKAGES, TASKS, Amount, Split, load
 from .training import Model, Training, measure
 
 # What a mechanism takes instead of its own defaults, which may depend on the length.
@@ -154,6 +153,16 @@ class Prepared:
 
 
 def run(config: Config, report: Callable[[str], None]) -> dict[str, Any]:
+    def trained(name: str, split: Split, mechanism: str) -> dict[str, Any]:
+        report(f"training on {name}: {mechanism}")
+        amount = config.amounts[name]
+        measured = measure(
+            TASKS[name], split, (amount, config.models[name], config.trainings[name]),
+            fields(mechanism, amount.length), config.num_projections, config.seconds, config.seed,
+            config.device,
+        )  # fmt: skip
+        return {"task": name, "mechanism": mechanism, **measured}
+
     data = Prepared(config.amounts, config.source, config.seed)
     with (
         resumable_folder("long-range-arena-data", data) as prepared,
@@ -163,22 +172,11 @@ def run(config: Config, report: Callable[[str], None]) -> dict[str, Any]:
             name: load(prepared / f"{name}.npz", name, amount, config.source, config.seed, report)
             for name, amount in config.amounts.items()
         }
-        path = folder / "finished.json"
-        rows = read_json(path, "Delete it.")["rows"] if path.exists() else []
-        done = {(row["task"], row["mechanism"]) for row in rows}
-        for name, split in splits.items():
-            amount = config.amounts[name]
-            settings = (amount, config.models[name], config.trainings[name])
-            for mechanism in config.mechanisms:
-                if (name, mechanism) in done:
-                    continue
-                report(f"training on {name}: {mechanism}")
-                measured = measure(
-                    TASKS[name], split, settings, fields(mechanism, amount.length),
-                    config.num_projections, config.seconds, config.seed, config.device,
-                )  # fmt: skip
-                rows.append({"task": name, "mechanism": mechanism, **measured})
-                _save(path, rows)
+        rows = [
+            kept(folder / name / f"{mechanism}.json", partial(trained, name, split, mechanism))
+            for name, split in splits.items()
+            for mechanism in config.mechanisms
+        ]
     tasks = {
         name: {
             "train": len(split.train),
@@ -196,12 +194,6 @@ def fields(mechanism: str, length: int) -> dict[str, Any]:
     """Fields of a `PerformerConfig` that are those of the mechanism."""
     options = OPTIONS[mechanism](length) if mechanism in OPTIONS else None
     return {"attention": mechanism, "attention_options": options}
-
-
-def _save(path: Path, rows: list[dict[str, Any]]) -> None:
-    unfinished = path.with_suffix(".part")
-    unfinished.write_text(json.dumps({"rows": rows}), encoding="utf-8")
-    unfinished.replace(path)
 
 
 def _device(device: str) -> str:

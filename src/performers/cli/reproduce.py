@@ -38,7 +38,7 @@ def reproduce(
         if draw_only:
             written = reproduction.draw()
         else:
-            left = TimeLeft(reproduction.seconds_before())
+            left = TimeLeft(reproduction.seconds_of_the_last_run())
     if not draw_only:
         with one_line_errors((ModuleNotFoundError,)):  # weights that come in a package
             written = reproduction.run(lambda line: remark(f"{line} ({left()})"))

@@ -42,7 +42,7 @@ class Reproduction:
         check_choice("scale", scale, SCALES)
         return cls(folder, load_experiment(folder), scale)
 
-    def seconds_before(self) -> float | None:
+    def seconds_of_the_last_run(self) -> float | None:
         """What the last run at this scale took; None if there was none."""
         if not self._numbers(self.scale).is_file():
             return None
