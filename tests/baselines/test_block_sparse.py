@@ -1,5 +1,6 @@
 """Sparse mechanisms against a matrix of all pairs, and against the models of transformers."""
 
+import copy
 import math
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 import torch
 from cases import inputs
 from torch import Tensor
+from torch.nn.attention import flex_attention
 from transformers import BigBirdConfig, LongformerConfig
 from transformers.models.big_bird.modeling_big_bird import (
     BigBirdBlockSparseAttention,
@@ -21,8 +23,13 @@ from performers.baselines import (
     LocalOptions,
     LongformerAttention,
     LongformerOptions,
+    ReformerAttention,
+    ReformerOptions,
+    RoutingAttention,
+    RoutingOptions,
     SparseOptions,
     SparseTransformerAttention,
+    block_sparse,
 )
 
 
@@ -107,6 +114,85 @@ def test_gradients_of_sparse_attention_are_those_of_all_pairs(mechanism, pattern
         for out in (mechanism(*tensors), by_all_pairs(*tensors, sees))
     )
     torch.testing.assert_close(gradients, expected)
+
+
+# More of what attends to blocks: blocks of each head's own, in an order of its own.
+IN_GROUPS = {
+    "Reformer": ReformerAttention(ReformerOptions(chunk_size=4, num_buckets=4), dim=5, num_heads=6),
+    "routing": RoutingAttention(RoutingOptions(num_clusters=3, chunk_size=4), dim=5, num_heads=3),
+}
+WITH_BLOCKS = {name: mechanism for name, (mechanism, _) in PATTERNS.items()} | IN_GROUPS
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("tile", [1, 12, 24])
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("mechanism", WITH_BLOCKS.values(), ids=WITH_BLOCKS)
+def test_flex_attention_and_its_gradients_are_those_of_gathered_blocks(
+    mechanism, is_causal, tile, monkeypatch
+):
+    tensors = [x.double().requires_grad_() for x in inputs(23)]
+    mask = torch.rand(2, 23) < 0.7
+    weights = torch.randn(2, 6, 23, 7, dtype=torch.double)
+
+    def found() -> list[Tensor]:
+        out = mechanism(*tensors, is_causal=is_causal, key_padding_mask=mask)
+        gradients = torch.autograd.grad((out * weights).sum(), tensors, allow_unused=True)
+        return [out, *(x for x in gradients if x is not None)]
+
+    expected = found()
+    masks = []
+
+    def uncompiled(query, *arguments, **options):
+        masks.append(options["block_mask"])
+        return flex_attention.flex_attention(query, *arguments, **options)
+
+    # What is here runs on CUDA devices, where it is compiled. Uncompiled it is PyTorch's own
+    # reference, with gradients on every device once nothing asks for the device.
+    monkeypatch.setattr(block_sparse, "_has_flex_attention", lambda *call: True)
+    monkeypatch.setattr(block_sparse, "compiled_flex_attention", lambda: uncompiled)
+    monkeypatch.setattr(block_sparse, "TILE", tile)
+    monkeypatch.setattr(flex_attention, "_validate_device", lambda *tensors: None)
+    monkeypatch.setattr(flex_attention, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
+    torch.testing.assert_close(found(), expected)
+    assert masks
+    for blocks in masks:  # which the reference does not read
+        (batch, heads), length = blocks.kv_indices.shape[:2], blocks.seq_lengths[0]
+        every = (torch.arange(size) for size in (batch, heads, length, length))
+        sees = blocks.mask_mod(*torch.meshgrid(*every, indexing="ij"))
+        listed = blocks.to_dense().bool().repeat_interleave(tile, 2).repeat_interleave(tile, 3)
+        assert not (sees & ~listed[:, :, :length, :length]).any()
+        assert tile > 1 or not listed.all()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="flex_attention trains on CUDA devices")
+@pytest.mark.usefixtures("without_shape_checks")
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize(
+    "mechanism",
+    [
+        LocalAttention(LocalOptions(64)),
+        LongformerAttention(LongformerOptions(window_size=32, num_global=3)),
+        BigBirdAttention(BigBirdOptions(block_size=128), max_length=1024),
+        ReformerAttention(ReformerOptions(chunk_size=64, num_buckets=4), dim=20, num_heads=6),
+    ],
+)
+def test_on_a_gpu_blocks_are_read_where_they_lie_to_the_same_output_and_gradients(
+    mechanism, is_causal
+):
+    mask = torch.rand(2, 700) < 0.9
+    weights = torch.randn(2, 6, 700, 24)
+    drawn = inputs(700, dim=20, value_dim=24)
+
+    def found(device: str) -> list[Tensor]:
+        tensors = [x.to(device).requires_grad_() for x in drawn]
+        on_device = copy.deepcopy(mechanism).to(device)
+        out = on_device(*tensors, is_causal=is_causal, key_padding_mask=mask.to(device))
+        loss = (out * weights.to(device)).sum()
+        gradients = torch.autograd.grad(loss, tensors, allow_unused=True)
+        return [out.cpu(), *(x.cpu() for x in gradients if x is not None)]
+
+    torch.testing.assert_close(found("cuda"), found("cpu"), rtol=1e-4, atol=1e-4)
 
 
 def heads_of(layer: torch.nn.Module, hidden: Tensor, *names: str) -> list[Tensor]:

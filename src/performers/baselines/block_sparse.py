@@ -7,20 +7,25 @@
 
 A matrix of all pairs, or a mask of all pairs, never exists. What one softmax cannot gather at once
 is computed in parts (`Part`), which are then put under one normalizer.
+
+On CUDA devices PyTorch's flex_attention reads the blocks where they lie. Elsewhere it has no
+backward pass, and blocks are gathered.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import reduce
+from functools import cache, reduce
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from performers.backends.derivatives import needs_formula
 from performers.backends.slots import Slots
 
 __all__ = [
@@ -28,16 +33,28 @@ __all__ = [
     "Sees",
     "attend_to_blocks",
     "combined",
-    "is_there",
     "nearest_blocks",
     "part",
     "part_of_scores",
     "real",
+    "real_keys",
     "with_global_rows",
 ]
 
-# (positions of queries, positions of keys), which broadcast, to whether the first see the second.
-Sees = Callable[[Tensor, Tensor], Tensor]
+# (sequence, key head, position of a query, position of a key), which broadcast, to whether the
+# query sees the key. It is what flex_attention asks of a mask.
+Sees = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+# The tiles of flex_attention, by whose size those of its kernels can be divided.
+TILE = 128
+
+
+@cache
+def compiled_flex_attention() -> Callable[..., tuple[Tensor, Tensor]]:
+    """flex_attention as one kernel. Uncompiled it is a matrix of all pairs, so that it must not
+    fall back to that where PyTorch has compiled too many forms of it.
+    """
+    return torch.compile(flex_attention, fullgraph=True)
 
 
 class Part(NamedTuple):
@@ -117,9 +134,9 @@ def nearest_blocks(
 def real(slots: Slots, sees: Sees, is_causal: bool) -> Sees:
     """A pattern between real tokens alone, in which no causal query sees a later key."""
 
-    def sees_real(of_query: Tensor, of_key: Tensor) -> Tensor:
-        visible = sees(of_query, of_key) & is_there(of_key, slots)
-        return visible & (of_key <= of_query) if is_causal else visible
+    def sees_real(sequence: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        visible = sees(sequence, head, i, j) & _is_there(sequence, j, slots)
+        return visible & (j <= i) if is_causal else visible
 
     return sees_real
 
@@ -139,29 +156,113 @@ def attend_to_blocks(
 
     Cost: O(length · neighbors · block_size · dim).
     """
-    batch, heads, _, length, _ = query.shape
+    length = query.shape[3]
+    missing = blocks.shape[2] * block_size - length
+    query, key, value = (F.pad(x, (0, 0, 0, missing)) for x in (query, key, value))
+    attend = _by_flex_attention if _has_flex_attention(query, value, block_size) else _by_gathering
+    rows = attend(query, key, value, blocks, block_size, sees)
+    return rows.map(lambda x: x[..., :length, :])
+
+
+def _by_gathering(
+    query: Float[Tensor, "batch key_heads group length dim"],
+    key: Float[Tensor, "batch key_heads length dim"],
+    value: Float[Tensor, "batch key_heads length value_dim"],
+    blocks: Int[Tensor, "#batch #key_heads num_blocks neighbors"],
+    block_size: int,
+    sees: Sees,
+) -> Part:
     num_blocks = blocks.shape[2]
-    missing = num_blocks * block_size - length
-    query, key, value = (
-        F.pad(x, (0, 0, 0, missing)).unflatten(-2, (num_blocks, block_size))
-        for x in (query, key, value)
-    )
+    query, key, value = (x.unflatten(-2, (num_blocks, block_size)) for x in (query, key, value))
     is_again = (blocks.unsqueeze(-1) == blocks.unsqueeze(-2)).tril(-1).any(dim=-1)
     blocks = blocks.masked_fill(is_again, -1)
-    row = torch.arange(batch, device=key.device)[:, None, None, None]
+    batch, heads = key.shape[:2]
+    sequence = torch.arange(batch, device=key.device)[:, None, None, None]
     head = torch.arange(heads, device=key.device)[None, :, None, None]
     # [batch, key_heads, num_blocks, neighbors · block_size, …]
-    key, value = (x[row, head, blocks.clamp(min=0)].flatten(3, 4) for x in (key, value))
+    key, value = (x[sequence, head, blocks.clamp(min=0)].flatten(3, 4) for x in (key, value))
 
     within = torch.arange(block_size, device=key.device)
     starts = torch.arange(num_blocks, device=key.device)[:, None] * block_size
-    of_query = (starts + within).unsqueeze(-1)
-    of_key = blocks.clamp(min=0).unsqueeze(-1) * block_size + within
-    is_listed = (blocks >= 0).unsqueeze(-1).expand_as(of_key)
-    of_key, is_listed = (x.flatten(-2).unsqueeze(-2) for x in (of_key, is_listed))
-    visible = is_listed & sees(of_query, of_key)
+    i = (starts + within).unsqueeze(-1)
+    j = blocks.clamp(min=0).unsqueeze(-1) * block_size + within
+    is_listed = (blocks >= 0).unsqueeze(-1).expand_as(j)
+    j, is_listed = (x.flatten(-2).unsqueeze(-2) for x in (j, is_listed))
+    visible = is_listed & sees(sequence.unsqueeze(-1), head.unsqueeze(-1), i, j)
     rows = part(query, key.unsqueeze(2), value.unsqueeze(2), visible.unsqueeze(2))
-    return rows.map(lambda x: x.flatten(3, 4)[..., :length, :])
+    return rows.map(lambda x: x.flatten(3, 4))
+
+
+def _has_flex_attention(query: Tensor, value: Tensor, block_size: int) -> bool:
+    """Whether flex_attention computes this and its gradients: see its checks of inputs."""
+    return (
+        query.device.type == "cuda"
+        and query.dtype == value.dtype != torch.float64
+        and min(query.shape[-1], value.shape[-1]) >= 16
+        and query.numel() > 0
+        and (TILE % block_size == 0 or block_size % TILE == 0)
+        and not needs_formula()
+    )
+
+
+def _by_flex_attention(
+    query: Float[Tensor, "batch key_heads group length dim"],
+    key: Float[Tensor, "batch key_heads length dim"],
+    value: Float[Tensor, "batch key_heads length value_dim"],
+    blocks: Int[Tensor, "#batch #key_heads num_blocks neighbors"],
+    block_size: int,
+    sees: Sees,
+) -> Part:
+    """The same, without copies of keys. The table of blocks takes (length / block_size)² bytes."""
+    group, num_blocks = query.shape[2], blocks.shape[2]
+    is_listed = torch.zeros(
+        *blocks.shape[:3], num_blocks + 1, dtype=torch.bool, device=blocks.device
+    )
+    # What is not listed, −1, goes to a column behind the last.
+    is_listed = is_listed.scatter(-1, blocks % (num_blocks + 1), True)[..., :num_blocks]
+    is_shared = torch.tensor(blocks.shape[:2], device=blocks.device) == 1
+
+    def sees_listed(sequence: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        key_head = head // group
+        listed = is_listed[
+            torch.where(is_shared[0], 0, sequence),
+            torch.where(is_shared[1], 0, key_head),
+            i // block_size,
+            j // block_size,
+        ]
+        return listed & sees(sequence, key_head, i, j)
+
+    tiles = _tiles(is_listed, block_size)
+    if tiles.shape[1] > 1:
+        tiles = tiles.repeat_interleave(group, dim=1)
+    length = query.shape[3]
+    mask = BlockMask.from_kv_blocks(
+        tiles.sum(dim=-1, dtype=torch.int32),
+        tiles.int().argsort(dim=-1, descending=True, stable=True).int(),
+        BLOCK_SIZE=TILE,
+        mask_mod=sees_listed,
+        seq_lengths=(length, length),
+    )
+    average, log_total = compiled_flex_attention()(
+        query.flatten(1, 2), key, value, block_mask=mask, enable_gqa=group > 1, return_lse=True
+    )
+    frame = log_total.detach().clamp(min=torch.finfo(log_total.dtype).min)
+    total = (log_total - frame).exp().unsqueeze(-1)
+    rows = Part(average.to(total.dtype) * total, total, frame.unsqueeze(-1))
+    return rows.map(lambda x: x.unflatten(1, (-1, group)))
+
+
+def _tiles(
+    is_listed: Bool[Tensor, "batch heads num_blocks num_blocks"], block_size: int
+) -> Bool[Tensor, "batch heads num_tiles num_tiles"]:
+    """Which tiles of queries have a listed block in which tiles of keys."""
+    if block_size >= TILE:
+        times = block_size // TILE
+        return is_listed.repeat_interleave(times, dim=2).repeat_interleave(times, dim=3)
+    ratio = TILE // block_size
+    missing = -is_listed.shape[-1] % ratio
+    padded = F.pad(is_listed, (0, missing, 0, missing))
+    return padded.unflatten(3, (-1, ratio)).unflatten(2, (-1, ratio)).any(dim=5).any(dim=3)
 
 
 def with_global_rows(
@@ -180,8 +281,8 @@ def with_global_rows(
     within = torch.arange(number, device=rows.device)
     query = slots.query.take_along_dim(_along((start + within).clamp(max=length - 1)), dim=3)
     position = torch.arange(length, device=rows.device)
-    visible = is_there(position.expand(1, 1, 1, 1, length), slots)
-    of_all = combined([part(query, slots.key.unsqueeze(2), slots.value.unsqueeze(2), visible)])
+    key, value = slots.key.unsqueeze(2), slots.value.unsqueeze(2)
+    of_all = combined([part(query, key, value, real_keys(slots))])
     offset = position - start
     spread = of_all.take_along_dim(_along(offset.clamp(0, number - 1)), dim=3)
     return torch.where(_along((offset >= 0) & (offset < number)), spread, rows)
@@ -192,10 +293,17 @@ def _along(x: Tensor) -> Tensor:
     return x[:, None, None, :, None]
 
 
-def is_there(
-    of_key: Int[Tensor, "#batch #key_heads *rest"], slots: Slots
-) -> Bool[Tensor, "#batch #key_heads *rest"]:
-    """Whether positions are those of real tokens."""
+def _is_there(
+    sequence: Int[Tensor, "*#rest"], j: Int[Tensor, "*#rest"], slots: Slots
+) -> Bool[Tensor, ...]:
+    """Whether positions of keys are those of real tokens."""
     if slots.is_real is None:
-        return of_key < slots.key.shape[2]
-    return of_key < slots.count.view(-1, *[1] * (of_key.ndim - 1))
+        return j < slots.key.shape[2]
+    return j < slots.count[sequence, 0]
+
+
+def real_keys(slots: Slots) -> Bool[Tensor, "#batch 1 1 1 length"]:
+    """Which keys are those of real tokens."""
+    sequence = torch.arange(len(slots.key), device=slots.key.device).view(-1, 1, 1, 1, 1)
+    position = torch.arange(slots.key.shape[2], device=slots.key.device)
+    return _is_there(sequence, position.expand(1, 1, 1, 1, -1), slots)

@@ -102,10 +102,8 @@ def attend_to_chunks(
         index = position.unsqueeze(-1) if x.ndim == 4 else position[:, :, None, :, None]
         return F.pad(x, (0, 0, 0, 1)).take_along_dim(index, dim=-2)
 
-    def sees_places(of_query: Tensor, of_key: Tensor) -> Tensor:
-        keys = of_key.expand(*position.shape[:2], -1, -1, -1)
-        j = position.take_along_dim(keys.flatten(2), dim=-1).view_as(keys)
-        return sees(position[:, :, of_query], j)
+    def sees_places(sequence: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return sees(sequence, head, position[sequence, head, i], position[sequence, head, j])
 
     return attend_to_blocks(
         placed(query), placed(key), placed(value), chunks, chunk_size, sees_places

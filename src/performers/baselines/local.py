@@ -64,6 +64,6 @@ class LocalAttention(nn.Module):
         blocks = nearest_blocks(
             math.ceil(key.shape[2] / window), 1, 0 if is_causal else 1, key.device
         )
-        sees = real(slots, lambda i, j: (i - j).abs() <= window, is_causal)
+        sees = real(slots, lambda sequence, head, i, j: (i - j).abs() <= window, is_causal)
         near = attend_to_blocks(slots.query, slots.key, slots.value, blocks, window, sees)
         return rows_of_tokens(slots, combined([near]))

@@ -82,7 +82,7 @@ class LongformerAttention(nn.Module):
         first = torch.arange(math.ceil(num_global / window), device=key.device)
         blocks = torch.cat([near, first.expand(1, 1, num_blocks, -1)], dim=-1)
 
-        def sees(i: Tensor, j: Tensor) -> Tensor:
+        def sees(sequence: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
             return ((i - j).abs() <= window) | (j < num_global)
 
         visible = real(slots, sees, is_causal)

@@ -128,9 +128,8 @@ class ReformerAttention(Drawn):
         bucket = self.buckets(query).masked_fill(is_padding, self.options.num_buckets)
         places, chunks = self._chunks(bucket, slots.count, is_causal)
 
-        def sees(i: Tensor, j: Tensor) -> Tensor:
-            is_there = j < slots.count.view(-1, *[1] * (j.ndim - 1))
-            return is_there & ((j < i) if is_causal else (j != i))
+        def sees(sequence: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            return (j < slots.count[sequence, 0]) & ((j < i) if is_causal else (j != i))
 
         size, num_hashes = self.options.chunk_size, self.options.num_hashes
         in_places = attend_to_chunks(

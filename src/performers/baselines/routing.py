@@ -77,8 +77,8 @@ class RoutingAttention(nn.Module):
         cluster, size = self.clusters.of(slots.key, slots.count), self.options.chunk_size
         places, of_chunk = group_by_group(cluster, self.options.num_clusters + 1, size)
 
-        def sees(i: Tensor, j: Tensor) -> Tensor:
-            is_there = j < slots.count.view(-1, *[1] * (j.ndim - 1))
+        def sees(sequence: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            is_there = j < slots.count[sequence, 0]
             return is_there & (j <= i) if is_causal else is_there
 
         chunks = chunks_beside(of_chunk, 1, 0 if is_causal else 1)

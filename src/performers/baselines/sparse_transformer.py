@@ -93,11 +93,11 @@ class SparseTransformerAttention(nn.Module):
         num_blocks = math.ceil(key.shape[2] / stride)
         if self.options.pattern == "strided":
             blocks = nearest_blocks(num_blocks, 1, 0 if is_causal else 1, key.device)
-            sees = real(slots, lambda i, j: (i - j).abs() <= stride, is_causal)
+            sees = real(slots, lambda sequence, head, i, j: (i - j).abs() <= stride, is_causal)
             far = _columns(slots, stride, is_causal)
         else:
             blocks = nearest_blocks(num_blocks, 0, 0, key.device)
-            sees = real(slots, lambda i, j: i >= 0, is_causal)
+            sees = real(slots, lambda sequence, head, i, j: i >= 0, is_causal)
             far = _summaries(slots, stride, self.options.num_summaries, is_causal)
         near = attend_to_blocks(slots.query, slots.key, slots.value, blocks, stride, sees)
         return rows_of_tokens(slots, combined([near, far]))

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Generator, Tensor
 
 from performers.backends.slots import Slots
-from performers.baselines.block_sparse import combined, is_there, part_of_scores
+from performers.baselines.block_sparse import combined, part_of_scores, real_keys
 from performers.baselines.drawn import Drawn
 from performers.baselines.tokens import real_tokens, rows_of_tokens
 from performers.checks import check_choice, check_count, described
@@ -134,7 +134,7 @@ class SynthesizerAttention(Drawn):
                 "as many, or for 1, whose scores all share."
             )
         position = torch.arange(length, device=key.device)
-        visible = is_there(position.expand(1, 1, 1, 1, length), slots)
+        visible = real_keys(slots)
         if is_causal:
             visible = visible & (position <= position[:, None])
         scores = self._scores(slots).expand(-1, -1, slots.query.shape[2], -1, -1)
