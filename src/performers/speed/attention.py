@@ -76,34 +76,9 @@ def run(
     Raises ValueError, before anything runs, for unknown settings, dtypes and devices, and if
     `begun` was measured by another plan, or with other versions or hardware.
     """
-    device = torch.device(plan.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError('device="cuda" needs a GPU that torch can use; this torch sees none.')
-    for name in plan.settings:
-        check_choice("setting", name, SETTINGS)
-    for name in plan.dtypes:
-        if not isinstance(getattr(torch, name, None), torch.dtype):
-            raise ValueError(f"dtype must be a float type of torch, got {name!r}.")
+    _check(plan)
     torch.manual_seed(plan.seed)
-    about = {
-        "plan": asdict(plan),
-        "settings": {name: _description(plan, name) for name in plan.settings},
-        "model": {"shared": MODEL, "attention": MODELS},
-        "environment": describe_environment(),
-        "capability": torch.backends.cpu.get_cpu_capability(),
-        "peers": versions(),
-    }
-    about = json.loads(json.dumps(about))  # as a file holds it, in which a tuple is a list
-    parts: dict[str, list[Any]] = {
-        "correctness": [], "time": [], "memory": [], "models": [], "decoding": []
-    }  # fmt: skip
-    result: dict[str, Any] = begun or {**about, "rates": {}, **parts}
-    changed = [name for name, value in about.items() if result.get(name) != value]
-    if changed:
-        raise ValueError(
-            "what is completed must be of this plan and this machine, and was begun with another "
-            f"{' and another '.join(changed)}. Repeat the command that began it, or begin anew."
-        )
+    device, result = torch.device(plan.device), _begin(plan, begun)
 
     def missing(part: str, **key: Any) -> bool:
         return not any(row.items() >= key.items() for row in result[part])
@@ -155,6 +130,40 @@ def run(
             if missing("decoding", context=context):
                 row = _decoding_row(plan, context)
                 add("decoding", row, decoding_line(row))
+    return result
+
+
+def _check(plan: Plan) -> None:
+    if torch.device(plan.device).type == "cuda" and not torch.cuda.is_available():
+        raise ValueError('device="cuda" needs a GPU that torch can use; this torch sees none.')
+    for name in plan.settings:
+        check_choice("setting", name, SETTINGS)
+    for name in plan.dtypes:
+        if not isinstance(getattr(torch, name, None), torch.dtype):
+            raise ValueError(f"dtype must be a float type of torch, got {name!r}.")
+
+
+def _begin(plan: Plan, begun: dict[str, Any] | None) -> dict[str, Any]:
+    """A result without measurements, or `begun`, if it is of this plan, version and hardware."""
+    about = {
+        "plan": asdict(plan),
+        "settings": {name: _description(plan, name) for name in plan.settings},
+        "model": {"shared": MODEL, "attention": MODELS},
+        "environment": describe_environment(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "peers": versions(),
+    }
+    about = json.loads(json.dumps(about))  # as a file holds it, in which a tuple is a list
+    parts: dict[str, list[Any]] = {
+        "correctness": [], "time": [], "memory": [], "models": [], "decoding": []
+    }  # fmt: skip
+    result: dict[str, Any] = begun or {**about, "rates": {}, **parts}
+    changed = [name for name, value in about.items() if result.get(name) != value]
+    if changed:
+        raise ValueError(
+            "what is completed must be of this plan and this machine, and was begun with another "
+            f"{' and another '.join(changed)}. Repeat the command that began it, or begin anew."
+        )
     return result
 
 
