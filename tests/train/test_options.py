@@ -66,6 +66,7 @@ BY_ITSELF = {
     "torch_compile_backend": "a slow test",
     "torch_compile_mode": "a slow test",
     "max_steps": "every run of the tests",
+    "report_to": "test_trackers.py",
     "use_cpu": "every run of the tests",
     "disable_tqdm": "every run of the tests",
 }
@@ -109,6 +110,7 @@ def test_a_refused_field_is_refused_by_name(config_file, name):
         ("trainer.warmup_steps=.nan", "warmup_steps must be at least 0 and finite, got nan"),
         ("trainer.optim=adamw_bnb_8bit", "unknown trainer.optim 'adamw_bnb_8bit': choose one of"),
         ("trainer.eval_strategy=no", "unknown trainer.eval_strategy False"),  # YAML's no
+        ("trainer.report_to=[wandb,fax]", "unknown trainer.report_to 'fax': choose one of"),
         ("trainer.log_level=loud", "unknown trainer.log_level 'loud'"),
     ],
 )
