@@ -21,11 +21,20 @@ os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-from transformers import PreTrainedConfig
+from packaging.version import Version
+from transformers import PreTrainedConfig, __version__
 
 # transformers makes every configuration a dataclass, yet calls it with keywords that are no fields.
 # jaxtyping would refuse these; this mark, which subclasses inherit, exempts their constructors.
 PreTrainedConfig.__no_type_check__ = True
+
+# The tests say activation checkpointing, which had another name before.
+if Version(__version__) < Version("5.23"):
+    from transformers import PreTrainedModel as Model
+
+    Model.activation_checkpointing_enable = Model.gradient_checkpointing_enable
+    Model.activation_checkpointing_disable = Model.gradient_checkpointing_disable
+    Model.is_activation_checkpointing = Model.is_gradient_checkpointing
 
 # Before the package is imported.
 checks.install()

@@ -29,7 +29,7 @@ traceback through performers, is a fault of performers: please report it.
 # An `AssertionError` speaks to who changes the package.
 KINDS = (
     "ValueError", "TypeError", "KeyError", "IndexError", "FileNotFoundError", "FileExistsError",
-    "IsADirectoryError", "ModuleNotFoundError", "AttributeError", "RuntimeError",
+    "IsADirectoryError", "ImportError", "ModuleNotFoundError", "AttributeError", "RuntimeError",
     "NotImplementedError", "FloatingPointError", "UnsavedError",
 )  # fmt: skip
 

@@ -1,6 +1,7 @@
 """The wheel is the package, whole and alone, and code that uses it passes strict type checks."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,8 +14,11 @@ import pytest
 from hatchling.builders.sdist import SdistBuilder
 from hatchling.builders.wheel import WheelBuilder
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
 
 import performers
+from performers.models.requirements import TRANSFORMERS, check_transformers
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "performers"
@@ -108,6 +112,21 @@ def test_the_oldest_versions_are_the_lower_bounds(tmp_path):
     assert oldest.keys() == {"torch", "transformers"}
     bounds = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     assert all(f'"{name}>={version}' in bounds for name, version in oldest.items())
+
+
+def test_no_transformers_is_allowed_that_is_newer_than_the_tested_one():
+    bound = re.search(r'"transformers(.+)"', (ROOT / "pyproject.toml").read_text("utf-8"))
+    tested = re.search(r"\ntransformers==(.+)", (ROOT / "constraints.txt").read_text("utf-8"))
+    allowed, newest = SpecifierSet(bound[1]), Version(tested[1])
+    assert newest in allowed
+    assert f"{newest.major}.{newest.minor + 1}.0" not in allowed
+    assert allowed == TRANSFORMERS
+
+
+@pytest.mark.parametrize("version", ["5.19.4", "5.24.0"])
+def test_another_transformers_is_refused_by_name(version):
+    with pytest.raises(ImportError, match=rf"needs .*, and {version} is installed.*pip install"):
+        check_transformers(version)
 
 
 CONSUMER = """

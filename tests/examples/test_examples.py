@@ -17,7 +17,7 @@ from performers.records import with_block
 FOLDER = Path(__file__).parents[2] / "examples"
 EXAMPLES = sorted(path for path in FOLDER.glob("*.py") if path.stem != "measured")
 # What an example needs beside this package's own extras.
-NEEDED = {"lightning_loop": "lightning", "sweep": "optuna"}
+NEEDED = {"lightning_loop": "lightning", "sweep": "optuna", "timm_model": "timm"}
 
 
 def loaded(name):
@@ -133,6 +133,22 @@ def test_swapped_attention_has_the_same_weights():
     assert "MultiheadAttention" not in kinds
     after = swapped.state_dict()
     assert all(torch.equal(weight, after[name]) for name, weight in before.items())
+
+
+def test_a_converted_model_of_timm_keeps_its_weights_and_attends_by_them():
+    example = loaded("timm_model")
+    exact = example.build(example.FULL).eval()
+    before = {name: weight.clone() for name, weight in exact.state_dict().items()}
+    images, _ = example.digits(3)
+    wanted = exact(images)
+    converted = example.convert(exact, num_projections=512)
+    layers = [x for x in converted.modules() if type(x) is example.FavorTimm]
+    assert len(layers) == example.FULL.layers
+    after = converted.state_dict()
+    assert all(torch.equal(weight, after[name]) for name, weight in before.items())
+    assert (converted(images) - wanted).norm() < 0.1 * wanted.norm()
+    with pytest.raises(ValueError, match="leave out attn_mask"):
+        layers[0](torch.zeros(1, 5, 48), is_causal=True)
 
 
 def test_two_lines_let_a_sentence_transformer_read_whole_documents(tmp_path):

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from performers.backends import kernel_tiles
 from performers.backends.call import Call
-from performers.backends.graphs import is_exporting, tiles
+from performers.backends.graphs import tiles
 from performers.backends.near import attend as attend_near
 from performers.backends.reference import Partial, absorb, read
 from performers.backends.scan import scan
@@ -65,7 +65,7 @@ def attend(
         call.phi.key_features(call.scaled(key[..., :0, :]))
     if call.is_causal:
         rows = max(CAUSAL_CHUNK, rows_of_a_piece(key, call.dtype))
-        if is_exporting() or query.shape[3] <= rows:
+        if torch.compiler.is_exporting() or query.shape[3] <= rows:
             partial, state = _causal(call, query, key, value, key_mask, state)
             return partial.output(call), state
         outputs = []

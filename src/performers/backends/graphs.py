@@ -11,10 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-__all__ = ["Step", "folded", "is_exporting", "tiles"]
-
-# torch 2.6 has no such function.
-is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", bool)
+__all__ = ["Step", "folded", "tiles"]
 
 Step = Callable[[list[Tensor], list[Tensor]], tuple[list[Tensor], list[Tensor]]]
 
@@ -25,7 +22,7 @@ def tiles(size: int, x: Tensor, dim: int) -> tuple[Tensor, ...]:
     By `split`, whose gradient is one concatenation. The gradient of a slice is as long as the whole
     tensor, and L / size of these would cost O(L²).
     """
-    return (x,) if is_exporting() else x.split(size, dim=dim)
+    return (x,) if torch.compiler.is_exporting() else x.split(size, dim=dim)
 
 
 def folded(step: Step, carry: list[Tensor], inputs: list[Tensor]) -> tuple[list[Tensor], ...]:

@@ -30,7 +30,6 @@ from torch.nn import functional as F
 
 from performers.backends import plain
 from performers.backends.derivatives import is_differentiated, needs_formula, plain_gradients
-from performers.backends.graphs import is_exporting
 from performers.backends.reference import Partial
 from performers.backends.tiles import MAX_RISE, exponent_at, rows_below
 from performers.state import LinearState, exp_difference
@@ -69,7 +68,7 @@ def scan(
         torch.cat([state.values, state.normalizer.unsqueeze(-1)], dim=-1).flatten(0, 1),
         CHUNK,
         # An exported graph keeps none: their number would tie it to a range of lengths.
-        torch.is_grad_enabled() and not is_exporting(),
+        torch.is_grad_enabled() and not torch.compiler.is_exporting(),
     )
     both, frame, log_scale, sums = (
         part.unflatten(0, (batch, heads))

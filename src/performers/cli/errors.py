@@ -15,7 +15,7 @@ from performers.cli.answers import is_verbose
 __all__ = ["MISTAKES", "one_line_errors", "saying_how_to_resume", "saying_when_interrupted"]
 
 # What the checks before long work raise.
-MISTAKES = (ValueError, TypeError, OSError, ModuleNotFoundError)
+MISTAKES = (ValueError, TypeError, OSError, ImportError)
 
 
 @contextmanager

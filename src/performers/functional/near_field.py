@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
-from performers.backends.graphs import is_exporting
 from performers.checks import check_count, check_number
 
 __all__ = [
@@ -86,7 +86,7 @@ def check_near_field(
             "a window needs one query per key, for distances to mean something: query length is "
             f"{query.shape[2]}, key length is {key.shape[2]}. In cross-attention use no window."
         )
-    if num_heavy and is_exporting() and not isinstance(key.shape[2], int):
+    if num_heavy and torch.compiler.is_exporting() and not isinstance(key.shape[2], int):
         raise ValueError(
             f"num_heavy={num_heavy} compares the blocks of a sequence one by one, so an exported "
             "graph must have one length, and this one has a dynamic length. Export it with a fixed "

@@ -12,7 +12,6 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from performers.backends.graphs import is_exporting
 from performers.checks import check_segment_ids
 
 __all__ = ["attend_by_segment", "restarts"]
@@ -47,7 +46,7 @@ def attend_by_segment(
 
     Raises ValueError or TypeError for numbers that do not fit.
     """
-    if is_exporting():
+    if torch.compiler.is_exporting():
         raise ValueError(
             "how packed sequences are cut depends on the numbers in segment_ids, which an exported "
             "graph cannot hold. Export attention with a padded batch and key_padding_mask=."

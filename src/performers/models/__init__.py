@@ -1,5 +1,6 @@
 """Performers in the form transformers expects, known to its Auto classes once this is imported."""
 
+import transformers
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -37,6 +38,7 @@ from performers.models.modeling import (
     PerformerModel,
     PerformerPreTrainedModel,
 )
+from performers.models.requirements import check_transformers
 
 __all__ = [
     "MECHANISMS",
@@ -55,6 +57,8 @@ __all__ = [
     "PerformerModel",
     "PerformerPreTrainedModel",
 ]
+
+check_transformers(transformers.__version__)
 
 AutoConfig.register(PerformerConfig.model_type, PerformerConfig)
 

@@ -7,6 +7,7 @@ does to a run.
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Collection
 from dataclasses import dataclass, fields
@@ -18,7 +19,7 @@ from transformers import SchedulerType, Trainer, TrainingArguments, get_schedule
 
 from performers.checks import check_choice
 
-__all__ = ["REFUSED_OPTIONS", "TRAINER_OPTIONS", "Served", "check_arguments"]
+__all__ = ["REFUSED_OPTIONS", "TRACKERS", "TRAINER_OPTIONS", "Served", "check_arguments"]
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,8 @@ class Served:
     def check(self, key: str, value: Any) -> None:
         """Raise ValueError for a value that a run cannot train with."""
         if self.words and value is not None:
-            check_choice(key, value, self.words)
+            for word in value if isinstance(value, list) else [value]:
+                check_choice(key, word, self.words)
         if self.keys and value is not None:
             for name in value:
                 check_choice(f"key of {key}", name, self.keys)
@@ -75,9 +77,13 @@ LOG_LEVELS = ("passive", "debug", "info", "warning", "error", "critical")
 # Of a field that has no row.
 UNKNOWN = "this version of performers does not know what it does to a run"
 
+# Who is told what a run logs, beside TensorBoard's events, which are always written. Each word of
+# `report_to` is also the name of a package.
+TRACKERS = ("mlflow", "wandb")
+
 # Reasons that several rows share.
 RESUMED = "a resumed run would not end with the same numbers"
-REPORTED = "TensorBoard events are always in the tensorboard/ folder of the run"
+REPORTED = "trackers are those of trainer.report_to"
 NOT_PUSHED = "push the model/ folder of the run yourself"
 LAST_STEP = "the report is about the last step of every model"
 METRICS = "the metrics are those of the paper, summed batch by batch"
@@ -159,8 +165,8 @@ TRAINER_OPTIONS: dict[str, Served | str] = {
     "log_level_replica": Served(words=LOG_LEVELS),
     "log_on_each_node": Served(),
     "disable_tqdm": Served(),
-    "report_to": REPORTED,
-    "run_name": REPORTED,
+    "report_to": Served(words=("none", *TRACKERS)),
+    "run_name": "a tracker has the folder of the run as its name",
     "project": REPORTED,
     "trackio_space_id": REPORTED,
     "trackio_bucket_id": REPORTED,
@@ -247,6 +253,12 @@ def check_arguments(arguments: TrainingArguments) -> None:
             "trainer.dataloader_multiprocessing_context says how workers start, and "
             "trainer.dataloader_num_workers is 0. Set both, or neither."
         )
+    for tracker in TRACKERS:
+        if tracker in arguments.report_to and importlib.util.find_spec(tracker) is None:
+            raise ValueError(
+                f"trainer.report_to={tracker} needs the package {tracker}, which is not installed. "
+                f"Install it: pip install {tracker}"
+            )
     optimizer, schedule = arguments.optim.value, arguments.lr_scheduler_type.value
     for word in (arguments.optim_args or "").replace(" ", "").split(","):
         if word and word.partition("=")[0] not in OPTIMIZERS[optimizer]:

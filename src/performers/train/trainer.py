@@ -6,6 +6,7 @@ import math
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from transformers import (
     set_seed,
 )
 from transformers import trainer as transformers_trainer
-from transformers.integrations import TensorBoardCallback
+from transformers.integrations import MLflowCallback, TensorBoardCallback, WandbCallback
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.utils.logging import disable_progress_bar
 
@@ -62,6 +63,7 @@ def training_arguments(config: RunConfig, folder: Path) -> TrainingArguments:
     Raises ValueError for values that transformers refuses.
     """
     trainer = {"dataloader_pin_memory": False, "logging_nan_inf_filter": False, **config.trainer}
+    trainer["report_to"] = trainer.get("report_to") or "none"
     if config.max_seconds is not None:
         trainer |= {"max_steps": NEVER} | dict.fromkeys(_shares(config.trainer), NEVER)
     return TrainingArguments(
@@ -72,7 +74,7 @@ def training_arguments(config: RunConfig, folder: Path) -> TrainingArguments:
         save_strategy="steps",
         batch_eval_metrics=True,
         include_num_input_tokens_seen="non_padding",
-        report_to="none",
+        run_name=str(folder),
         # Items of a stream say which pass they are of, and every process reads the stream by
         # itself: one that read for all would have to pad their batches alike.
         remove_unused_columns=False,
@@ -270,6 +272,7 @@ def train_to_the_end(
     if checkpoint is None or not _has_ended(checkpoint, config.max_seconds):
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         trainer.peak_memory = memory.measure()
+        end_tracking(trainer)
         state.wait_for_everyone()  # the main process seals the checkpoint
         checkpoint = last_whole_checkpoint(checkpoints)
         assert checkpoint is not None, "the Trainer saves the last step"
@@ -280,6 +283,17 @@ def train_to_the_end(
     load_model(trainer.accelerator.unwrap_model(trainer.model), checkpoint / "model.safetensors")
     trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
     return trainer
+
+
+def end_tracking(trainer: Trainer) -> None:
+    """End what trackers were told of one model: the next one of a run has a run of theirs too.
+
+    MLflow's ends by itself with the training, and would begin another with the first score after.
+    """
+    for callback in (MLflowCallback, WandbCallback):
+        trainer.remove_callback(callback)
+    if "wandb" in trainer.args.report_to and trainer.is_world_process_zero():
+        import_module("wandb").finish()
 
 
 def _has_ended(checkpoint: Path, max_seconds: float | None) -> bool:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from performers.backends.blocks.sizes import BlockAttention, Problem
 from performers.backends.fused_softmax import HIDDEN
-from performers.backends.graphs import folded, is_exporting
+from performers.backends.graphs import folded
 from performers.backends.reference import absorb, exact_partial, read
 from performers.state import LinearState
 from performers.typing import LogLinearSide
@@ -39,7 +39,7 @@ class _Formula:
         self.group, self.length = problem.query.shape[1:3]
         # No length that changes may be the size of a block in an exported graph.
         self.size = problem.window_size
-        if not is_exporting():
+        if not torch.compiler.is_exporting():
             self.size = min(self.size, self.length)
         self.has_features = problem.average.shape[-2] > 0
         self.has_heavy = problem.heavy_key.shape[2] > 0
