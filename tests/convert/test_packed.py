@@ -179,17 +179,31 @@ def test_captured_attention_is_of_one_sequence(word):
 # In a fresh process, because jaxtyping's import hook leaves traces that cannot be compiled.
 COMPILED = """
 import torch
-from transformers import LlamaConfig, LlamaModel
+from transformers import GPT2Config, GPT2Model, LlamaConfig, LlamaModel
 from performers import FavorOptions, linearize
 
-config = LlamaConfig(
-    vocab_size=31, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
-)
-model = linearize(LlamaModel(config).eval(), FavorOptions(7, window_size=3))
-compiled = torch.compile(model, fullgraph=True, backend="eager")
-tokens = torch.randint(31, (1, 23))
-for position_ids in (torch.arange(23)[None], torch.arange(23)[None] % 7):
-    given = {"input_ids": tokens, "position_ids": position_ids, "use_cache": False}
+MODELS = {{
+    # Hands positions on to attention, and one that does not.
+    "llama": lambda: LlamaModel(LlamaConfig(
+        vocab_size=31, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=16,
+    )),
+    "gpt2": lambda: GPT2Model(GPT2Config(vocab_size=31, n_embd=16, n_layer=1, n_head=2)),
+}}
+torch.manual_seed(0)
+model = linearize(MODELS[{name!r}]().eval(), FavorOptions(7, window_size=3))
+whole = torch.compile(model, fullgraph=True, backend="eager")
+broken = torch.compile(lambda **given: model(**given), backend="eager")  # its own code
+counting, restarting = torch.arange(23)[None], torch.arange(23)[None] % 7
+numbers = torch.arange(23)[None] // 7
+ends = torch.tensor([0, 7, 14, 21, 23], dtype=torch.int32)
+for compiled, words in [
+    (whole, {{"position_ids": counting}}),
+    (broken, {{"position_ids": restarting, "seq_idx": numbers.int()}}),
+    (broken, {{"position_ids": restarting, "cu_seq_lens_q": ends, "cu_seq_lens_k": ends}}),
+    (whole, {{"position_ids": restarting}}),
+]:
+    given = {{"input_ids": torch.randint(31, (1, 23)), "use_cache": False}} | words
     try:
         torch.testing.assert_close(compiled(**given)[0], model(**given)[0])
         print("equal")
@@ -199,9 +213,10 @@ for position_ids in (torch.arange(23)[None], torch.arange(23)[None] % 7):
 
 
 @pytest.mark.slow
-def test_a_compiled_model_refuses_positions_that_restart_and_takes_those_that_count_on(
-    fresh_python,
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_compiled_models_see_packed_sequences_that_are_numbered_and_refuse_restarts(
+    fresh_python, name
 ):
-    equal, refusal = fresh_python(COMPILED).splitlines()
-    assert equal == "equal"
+    *equal, refusal = fresh_python(COMPILED.format(name=name)).splitlines()
+    assert equal == ["equal"] * 3
     assert refusal.startswith("positions that restart pack several sequences into a row")

@@ -32,7 +32,7 @@ class Attend(torch.nn.Module):
 """
 
 COMPILED = """
-compiled = torch.compile(attend, fullgraph=True, dynamic={is_dynamic}, backend="aot_eager")
+compiled = torch.compile(attend, fullgraph=True, dynamic={is_dynamic})
 for length in (23, 37):
     tensors = inputs(length)
     out, expected = compiled(*tensors), attend(*tensors)

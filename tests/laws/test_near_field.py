@@ -312,6 +312,15 @@ def test_a_batch_of_any_size_and_none_is_served(field, is_causal):
         torch.testing.assert_close(part, whole[rows])
 
 
+@every_field
+def test_a_batch_of_none_continues_its_state(field):
+    options = {"enable_gqa": True, "return_state": True, **field}
+    tensors, phi, state = [x[:0] for x in inputs()], feature_map(), None
+    for _ in range(2):
+        out, state = favor_attention(*tensors, phi, True, initial_state=state, **options)
+    assert out.shape == (0, 6, 23, 7)
+
+
 COMPILED = """
 import torch
 from performers import SharpFeatures, favor_attention

@@ -77,7 +77,8 @@ class Slots:
         start = (before // size - 1) * size
         first = before - start  # the slot of the first new token
         most = 2 * size + length
-        num_slots = most if is_traced() else int((first + number.clamp(min=1)).max())
+        is_fixed = is_traced() or batch == 0
+        num_slots = most if is_fixed else int((first + number.clamp(min=1)).max())
         slot = torch.arange(num_slots, device=key.device).expand(batch, -1)
         source = real_first.gather(1, (slot - first).clamp(0, length - 1))
         query = _taken(query, source)

@@ -93,7 +93,7 @@ class _Learners:
             phi = layer.new_feature_map(query.shape[-1], key.shape[1])
             assert isinstance(phi, SharpFeatures), "others have nothing to calibrate"
             self.feature_maps[site] = phi.to(query.device)
-        length = key.shape[2] if mask is None else int(mask.sum(dim=1).max())
+        length = key.shape[2] if mask is None else max(mask.sum(dim=1).tolist(), default=0)
         self.longest[site] = max(length, self.longest.get(site, 0))
         num_sinks = layer.options.near_field().get("num_sinks")
         if num_sinks and not layer.is_cross:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedConfig
 from transformers.masking_utils import (
@@ -43,8 +43,8 @@ __all__ = ["attend_exactly", "favor", "favor_layer", "favor_mask", "keys_seen", 
 PLAIN = {"causal_mask_function", "bidirectional_mask_function"}
 PACKED = "packed_sequence_mask_function"
 COMBINING = {"and_masks", "or_masks", "remap_positions_for_packed_sequence"}
-# The functions that `or_masks` makes, by their own name.
-UNIONS = {"or_mask"}
+# The functions that `or_masks` and `and_masks` make, by their own names.
+UNIONS, INTERSECTION = {"or_mask"}, "and_mask"
 LOCAL = {"sliding_window_overlay", "sliding_window_bidirectional_overlay", "chunked_overlay"}
 
 
@@ -196,7 +196,7 @@ def keys_seen(
         return Seen(attention_mask[:, -key.shape[2] :], True, segment_ids)
     if attention_mask.dtype == torch.bool and attention_mask.shape[1:-1] == (1, 1):
         return Seen(attention_mask[:, 0, 0, -key.shape[2] :], False, segment_ids)
-    shape = (len(query), -1, query.shape[2], key_length)
+    shape = (query.shape[0], -1, query.shape[2], key_length)
     pairs = _keys_of_pairs(attention_mask, shape, is_causal)
     if isinstance(pairs, str):
         raise ValueError(
@@ -211,7 +211,7 @@ def keys_seen(
     is_whole = not pairs.is_causal and seen is None and query.shape[2] == key_length > 1
     if is_whole and (is_causal or past_length == 0) and not is_cross_attention(module):
         # A prompt that sees itself whole, which other tokens follow.
-        lengths = torch.full((len(query),), key_length, device=query.device)
+        lengths = torch.full((query.shape[0],), key_length, device=query.device)
         pairs = pairs._replace(is_causal=True, prefix_lengths=lengths)
     return pairs._replace(
         key_padding_mask=None if mask is None else mask[:, -key.shape[2] :],
@@ -242,7 +242,7 @@ def favor_mask(
     for exact attention: layers that stay exact use it, others read it or refuse it.
 
     Raises ValueError for custom masks and static caches. While compiling, transformers declares
-    every causal mask packed; `favor` then looks at the positions itself.
+    every causal mask packed, and then so does this one.
     """
     packed = blocks = None
     is_local = local_size is not None and local_size < kv_length
@@ -301,10 +301,25 @@ def favor_mask(
         (numbers,) = (cell.cell_contents for cell in packed.__closure__)
         return numbers
     if attention_mask is None:
+        is_causal = "allow_is_bidirectional_skip" not in options
+        may_be_packed = torch.compiler.is_compiling() and mask_function.__name__ == INTERSECTION
+        if is_causal and may_be_packed and q_length == kv_length > 1:
+            return _numbers(mask_function, batch_size, q_length, options["device"])
         return None
     keys = attention_mask[:, kv_offset : kv_offset + kv_length]
     # Only masks that are not causal are made with this option.
     return keys[:, None, None] if "allow_is_bidirectional_skip" in options else keys
+
+
+def _numbers(
+    mask_function: Callable[..., Any], batch_size: int, length: int, device: torch.device
+) -> Int[Tensor, "batch length"]:
+    """The numbers of packed sequences, asked of a mask function pair by pair: one begins where a
+    token does not see the one before."""
+    row = torch.arange(batch_size, device=device).unsqueeze(1)
+    place = torch.arange(length, device=device).unsqueeze(0)
+    goes_on = mask_function(row, torch.zeros_like(row), place, (place - 1).clamp(min=0))
+    return (~goes_on).cumsum(dim=1)
 
 
 def favor_layer(module: nn.Module, options: FavorOptions) -> FavorLayer:

@@ -9,7 +9,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from performers.convert.sites import is_cross_attention, layer_number, layer_types
-from performers.models.masks import Packing, packed_segments
+from performers.models.masks import Packing, if_several, packed_segments
 
 __all__ = ["is_packed", "segments", "within_sequences"]
 
@@ -32,8 +32,11 @@ def segments(
     pass on to attention: lengths, numbers or, in causal attention without a mask, positions that
     restart. None where there is a mask of pairs, which says it.
     """
-    if is_packed(attention_mask):
-        return attention_mask
+    if attention_mask is not None and is_packed(attention_mask):
+        if not torch.compiler.is_compiling():
+            return attention_mask
+        given = _given(module, query, key, options, None)
+        return if_several(attention_mask) if given is None else given
     if _is_of_pairs(attention_mask):
         return None
     position_ids = options.get("position_ids") if is_causal and attention_mask is None else None
@@ -90,4 +93,4 @@ def _given(
     if is_cross_attention(module) or query.shape[2] != key.shape[2]:
         return None
     given = {word: options.get(word) for word in Packing.__annotations__}
-    return packed_segments(len(query), query.shape[2], position_ids, **given)
+    return packed_segments(query.shape[0], query.shape[2], position_ids, **given)

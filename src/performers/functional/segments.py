@@ -71,8 +71,8 @@ def attend_by_segment(
 
 def restarts(position_ids: Int[Tensor, "rows length"]) -> Int[Tensor, "rows length"]:
     """The segments of positions that count on by one within each: 0 1 2 0 1 ─► 0 0 0 1 1."""
-    goes_on = position_ids.diff(dim=1) == 1
-    return torch.nn.functional.pad((~goes_on).cumsum(dim=1), (1, 0))
+    steps = position_ids.diff(dim=1, prepend=position_ids[:, :1] - 1)
+    return (steps != 1).cumsum(dim=1)
 
 
 def _lengths(segment_ids: Tensor) -> list[int]:

@@ -35,6 +35,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from performers.backends.graphs import is_exporting
 from performers.checks import check_choice
 from performers.functional.autocast import without_autocast
 from performers.functional.fingerprint import fingerprint
@@ -83,7 +84,12 @@ def sampled(
     The choice depends neither on what the mask hides nor on the other sequences of the batch.
     """
     length = x.shape[2]
-    rank = torch.arange(min(count, length), device=x.device)
+    size = min(count, length)
+    if is_exporting():  # a graph serves lengths on either side of `count`
+        size = count
+        if mask is None:
+            mask = x.new_ones(x.shape[0], length, dtype=torch.bool)
+    rank = torch.arange(size, device=x.device)
     if mask is None:
         if length <= count:
             return x, None
@@ -91,11 +97,12 @@ def sampled(
     shown = mask.sum(dim=1, keepdim=True)
     chosen = shown.clamp(max=count)
     # The shown positions are cut into `chosen` equal parts; this is the middle of each.
-    place = (2 * rank + 1) * shown // (2 * chosen).clamp(min=1)
+    place = ((2 * rank + 1) * shown // (2 * chosen).clamp(min=1)).clamp(max=length - 1)
     # A stable sort puts the shown positions first, in their order: `place` counts among these.
     index = (~mask).byte().argsort(dim=1, stable=True).gather(1, place)
     mask = rank < chosen
-    x = x.take_along_dim(index[:, None, :, None], dim=2)
+    # take_along_dim would tie an exported graph to one batch and length.
+    x = x.gather(2, index[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
     return x.masked_fill_(~mask[:, None, :, None], 0.0), mask
 
 

@@ -64,7 +64,7 @@ class Order(NamedTuple):
         """Queries, keys, values and their mask in this order, 0 where there is none."""
         if key_padding_mask is None:
             key_padding_mask = torch.ones_like(self.key_place, dtype=torch.bool)
-        empty = key_padding_mask.new_zeros(len(key_padding_mask), self.length)
+        empty = key_padding_mask.new_zeros(key_padding_mask.shape[0], self.length)
         return (
             self._rows(query, self.query_place),
             self._rows(key, self.key_place),
@@ -129,7 +129,7 @@ def check_staircase(
     says it too."""
     if seen_lengths is None and prefix_lengths is None:
         return
-    batch = len(key)
+    batch = key.shape[0]
     if seen_lengths is not None and (is_causal or prefix_lengths is not None):
         raise ValueError(
             "seen_lengths says how many keys each query sees, and is_causal and prefix_lengths say "

@@ -10,10 +10,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from performers.backends.graphs import is_exporting
 from performers.checks import check_attention_mask
 from performers.functional.segments import restarts
 
-__all__ = ["Packing", "count_positions", "packed_segments", "padding_mask"]
+__all__ = ["Packing", "count_positions", "if_several", "packed_segments", "padding_mask"]
 
 
 class Packing(TypedDict, total=False):
@@ -64,42 +65,41 @@ def packed_segments(
 
     From `cu_seq_lens_q`, where the sequences of the only row begin and end, or `seq_idx`, which has
     a number for each token, or else positions that do not count on by one. Longest lengths are only
-    of use to kernels. In a compiled graph the number of sequences would have to be known: there
-    positions that restart are an error, raised when the graph runs.
+    of use to kernels. In a compiled graph the number of sequences would have to be known: lengths
+    and numbers break it, and positions that restart are an error.
 
     Raises ValueError for lengths that are not those of the row.
     """
     if cu_seq_lens_q is not None:
-        ends = cu_seq_lens_q.tolist()
-        is_same = cu_seq_lens_k is None or cu_seq_lens_k.tolist() == ends
-        if not (batch == 1 and ends == sorted(ends) and ends[:1] + ends[-1:] == [0, length]):
-            raise ValueError(
-                "cu_seq_lens_q must go from 0 to the length of a single row, as "
-                f"DataCollatorWithFlattening makes it: got {ends} for {batch} rows of {length}."
-            )
-        if not is_same:
-            raise ValueError(
-                "packed sequences attend to themselves, so cu_seq_lens_k must be cu_seq_lens_q: "
-                f"got {cu_seq_lens_k} and {cu_seq_lens_q}."
-            )
-        lengths = cu_seq_lens_q.diff()
-        number = torch.arange(len(lengths), device=lengths.device)
-        return number.repeat_interleave(lengths).unsqueeze(0)
+        if not is_exporting():  # attention refuses packed sequences there
+            _check_ends(batch, length, cu_seq_lens_q, cu_seq_lens_k)
+        place = torch.arange(length, dtype=cu_seq_lens_q.dtype, device=cu_seq_lens_q.device)
+        return torch.bucketize(place, cu_seq_lens_q, right=True).unsqueeze(0) - 1
     if seq_idx is not None:
         return seq_idx
     if position_ids is None or length < 2 or position_ids.is_meta:
         return None
-    segment_ids = restarts(position_ids)
-    if torch.compiler.is_compiling():
-        if not torch.compiler.is_exporting():
-            torch._assert_async(
-                (segment_ids == 0).all(),
-                "positions that restart pack several sequences into a row, and a compiled graph "
-                "cannot tell them apart: pass a padded batch and an attention_mask, or do not "
-                "compile.",
-            )
-        return None
-    return segment_ids.expand(batch, -1) if bool(segment_ids.any()) else None
+    segment_ids = if_several(restarts(position_ids))
+    return None if segment_ids is None else segment_ids.expand(batch, -1)
+
+
+def if_several(segment_ids: Int[Tensor, "rows length"]) -> Int[Tensor, "rows length"] | None:
+    """Numbers that are not all 0; None where each row is one sequence.
+
+    A compiled graph cannot ask, and takes them for one sequence: there others are an error, raised
+    when the graph runs.
+    """
+    if not torch.compiler.is_compiling():
+        return segment_ids if bool(segment_ids.any()) else None
+    if not torch.onnx.is_in_onnx_export():  # ONNX has no assertions
+        torch._assert_async(
+            (segment_ids == 0).all(),
+            "positions that restart pack several sequences into a row, and a compiled graph "
+            "cannot tell them apart: say where they end by seq_idx= or cu_seq_lens_q= too, as "
+            "DataCollatorWithFlattening(return_seq_idx=True) does, and compile without "
+            "fullgraph=True. Or pass a padded batch and an attention_mask.",
+        )
+    return None
 
 
 def count_positions(
@@ -123,3 +123,22 @@ def count_positions(
     # The number of real tokens before each; −1 for padding on the left, which the clamp makes 0.
     counted = key_padding_mask.long().cumsum(dim=-1) - 1
     return counted.clamp(min=0)[:, past_length:]
+
+
+@torch.compiler.disable(
+    reason="where packed sequences end is said by the numbers in cu_seq_lens_q, which a graph "
+    "cannot hold: compile without fullgraph=True, or pass a padded batch and a mask"
+)
+def _check_ends(batch: int, length: int, ends: Tensor, ends_of_keys: Tensor | None) -> None:
+    """Raise ValueError for ends of sequences that are not those of the only row."""
+    found = ends.tolist()
+    if not (batch == 1 and found == sorted(found) and found[:1] + found[-1:] == [0, length]):
+        raise ValueError(
+            "cu_seq_lens_q must go from 0 to the length of a single row, as "
+            f"DataCollatorWithFlattening makes it: got {found} for {batch} rows of {length}."
+        )
+    if ends_of_keys is not None and ends_of_keys.tolist() != found:
+        raise ValueError(
+            "packed sequences attend to themselves, so cu_seq_lens_k must be cu_seq_lens_q: "
+            f"got {ends_of_keys} and {ends}."
+        )

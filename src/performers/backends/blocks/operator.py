@@ -115,7 +115,7 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
         problem.average.new_empty(*shape, 1),
         torch.empty_like(problem.log_mass),
         torch.empty_like(problem.average),
-        problem.average.new_empty(*shape, Sizes(problem).limits),
+        problem.average.new_empty(*shape, problem.limits),
     )
 
 

@@ -74,6 +74,14 @@ class Problem(NamedTuple):
     is_causal: bool
     far_limit: float | None
 
+    @property
+    def limits(self) -> int:
+        """How many numbers of a query say by how much its far keys are too many.
+
+        Not of `Sizes`, which compare lengths and would tie an exported graph to one side.
+        """
+        return 0 if self.far_limit is None or self.average.shape[-2] == 0 else 1
+
 
 class Sizes:
     """Sizes of a problem, and of what is done at a time."""
@@ -96,8 +104,7 @@ class Sizes:
         whole = TILE_BYTES // (self.count * self.rows * columns * size)
         most = HEADS_BYTES // (size * (averages + rows))
         self.at_once = max(1, min(max(HEADS, whole), most))
-        # numbers of a query that say by how much its far keys are too many
-        self.limits = 0 if problem.far_limit is None or not self.features else 1
+        self.limits = problem.limits
 
     def head_groups(self) -> Iterator[slice]:
         return slices(self.heads, self.at_once)
