@@ -42,10 +42,6 @@ class LaidOutTrainer(Trainer):
             state = self.accelerator.state
             state.device_mesh = self.layout.mesh_of_batches(self.accelerator.device.type)
 
-    def get_tp_size(self) -> int:
-        """The Trainer's word for how many processes compute the same sequences."""
-        return self.layout.of_batch
-
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Optimizer:
         """Of what the layout leaves to this process. By now whole weights have been loaded."""
         if self.layout.is_plain:

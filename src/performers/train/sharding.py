@@ -66,7 +66,7 @@ def whole(tree: Any, made: dict[int, Tensor | None] | None = None) -> Any:
         # One dimension of the mesh at a time, the shares of heads last: as they were cut.
         inner = tree.placements[-1:] if tree.device_mesh.ndim > 2 else ()
         outer = [Replicate()] * (tree.device_mesh.ndim - len(inner))
-        full = tree.detach().redistribute(placements=[*outer, *inner]).full_tensor()
+        full = tree.redistribute(placements=[*outer, *inner]).full_tensor().detach()
         made[id(tree)] = full.cpu() if dist.get_rank() == 0 else None
     return made[id(tree)]
 

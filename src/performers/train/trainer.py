@@ -248,12 +248,12 @@ def train_to_the_end(
         trainer.peak_memory = memory.measure()
         state.wait_for_everyone()  # the main process seals the checkpoint
         checkpoint = last_whole_checkpoint(checkpoints)
-        assert checkpoint is not None, "the Trainer saves the last step"
         if not trainer.layout.is_plain:  # what follows takes whole models, without gradients
             peak, seconds = trainer.peak_memory, trainer.clock.seconds
             now = config.laid_out_plainly
             trainer = TokenTrainer(now, folder, build(), train, valid, seconds, task)
             trainer.peak_memory = peak
+    assert checkpoint is not None, "the Trainer saves the last step"
     load_model(trainer.accelerator.unwrap_model(trainer.model), checkpoint / "model.safetensors")
     trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
     return trainer
