@@ -154,5 +154,8 @@ def test_a_run_may_be_laid_out_anew_unless_processes_draw_other_dropout():
         check_shares(before, now, none, sequences=72)
         with pytest.raises(ValueError, match="each process draws by itself for"):
             check_shares(before, now, {"model.hidden_dropout_prob": 0.1}, sequences=72)
+    pieces, heads = Shares(2, 1, 12, 1, pieces=2), Shares(2, 1, 12, 1, heads=2)
+    with pytest.raises(ValueError, match="each process draws by itself for"):
+        check_shares(pieces, heads, {"model.hidden_dropout_prob": 0.1}, sequences=72)
     with pytest.raises(ValueError, match="split_sequences=2 · "):
         check_shares(before, Shares(4, 1, 3, 1, pieces=2), none, sequences=72)
