@@ -134,7 +134,7 @@ def test_every_layout_trains_scores_and_resumes_to_the_numbers_of_one_process(
          r"layers\.0\.attention attends by something else than FAVOR\+"),
         (["shard_heads=2", "model.reversible=true"], 2, "reversible layers compute in halves"),
         (["shard_weights=true", "trainer.optim=adafactor"], 2, "optim=adafactor takes whole"),
-        (["shard_heads=2", "trainer.optim=adamw_torch_fused"], 2, "fused takes whole weights"),
+        (["shard_heads=2", "trainer.optim=adamw_torch_fused"], 2, "fused takes weights of one cut"),
         (["shard_weights=true", "trainer.fp16=true"], 2, "Take trainer.bf16, or leave shard_w"),
         (["shard_weights=true", "trainer.torch_compile=true"], 2, "would compile whole weights"),
         (["split_sequences=2", "trainer.label_smoothing_factor=0.1"], 2, "takes whole sequences"),

@@ -115,8 +115,10 @@ class Layout:
         found = ""
         if config.model.get("reversible"):
             found = "reversible layers compute in halves. Set model.reversible=false"
-        elif trainer.get("optim") in {"adafactor", "adamw_torch_fused"}:
-            found = f"trainer.optim={trainer['optim']} takes whole weights. Take adamw_torch"
+        elif trainer["optim"] == "adafactor":
+            found = "trainer.optim=adafactor takes whole weights. Take adamw_torch"
+        elif trainer["optim"] == "adamw_torch_fused" and self.heads > 1:
+            found = "trainer.optim=adamw_torch_fused takes weights of one cut. Take adamw_torch"
         elif trainer.get("fp16"):
             found = "trainer.fp16 scales the gradients of whole weights. Take trainer.bf16"
         elif trainer.get("torch_compile"):
