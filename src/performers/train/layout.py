@@ -115,9 +115,9 @@ class Layout:
         found = ""
         if config.model.get("reversible"):
             found = "reversible layers compute in halves. Set model.reversible=false"
-        elif trainer["optim"] == "adafactor":
+        elif trainer.get("optim") == "adafactor":
             found = "trainer.optim=adafactor takes whole weights. Take adamw_torch"
-        elif trainer["optim"] == "adamw_torch_fused" and self.heads > 1:
+        elif trainer.get("optim") == "adamw_torch_fused" and self.heads > 1:
             found = "trainer.optim=adamw_torch_fused takes weights of one cut. Take adamw_torch"
         elif trainer.get("fp16"):
             found = "trainer.fp16 scales the gradients of whole weights. Take trainer.bf16"
