@@ -105,6 +105,7 @@ AFTERWARDS = {"heads": (1, []), "all": LAYOUTS["pieces"], "pieces": LAYOUTS["hea
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)  # nine runs
 @pytest.mark.usefixtures("without_shape_checks")
 @pytest.mark.parametrize("task", MODELS)
 def test_every_layout_trains_scores_and_resumes_to_the_numbers_of_one_process(
