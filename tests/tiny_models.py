@@ -21,6 +21,8 @@ TINY = {"vocab_size": WORDS, "num_hidden_layers": 2, "num_attention_heads": 4}
 WIDTH = {"hidden_size": 32, "intermediate_size": 48}
 # Weights far from 0, so that attention is far from uniform.
 LARGE = {"initializer_range": 0.3}
+# Of a Performer or a BERT that draws no dropout.
+SIZES = {**TINY, **WIDTH, **LARGE, "hidden_dropout_prob": 0.0}
 
 
 def bert(**changes) -> BertModel:

@@ -151,6 +151,50 @@ def test_float32_loses_no_more_than_rounding():
         assert max(errors.values()) < 1e-6, errors
 
 
+# Pieces of whole chunks (16 positions) and whole blocks (8): the products of a piece then have the
+# shapes that they have in the whole.
+ALIGNED = (64, 32, 32)
+NEAR = {"window_size": 8, "far": False}
+
+
+def equal_bits(phi, options):
+    """Whether the output, and the gradient of queries, of this rank's piece are those of the whole,
+    bit by bit.
+    """
+    generator = torch.Generator().manual_seed(3)
+    rows = [torch.randn(2, 2, sum(ALIGNED), 8, generator=generator) for _ in range(4)]
+    query, key, value, gradient = rows
+    whole = query.clone().requires_grad_()
+    expected = favor_attention(whole, key, value, phi, **options)
+    expected.backward(gradient)
+    own = [x.split(ALIGNED, 2)[dist.get_rank()].clone() for x in rows]
+    own[0].requires_grad_()
+    out = sequence_parallel_attention(*own[:3], phi, dist.group.WORLD, **options)
+    out.backward(own[3])
+    pairs = ((out, expected), (own[0].grad, whole.grad))
+    return all(torch.equal(x, y.split(ALIGNED, 2)[dist.get_rank()]) for x, y in pairs)
+
+
+def test_where_sums_keep_their_order_pieces_are_the_whole_bit_by_bit():
+    """In causal attention nothing comes before the first piece, and a near field alone takes its
+    keys one by one. Elsewhere states are summed by pieces.
+    """
+    positive, hyperbolic = SoftmaxFeatures(8, 16), SoftmaxFeatures(8, 8, "hyperbolic")
+    sharp = SharpFeatures(8, 16, num_heads=2)
+    sharp.calibrate(torch.randn(2, 2, 31, 8), torch.randn(2, 2, 31, 8))
+    causal = {"is_causal": True}
+    of_first = [(phi, causal) for phi in (positive, hyperbolic, sharp)]
+    of_first += [(positive, causal | NEAR | {"far": True})]
+    of_all = [(positive, NEAR), (positive, NEAR | causal)]
+
+    def run():
+        return [[equal_bits(*case) for case in cases] for cases in (of_first, of_all)]
+
+    for rank, (first, near) in enumerate(on_ranks(3, run)):
+        assert all(near), near
+        assert rank > 0 or all(first), first
+
+
 @pytest.mark.parametrize("options", [{}, {"window_size": 4, "num_sinks": 2}])
 def test_later_pieces_leave_no_trace_in_earlier_ones(options):
     *rows, _, _ = inputs(torch.float32)

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import on_ranks
-from tiny_models import WORDS, bert, llama
+from tiny_models import SIZES, WORDS, bert, llama
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -21,16 +21,7 @@ from performers import (
     shard_heads,
 )
 
-SIZES = {
-    "vocab_size": WORDS,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 48,
-    "initializer_range": 0.3,
-    "hidden_dropout_prob": 0.0,
-    "num_projections": 17,
-}
+PERFORMER = {**SIZES, "num_projections": 17}
 
 
 def ids():
@@ -44,13 +35,13 @@ def calibrated():
 
 
 MODELS = {
-    "masked": lambda: PerformerForMaskedLM(PerformerConfig(**SIZES)),
+    "masked": lambda: PerformerForMaskedLM(PerformerConfig(**PERFORMER)),
     "masked, sharp": lambda: PerformerForMaskedLM(
-        PerformerConfig(**SIZES, attention="performer-sharp")
+        PerformerConfig(**PERFORMER, attention="performer-sharp")
     ),
     "causal, window": lambda: PerformerForCausalLM(
         PerformerConfig(
-            **SIZES, num_key_value_heads=2, attention="performer-positive", window_size=4
+            **PERFORMER, num_key_value_heads=2, attention="performer-positive", window_size=4
         )
     ),
     "calibrated Llama": calibrated,
@@ -138,7 +129,7 @@ def test_fsdp_shares_out_what_the_heads_leave_and_the_losses_stay():
 
 UNFIT = {
     "attends by something else than FAVOR+": lambda: PerformerForMaskedLM(
-        PerformerConfig(**SIZES, attention="exact")
+        PerformerConfig(**PERFORMER, attention="exact")
     ),
     "Sequential is a module around one": lambda: torch.nn.Sequential(MODELS["masked"]()),
     "has no plan for tensor parallelism": lambda: linearize(bert(), FavorOptions()),
@@ -182,7 +173,7 @@ def test_ranks_that_do_not_divide_the_heads_are_told_what_does():
         torch.manual_seed(0)
         with pytest.raises(
             ValueError,
-            match=r"over 1, 2 ranks here, and this mesh has 3: .* num_attention_heads=4, "
+            match=r"over 1, 2 ranks here, and 3 are asked for: .* num_attention_heads=4, "
             r"num_key_value_heads=2, intermediate_size=48",
         ):
             shard_heads(MODELS["causal, window"](), mesh_of(3))

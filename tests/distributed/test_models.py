@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import on_ranks
-from tiny_models import WORDS, bart, gpt2, llama
+from tiny_models import SIZES, WORDS, bart, gpt2, llama
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from transformers import BertConfig, BertForMaskedLM
@@ -22,15 +22,6 @@ from performers.distributed import sequence_parallel_attention
 from performers.distributed.models import own_piece, parallelize
 
 LENGTH = 23
-SIZES = {
-    "vocab_size": WORDS,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 48,
-    "initializer_range": 0.3,
-    "hidden_dropout_prob": 0.0,
-}
 
 
 def masked(**changes):

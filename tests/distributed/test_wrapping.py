@@ -6,21 +6,16 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import on_ranks
-from tiny_models import WORDS, llama
+from tiny_models import SIZES, WORDS, llama
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from performers import FavorOptions, PerformerConfig, PerformerForMaskedLM, linearize
 
 MODELS = {
-    "PerformerForMaskedLM": lambda: PerformerForMaskedLM(
-        PerformerConfig(
-            vocab_size=WORDS, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
-            intermediate_size=48, initializer_range=0.3, hidden_dropout_prob=0.0,
-        )
-    ),
+    "PerformerForMaskedLM": lambda: PerformerForMaskedLM(PerformerConfig(**SIZES)),
     "linearized Llama": lambda: linearize(llama(), FavorOptions(num_projections=17)),
-}  # fmt: skip
+}
 
 
 def sharded(model):

@@ -153,6 +153,22 @@ def test_it_ends_on_another_number_of_processes_with_the_losses_of_one(
     assert environment["processes"] == processes
 
 
+@pytest.mark.slow
+def test_a_run_of_which_a_piece_is_lost_says_so_and_ends_on_one_process(
+    whole_and_killed, config, tmp_path
+):
+    whole, _, _ = whole_and_killed
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED)
+    keys = ("split_sequences=2", "trainer.per_device_train_batch_size=12")
+    done = started(config, 2, tmp_path / "run", *keys, script=[str(script)])
+    assert done.returncode != 0
+    assert "Every whole checkpoint is kept" in done.stderr
+    done = started(config, 1, tmp_path / "run", "--resume")
+    assert done.returncode == 0, done.stderr
+    torch.testing.assert_close(losses(tmp_path / "run"), losses(whole), rtol=1e-5, atol=1e-5)
+
+
 @pytest.fixture(scope="module")
 def sharded(config, tmp_path_factory):
     """A run of two processes, each of which had a share of the weights."""

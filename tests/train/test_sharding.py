@@ -6,10 +6,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import on_ranks
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from performers.models import PerformerConfig, PerformerForMaskedLM
-from performers.train.sharding import check_sharding, shard_weights, share_out, whole
+from performers.train.sharding import shard_weights, share_out, whole
 
 SIZES = {
     "vocab_size": 29,
@@ -44,9 +45,14 @@ def adam(model):
     return torch.optim.AdamW(model.parameters(), lr=1e-2)
 
 
+def shares():
+    """A mesh of one copy of the weights."""
+    return init_device_mesh("cpu", (1, 2), mesh_dim_names=("copies", "shares"))
+
+
 def sharded(model):
     own = copy.deepcopy(model)
-    shard_weights(own)
+    shard_weights(own, shares())
     return own, adam(own)
 
 
@@ -82,21 +88,6 @@ def test_shares_learn_what_whole_weights_learn_and_go_on_from_what_they_saved():
     assert second["lm_head.weight"] is None
 
 
-@pytest.mark.parametrize(
-    ("model", "trainer", "processes", "words"),
-    [
-        ({}, {}, 1, "this run has 1 process. Start it with torchrun"),
-        ({"reversible": True}, {}, 2, "reversible layers compute in halves"),
-        ({}, {"optim": "adafactor"}, 2, "rows and columns of whole weights"),
-        ({}, {"fp16": True}, 2, "Take trainer.bf16"),
-        ({}, {"torch_compile": True}, 2, "would compile whole weights"),
-    ],
-)
-def test_what_cannot_be_shared_out_is_refused_by_name(model, trainer, processes, words):
-    with pytest.raises(ValueError, match=f"shard_weights shares the weights out .* {words}"):
-        check_sharding(PerformerConfig(**SIZES | model), trainer, processes)
-
-
 def test_weights_that_layers_share_are_refused():
     options = {"num_projections": 5, "sharing": "layers"}
     model = PerformerForMaskedLM(
@@ -105,6 +96,6 @@ def test_weights_that_layers_share_are_refused():
 
     def run():
         with pytest.raises(ValueError, match="attention='linformer' have weights in common"):
-            shard_weights(model)
+            shard_weights(model, shares())
 
     on_ranks(2, run)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import (
@@ -27,13 +27,13 @@ from torch.distributed.tensor.parallel import (
 from performers.checks import check_instance
 from performers.convert.layer import FavorLayer
 from performers.distributed.agreement import agree
-from performers.distributed.collectives import group_of, rank_in, size_of
+from performers.distributed.collectives import group_of, on_all_ranks, rank_in, size_of
 from performers.distributed.models import attending_modules, identities
 from performers.models.modeling import PerformerPreTrainedModel
 from performers.nn.mechanisms import Favor
 from performers.nn.sharp import SharpFeatures
 
-__all__ = ["shard_heads"]
+__all__ = ["check_divides", "of_all_heads", "shard_heads"]
 
 # By the names of modules within the model without its head, as transformers' configs have them.
 OWN_PLAN = {
@@ -84,7 +84,7 @@ def shard_heads(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
                 "first, once, and FSDP2 after it."
             )
         attending.extend(attending_modules(model))
-        _check_divides(model, ranks)
+        check_divides(model, ranks)
         plan.update(_plan(model))
         return {"class of the model": type(model).__name__, **identities(model)}, 0
 
@@ -99,17 +99,31 @@ def shard_heads(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
     return model
 
 
-def _check_divides(model: nn.Module, ranks: int) -> None:
+def of_all_heads(model: nn.Module, mesh: DeviceMesh) -> dict[str, Tensor]:
+    """By their names, the buffers of which `shard_heads` left to each rank those of its heads,
+    whole.
+    """
+    group = group_of(mesh)
+    return {
+        f"{name}.{part}": on_all_ranks(buffer, group).flatten(0, 1)
+        for name, module in model.named_modules()
+        if isinstance(module, SharpFeatures)
+        for part, buffer in module.of_heads().items()
+    }
+
+
+def check_divides(model: nn.Module, ranks: int) -> None:
+    """Raise ValueError for a number of ranks that does not divide the heads of a model."""
     sizes = {name: getattr(model.config, name, None) for name in SHARED_OUT}
     given = {name: size for name, size in sizes.items() if size is not None}
     common = math.gcd(*given.values())
     if common % ranks:
         fitting = [count for count in range(1, common + 1) if common % count == 0]
         raise ValueError(
-            f"heads can be shared out over {', '.join(map(str, fitting))} ranks here, and this "
-            f"mesh has {ranks}: it must divide "
-            f"{', '.join(f'{name}={size}' for name, size in given.items())}. Take a mesh of one of "
-            "these sizes, and the other ranks for data or sequences."
+            f"heads can be shared out over {', '.join(map(str, fitting))} ranks here, and {ranks} "
+            "are asked for: their number must divide "
+            f"{', '.join(f'{name}={size}' for name, size in given.items())}. Take one of these "
+            "numbers, and the other ranks for data or sequences."
         )
 
 

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
 from performers.checks import check_instance
 from performers.convert.layer import FavorLayer
@@ -137,7 +138,10 @@ def identities(model: nn.Module) -> dict[str, object]:
 
 
 def _identity(x: Tensor) -> tuple[object, ...]:
-    """What tells a tensor from others, a number for its bits included."""
+    """What tells a tensor from others, a number for its bits included; of a DTensor, the share of
+    this rank.
+    """
+    x = x.to_local() if isinstance(x, DTensor) else x
     if x.is_floating_point():
         wide = x.detach().to(torch.promote_types(x.dtype, torch.float32))
     else:

@@ -164,10 +164,14 @@ class SharpFeatures(RandomFeatures):
 
     def keep_heads(self, heads: slice) -> None:
         """Forget what was learned of other key heads than these, which stay here alone."""
-        for name, buffer in self.named_buffers(recurse=False):
-            if name not in {"omega", "num_redraws"}:
-                setattr(self, name, buffer[heads].clone())
+        for name, buffer in self.of_heads().items():
+            setattr(self, name, buffer[heads].clone())
         self.num_heads = len(self.query_shift)
+
+    def of_heads(self) -> dict[str, Tensor]:
+        """The buffers that have a row for each key head: what was learned of it."""
+        drawn = {"omega", "num_redraws"}
+        return {name: x for name, x in self.named_buffers(recurse=False) if name not in drawn}
 
     def reset_parameters(self) -> None:
         """Draw the first ω of this seed and layer, and forget all calibration."""

@@ -31,13 +31,14 @@ STATISTICS = 2 * WIDE  # mean and deviation of a norm
 @dataclass(frozen=True)
 class LayerBytes:
     """Of one layer: its input; what it keeps, and for that weights in half precision; what its
-    backward pass needs beside both.
+    backward pass needs beside both, first for the MLP and then, when that is done, for attention.
     """
 
     read: int
     kept: int
     casts: int
-    work: int
+    of_mlp: int
+    of_attention: int
 
 
 def attention_of(workload: Workload, layer: PerformerLayer) -> list[HeadsOf]:
@@ -79,7 +80,7 @@ def _bytes_of_layer(workload: Workload, layer: PerformerLayer) -> LayerBytes:
         for group in groups
         if group.form != "none"
     )
-    return LayerBytes(path, kept, casts * workload.width, max(of_mlp, of_attention - mlp))
+    return LayerBytes(path, kept, casts * workload.width, of_mlp, of_attention - mlp)
 
 
 def bytes_of_inputs(workload: Workload) -> int:

@@ -143,11 +143,20 @@ def plan(workload: Workload, layout: str, devices: int) -> Plan:
     there = gradients if waits else WIDE * _share(outside, parts)
     for number in reversed(range(len(layers))):
         size = sizes[number]
-        passing = layers[number].work + row.gathered(own, devices)
-        passing += kept[number] if own.is_checkpointed else 0
+        mlp = own.layers[number].mlp
+        # Of shares, whole gradients until the layer is done; else `there` has them.
+        grown = own.width if row.is_sharded and not waits else 0
+        passing = row.gathered(own, devices) + max(
+            layers[number].of_mlp + grown * mlp.down_proj.weight.numel(),
+            layers[number].of_attention + grown * sum(x.numel() for x in mlp.parameters()),
+        )
+        recomputed = kept[number] if own.is_checkpointed else 0
+        passing += recomputed
         if row.is_sharded:
-            # Its weights and those fetched for the next layer, or two copies of its gradient.
-            passing += own.width * size * (2 if waits else 3)
+            # Its weights and those fetched for the next layer. At its end, where nothing that it
+            # kept is left, one of them and two copies of its gradient.
+            at_end = own.width * size * (2 if waits else 3) + recomputed - kept[number]
+            passing = max(passing + own.width * size * 2, at_end)
         there += 0 if waits else WIDE * _share(size, parts)
         in_layers = max(in_layers, fixed + there + held + passing)
         held -= stored[number]

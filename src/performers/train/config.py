@@ -29,7 +29,7 @@ from typing import Any
 import yaml
 from transformers import PreTrainedConfig, TrainingArguments
 
-from performers.checks import check_choice, check_seed, described
+from performers.checks import check_choice, check_count, check_seed, described
 from performers.models import MECHANISMS, PerformerConfig
 from performers.models.mechanisms import in_current_words
 from performers.models.mixes import attention_words
@@ -105,7 +105,9 @@ class RunConfig:
     bit by bit, and neither can a resumed one, which uses the time that was left at its last
     checkpoint.
     `shard_weights`: each of several processes keeps a share of the weights, of their gradients and
-    of what the optimizer remembers (FSDP2), and not all of them. The numbers are the same.
+    of what the optimizer remembers (FSDP2), and not all of them.
+    `shard_heads`, `split_sequences`: so many processes share the heads of each layer, or the tokens
+    of each sequence (see `Layout`). The numbers are the same.
     """
 
     task: str = "masked-lm"
@@ -114,6 +116,8 @@ class RunConfig:
     compare: list[str] = field(default_factory=list)
     max_seconds: float | None = None
     shard_weights: bool = False
+    shard_heads: int = 1
+    split_sequences: int = 1
     data: DataConfig = field(default_factory=DataConfig)
     model: dict[str, Any] = field(default_factory=dict)
     trainer: dict[str, Any] = field(default_factory=dict)
@@ -133,6 +137,11 @@ class RunConfig:
         if attention != self.attention:
             model.pop("attention_options", None)
         return dataclasses.replace(self, model=model)
+
+    @property
+    def laid_out_plainly(self) -> RunConfig:
+        """The same run with a whole model in each process."""
+        return dataclasses.replace(self, shard_weights=False, shard_heads=1, split_sequences=1)
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -284,6 +293,8 @@ def _checked(tree: Mapping[str, Any], source: str) -> RunConfig:
     for attention in config.compare:
         check_choice("attention in compare", attention, MECHANISMS)
     check_seed(config.seed)
+    check_count("shard_heads", config.shard_heads)
+    check_count("split_sequences", config.split_sequences)
     if config.redraw_every < 0:
         raise ValueError(f"redraw_every must be at least 0 (0 = never), got {config.redraw_every}.")
     if config.data.length < 2:

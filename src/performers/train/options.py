@@ -221,9 +221,8 @@ TRAINER_OPTIONS: dict[str, Served | str] = {
     "fsdp_config": SHARDED,
     "deepspeed": SHARDED,
     "parallelism_config": (
-        "processes differ in their sequences, and shard_weights: true at the top level shares the "
-        "weights out. To split heads or sequences, write a program of your own, as in "
-        "docs/distributed.md"
+        "write split_sequences, shard_heads or shard_weights at the top level: docs/distributed.md "
+        "says what processes then share"
     ),
     "do_train": ALL_DONE,
     "do_eval": ALL_DONE,

@@ -46,10 +46,10 @@ from performers.train.checkpoints import (
 from performers.train.config import RunConfig, read_yaml
 from performers.train.data import Splits, read_data
 from performers.train.folders import check_place, claim, holds_nothing, release
+from performers.train.layout import Layout
 from performers.train.lost import naming_lost_processes
 from performers.train.options import check_arguments
-from performers.train.sharding import check_sharding
-from performers.train.shares import SHARED_OUT, Shares, check_shares
+from performers.train.shares import LAID_OUT, SHARED_OUT, Shares, check_shares
 from performers.train.tasks import TASKS, build_model, model_config
 from performers.train.trainer import TokenTrainer, train_to_the_end, training_arguments
 
@@ -100,9 +100,9 @@ class Run:
         configs = _configs(config)
         arguments = training_arguments(config, folder)
         check_arguments(arguments)
-        if config.shard_weights:
-            for one in configs.values():
-                check_sharding(model_config(one), config.trainer, arguments.world_size)
+        layout = Layout.of(config, arguments.world_size)
+        for one in configs.values():
+            layout.check(one)
         _check_folder(config, folder, resume)
         environment = _environment(arguments)
         for name, one in configs.items():
@@ -279,7 +279,7 @@ def _check_folder(config: RunConfig, folder: Path, resume: bool) -> None:
     saved = _flat(written)
     given = _flat(yaml.safe_load(config.to_yaml()))
     # `_check_shares` is about the former, and checkpoints hold whole weights.
-    shared_out = {f"trainer.{key}" for key in SHARED_OUT} | {"shard_weights"}
+    shared_out = {f"trainer.{key}" for key in SHARED_OUT} | set(LAID_OUT)
     for key in sorted((saved.keys() | given.keys()) - shared_out):
         if saved.get(key) != given.get(key):
             raise ValueError(
@@ -305,12 +305,12 @@ def _check_shares(
     if not path.exists():
         return
     saved = read_json(path, "Delete it if the run is gone on with by as many processes as before.")
-    before = read_yaml(folder / "config.yaml")["trainer"]
+    before = read_yaml(folder / "config.yaml")
     draws = {
         "model.hidden_dropout_prob": model_config(config).hidden_dropout_prob,
         "trainer.neftune_noise_alpha": config.trainer.get("neftune_noise_alpha") or 0.0,
     }
-    now = Shares.of(config.trainer, environment)
+    now = Shares.of(config.to_dict(), environment)
     check_shares(Shares.of(before, saved), now, draws, sequences)
 
 

@@ -11,61 +11,36 @@ nothing, without a word.)
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.optim import Optimizer
 
-from performers.models import PerformerConfig
 from performers.models.modeling import PerformerModel
 from performers.train.tasks import Model
 
-__all__ = ["check_sharding", "shard_weights", "share_out", "whole"]
+__all__ = ["shard_weights", "share_out", "whole"]
 
 
-def check_sharding(config: PerformerConfig, trainer: Mapping[str, Any], processes: int) -> None:
-    """Raise ValueError where weights cannot be shared out, or would not learn the same."""
-    found = ""
-    if processes < 2:
-        found = f"this run has {processes} process. Start it with torchrun"
-    elif config.reversible:
-        found = "reversible layers compute in halves. Set model.reversible=false"
-    elif trainer.get("optim") == "adafactor":
-        found = (
-            "trainer.optim=adafactor remembers rows and columns of whole weights. Take adamw_torch"
-        )
-    elif trainer.get("fp16"):
-        found = "trainer.fp16 scales the gradients of whole weights. Take trainer.bf16"
-    elif trainer.get("torch_compile"):
-        found = "trainer.torch_compile would compile whole weights. Leave it out"
-    if found:
-        raise ValueError(
-            f"shard_weights shares the weights out over several processes, and {found}, or leave "
-            "shard_weights out."
-        )
-
-
-def shard_weights(model: Model) -> None:
+def shard_weights(model: Model, mesh: DeviceMesh) -> None:
     """Leave to this process its share of every weight, in place: each layer by itself, and then
-    what is of no layer.
+    what is of no layer. `mesh`: (copies, shares), over which gradients are averaged.
 
     Raises ValueError for a weight that several layers share.
     """
-    mesh = init_device_mesh(next(model.parameters()).device.type, (dist.get_world_size(),))
     (stack,) = (module for module in model.modules() if isinstance(module, PerformerModel))
     seen: set[Tensor] = set()
     for layer in stack.layers:
         weights = set(layer.parameters())
         if seen & weights:
             raise ValueError(
-                f"shard_weights shares out each layer by itself, and layers of "
-                f"attention={model.config.attention!r} have weights in common. Leave "
-                "shard_weights out."
+                f"shard_weights, shard_heads and split_sequences take each layer by itself, and "
+                f"layers of attention={model.config.attention!r} have weights in common. Leave "
+                "them out."
             )
         seen |= weights
     for layer in stack.layers:
@@ -88,7 +63,10 @@ def whole(tree: Any, made: dict[int, Tensor | None] | None = None) -> Any:
     if not isinstance(tree, DTensor):
         return tree
     if id(tree) not in made:
-        full = tree.full_tensor().detach()
+        # One dimension of the mesh at a time, the shares of heads last: as they were cut.
+        inner = tree.placements[-1:] if tree.device_mesh.ndim > 2 else ()
+        outer = [Replicate()] * (tree.device_mesh.ndim - len(inner))
+        full = tree.redistribute(placements=[*outer, *inner]).full_tensor().detach()
         made[id(tree)] = full.cpu() if dist.get_rank() == 0 else None
     return made[id(tree)]
 

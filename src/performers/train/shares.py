@@ -12,35 +12,48 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-__all__ = ["SHARED_OUT", "Shares", "check_shares"]
+__all__ = ["LAID_OUT", "SHARED_OUT", "Shares", "check_shares"]
 
 # Keys of the section `trainer` that may change if their product with the processes does not.
 SHARED_OUT = ("per_device_train_batch_size", "gradient_accumulation_steps")
+# Keys of a config that say how processes share the work; the numbers do not depend on them.
+LAID_OUT = ("shard_weights", "shard_heads", "split_sequences")
 
 
 @dataclass(frozen=True)
 class Shares:
-    """Processes, devices of each, sequences of each of these at a time, and how often in a step."""
+    """Processes, devices of each, sequences of each of these at a time, and how often in a step;
+    how many processes share a sequence, and how many the heads.
+    """
 
     processes: int
     devices_per_process: int
     batch: int
     accumulation: int
+    pieces: int = 1
+    heads: int = 1
 
     @classmethod
-    def of(cls, trainer: Mapping[str, Any], environment: Mapping[str, Any]) -> Shares:
-        """Those of a run with these options, on what it is or was made."""
+    def of(cls, config: Mapping[str, Any], environment: Mapping[str, Any]) -> Shares:
+        """Those of a run of this config, on what it is or was made."""
+        trainer = config["trainer"]
         batch, accumulation = (
             int(trainer.get(key, getattr(TrainingArguments, key))) for key in SHARED_OUT
         )
         processes, devices = (
             int(environment.get(key, 1)) for key in ("processes", "devices_per_process")
         )
-        return cls(processes, devices, batch, accumulation)
+        pieces, heads = (int(config.get(key, 1)) for key in ("split_sequences", "shard_heads"))
+        return cls(processes, devices, batch, accumulation, pieces, heads)
+
+    @property
+    def groups(self) -> int:
+        """Processes that have sequences of their own, or groups of them."""
+        return self.processes // (self.pieces * self.heads)
 
     @property
     def at_once(self) -> int:
-        return self.processes * self.devices_per_process * self.batch
+        return self.groups * self.devices_per_process * self.batch
 
     @property
     def of_step(self) -> int:
@@ -50,14 +63,16 @@ class Shares:
         """Several processes fill up the last batch with sequences from the beginning. A stream has
         no last one, and None sequences.
         """
-        if sequences is None or self.processes == 1:
+        if sequences is None or self.groups == 1:
             return sequences
         return -(-sequences // self.at_once) * self.at_once
 
     def __str__(self) -> str:
+        shared = f"split_sequences={self.pieces} · " if self.pieces > 1 else ""
+        shared += f"shard_heads={self.heads} · " if self.heads > 1 else ""
         return (
             f"{self.processes} processes · {self.devices_per_process} devices per process · "
-            f"per_device_train_batch_size={self.batch} · "
+            f"{shared}per_device_train_batch_size={self.batch} · "
             f"gradient_accumulation_steps={self.accumulation}"
         )
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import PartialState
 from safetensors.torch import load_model
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import DataLoader, Dataset
@@ -28,10 +27,12 @@ from transformers import (
 )
 from transformers import trainer as transformers_trainer
 from transformers.integrations import MLflowCallback, TensorBoardCallback, WandbCallback
-from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.utils.logging import disable_progress_bar
 
 from performers.data.masking import Collator
+from performers.distributed.collectives import summed
+from performers.distributed.models import own_piece
+from performers.models.losses import next_tokens
 from performers.records.environment import PeakMemory
 from performers.train.checkpoints import (
     SealCheckpoints,
@@ -43,9 +44,10 @@ from performers.train.checkpoints import (
 )
 from performers.train.clock import NEVER, TrainingClock, learning_rate_factor
 from performers.train.config import RunConfig
+from performers.train.laid_out import LaidOutTrainer
+from performers.train.layout import Layout
 from performers.train.metrics import TokenMetrics, score_tokens
 from performers.train.redraw import RedrawFeatures
-from performers.train.sharding import shard_weights, share_out, whole
 from performers.train.tasks import TASKS, Model, Task
 
 __all__ = [
@@ -95,7 +97,7 @@ def _shares(trainer: Mapping[str, Any]) -> dict[str, float]:
     return {key: trainer[key] for key in ACTIONS if 0 < (trainer.get(key) or 0) < 1}
 
 
-class TokenTrainer(Trainer):
+class TokenTrainer(LaidOutTrainer):
     """A Trainer that scores as the paper does, and seals its checkpoints when they are complete.
 
     `task`: that of the config, on proteins, unless given. `valid`: several sets, by name, are each
@@ -118,7 +120,14 @@ class TokenTrainer(Trainer):
         task = task or TASKS[config.task]
         shares = {ACTIONS[key]: share for key, share in _shares(config.trainer).items()}
         self.clock = TrainingClock(seconds, config.max_seconds, shares)
+        arguments = training_arguments(config, folder)
+        layout = Layout.of(config, arguments.world_size)
+        # This collator stays at epoch 0, so that every evaluation scores the same positions.
+        self.evaluation_collator = task.evaluation_collator(config.seed)
         collator = task.collator(config.seed)
+        if layout.pieces > 1:  # at least one token for each
+            for one in (collator, self.evaluation_collator):
+                one.pad_to_multiple_of = layout.pieces
         callbacks: list[TrainerCallback] = [
             self.clock,
             SealCheckpoints(self.clock),
@@ -130,22 +139,17 @@ class TokenTrainer(Trainer):
         if config.redraw_every:
             callbacks.append(RedrawFeatures(config.redraw_every))
         super().__init__(
+            layout,
             model=model,
-            args=training_arguments(config, folder),
+            args=arguments,
             data_collator=collator,
             train_dataset=train,
             eval_dataset=valid,
             compute_metrics=TokenMetrics(),
-            preprocess_logits_for_metrics=lambda logits, labels: score_tokens(
-                logits, labels, shift=task.shift
-            ),
             callbacks=callbacks,
         )
         self.task = task
-        self.shards_weights = config.shard_weights
         self.peak_memory: int | None = None
-        # This collator stays at epoch 0, so that every evaluation scores the same positions.
-        self.evaluation_collator = task.evaluation_collator(config.seed)
         show_progress(self, ProgressLine(config.attention, self.clock))
         if self.is_world_process_zero():
             events = TensorBoardCallback()
@@ -158,22 +162,6 @@ class TokenTrainer(Trainer):
             return super().get_eval_dataloader(eval_dataset)
         finally:
             self.data_collator = collator
-
-    def create_optimizer(self, *args: Any, **kwargs: Any) -> Optimizer:
-        """Of this process's shares of the weights, if these are shared out. By now whole weights
-        have been loaded.
-        """
-        if self.shards_weights:
-            shard_weights(self.model)
-            # The Trainer's word for a model that accelerate is not to wrap.
-            self.is_distributed_loading_by_transformers = True
-        return super().create_optimizer(*args, **kwargs)
-
-    def _defer_fsdp_gradient_reduction(self) -> AbstractContextManager[None]:
-        """Between the batches of a step: nothing, for shares of gradients add up to shares. To wait
-        with the exchange would keep whole gradients meanwhile.
-        """
-        return nullcontext()
 
     def create_scheduler(
         self, num_training_steps: int, optimizer: Optimizer | None = None
@@ -193,37 +181,23 @@ class TokenTrainer(Trainer):
         inputs = without_needless_mask(inputs, self.task)
         return super().compute_loss(model, inputs, *args, **kwargs)
 
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """`score_tokens` in the place of logits, which are those of a piece."""
+        loss, logits, labels = super().prediction_step(model, inputs, *args, **kwargs)
+        if logits is None or labels is None:
+            return loss, logits, labels
+        pieces, shift = self.places.pieces, self.task.shift
+        if pieces is None:
+            return loss, score_tokens(logits, labels, shift), labels
+        targets = next_tokens(labels) if shift else labels
+        own = targets[:, own_piece(labels.shape[1], pieces)]
+        return loss, summed(score_tokens(logits, own, shift=False), pieces), labels
+
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         with saving(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"):
             super()._save_checkpoint(*args, **kwargs)
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        if not self.shards_weights:
-            super().save_model(output_dir, _internal_call)
-            return
-        weights = whole(self.model.state_dict(keep_vars=True))
-        if self.args.should_save:
-            self._save(output_dir, state_dict=weights)
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if not self.shards_weights:
-            super()._save_optimizer_and_scheduler(output_dir)
-            return
-        state = whole(self.optimizer.state_dict())
-        if self.args.should_save:
-            torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
-            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if not self.shards_weights or checkpoint is None:
-            super()._load_optimizer_and_scheduler(checkpoint)
-            return
-        saved, schedule = (
-            torch.load(Path(checkpoint) / name, map_location="cpu", weights_only=True)
-            for name in (OPTIMIZER_NAME, SCHEDULER_NAME)
-        )
-        self.optimizer.load_state_dict(share_out(saved, self.optimizer))
-        self.lr_scheduler.load_state_dict(schedule)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds to every entry the seconds of training so far."""
@@ -267,19 +241,22 @@ def train_to_the_end(
     seconds = 0.0 if checkpoint is None else seconds_until(checkpoint)
     memory = PeakMemory()
     set_seed(config.seed)
-    trainer = TokenTrainer(config, folder, build(), train, valid, seconds, task)
     # A Trainer that resumes at its last step would take one step more.
-    if checkpoint is None or not _has_ended(checkpoint, config.max_seconds):
+    has_ended = checkpoint is not None and _has_ended(checkpoint, config.max_seconds)
+    now = config.laid_out_plainly if has_ended else config
+    trainer = TokenTrainer(now, folder, build(), train, valid, seconds, task)
+    if not has_ended:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         trainer.peak_memory = memory.measure()
         end_tracking(trainer)
         state.wait_for_everyone()  # the main process seals the checkpoint
         checkpoint = last_whole_checkpoint(checkpoints)
-        assert checkpoint is not None, "the Trainer saves the last step"
-        if config.shard_weights:  # what follows takes whole weights, without gradients
+        if not trainer.layout.is_plain:  # what follows takes whole models, without gradients
             peak, seconds = trainer.peak_memory, trainer.clock.seconds
-            trainer = TokenTrainer(config, folder, build(), train, valid, seconds, task)
+            now = config.laid_out_plainly
+            trainer = TokenTrainer(now, folder, build(), train, valid, seconds, task)
             trainer.peak_memory = peak
+    assert checkpoint is not None, "the Trainer saves the last step"
     load_model(trainer.accelerator.unwrap_model(trainer.model), checkpoint / "model.safetensors")
     trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
     return trainer
