@@ -35,7 +35,6 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from performers.backends.graphs import is_exporting
 from performers.checks import check_choice
 from performers.functional.autocast import without_autocast
 from performers.functional.fingerprint import fingerprint
@@ -85,7 +84,7 @@ def sampled(
     """
     length = x.shape[2]
     size = min(count, length)
-    if is_exporting():  # a graph serves lengths on either side of `count`
+    if torch.compiler.is_exporting():  # a graph serves lengths on either side of `count`
         size = count
         if mask is None:
             mask = x.new_ones(x.shape[0], length, dtype=torch.bool)

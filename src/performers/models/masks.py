@@ -10,7 +10,6 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from performers.backends.graphs import is_exporting
 from performers.checks import check_attention_mask
 from performers.functional.segments import restarts
 
@@ -71,7 +70,7 @@ def packed_segments(
     Raises ValueError for lengths that are not those of the row.
     """
     if cu_seq_lens_q is not None:
-        if not is_exporting():  # attention refuses packed sequences there
+        if not torch.compiler.is_exporting():  # attention refuses packed sequences there
             _check_ends(batch, length, cu_seq_lens_q, cu_seq_lens_k)
         place = torch.arange(length, dtype=cu_seq_lens_q.dtype, device=cu_seq_lens_q.device)
         return torch.bucketize(place, cu_seq_lens_q, right=True).unsqueeze(0) - 1
