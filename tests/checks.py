@@ -13,14 +13,24 @@ from typing import Any
 
 import jaxtyping
 import torch
+from jaxtyping._import_hook import _JaxtypingLoader
 
 _check = jaxtyping.jaxtyped
 _seen: set[Hashable] = set()
 
 
 def install() -> None:
-    """Let jaxtyping's import hook, which decorates all functions, use the decorator below."""
+    """Let jaxtyping's import hook, which decorates all functions, use the decorator below.
+
+    While the hook loads a module it gives compiled files other names, those of all that the module
+    imports too: torch, scipy and others would be compiled anew in every process that tests.
+    """
     jaxtyping.jaxtyped = _checked_once
+    _JaxtypingLoader.exec_module = _load
+
+
+def _load(loader: Any, module: Any) -> None:
+    exec(loader.source_to_code(loader.get_data(loader.path), loader.path), vars(module))
 
 
 def forget() -> None:
