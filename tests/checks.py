@@ -6,6 +6,7 @@ call with the same shapes over and over, and checking each call took a third of 
 Functions that name no shape are left to mypy.
 """
 
+import dataclasses
 import functools
 import inspect
 from collections.abc import Hashable
@@ -41,7 +42,12 @@ def forget() -> None:
 def _checked_once(function: Any = None, **typechecker: Any) -> Any:
     if function is None:
         return functools.partial(_checked_once, **typechecker)
-    if not inspect.isfunction(function):  # a class, or a descriptor
+    if inspect.isclass(function):
+        own = dataclasses.is_dataclass(function) and "__init__" in vars(function)
+        if own and not getattr(function, "__no_type_check__", False):
+            function.__init__ = _checked_once(function.__init__, **typechecker)
+        return function
+    if not inspect.isfunction(function):  # a descriptor
         return _check(function, **typechecker)
     if not any("[Tensor," in str(of) for of in function.__annotations__.values()):
         return function
@@ -50,7 +56,8 @@ def _checked_once(function: Any = None, **typechecker: Any) -> Any:
     @functools.wraps(function)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         nonlocal checked
-        if jaxtyping.config.jaxtyping_disable:
+        # A graph cannot hold the checks.
+        if torch.compiler.is_compiling() or jaxtyping.config.jaxtyping_disable:
             return function(*args, **kwargs)
         named = ((name, _kind(x)) for name, x in kwargs.items())
         call = (function.__code__, *map(_kind, args), *named)

@@ -27,7 +27,7 @@ def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
     with without_autocast(x): ...
     """
     device = x.device.type
-    if torch.amp.is_autocast_available(device):
+    if _has_autocast(device):
         return torch.autocast(device, enabled=False)
     return nullcontext()
 
@@ -36,7 +36,15 @@ def _cast(x: Tensor) -> Tensor:
     if not isinstance(x, Tensor):  # it is refused by name where the three are checked
         return x
     device = x.device.type
-    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+    if not (_has_autocast(device) and torch.is_autocast_enabled(device)):
         return x
     is_cast = x.is_floating_point() and x.dtype != torch.float64
     return x.to(torch.get_autocast_dtype(device)) if is_cast else x
+
+
+def _has_autocast(device: str) -> bool:
+    """Whether torch.autocast knows a device. Before torch 2.9 a graph cannot ask: what is compiled
+    runs on devices that it knows."""
+    if device == "meta":
+        return False
+    return torch.compiler.is_compiling() or torch.amp.is_autocast_available(device)
