@@ -64,8 +64,7 @@ def _checked_anew() -> None:
 def without_shape_checks() -> Iterator[None]:
     """Call the package as its users do, without jaxtyping's checks around every function.
 
-    For tests of our own error messages, which jaxtyping would forestall with its own, and of
-    torch.compile(fullgraph=True), which cannot trace the checks:
+    For tests of our own error messages, which jaxtyping would forestall with its own:
 
         @pytest.mark.usefixtures("without_shape_checks")
     """

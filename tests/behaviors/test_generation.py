@@ -1,20 +1,16 @@
 """generate(): every way to write, and every way to come to the same text."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from behavior_table import GENERATING, LENGTH, NAMES, Refused, behavior
 from torch.nn import functional as F
 from transformers import PreTrainedModel, TextStreamer
 from transformers.generation import StoppingCriteria
-from warm import warm_python
 
 from performers import FavorCache
 from performers.models import PerformerCache
 
 SECTION = "Generation"
-TESTS = Path(__file__).parents[1]
 CANNOT_WRITE = {name: "does not generate" for name in NAMES if name not in GENERATING}
 NEW = 5
 MODES = {
@@ -234,24 +230,10 @@ def test_static_cache(subject):
     written(subject.model(), tokens_of(subject), cache_implementation="static")
 
 
-# In a process of its own: jaxtyping's import hook wraps the constructors of what a call carries,
-# and these cannot be compiled.
-COMPILED = f"""
-import sys
-sys.path[:0] = {[str(TESTS), str(TESTS / "behaviors")]!r}
-import torch
-from behavior_table import SUBJECTS
-from test_generation import tokens_of, written
-
-(subject,) = (subject for subject in SUBJECTS if subject.name == "{{name}}")
-model, tokens = subject.model(), tokens_of(subject)
-expected = written(model, tokens)
-model.forward = torch.compile(model.forward, fullgraph=True, backend="aot_eager")
-assert torch.equal(written(model, tokens), expected)
-"""
-
-
 @behavior(SECTION, "a forward pass that is compiled whole writes the same", without=CANNOT_WRITE)
 @pytest.mark.slow
 def test_compiled(subject):
-    warm_python(COMPILED.format(name=subject.name))
+    model, tokens = subject.model(), tokens_of(subject)
+    expected = written(model, tokens)
+    model.forward = torch.compile(model.forward, fullgraph=True, backend="aot_eager")
+    assert torch.equal(written(model, tokens), expected)

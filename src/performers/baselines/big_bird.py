@@ -14,6 +14,7 @@ from performers.baselines.block_sparse import (
     combined,
     nearest_blocks,
     real,
+    sees_all,
     with_global_rows,
 )
 from performers.baselines.drawn import Drawn
@@ -113,7 +114,7 @@ class BigBirdAttention(Drawn):
         listed = [near, *(end[:, :, None, None] for end in ends), drawn]
         shape = torch.broadcast_shapes(*(x.shape[:3] for x in (near, drawn)))
         blocks = torch.cat([x.expand(*shape, -1) for x in listed], dim=-1)
-        sees = real(slots, lambda sequence, head, i, j: i >= 0, is_causal)
+        sees = real(slots, sees_all, is_causal)
         rows = combined([attend_to_blocks(slots.query, slots.key, slots.value, blocks, size, sees)])
         if not is_causal:  # causal: what the first block sees is in the lists
             rows = with_global_rows(slots, rows, first, size)

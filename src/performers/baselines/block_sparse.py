@@ -38,6 +38,7 @@ __all__ = [
     "part_of_scores",
     "real",
     "real_keys",
+    "sees_all",
     "with_global_rows",
 ]
 
@@ -131,6 +132,11 @@ def nearest_blocks(
     return near.masked_fill((near < 0) | (near >= num_blocks), -1)[None, None]
 
 
+def sees_all(sequence: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
+    """The pattern of all pairs, which leaves the choice to the blocks that are listed."""
+    return j >= 0
+
+
 def real(slots: Slots, sees: Sees, is_causal: bool) -> Sees:
     """A pattern between real tokens alone, in which no causal query sees a later key."""
 
@@ -220,16 +226,11 @@ def _by_flex_attention(
     )
     # What is not listed, −1, goes to a column behind the last.
     is_listed = is_listed.scatter(-1, blocks % (num_blocks + 1), True)[..., :num_blocks]
-    is_shared = torch.tensor(blocks.shape[:2], device=blocks.device) == 1
+    of_each = is_listed.expand(*key.shape[:2], -1, -1)
 
     def sees_listed(sequence: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
         key_head = head // group
-        listed = is_listed[
-            torch.where(is_shared[0], 0, sequence),
-            torch.where(is_shared[1], 0, key_head),
-            i // block_size,
-            j // block_size,
-        ]
+        listed = of_each[sequence, key_head, i // block_size, j // block_size]
         return listed & sees(sequence, key_head, i, j)
 
     tiles = _tiles(is_listed, block_size)

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Generator, Tensor
 from torch.nn import functional as F
 
-from performers.baselines.block_sparse import Part
+from performers.baselines.block_sparse import Part, real
 from performers.baselines.drawn import Drawn
 from performers.baselines.groups import (
     Places,
@@ -127,10 +127,7 @@ class ReformerAttention(Drawn):
         # Padding has a bucket of its own, the last.
         bucket = self.buckets(query).masked_fill(is_padding, self.options.num_buckets)
         places, chunks = self._chunks(bucket, slots.count, is_causal)
-
-        def sees(sequence: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
-            return (j < slots.count[sequence, 0]) & ((j < i) if is_causal else (j != i))
-
+        sees = real(slots, lambda sequence, head, i, j: j != i, is_causal)
         size, num_hashes = self.options.chunk_size, self.options.num_hashes
         in_places = attend_to_chunks(
             query.unsqueeze(2), unit, value, places.position.flatten(2), chunks, size, sees

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from performers.baselines.block_sparse import real, sees_all
 from performers.baselines.clusters import ClusterOptions, Clusters
 from performers.baselines.groups import attend_to_chunks, chunks_beside, group_by_group
 from performers.baselines.tokens import real_tokens, rows_of_tokens
@@ -76,11 +77,7 @@ class RoutingAttention(nn.Module):
         )  # fmt: skip
         cluster, size = self.clusters.of(slots.key, slots.count), self.options.chunk_size
         places, of_chunk = group_by_group(cluster, self.options.num_clusters + 1, size)
-
-        def sees(sequence: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
-            is_there = j < slots.count[sequence, 0]
-            return is_there & (j <= i) if is_causal else is_there
-
+        sees = real(slots, sees_all, is_causal)
         chunks = chunks_beside(of_chunk, 1, 0 if is_causal else 1)
         found = attend_to_chunks(
             slots.query, slots.key, slots.value, places.position, chunks, size, sees

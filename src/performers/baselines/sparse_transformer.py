@@ -18,6 +18,7 @@ from performers.baselines.block_sparse import (
     nearest_blocks,
     part,
     real,
+    sees_all,
 )
 from performers.baselines.tokens import real_tokens, rows_of_tokens
 from performers.checks import check_choice, check_count
@@ -97,7 +98,7 @@ class SparseTransformerAttention(nn.Module):
             far = _columns(slots, stride, is_causal)
         else:
             blocks = nearest_blocks(num_blocks, 0, 0, key.device)
-            sees = real(slots, lambda sequence, head, i, j: i >= 0, is_causal)
+            sees = real(slots, sees_all, is_causal)
             far = _summaries(slots, stride, self.options.num_summaries, is_causal)
         near = attend_to_blocks(slots.query, slots.key, slots.value, blocks, stride, sees)
         return rows_of_tokens(slots, combined([near, far]))
