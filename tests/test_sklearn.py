@@ -251,7 +251,9 @@ def test_a_linear_model_after_the_features_is_a_kernel_machine_that_a_grid_searc
     ("parameters", "words"),
     [
         ({"n_components": 0}, "n_components == 0, must be >= 1"),
+        ({"n_components": 10**400}, "n_components == 1000.*must be <= "),
         ({"gamma": 0.0}, "gamma must be positive and finite, got 0.0"),
+        ({"gamma": 10**400}, "gamma must be positive and finite, got 1000"),
         ({"gamma": "scales"}, "unknown gamma 'scales'.*Did you mean 'scale'"),
         ({"kernel": "rbg"}, "unknown kernel 'rbg'.*Did you mean 'rbf'"),
         ({"projection": "orthogonl"}, "unknown kind of projection 'orthogonl'"),

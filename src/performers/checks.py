@@ -32,6 +32,7 @@ __all__ = [
     "check_tensor",
     "check_whole_number",
     "described",
+    "is_finite",
     "similar",
 ]
 
@@ -100,10 +101,15 @@ def check_number(name: str, number: object, *, or_zero: bool = False, otherwise:
     """Raise unless this is a finite number above 0, or from 0 on. `otherwise`: what else to do."""
     if isinstance(number, (int, float, torch.SymInt, torch.SymFloat)) and number is not True:
         is_in_range = number >= 0 if or_zero else number > 0
-        if is_in_range and number <= sys.float_info.max:
+        if is_in_range and is_finite(number):
             return
     must = "a finite number of at least 0" if or_zero else "positive and finite"
     raise ValueError(f"{name} must be {must}, got {described(number)}. {otherwise}".rstrip())
+
+
+def is_finite(number: float) -> bool:
+    """Whether a number is finite as a float: `math.isfinite` fails for whole numbers beyond one."""
+    return -sys.float_info.max <= number <= sys.float_info.max
 
 
 def check_whole_number(name: str, number: object) -> None:

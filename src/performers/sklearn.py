@@ -34,7 +34,7 @@ from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, Transfo
 from sklearn.utils import Tags, check_random_state, check_scalar
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-from performers.checks import check_choice, check_number
+from performers.checks import MOST, check_choice, check_number
 from performers.functional.projections import draw_projection
 
 __all__ = [
@@ -160,7 +160,7 @@ class IsotropicFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseE
         """Draw ω for the number of columns of X; y is not used."""
         X = validate_data(self, X, dtype=[np.float64, np.float32])
         num_functions = len(self._isotropic_kernel().functions)
-        check_scalar(self.n_components, "n_components", Integral, min_val=1)
+        check_scalar(self.n_components, "n_components", Integral, min_val=1, max_val=MOST)
         random_state = check_random_state(self.random_state)
         self.gamma_ = self._numeric_gamma(X)
         num_projections = math.ceil(self.n_components / num_functions)
@@ -193,9 +193,11 @@ class IsotropicFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseE
             check_choice("gamma", self.gamma, ["scale"])
             variance = float(x.var())
             return 1 / (x.shape[1] * variance) if variance > 0 else 1.0
-        gamma = float(self.gamma) if isinstance(self.gamma, Real) else self.gamma
+        gamma = self.gamma
+        if isinstance(gamma, Real) and not isinstance(gamma, int):
+            gamma = float(gamma)  # numpy's numbers are numbers, too
         check_number("gamma", gamma, otherwise='Or write gamma="scale".')
-        return gamma
+        return float(gamma)
 
     def _drawn(
         self, count: int, dim: int, random_state: np.random.RandomState

@@ -74,7 +74,7 @@ def test_the_cheapest_setting_within_an_error_is_taken_and_none_is_made_up():
     assert chosen.operations == min(x.operations for x in enough)
     with pytest.raises(ValueError, match=f"the lowest is {errors[0]:.3f} .* or keep exact"):
         frontier.within(errors[0] / 2)
-    with pytest.raises(ValueError, match="error must be above 0, got 0"):
+    with pytest.raises(ValueError, match="error must be positive and finite, got 0"):
         frontier.within(0.0)
 
 

@@ -90,5 +90,5 @@ def test_a_model_that_is_not_causal_does_not_write():
 @pytest.mark.usefixtures("without_shape_checks")
 @pytest.mark.parametrize("temperature", [-0.5, float("nan"), float("inf")])
 def test_a_temperature_is_finite_and_not_negative(temperature):
-    with pytest.raises(ValueError, match="temperature must be at least 0 and finite"):
+    with pytest.raises(ValueError, match="temperature must be a finite number of at least 0"):
         next(write(subject(), "MKV", 3, temperature, 0))

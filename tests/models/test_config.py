@@ -126,6 +126,7 @@ def test_a_saved_config_comes_back_equal(tiny_config, tmp_path):
         ("layer_norm_eps", "1e-5", "layer_norm_eps must be a number, got '1e-5'. In YAML write"),
         ("kernel_epsilon", -1.0, "kernel_epsilon must be at least 0"),
         ("initializer_range", float("nan"), "initializer_range must be at least 0"),
+        pytest.param("initializer_range", 10**400, "and below inf, got 1000", id="beyond floats"),
         ("rope_theta", 0.5, "rope_theta must be at least 1"),
         ("seed", 0.5, "seed must be a whole number, got 0.5"),
         ("is_decoder", "yes", "is_decoder must be true or false, got 'yes'"),

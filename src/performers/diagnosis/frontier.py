@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from performers.checks import check_choice, check_count
+from performers.checks import check_choice, check_count, check_number
 from performers.diagnosis.captured import Captured, relative_errors
 from performers.functional.favor import favor_attention, without_sinks
 from performers.functional.sharp import QUERY_RATIO
@@ -95,8 +95,7 @@ class Frontier:
 
         Raises ValueError where there is none.
         """
-        if not error > 0:
-            raise ValueError(f"error must be above 0, got {error!r}.")
+        check_number("error", error)
         for setting in self.settings:
             if setting.error <= error:
                 return setting

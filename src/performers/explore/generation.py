@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -13,7 +12,7 @@ import torch
 from torch import Generator, Tensor
 from transformers.cache_utils import Cache, DynamicCache
 
-from performers.checks import check_count, check_seed
+from performers.checks import check_count, check_number, check_seed
 from performers.convert.options import FAVOR
 from performers.convert.saved_states import new_cache
 from performers.explore.parts import picture, progress, stoppable
@@ -62,8 +61,7 @@ def write(
         )
     check_count("length", length)
     check_seed(seed)
-    if not 0 <= temperature < math.inf:
-        raise ValueError(f"temperature must be at least 0 and finite, got {temperature:g}.")
+    check_number("temperature", temperature, or_zero=True)
     new = vocabulary.begin(prompt)[None]
     if not new.numel():
         raise ValueError("a prompt must have at least one token for this model, got none.")

@@ -9,7 +9,13 @@ from typing import Any
 
 from transformers.activations import ACT2FN
 
-from performers.checks import check_choice, check_count, check_whole_number, described
+from performers.checks import (
+    check_choice,
+    check_count,
+    check_whole_number,
+    described,
+    is_finite,
+)
 from performers.functional.projections import DISTRIBUTIONS, PROJECTIONS
 from performers.functional.seeds import mixed_seed
 from performers.models.fields import PerformerFields
@@ -231,7 +237,7 @@ class PerformerConfig(PerformerFields):
                 f"{name} must be a number, got {described(number)}. In YAML write 1.0e-5, not "
                 "1e-5, which is a string there."
             )
-        if not lowest <= number < below:
+        if not (lowest <= number < below and is_finite(number)):
             raise ValueError(
                 f"{name} must be at least {lowest:g} and below {below:g}, got {described(number)}."
             )

@@ -17,7 +17,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import inspect
-import math
 import sys
 import types
 import typing
@@ -29,7 +28,7 @@ from typing import Any
 import yaml
 from transformers import PreTrainedConfig, TrainingArguments
 
-from performers.checks import check_choice, check_count, check_seed, described
+from performers.checks import check_choice, check_count, check_number, check_seed, described
 from performers.models import MECHANISMS, PerformerConfig
 from performers.models.mechanisms import in_current_words
 from performers.models.mixes import attention_words
@@ -313,8 +312,7 @@ def _checked(tree: Mapping[str, Any], source: str) -> RunConfig:
 
 def _check_time(max_seconds: float, trainer: Mapping[str, Any]) -> None:
     """Refuse settings that have no meaning in a run with a limit of time."""
-    if not 0 < max_seconds < math.inf:
-        raise ValueError(f"max_seconds must be above 0 and finite, got {max_seconds}.")
+    check_number("max_seconds", max_seconds)
     for key in ("max_steps", "num_train_epochs", "lr_scheduler_kwargs"):
         if trainer.get(key) is not None:
             raise ValueError(
@@ -324,7 +322,7 @@ def _check_time(max_seconds: float, trainer: Mapping[str, Any]) -> None:
     if not 0 <= trainer["warmup_steps"] < 1:
         raise ValueError(
             "trainer.warmup_steps must be below 1 beside max_seconds, the share of the time in "
-            f"which the learning rate rises, got {trainer['warmup_steps']:g}."
+            f"which the learning rate rises, got {described(trainer['warmup_steps'])}."
         )
     check_choice("trainer.lr_scheduler_type", trainer["lr_scheduler_type"], SCHEDULES)
 

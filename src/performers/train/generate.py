@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from performers.checks import check_count, check_seed
+from performers.checks import check_count, check_number, check_seed
 from performers.data.vocabulary import (
     BOS_TOKEN_ID,
     EOS_TOKEN_ID,
@@ -75,8 +74,7 @@ class Generation:
         check_count("count", count)
         check_count("length", length)
         check_seed(seed)
-        if not 0 <= temperature < math.inf:
-            raise ValueError(f"temperature must be at least 0 and finite, got {temperature:g}.")
+        check_number("temperature", temperature, or_zero=True)
         encode(prompt)
         if len(prompt) >= length:
             raise ValueError(

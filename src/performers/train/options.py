@@ -17,7 +17,7 @@ from torch import nn
 from torch.compiler import list_backends
 from transformers import SchedulerType, Trainer, TrainingArguments, get_scheduler
 
-from performers.checks import check_choice
+from performers.checks import check_choice, described, is_finite
 
 __all__ = ["REFUSED_OPTIONS", "TRACKERS", "TRAINER_OPTIONS", "Served", "check_arguments"]
 
@@ -47,13 +47,13 @@ class Served:
                 check_choice(f"key of {key}", name, self.keys)
         if isinstance(value, bool) or not isinstance(value, int | float):
             return
-        if self.least <= value < self.below and value > self.above and math.isfinite(value):
+        if self.least <= value < self.below and value > self.above and is_finite(value):
             return
         bounds = {"at least": self.least, "above": self.above, "below": self.below}
         asked = [f"{word} {bound:g}" for word, bound in bounds.items() if math.isfinite(bound)]
         # A number without bounds must be finite.
         must = " and ".join([*asked, *(["finite"] if self.below == math.inf else [])])
-        raise ValueError(f"{key} must be {must}, got {value:g}. {self.otherwise}".rstrip())
+        raise ValueError(f"{key} must be {must}, got {described(value)}. {self.otherwise}".rstrip())
 
 
 # Those that need no further package, for a run is to be resumed anywhere, and the keys of
