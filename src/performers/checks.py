@@ -107,7 +107,7 @@ def check_number(name: str, number: object, *, or_zero: bool = False, otherwise:
     raise ValueError(f"{name} must be {must}, got {described(number)}. {otherwise}".rstrip())
 
 
-def is_finite(number: float) -> bool:
+def is_finite(number: float | torch.SymInt | torch.SymFloat) -> bool:
     """Whether a number is finite as a float: `math.isfinite` fails for whole numbers beyond one."""
     return -sys.float_info.max <= number <= sys.float_info.max
 
