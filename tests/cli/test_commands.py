@@ -204,7 +204,7 @@ def test_an_interrupted_run_says_how_to_go_on_and_can(config, tmp_path, monkeypa
             ["generate", "absent", "--temperature", "-1"],
             "temperature must be a finite number of at least 0",
         ),
-        (["generate", "absent", "--temperature", "nan"], "at least 0 and finite, got nan"),
+        (["generate", "absent", "--temperature", "nan"], "a finite number of at least 0, got nan"),
         (["generate", "absent", "--prompt", "MK1"], "got '1' at position 3"),
         (["generate", "absent", "--prompt", "MKV", "--length", "3"], "must exceed that of the"),
         (["report", "absent"], "absent"),
