@@ -2,13 +2,16 @@
 
 import inspect
 import json
+import re
 import shlex
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from safetensors.torch import save_file
 from typer.main import get_command
 from typer.testing import CliRunner
 
@@ -172,6 +175,70 @@ def test_a_run_that_cannot_be_written_is_one_line(config, tmp_path, monkeypatch)
     monkeypatch.setattr("performers.train.Run.train", full)
     message = refused("train", config, "--output", tmp_path / "run")
     assert "checkpoint-5 could not be written" in message
+
+
+@pytest.fixture
+def full_disk():
+    """No file grows beyond 50 bytes, which is as if the disk were full, until room is made."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50, before[1]))
+    yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    signal.signal(signal.SIGXFSZ, handler)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "file", "then"),
+    [
+        ("train {config} --output {new}/run", "run/config.yaml", "go on with --resume"),
+        ("report {run}", "run/curves.png", "draw the report with: performers report {run}"),
+        (
+            "embed {run} {fasta} --output {new}/e.npz",
+            "e.npz.parts/plan.json",
+            "go on with --resume",
+        ),
+        ("diagnose {tensors} --output {new}/d.png", "d.png", "give the command again"),
+        (
+            "data proteins {new}/p.fasta.gz --source fasta --from {fasta}",
+            "p.json",
+            "give the command again",
+        ),
+        (
+            "benchmark --quick --length 16 --context 8 --repeats 1 --setting plain --no-models "
+            "--no-memory --output {new}/b.json",
+            "b.json.unfinished",
+            "give the command again",
+        ),
+    ],
+)
+def test_a_command_whose_disk_is_full_names_the_file_and_how_to_go_on(
+    arguments, file, then, trained, config, fasta, tmp_path, request
+):
+    run_folder = shutil.copytree(trained[0], tmp_path / "copied" / "run")
+    tensors = tmp_path / "tensors.safetensors"
+    save_file({name: torch.randn(1, 2, 13, 5) for name in ("query", "key", "value")}, tensors)
+    names = {"config": config, "run": run_folder, "fasta": fasta, "tensors": tensors}
+    names["new"] = tmp_path
+    make_room = request.getfixturevalue("full_disk")
+    result = run(*arguments.format(**names).split())
+    assert result.exit_code == 2, result.output
+    line = result.stderr.splitlines()[-1]
+    assert re.search(rf"{re.escape(file)} could not be written: .* MiB free: make room, and ", line)
+    assert then.format(**names) in line
+    make_room()
+    again = [*arguments.format(**names).split(), *(["--resume"] if "--resume" in then else [])]
+    result = run(*again)
+    assert result.exit_code == 0, result.output
+
+
+def test_a_report_whose_pictures_are_damaged_names_their_file(trained, tmp_path):
+    folder = shutil.copytree(trained[0], tmp_path / "run")
+    for damaged in (b"", b"{", b"PK\x03\x04"):
+        (folder / "attention.npz").write_bytes(damaged)
+        line = refused("report", folder)
+        assert f"{folder}/attention.npz must hold attention matrices of a run" in line
 
 
 def test_an_interrupted_run_says_how_to_go_on_and_can(config, tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """A run can be left at any moment: what it ends with is what it would have ended with."""
 
+import errno
 import json
 import os
 import shutil
@@ -9,6 +10,7 @@ from multiprocessing import get_context
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils.tensorboard import SummaryWriter
 from transformers import (
     PrinterCallback,
     ProgressCallback,
@@ -293,6 +295,17 @@ def test_a_damaged_file_of_a_run_is_named_before_work(whole_run, config_file, tm
         Run.prepare(load_config(config_file), folder, resume=True)
 
 
+@pytest.mark.parametrize("scores", [{}, {"metrics": 3}, {"metrics": {"valid": {}}}])
+def test_a_result_without_its_numbers_is_named_before_work(
+    whole_run, config_file, tmp_path, scores
+):
+    folder = copy_of(whole_run[0], tmp_path / "run")
+    path = folder / "result.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **scores} if scores else {}))
+    with pytest.raises(ValueError, match=rf"{path} must hold what a model reached"):
+        Run.prepare(load_config(config_file), folder, resume=True)
+
+
 def test_a_run_whose_disk_is_full_keeps_its_last_checkpoint(config_file, tmp_path, monkeypatch):
     config, folder = load_config(config_file, ["compare=[]"]), tmp_path / "run"
     run, save = Run.prepare(config, folder), torch.save
@@ -307,6 +320,21 @@ def test_a_run_whose_disk_is_full_keeps_its_last_checkpoint(config_file, tmp_pat
         run.train()
     monkeypatch.undo()
     assert last_whole_checkpoint(folder / "checkpoints").name == "checkpoint-5"
+    Run.prepare(config, folder, resume=True)
+
+
+def test_a_full_disk_is_said_whoever_writes(config_file, tmp_path, monkeypatch):
+    """TensorBoard's events are written on the way, by a library."""
+    config, folder = load_config(config_file, ["compare=[]"]), tmp_path / "run"
+    run = Run.prepare(config, folder)
+
+    def full(*arguments, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(SummaryWriter, "add_scalar", full)
+    with pytest.raises(UnsavedError, match=r"run could not be written: .*go on with --resume"):
+        run.train()
+    monkeypatch.undo()
     Run.prepare(config, folder, resume=True)
 
 

@@ -114,8 +114,9 @@ def benchmark(
         with saying_when_interrupted(kept):
             planned = replace(plan.quick() if quick else plan, **changes)
             result = run(planned, remark, keep, begun)
-    unfinished.replace(output)
-    written = [output, *save_figure(speed_figure(result), output)]
+    with one_line_errors((OSError,)):
+        written = [output, *save_figure(speed_figure(result), output)]
+        unfinished.replace(output)
     return Answer(result, [*_verdict(result), "", *(f"Wrote {path}" for path in written)])
 
 

@@ -213,7 +213,9 @@ def _answer(record: Mapping[str, Any], output: Path) -> Answer:
     from performers.viz.conversion import conversion_figure
     from performers.viz.files import save_figure
 
-    save_figure(conversion_figure(record), output / "conversion.png")
+    then = "draw the picture from conversion.json by conversion_figure: the model is whole."
+    with one_line_errors((OSError,)):
+        save_figure(conversion_figure(record), output / "conversion.png", then)
     places = (
         f"The model is in {output}; load it with performers.load_linearized. Numbers: "
         f"{output / 'conversion.json'}, picture: {output / 'conversion.png'}"

@@ -32,7 +32,8 @@ def one_line_errors(kinds: tuple[type[Exception], ...] = MISTAKES) -> Iterator[N
             typer.echo(traceback.format_exc(), err=True)
         message = str(error)
         if isinstance(error, OSError) and error.strerror:  # raised by the system, not by us
-            message = f"{error.filename}: {error.strerror}"
+            named = f"{error.filename}: " if error.filename else ""
+            message = f"{named}{error.strerror}"
         typer.echo(f"error: {' '.join(message.split())}", err=True)
         raise typer.Exit(2) from None
 

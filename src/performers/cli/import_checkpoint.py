@@ -65,10 +65,9 @@ def import_checkpoint(
 
         performers import-checkpoint model.npz --library google-jax --output lm --features relu
     """
-    from safetensors import SafetensorError
-
     from performers import migration
     from performers.models import PerformerPreTrainedModel
+    from performers.train.checkpoints import UnsavedError, saving
 
     with one_line_errors():
         _check_output(output, force)
@@ -88,7 +87,8 @@ def import_checkpoint(
                 f"{source} must be a model, and is an attention layer alone, which transformers "
                 "has no folder for: import it in Python, with performers.import_checkpoint."
             )
-    with one_line_errors((OSError, SafetensorError)):
+    again = "give the command again, with --force."
+    with one_line_errors((UnsavedError,)), saving(output, again):
         model.save_pretrained(output)
     kind, weights, dialect = type(model).__name__, model.num_parameters(), model.config.dialect
     record = {"output": output, "model": kind, "weights": weights, "dialect": dialect}

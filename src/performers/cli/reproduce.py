@@ -30,7 +30,7 @@ def reproduce(
 
         performers reproduce theorem-1 --scale paper --draw-only
     """
-    from performers.records import TimeLeft
+    from performers.records import TimeLeft, UnsavedError
     from performers.reproduction import Reproduction, experiment_folder
 
     with one_line_errors():
@@ -40,6 +40,6 @@ def reproduce(
         else:
             left = TimeLeft(reproduction.seconds_of_the_last_run())
     if not draw_only:
-        with one_line_errors((ModuleNotFoundError,)):  # weights that come in a package
+        with one_line_errors((ModuleNotFoundError, UnsavedError)):  # weights come in a package
             written = reproduction.run(lambda line: remark(f"{line} ({left()})"))
     return Answer({"written": written}, [f"Wrote {path}" for path in written])

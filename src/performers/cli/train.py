@@ -50,6 +50,7 @@ def train(
 
         torchrun --nproc-per-node 2 -m performers.cli train demo --output runs/two
     """
+    from performers.records import DamagedFileError
     from performers.train import (
         LostProcessError,
         Run,
@@ -75,7 +76,8 @@ def train(
         return None
     from performers.viz import write_report
 
-    report = write_report(folder)
+    with one_line_errors((UnsavedError, DamagedFileError)):
+        report = write_report(folder)
     return Answer(metrics, f"{results_table(metrics)}\n\nReport: {report}")
 
 

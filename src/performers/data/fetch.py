@@ -34,6 +34,7 @@ from filelock import FileLock
 from performers.checks import check_choice
 from performers.data.clusters import cluster_by_kmers, cluster_by_mmseqs, merge_groups
 from performers.data.fasta import FastaRecord, distinct_records, read_fasta
+from performers.records.files import writing
 
 __all__ = [
     "SOURCES",
@@ -328,8 +329,9 @@ def write_proteins(
 
 def _write_whole(path: Path, content: bytes | memoryview) -> None:
     part = path.with_name(path.name + ".part")
-    part.write_bytes(content)
-    part.replace(path)
+    with writing(path):
+        part.write_bytes(content)
+        part.replace(path)
 
 
 def _read_swissprot(folder: Path) -> list[FastaRecord]:

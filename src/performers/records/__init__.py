@@ -2,13 +2,23 @@
 
 from performers.records.documents import with_block, write_block
 from performers.records.environment import PeakMemory, describe_environment, resident_bytes
-from performers.records.files import holding, read_json, read_text, replace_text
+from performers.records.files import (
+    DamagedFileError,
+    UnsavedError,
+    holding,
+    read_json,
+    read_text,
+    replace_text,
+    writing,
+)
 from performers.records.progress import TimeLeft
 from performers.records.tables import aligned, markdown_table
 
 __all__ = [
+    "DamagedFileError",
     "PeakMemory",
     "TimeLeft",
+    "UnsavedError",
     "aligned",
     "describe_environment",
     "holding",
@@ -19,4 +29,5 @@ __all__ = [
     "resident_bytes",
     "with_block",
     "write_block",
+    "writing",
 ]

@@ -7,10 +7,11 @@ step, that lists every file with its size.
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from performers.models import PerformerConfig
-from performers.records.files import holding, read_json, replace_text
+from performers.records.files import UnsavedError, holding, read_json, replace_text, writing
 from performers.train.clock import TrainingClock
 from performers.train.tasks import TASKS, Model
 
@@ -36,10 +37,16 @@ __all__ = [
     "saving",
     "seconds_until",
     "steps_of",
+    "working_in",
     "write_atomically",
 ]
 
 SEAL = "whole.json"
+
+RESUME = "go on with --resume. Every whole checkpoint is kept."
+
+# How the system says that nothing more can be written.
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class SealCheckpoints(TrainerCallback):
@@ -65,33 +72,30 @@ class SealCheckpoints(TrainerCallback):
             write_atomically(folder / SEAL, json.dumps(seal, indent=1))
 
 
-class UnsavedError(OSError):
-    """What was to be kept could not be written, for example because the disk is full."""
+def saving(path: Path, then: str = RESUME) -> AbstractContextManager[None]:
+    """`writing`, where torch or safetensors write `path`. Raises UnsavedError."""
+    return writing(path, then, (OSError, RuntimeError, SafetensorError))
 
 
 @contextmanager
-def saving(path: Path) -> Iterator[None]:
-    """Where `path` is written: errors of the disk, however a library words them, say so.
+def working_in(folder: Path) -> Iterator[None]:
+    """Where libraries write below a folder by themselves: of a full disk it is said that a run can
+    go on. Other errors pass.
 
     Raises UnsavedError.
     """
     try:
         yield
-    except UnsavedError:
-        raise
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch's archives: RuntimeError
-        place = path if path.is_dir() else path.parent
-        free = shutil.disk_usage(place).free if place.is_dir() else 0
-        raise UnsavedError(
-            f"{path} could not be written: {error}. The disk has {free / 2**20:,.0f} MiB free: "
-            "make room, and go on with --resume. Every whole checkpoint is kept."
-        ) from error
+    except OSError as error:
+        if isinstance(error, UnsavedError) or error.errno not in FULL:
+            raise
+        with saving(Path(error.filename or folder)):
+            raise
 
 
 def write_atomically(path: Path, text: str) -> None:
     """`replace_text`, for what a run is to keep. Raises UnsavedError."""
-    with saving(path):
-        replace_text(path, text)
+    replace_text(path, text, RESUME)
 
 
 def is_whole(checkpoint: Path) -> bool:

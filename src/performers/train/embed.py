@@ -106,7 +106,7 @@ class Embedding:
     def _make_place(self, resume: bool, force: bool) -> None:
         if force and not resume and self.parts.is_dir():
             shutil.rmtree(self.parts)
-        if self.parts.is_dir():
+        if (self.parts / PLAN).is_file():
             if not resume:
                 raise FileExistsError(
                     f"{self.parts} holds an interrupted run. Go on with --resume, or begin anew "
@@ -121,12 +121,12 @@ class Embedding:
                     "with what it was begun with, or begin anew with --force."
                 )
             return
-        if resume:
+        if resume and not self.parts.is_dir():
             raise FileNotFoundError(
                 f"there is nothing to resume: {self.parts} does not exist. Leave out --resume."
             )
         with saving(self.parts):
-            self.parts.mkdir(parents=True)
+            self.parts.mkdir(parents=True, exist_ok=True)
         write_atomically(self.parts / PLAN, json.dumps(self.plan, indent=1))
 
     def batches(self) -> list[list[int]]:

@@ -34,13 +34,14 @@ from performers.data.proteins import SPLITS
 from performers.data.tokens import TokenDataset
 from performers.models.mixes import attention_words
 from performers.records.environment import describe_environment
-from performers.records.files import read_json
+from performers.records.files import holding, read_json
 from performers.train.attention import save_attention_maps
 from performers.train.checkpoints import (
     check_weights,
     last_whole_checkpoint,
     saving,
     steps_of,
+    working_in,
     write_atomically,
 )
 from performers.train.config import RunConfig, read_yaml
@@ -108,7 +109,7 @@ class Run:
         for name, one in configs.items():
             place = _place(folder, config, name)
             if (place / "result.json").exists():
-                read_json(place / "result.json", RESCORED)
+                _read_result(place / "result.json")
             checkpoint = last_whole_checkpoint(place / "checkpoints")
             if checkpoint is not None:
                 steps_of(checkpoint)
@@ -124,8 +125,8 @@ class Run:
         state.wait_for_everyone()
         if state.is_main_process:
             claim(folder)
+            write_atomically(folder / "config.yaml", config.to_yaml())  # what makes it a run
             write_atomically(folder / "environment.json", _json(environment))
-            write_atomically(folder / "config.yaml", config.to_yaml())
         state.wait_for_everyone()
         return cls(config, folder, data, device, environment)
 
@@ -140,7 +141,7 @@ class Run:
         Raises LostProcessError where another process has ended.
         """
         self._warm_up()
-        with naming_lost_processes():
+        with naming_lost_processes(), working_in(self.folder):
             models = [
                 self._train_model(one, _place(self.folder, self.config, name))
                 for name, one in _configs(self.config).items()
@@ -183,7 +184,7 @@ class Run:
             if self.is_main_process:
                 write_atomically(result, _json(outcome))
             PartialState().wait_for_everyone()
-        return read_json(result, RESCORED)
+        return _read_result(result)
 
     def _score(self, trainer: TokenTrainer, folder: Path) -> dict[str, Any]:
         """Evaluate and save the model of the last checkpoint.
@@ -249,6 +250,17 @@ def _configs(config: RunConfig) -> dict[str, RunConfig]:
     for one in configs.values():
         model_config(one)
     return configs
+
+
+def _read_result(path: Path) -> dict[str, Any]:
+    """What one model reached, from its file. Raises DamagedFileError."""
+    result = read_json(path, RESCORED)
+    with holding(path, "what a model reached", RESCORED):
+        for name in ("attention", "parameters", "steps", "tokens", "seconds", "history"):
+            result[name]
+        for scores in result["metrics"].values():
+            float(scores["accuracy"])
+    return result
 
 
 def _place(folder: Path, config: RunConfig, name: str) -> Path:

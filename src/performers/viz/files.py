@@ -10,19 +10,24 @@ from pathlib import Path
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
+from performers.records.files import AGAIN, writing
+
 __all__ = ["Figure", "data_url", "save_figure"]
 
 
-def save_figure(figure: Figure, path: Path) -> list[Path]:
+def save_figure(figure: Figure, path: Path, then: str = AGAIN) -> list[Path]:
     """Write `figure` as PNG and as SVG, under `path` with these suffixes.
 
     An SVG has a date and random ids unless told otherwise, and would differ after every run.
+
+    Raises UnsavedError; `then` is that of `writing`.
     """
     paths = [path.with_suffix(".png"), path.with_suffix(".svg")]
-    with rc_context({"svg.hashsalt": path.name, "savefig.dpi": 160}):
-        figure.savefig(paths[0])
-        figure.savefig(paths[1], metadata={"Date": None})
-    _rename_clips(paths[1])
+    with writing(path, then):
+        with rc_context({"svg.hashsalt": path.name, "savefig.dpi": 160}):
+            figure.savefig(paths[0])
+            figure.savefig(paths[1], metadata={"Date": None})
+        _rename_clips(paths[1])
     return paths
 
 

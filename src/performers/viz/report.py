@@ -13,7 +13,7 @@ import numpy as np
 import yaml
 from matplotlib.figure import Figure
 
-from performers.records import holding, read_json
+from performers.records import holding, read_json, replace_text, writing
 from performers.viz.figures import attention_figure, curves_figure
 
 __all__ = ["comparison_tables", "write_report"]
@@ -41,14 +41,21 @@ def write_report(run: Path) -> Path:
 
     Reads metrics.json and, where a model left one, its attention.npz. The page contains its images
     and styles, and loads nothing from a network.
+
+    Raises FileNotFoundError, DamagedFileError and UnsavedError.
     """
     source, remedy = run / "metrics.json", "Delete it, and train --resume writes it anew."
     metrics = read_json(source, remedy)
     with holding(source, "the numbers of a run", remedy):
         page = _page(run, metrics)
     path = run / "report.html"
-    path.write_text(page, encoding="utf-8")
+    replace_text(path, page, _again(run))
     return path
+
+
+def _again(run: Path) -> str:
+    """What is left to do where the report could not be written."""
+    return f"draw the report with: performers report {run}"
 
 
 def comparison_tables(metrics: Mapping[str, Any]) -> str:
@@ -73,7 +80,7 @@ def _page(run: Path, metrics: Mapping[str, Any]) -> str:
         tables="".join(_metrics_table(metrics, split) for split in metrics["baseline"]),
         cost_explanation=html.escape(_cost_explanation(metrics)),
         cost=_cost_table(models),
-        curves=_save_and_embed(curves, run / "curves.png"),
+        curves=_save_and_embed(curves, run / "curves.png", _again(run)),
         attention="".join(_attention(run, metrics)),
         facts=_facts(metrics),
         config=html.escape(yaml.safe_dump(metrics["config"], sort_keys=False).rstrip()),
@@ -223,9 +230,11 @@ def _attention(run: Path, metrics: Mapping[str, Any]) -> Iterable[str]:
         if "attention_maps" not in model:
             continue
         name = model["attention"]
-        with np.load(run / model["attention_maps"]["file"]) as arrays:
+        maps = run / model["attention_maps"]["file"]
+        remedy = "Delete attention_maps in metrics.json to draw the report without them."
+        with holding(maps, "attention matrices of a run", remedy), np.load(maps) as arrays:
             figure = attention_figure(arrays["attention"], arrays["layers"].tolist())
-        source = _save_and_embed(figure, run / f"attention-{name}.png")
+        source = _save_and_embed(figure, run / f"attention-{name}.png", _again(run))
         protein = html.escape(model["attention_maps"]["protein"])
         yield (
             f'<figure><img alt="Attention matrices of {html.escape(name)}" src="{source}">'
@@ -256,8 +265,9 @@ def _facts(metrics: Mapping[str, Any]) -> str:
     )
 
 
-def _save_and_embed(figure: Figure, path: Path) -> str:
-    figure.savefig(path, format="png")
+def _save_and_embed(figure: Figure, path: Path, then: str) -> str:
+    with writing(path, then):
+        figure.savefig(path, format="png")
     return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode("ascii")
 
 
