@@ -82,6 +82,8 @@ def test_a_config_survives_being_written_and_read(config_file, tmp_path):
         ("seed", "an override must be key=value"),
         ("data.source=[", "must be YAML"),
         ("data.source=[3]", "data.source must be a list of words, got .3."),
+        ("data.source=[]", "data.source must be sample, or FASTA files: .*, got none"),
+        ("data.source=''", "data.source must be sample, or FASTA files: .*, got none"),
         ("compare=[[exact]]", "compare must be a list of words"),
         ("model.dtype=bfloat16", "model.dtype is not to be set: .*trainer.bf16=true"),
         ("trainer.learning_rate=1" + 400 * "0", r"must be a number, got 10+\.\.\.0+\."),

@@ -113,7 +113,9 @@ def test_a_refused_field_is_refused_by_name(config_file, name):
         ("trainer.save_steps=0", "save_steps must be above 0 and finite, got 0"),
         ("trainer.warmup_steps=.nan", "warmup_steps must be at least 0 and finite, got nan"),
         ("trainer.optim=adamw_bnb_8bit", "unknown trainer.optim 'adamw_bnb_8bit': choose one of"),
-        ("trainer.eval_strategy=no", "unknown trainer.eval_strategy False"),  # YAML's no
+        ("trainer.per_device_train_batch_size=1" + 20 * "0", "batch_size must be at most 922337"),
+        ("trainer.max_steps=1" + 20 * "0", "trainer.max_steps must be at most 9223372036854775807"),
+        ("trainer.eval_strategy=yes", "unknown trainer.eval_strategy True: choose one of"),
         ("trainer.report_to=[wandb,fax]", "unknown trainer.report_to 'fax': choose one of"),
         ("trainer.log_level=loud", "unknown trainer.log_level 'loud'"),
     ],
@@ -121,6 +123,13 @@ def test_a_refused_field_is_refused_by_name(config_file, name):
 def test_a_value_that_no_run_can_train_with_is_refused(config_file, override, words):
     with pytest.raises(ValueError, match=words):
         load_config(config_file, [override])
+
+
+@pytest.mark.parametrize("text", ["no", "'no'", "off"])
+def test_no_evaluation_may_be_asked_for_without_quotes(config_file, text):
+    """YAML reads such a word as false."""
+    config = load_config(config_file, [f"trainer.eval_strategy={text}"])
+    assert config.trainer["eval_strategy"] == "no"
 
 
 @pytest.mark.parametrize(

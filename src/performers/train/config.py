@@ -296,6 +296,10 @@ def _checked(tree: Mapping[str, Any], source: str) -> RunConfig:
     check_count("split_sequences", config.split_sequences)
     if config.redraw_every < 0:
         raise ValueError(f"redraw_every must be at least 0 (0 = never), got {config.redraw_every}.")
+    if not config.data.source:
+        raise ValueError(
+            "data.source must be sample, or FASTA files: a path or a list of them, got none."
+        )
     if config.data.length < 2:
         raise ValueError(f"data.length must be at least 2, got {config.data.length}.")
     if not config.data.valid_fraction > 0 and data.stream is None:
@@ -341,8 +345,10 @@ def _section(owner: type, given: object, name: str, source: str) -> dict[str, An
             near = difflib.get_close_matches(str(key), known - SET_BY_THE_RUN.get(name, {}).keys())
             hint = f"Did you mean {near[0]!r}?" if near else f"See the fields of {owner.__name__}."
             raise ValueError(f"unknown key {described(dotted)} in {source}. {hint}")
-        checked[str(key)] = _typed(value, _annotation(owner, key), dotted)
         row = TRAINER_OPTIONS.get(key) if name == "trainer" else None
+        if value is False and isinstance(row, Served) and "no" in row.words:
+            value = "no"  # as YAML reads it without quotes
+        checked[str(key)] = _typed(value, _annotation(owner, key), dotted)
         if isinstance(row, Served):
             row.check(dotted, checked[key])
     return checked

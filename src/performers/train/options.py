@@ -17,7 +17,7 @@ from torch import nn
 from torch.compiler import list_backends
 from transformers import SchedulerType, Trainer, TrainingArguments, get_scheduler
 
-from performers.checks import check_choice, described, is_finite
+from performers.checks import MOST, check_choice, described, is_finite
 
 __all__ = ["REFUSED_OPTIONS", "TRACKERS", "TRAINER_OPTIONS", "Served", "check_arguments"]
 
@@ -39,6 +39,8 @@ class Served:
 
     def check(self, key: str, value: Any) -> None:
         """Raise ValueError for a value that a run cannot train with."""
+        if isinstance(value, int) and value > MOST:
+            raise ValueError(f"{key} must be at most {MOST}, got {described(value)}.")
         if self.words and value is not None:
             for word in value if isinstance(value, list) else [value]:
                 check_choice(key, word, self.words)
