@@ -306,6 +306,20 @@ def test_a_result_without_its_numbers_is_named_before_work(
         Run.prepare(load_config(config_file), folder, resume=True)
 
 
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+def test_damaged_state_of_a_checkpoint_is_named_with_what_to_do(
+    whole_run, config_file, tmp_path, name
+):
+    folder = copy_of(whole_run[0], tmp_path / "run")
+    (folder / "result.json").unlink()
+    shutil.rmtree(folder / "checkpoints" / "checkpoint-17")
+    path = folder / "checkpoints" / "checkpoint-15" / name
+    path.write_bytes(b"x" * path.stat().st_size)
+    run = Run.prepare(load_config(config_file), folder, resume=True)
+    with pytest.raises(ValueError, match=r"checkpoint-15 must hold .* Delete this folder, and go"):
+        run.train()
+
+
 def test_a_run_whose_disk_is_full_keeps_its_last_checkpoint(config_file, tmp_path, monkeypatch):
     config, folder = load_config(config_file, ["compare=[]"]), tmp_path / "run"
     run, save = Run.prepare(config, folder), torch.save

@@ -68,7 +68,7 @@ def train(
                 return _earlier_results(folder)
             resume = True
         run = Run.prepare(load_config(config, overrides or []), folder, resume=resume)
-    expected = (FloatingPointError, UnsavedError, LostProcessError)
+    expected = (FloatingPointError, UnsavedError, LostProcessError, DamagedFileError)
     again = ["performers", "train", config, *(overrides or []), "--output", str(folder)]
     with one_line_errors(expected), saying_how_to_resume(again):
         metrics = run.train()

@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -22,7 +23,15 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from performers.models import PerformerConfig
-from performers.records.files import UnsavedError, holding, read_json, replace_text, writing
+from performers.records.files import (
+    FAULTS,
+    DamagedFileError,
+    UnsavedError,
+    holding,
+    read_json,
+    replace_text,
+    writing,
+)
 from performers.train.clock import TrainingClock
 from performers.train.tasks import TASKS, Model
 
@@ -33,6 +42,7 @@ __all__ = [
     "is_whole",
     "last_whole_checkpoint",
     "load_model",
+    "loading_state",
     "remove_fragments",
     "saving",
     "seconds_until",
@@ -75,6 +85,20 @@ class SealCheckpoints(TrainerCallback):
 def saving(path: Path, then: str = RESUME) -> AbstractContextManager[None]:
     """`writing`, where torch or safetensors write `path`. Raises UnsavedError."""
     return writing(path, then, (OSError, RuntimeError, SafetensorError))
+
+
+@contextmanager
+def loading_state(checkpoint: str | None) -> Iterator[None]:
+    """Where what torch saved beside the weights is loaded. Raises DamagedFileError."""
+    try:
+        yield
+    except (UnpicklingError, RuntimeError, *FAULTS) as error:
+        reason = str(error).partition(". ")[0]
+        raise DamagedFileError(
+            f"{checkpoint} must hold what the optimizer, its schedule and the generators remember, "
+            f"and a file of it is damaged: {reason}. Delete this folder, and go on from the "
+            "checkpoint before it with --resume."
+        ) from error
 
 
 @contextmanager

@@ -37,6 +37,7 @@ from performers.records.environment import PeakMemory
 from performers.train.checkpoints import (
     SealCheckpoints,
     last_whole_checkpoint,
+    loading_state,
     remove_fragments,
     saving,
     seconds_until,
@@ -198,6 +199,14 @@ class TokenTrainer(LaidOutTrainer):
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         with saving(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"):
             super()._save_checkpoint(*args, **kwargs)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with loading_state(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with loading_state(checkpoint):
+            super()._load_rng_state(checkpoint)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds to every entry the seconds of training so far."""
