@@ -18,8 +18,8 @@ from typer.testing import CliRunner
 import performers.cli
 from performers.cli import app
 from performers.cli.app import COMMANDS, GROUPS
-from performers.data.vocabulary import STANDARD_AMINO_ACIDS
-from performers.models import MECHANISMS
+from performers.data.vocabulary import STANDARD_AMINO_ACIDS, VOCAB_SIZE
+from performers.models import MECHANISMS, PerformerConfig, PerformerForCausalLM
 from performers.train import UnsavedError, shipped_configs
 
 # Modules of performers.cli that are no commands.
@@ -272,8 +272,6 @@ def test_an_interrupted_run_says_how_to_go_on_and_can(config, tmp_path, monkeypa
             "temperature must be a finite number of at least 0",
         ),
         (["generate", "absent", "--temperature", "nan"], "a finite number of at least 0, got nan"),
-        (["generate", "absent", "--prompt", "MK1"], "got '1' at position 3"),
-        (["generate", "absent", "--prompt", "MKV", "--length", "3"], "must exceed that of the"),
         (["report", "absent"], "absent"),
         (["reproduce", "figure-22"], "Did you mean 'figure-2'?"),
         (["train", "demo", "seed=-1"], "seed must be a whole number from 0 to 4294967295"),
@@ -366,6 +364,15 @@ def test_a_masked_model_cannot_be_sampled_from(trained, tmp_path):
     with torch.random.fork_rng():
         PerformerForMaskedLM(config).save_pretrained(tmp_path)
     assert "must hold a causal model" in refused("generate", tmp_path)
+
+
+def test_a_prompt_that_is_no_protein_or_too_long_is_one_line(tmp_path):
+    sizes = {"vocab_size": VOCAB_SIZE, "num_hidden_layers": 1, "hidden_size": 8}
+    config = PerformerConfig(**sizes, num_attention_heads=1, is_decoder=True)
+    PerformerForCausalLM(config).save_pretrained(tmp_path)
+    assert "got '1' at position 3" in refused("generate", tmp_path, "--prompt", "MK1")
+    too_long = refused("generate", tmp_path, "--prompt", "MKV", "--length", "3")
+    assert "must exceed that of the prompt: 3 and 3 residues" in too_long
 
 
 def test_info_names_every_word_that_a_config_may_use():

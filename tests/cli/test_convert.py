@@ -31,6 +31,7 @@ from performers.convert.fidelity import Fidelity, measure_fidelity
 from performers.convert.sequences import Sequences, text_windows
 from performers.theory import exact_operations, favor_operations
 from performers.train import conversion_choices, conversion_config, conversion_run, fine_tuning
+from performers.train.fine_tuning_task import fine_tuning_task
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "to", "be", "or", "not", "that", "is"]
 SIZES = {
@@ -517,7 +518,7 @@ def test_force_writes_over_a_conversion(saved, text, tmp_path):
 
 def test_masks_hide_ordinary_tokens_and_are_a_function_of_the_seed(saved):
     tokenizer = AutoTokenizer.from_pretrained(saved(BertForMaskedLM(BertConfig(**SIZES))))
-    task = fine_tuning.fine_tuning_task(BertConfig(architectures=["BertForMaskedLM"]))
+    task = fine_tuning_task(BertConfig(architectures=["BertForMaskedLM"]))
     rows = torch.tensor([[2, *[5, 6, 7] * 997, *[3] * 31]])
     given = Sequences({"input_ids": rows})
     first, again, other = (task.examples(given, tokenizer, seed)[0] for seed in (0, 0, 1))

@@ -136,7 +136,12 @@ EFFECTS: dict[str, dict[str, Call | Shown]] = {
         "if_exists": train("--output {new} --if-exists show", "holds_run", "folder", "{new}"),
     },
     "evaluate": {
-        "checkpoint": evaluate("", "load_model", "checkpoint", "{masked}"),
+        "checkpoint": Call(
+            "evaluate {masked} {fasta}",
+            "performers.train.trained.load_model",
+            "checkpoint",
+            "{masked}",
+        ),
         "data": evaluate("", "read_proteins", "source", ["{fasta}"]),
         "length": evaluate(
             "--length 23", "crop_sequences", "length", 23
@@ -149,7 +154,9 @@ EFFECTS: dict[str, dict[str, Call | Shown]] = {
         ),
     },
     "generate": {
-        "checkpoint": generate("", "load_model", "checkpoint", "{causal}"),
+        "checkpoint": Call(
+            "generate {causal}", "performers.train.trained.load_model", "checkpoint", "{causal}"
+        ),
         "prompt": generate("--prompt MKV", "encode", "sequence", "MKV"),
         "count": Shown("generate {causal} --length 5 --count 2", lambda out: out.count(">"), 2),
         "length": generate(

@@ -14,7 +14,8 @@ from performers.convert import measure_fidelity
 from performers.convert.sequences import Sequences
 from performers.models import PerformerConfig
 from performers.train import fine_tuning
-from performers.train.fine_tuning import ENCODER, fine_tune, fine_tuning_task
+from performers.train.fine_tuning import fine_tune
+from performers.train.fine_tuning_task import ENCODER, TASKS_OF, fine_tuning_task
 
 
 def tokens():
@@ -105,7 +106,7 @@ def test_an_interrupted_fine_tuning_keeps_the_same_weights(tmp_path, monkeypatch
 @pytest.mark.parametrize("kind", ["encoder", "causal-lm"])
 def test_what_is_learned_is_the_exact_model_and_padding_teaches_nothing(kind):
     model, teacher = (bert(), bert()) if kind == "encoder" else (llama(), llama())
-    (task,) = (task for task in fine_tuning.TASKS_OF if task.name == kind)
+    (task,) = (task for task in TASKS_OF if task.name == kind)
     ids = torch.randint(5, WORDS, (2, 13))
     mask = torch.ones_like(ids)
     mask[1, 7:] = 0
@@ -122,7 +123,7 @@ def test_what_is_learned_is_the_exact_model_and_padding_teaches_nothing(kind):
 
 def test_the_loss_of_a_task_counts_labels_and_not_batches():
     model = llama()
-    (task,) = (task for task in fine_tuning.TASKS_OF if task.name == "causal-lm")
+    (task,) = (task for task in TASKS_OF if task.name == "causal-lm")
     rows = [torch.randint(5, WORDS, (n,)) for n in (13, 7, 3)]
     padded = Sequences(
         {

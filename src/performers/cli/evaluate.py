@@ -15,12 +15,16 @@ __all__ = ["evaluate"]
 
 def evaluate(
     checkpoint: Annotated[Path, typer.Argument(help="A run folder or its model/ folder.")],
-    data: Annotated[list[Path], typer.Argument(help="FASTA files, gzipped or not.")],
-    length: Annotated[int, typer.Option(help="Crop proteins to this many tokens.")] = 1024,
-    batch_size: Annotated[int, typer.Option(help="Proteins per batch.")] = 8,
+    data: Annotated[
+        list[Path],
+        typer.Argument(help="FASTA files, gzipped or not; or files of text."),
+    ],
+    length: Annotated[int, typer.Option(help="Crop sequences to this many tokens.")] = 1024,
+    batch_size: Annotated[int, typer.Option(help="Sequences per batch.")] = 8,
     seed: Annotated[int, typer.Option(help="Seed of the masked positions.")] = 0,
 ) -> Answer:
-    """Print accuracy, perplexity and bits per character of a model on proteins.
+    """Print accuracy, perplexity and bits per character of a model on proteins, or on text, where a
+    token is what is called a character.
 
     Examples:
 

@@ -1,4 +1,4 @@
-"""`performers generate`: proteins that a trained model makes up."""
+"""`performers generate`: proteins, or text, that a trained model makes up."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ __all__ = ["generate"]
 
 def generate(
     checkpoint: Annotated[Path, typer.Argument(help="A run folder or its model/ folder.")],
-    prompt: Annotated[str, typer.Option(help="The residues that every protein begins with.")] = "",
-    count: Annotated[int, typer.Option(help="How many proteins.")] = 5,
-    length: Annotated[int, typer.Option(help="Longest protein, the prompt included.")] = 256,
+    prompt: Annotated[str, typer.Option(help="What every sample begins with.")] = "",
+    count: Annotated[int, typer.Option(help="How many samples.")] = 5,
+    length: Annotated[int, typer.Option(help="Longest sample, the prompt included.")] = 256,
     temperature: Annotated[
         float, typer.Option(help="Below 1 the likely gets likelier; 0 always takes the likeliest.")
     ] = 1.0,
-    seed: Annotated[int, typer.Option(help="The same seed gives the same proteins.")] = 0,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same samples.")] = 0,
 ) -> Answer:
-    """Sample proteins from a causal model and print them as FASTA.
+    """Sample proteins from a causal model and print them as FASTA, or text from a converted one.
 
     Examples:
 
@@ -50,5 +50,5 @@ def generate(
     bar = tqdm(generation.run(), "generating", count, disable=sys.stdout.isatty())
     return Answer(
         ({**asdict(sample), "length": len(sample.sequence)} for sample in bar),
-        (sample.fasta() for sample in bar),
+        (generation.written(sample) for sample in bar),
     )

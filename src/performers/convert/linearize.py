@@ -14,7 +14,6 @@ favor.safetensors.
 from __future__ import annotations
 
 import copy
-from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -33,6 +32,7 @@ from performers.convert.cache import CAUSAL_LAYERS, PREPARE_CACHE, generate_in_c
 from performers.convert.configurations import give_back, held_by, own_configurations
 from performers.convert.interface import favor_layer
 from performers.convert.layer import FavorLayer
+from performers.convert.learned import DAMAGED, TENSORS, learned_tensors, place_learned
 from performers.convert.options import FAVOR, FavorOptions
 from performers.convert.sites import (
     Sites,
@@ -47,7 +47,6 @@ from performers.models.cache import no_continuous_batching
 
 __all__ = ["converted_layers", "linearize", "load_linearized", "options_of", "restore"]
 
-TENSORS = "favor.safetensors"
 NOTE = (
     "Attention was converted by performers. pip install 'performers[hf]', then "
     "performers.load_linearized(AutoModel..., path). Without it, from_pretrained(path) gives the "
@@ -118,7 +117,7 @@ def load_linearized(auto_class: Any, path: str | Path, **options: Any) -> PreTra
     if written["tensors"]:
         where = {word: options[word] for word in HUB_OPTIONS if word in options}
         learned = cached_file(path, written["tensors"], **where)
-        _place(sites, read_tensors(learned, "Copy it again, or convert the model again."))
+        place_learned(sites, read_tensors(learned, DAMAGED))
     return model
 
 
@@ -245,7 +244,7 @@ def _save_pretrained(
 ) -> None:
     """`save_pretrained`, and beside the weights what the feature maps have learned, if anything."""
     sites = Sites.of(model)
-    tensors = _learned(sites)
+    tensors = learned_tensors(sites)
     chosen = options_of(model)
     assert chosen is not None, "only converted models have this method"
     expected = {site for site in sites if is_converted(site, chosen)}
@@ -299,36 +298,3 @@ def _write(sites: Sites, options: FavorOptions, tensors: str | None) -> None:
         )
     for config in sites.configs(options):
         setattr(config, FAVOR, copy.deepcopy(written))
-
-
-def _learned(sites: Sites) -> dict[str, Tensor]:
-    """The buffers of feature maps that differ from what their options would make them."""
-    tensors = {}
-    for site, layer in sites.layers.items():
-        phi = layer.feature_map
-        if phi is not None and (layer.is_calibrated or phi.num_redraws > 0):
-            for part, buffer in phi.named_buffers():
-                tensors[f"{_base_name(sites.model, site.name)}.{part}"] = buffer.contiguous()
-    return tensors
-
-
-def _place(sites: Sites, tensors: dict[str, Tensor]) -> None:
-    """Put what `_learned` returned into the layers of a model."""
-    parts: dict[str, dict[str, Tensor]] = defaultdict(dict)
-    for name, tensor in tensors.items():
-        layer_name, _, part = name.rpartition(".")
-        parts[layer_name][part] = tensor
-    for site, layer in sites.layers.items():
-        buffers = parts.pop(_base_name(sites.model, site.name), None)
-        if buffers is not None:
-            layer.load(buffers, site.device)
-    if parts:
-        raise ValueError(
-            f"{TENSORS} has layers that {type(sites.model).__name__} has not: "
-            f"{', '.join(sorted(parts))}. Load it with the class that it was saved from."
-        )
-
-
-def _base_name(model: PreTrainedModel, name: str) -> str:
-    """The name of a module in the model without its head, which AutoModel loads."""
-    return name.removeprefix(f"{model.base_model_prefix}.")

@@ -39,14 +39,17 @@ class MaskedCollator:
     of epochs done; an evaluation leaves it at 0 and so always scores the same positions. DataLoader
     workers hold a copy, so it takes effect when they start (not with `persistent_workers=True`).
     Items of a stream say themselves which pass they are of, their `epoch`, which is added.
-    `token_ids`: what is masked and scored, the upper end of the vocabulary; amino acids by default.
+    `token_ids`: what is masked and scored; amino acids by default, and the other ids are those of
+    their vocabulary.
     """
 
     seed: int = 0
     mask_rate: float = 0.15
     pad_to_multiple_of: int = 1
     epoch: int = 0
-    token_ids: range = AMINO_ACID_IDS
+    token_ids: Sequence[int] = AMINO_ACID_IDS
+    pad_token_id: int = PAD_TOKEN_ID
+    mask_token_id: int = MASK_TOKEN_ID
 
     def __post_init__(self) -> None:
         if not 0 < self.mask_rate < 1:
@@ -63,10 +66,16 @@ class MaskedCollator:
         self.epoch = epoch
 
     def __call__(self, items: Sequence[Batch]) -> Batch:
-        input_ids, attention_mask = pad(items, self.pad_to_multiple_of)
+        input_ids, attention_mask = pad(items, self.pad_to_multiple_of, self.pad_token_id)
         epochs = self.epoch + torch.tensor([int(item.get("epoch", 0)) for item in items])
         masked_ids, labels = mask_tokens(
-            input_ids, self.seed, epochs, self.mask_rate, self.token_ids
+            input_ids,
+            self.seed,
+            epochs,
+            self.mask_rate,
+            self.token_ids,
+            pad_token_id=self.pad_token_id,
+            mask_token_id=self.mask_token_id,
         )
         return {"input_ids": masked_ids, "attention_mask": attention_mask, "labels": labels}
 
@@ -76,22 +85,24 @@ class CausalCollator:
     """Batches for next-token prediction: `labels` are the real tokens, unshifted.
 
     Models shift the labels themselves, as transformers' do: position i is scored on token i + 1.
-    What is scored is each amino acid and each end of a sequence; the first token of a row has
-    nothing before it and never counts.
+    The first token of a row has nothing before it and never counts. `token_ids`: what else can be a
+    label; by default each amino acid and the end of a sequence.
     """
 
     pad_to_multiple_of: int = 1
+    token_ids: Sequence[int] = (EOS_TOKEN_ID, *AMINO_ACID_IDS)
+    pad_token_id: int = PAD_TOKEN_ID
 
     @property
     def scored_token_ids(self) -> tuple[int, ...]:
-        """The tokens that a label can be: amino acids and the end of a sequence."""
-        return (EOS_TOKEN_ID, *AMINO_ACID_IDS)
+        """The tokens that a label can be."""
+        return tuple(self.token_ids)
 
     def set_epoch(self, epoch: int) -> None:
         """Does nothing: this collator draws nothing at random, so all epochs are the same."""
 
     def __call__(self, items: Sequence[Batch]) -> Batch:
-        input_ids, attention_mask = pad(items, self.pad_to_multiple_of)
+        input_ids, attention_mask = pad(items, self.pad_to_multiple_of, self.pad_token_id)
         labels = input_ids.masked_fill(attention_mask == 0, NOT_SCORED)
         labels[:, 0] = NOT_SCORED
         return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
@@ -102,7 +113,7 @@ Collator = MaskedCollator | CausalCollator
 
 
 def pad(
-    items: Sequence[Batch], multiple_of: int = 1
+    items: Sequence[Batch], multiple_of: int = 1, pad_token_id: int = PAD_TOKEN_ID
 ) -> tuple[Int64[Tensor, "batch length"], Int64[Tensor, "batch length"]]:
     """`input_ids` and `attention_mask` of items of unequal length, padded on the right.
 
@@ -110,10 +121,11 @@ def pad(
     """
     rows = [item["input_ids"] for item in items]
     length = -(-max(len(row) for row in rows) // multiple_of) * multiple_of
-    input_ids = torch.full((len(rows), length), PAD_TOKEN_ID, dtype=torch.int64)
-    for padded, row in zip(input_ids, rows, strict=True):
-        padded[: len(row)] = row
-    return input_ids, (input_ids != PAD_TOKEN_ID).long()
+    input_ids = torch.full((len(rows), length), pad_token_id, dtype=torch.int64)
+    attention_mask = torch.zeros_like(input_ids)  # a text may have the id of padding, too
+    for padded, mask, row in zip(input_ids, attention_mask, rows, strict=True):
+        padded[: len(row)], mask[: len(row)] = row, 1
+    return input_ids, attention_mask
 
 
 def mask_tokens(
@@ -121,30 +133,34 @@ def mask_tokens(
     seed: int,
     epoch: int | Int64[Tensor, " batch"] = 0,
     mask_rate: float = 0.15,
-    token_ids: range = AMINO_ACID_IDS,
+    token_ids: Sequence[int] = AMINO_ACID_IDS,
+    *,
+    pad_token_id: int = PAD_TOKEN_ID,
+    mask_token_id: int = MASK_TOKEN_ID,
 ) -> tuple[Int64[Tensor, "batch length"], Int64[Tensor, "batch length"]]:
     """BERT's masking, a function of (seed, epoch, the row's tokens): masked input ids and labels.
 
     `epoch`: of all rows, or of each.
 
-    Each token of `token_ids`, the upper end of the vocabulary, is chosen with probability
-    `mask_rate`, independently. A chosen one becomes <mask> (80 %), a random one of `token_ids` (10
-    %) or stays (10 %); its label is what it was. Special tokens are never chosen. Every row has at
-    least one label, if need be the position that came nearest to being chosen, so that every batch
-    has a loss.
+    Each token of `token_ids` is chosen with probability `mask_rate`, independently. A chosen one
+    becomes `mask_token_id` (80 %), a random one of `token_ids` (10 %) or stays (10 %); its label is
+    what it was. Other tokens are never chosen. Every row that has any of these has at least one
+    label, if need be the position that came nearest to being chosen, so that every batch has a
+    loss.
 
     Source: Devlin et al. 2019, Section 3.1.
     """
-    bits = _random_bits(input_ids, seed, epoch)
+    bits = _random_bits(input_ids, seed, epoch, pad_token_id)
     choice, action, substitute = _uniform(bits), _uniform(_mix(bits)), _mix(_mix(bits))
 
-    may_be_chosen = input_ids >= token_ids.start
+    candidates = torch.tensor(token_ids, device=input_ids.device)
+    may_be_chosen = torch.isin(input_ids, candidates)
     choice = choice.masked_fill(~may_be_chosen, torch.inf)
     # The smallest number of a row is always chosen: a row has at least one label.
     chosen = may_be_chosen & ((choice < mask_rate) | (choice == choice.amin(dim=1, keepdim=True)))
 
-    masked_ids = input_ids.masked_fill(chosen & (action < 0.8), MASK_TOKEN_ID)
-    random_ids = token_ids.start + substitute.remainder(len(token_ids))
+    masked_ids = input_ids.masked_fill(chosen & (action < 0.8), mask_token_id)
+    random_ids = candidates[substitute.remainder(len(candidates))]
     masked_ids = torch.where(chosen & (action >= 0.9), random_ids, masked_ids)
     return masked_ids, input_ids.masked_fill(~chosen, NOT_SCORED)
 
@@ -157,10 +173,13 @@ _GOLDEN_GAMMA = 0x9E3779B97F4A7C15 - 2**64
 
 
 def _random_bits(
-    input_ids: Int64[Tensor, "batch length"], seed: int, epoch: int | Int64[Tensor, " batch"]
+    input_ids: Int64[Tensor, "batch length"],
+    seed: int,
+    epoch: int | Int64[Tensor, " batch"],
+    pad_token_id: int,
 ) -> Int64[Tensor, "batch length"]:
     position = torch.arange(1, input_ids.shape[1] + 1, device=input_ids.device) * _GOLDEN_GAMMA
-    is_real = input_ids != PAD_TOKEN_ID
+    is_real = input_ids != pad_token_id
     # A sum over real tokens, so that the amount of padding does not change the key of a row.
     content = (_mix(position + input_ids) * is_real).sum(dim=1, keepdim=True)
     epochs = torch.as_tensor(epoch, device=input_ids.device).reshape(-1, 1)

@@ -33,7 +33,7 @@ from performers.models.modeling import PerformerPreTrainedModel
 from performers.nn.mechanisms import Favor
 from performers.nn.sharp import SharpFeatures
 
-__all__ = ["check_divides", "of_all_heads", "shard_heads"]
+__all__ = ["check_divides", "of_all_heads", "plan_of_heads", "shard_heads"]
 
 # By the names of modules within the model without its head, as transformers' configs have them.
 OWN_PLAN = {
@@ -85,7 +85,7 @@ def shard_heads(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
             )
         attending.extend(attending_modules(model))
         check_divides(model, ranks)
-        plan.update(_plan(model))
+        plan.update(plan_of_heads(model))
         return {"class of the model": type(model).__name__, **identities(model)}, 0
 
     agree(group, describe)
@@ -127,7 +127,11 @@ def check_divides(model: nn.Module, ranks: int) -> None:
         )
 
 
-def _plan(model: nn.Module) -> dict[str, ParallelStyle]:
+def plan_of_heads(model: nn.Module) -> dict[str, ParallelStyle]:
+    """How the weights of a model are cut, by the names of modules within it without its head.
+
+    Raises ValueError for a model whose configuration does not say it.
+    """
     if isinstance(model, PerformerPreTrainedModel):
         words = OWN_PLAN
     else:

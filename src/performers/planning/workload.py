@@ -79,6 +79,11 @@ def workload_of(config: RunConfig) -> Workload:
     Raises ValueError for an optimizer whose memory no formula here is about, and for reversible
     layers.
     """
+    if config.pretrained is not None:
+        raise ValueError(
+            "a plan has formulas for Performers, and none for pretrained models. Plan a Performer "
+            "of the same sizes, in the section model."
+        )
     given = config.trainer
     optimizer = str(given["optim"])
     if optimizer not in OPTIMIZERS:

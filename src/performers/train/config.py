@@ -33,8 +33,9 @@ from performers.models import MECHANISMS, PerformerConfig
 from performers.models.mechanisms import in_current_words
 from performers.models.mixes import attention_words
 from performers.train.clock import SCHEDULES
-from performers.train.data import DataConfig, StreamConfig, checked_stream
+from performers.train.data import DataConfig, StreamConfig, check_text, checked_stream
 from performers.train.options import REFUSED_OPTIONS, TRAINER_OPTIONS, Served
+from performers.train.pretrained import PretrainedConfig, checked_start, resolved
 
 __all__ = ["TASKS", "RunConfig", "load_config", "read_yaml", "shipped_configs"]
 
@@ -107,6 +108,7 @@ class RunConfig:
     of what the optimizer remembers (FSDP2), and not all of them.
     `shard_heads`, `split_sequences`: so many processes share the heads of each layer, or the tokens
     of each sequence (see `Layout`). The numbers are the same.
+    `pretrained`: in the place of `model`, a model folder to start from.
     """
 
     task: str = "masked-lm"
@@ -118,18 +120,23 @@ class RunConfig:
     shard_heads: int = 1
     split_sequences: int = 1
     data: DataConfig = field(default_factory=DataConfig)
+    pretrained: PretrainedConfig | None = None
     model: dict[str, Any] = field(default_factory=dict)
     trainer: dict[str, Any] = field(default_factory=dict)
 
     @property
     def attention(self) -> str:
         """The mechanism of the run's own model, or a mix in words."""
+        if self.pretrained is not None:
+            return f"performer-{self.pretrained.favor.features}"
         return attention_words(self.model["attention"])
 
     def with_attention(self, attention: str) -> RunConfig:
         """The same run with another mechanism, without the fields that only the first one takes."""
         if attention == self.attention and attention not in MECHANISMS:
             return self  # a mix
+        if self.pretrained is not None:
+            return self  # no other is trained
         model = {**self.model, "attention": attention}
         if not MECHANISMS[attention].takes_window:
             model.pop("window_size", None)
@@ -277,8 +284,11 @@ def _checked(tree: Mapping[str, Any], source: str) -> RunConfig:
         stream = _section(StreamConfig, given["stream"], "data.stream", source)
         given["stream"] = checked_stream(stream, given)
     data = DataConfig(**given)
+    start = top.get("pretrained")
+    if start is not None:
+        start = checked_start(_section(PretrainedConfig, start, "pretrained", source), top)
     model = top.get("model", {})
-    if isinstance(model, Mapping):
+    if start is None and isinstance(model, Mapping):
         model = in_current_words({"attention": PerformerConfig.attention, **model})
     model = _section(PerformerConfig, model, "model", source)
     trainer = _section(TrainingArguments, top.get("trainer", {}), "trainer", source)
@@ -287,11 +297,16 @@ def _checked(tree: Mapping[str, Any], source: str) -> RunConfig:
         in_current_words({"attention": word})["attention"] for word in top.get("compare", ())
     ]
     parts = {"compare": compare, "data": data, "model": model, "trainer": trainer}
+    parts["pretrained"] = start
     config = RunConfig(**{**top, **parts})
     check_choice("task", config.task, TASKS)
     for attention in config.compare:
         check_choice("attention in compare", attention, MECHANISMS)
     check_seed(config.seed)
+    check_text(config.data, start is not None)
+    if start is not None:
+        start = resolved(start, config.task, config.seed, config.data)
+        config = dataclasses.replace(config, pretrained=start)
     check_count("shard_heads", config.shard_heads)
     check_count("split_sequences", config.split_sequences)
     if config.redraw_every < 0:

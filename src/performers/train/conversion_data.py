@@ -14,7 +14,7 @@ from performers.data.files import read_texts
 from performers.theory import cheaper_from
 from performers.train.conversion_choices import Size
 from performers.train.conversion_config import ConversionConfig
-from performers.train.fine_tuning import FineTuningTask, fine_tuning_task
+from performers.train.fine_tuning_task import FineTuningTask, fine_tuning_task
 
 __all__ = ["ConversionData"]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,17 @@ __all__ = [
     "Splits",
     "StreamConfig",
     "StreamedProteins",
+    "check_text",
     "checked_stream",
     "read_data",
 ]
 
 # What says how sets are split off, which a stream is given instead.
 OF_SPLITTING = ("split_by", "valid_fraction", "test_fraction", "ood_fraction")
+
+# What says how a text is read, and what is said of proteins alone.
+OF_TEXT = ("text_format", "columns")
+OF_PROTEINS = ("source", "stream", "concatenate", "split_by", "ood_fraction")
 
 
 @dataclass(frozen=True)
@@ -50,13 +55,19 @@ class StreamConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Which proteins, and how they become sequences of tokens: see `performers.data.load_proteins`.
+    """Which proteins, or which text, and how they become sequences of tokens.
+
+    Of proteins: see `performers.data.load_proteins`.
 
     `source`: "sample" is the set that ships with the package; else FASTA files, gzipped or not.
     `length`, `concatenate`: proteins cropped to 1024 tokens or joined into windows of 8192 are the
     paper's two tasks (Appendix C.1).
     `split_by` and the fractions: what is held out, whole clusters of similar sequences by default.
     `stream`: for files that do not fit into memory.
+
+    `text`, `text_format`, `columns`: in the place of `source`, a file that the tokenizer of a
+    pretrained model reads, see `performers.data.read_texts`. The fractions of a running text are
+    taken off its end.
     """
 
     source: str | list[str] = "sample"
@@ -67,6 +78,41 @@ class DataConfig:
     test_fraction: float = 0.1
     ood_fraction: float = 0.1
     stream: StreamConfig | None = None
+    text: str | None = None
+    text_format: str | None = None
+    columns: list[str] = field(default_factory=list)
+
+    @property
+    def files(self) -> str | list[str]:
+        """What is read."""
+        return self.source if self.text is None else self.text
+
+
+def check_text(data: DataConfig, is_pretrained: bool) -> None:
+    """Raise ValueError for keys of the section `data` that do not go together.
+
+    `is_pretrained`: the run starts from a model folder, with a tokenizer.
+    """
+    unset = DataConfig()
+    if data.text is None:
+        for key in OF_TEXT:
+            if getattr(data, key) != getattr(unset, key):
+                raise ValueError(
+                    f"data.{key} says how data.text is read, and there is none. Leave it out, or "
+                    "give the file as data.text."
+                )
+        return
+    if not is_pretrained:
+        raise ValueError(
+            "data.text is read by the tokenizer of a model folder: give that as pretrained.model. "
+            "A model of its own reads proteins, data.source."
+        )
+    for key in OF_PROTEINS:
+        if getattr(data, key) != getattr(unset, key):
+            raise ValueError(
+                f"data.{key} is of proteins, and data.text takes their place. Leave one of the two "
+                "out."
+            )
 
 
 def checked_stream(stream: Mapping[str, Any], data: Mapping[str, Any]) -> StreamConfig:
@@ -120,7 +166,8 @@ def read_data(config: DataConfig, seed: int, num_workers: int) -> Splits:
     stream has pieces.
     """
     if config.stream is None:
-        options = {key: value for key, value in vars(config).items() if key != "stream"}
+        of_text = ("stream", "text", *OF_TEXT)
+        options = {key: value for key, value in vars(config).items() if key not in of_text}
         return load_proteins(**options, seed=seed)
     build = concatenate_sequences if config.concatenate else crop_sequences
     held_out: dict[str, TokenDataset] = {}

@@ -19,8 +19,10 @@ from transformers import Trainer
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_utils import EvalLoopOutput
 
+from performers.convert.learned import load_learned, save_learned
 from performers.distributed.collectives import rank_in
 from performers.distributed.heads import of_all_heads
+from performers.models.modeling import PerformerPreTrainedModel
 from performers.train.layout import Layout, Places
 from performers.train.sharding import share_out, whole
 
@@ -87,10 +89,19 @@ class LaidOutTrainer(Trainer):
             super().save_model(output_dir, _internal_call)
             return
         weights = whole(self.model.state_dict(keep_vars=True))
+        learned: dict[str, Tensor] = {}
         if self.places.heads is not None:
-            weights |= of_all_heads(self.model, self.places.heads)
+            learned = of_all_heads(self.model, self.places.heads)
+        is_own = isinstance(self.model, PerformerPreTrainedModel)
         if self.args.should_save:
-            self._save(output_dir, state_dict=weights)
+            self._save(output_dir, state_dict=weights | learned if is_own else weights)
+            if not is_own:  # its weights are those of the exact model
+                save_learned(self.model, Path(output_dir or self.args.output_dir), learned)
+
+    def _load_from_checkpoint(self, checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(checkpoint, model)
+        if not isinstance(self.model, PerformerPreTrainedModel):
+            load_learned(self.model, Path(checkpoint))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self.layout.is_plain:

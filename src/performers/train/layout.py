@@ -19,15 +19,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from transformers import PreTrainedModel
 
-from performers.distributed.heads import check_divides, shard_heads
+from performers.distributed.heads import check_divides, plan_of_heads, shard_heads
 from performers.distributed.models import attending_modules, parallelize
 from performers.train.config import RunConfig
-from performers.train.sharding import shard_weights
-from performers.train.tasks import Model, build_model
+from performers.train.sharding import layers_of, shard_weights
+from performers.train.tasks import unloaded_model
 
 __all__ = ["Layout", "Places"]
 
@@ -129,13 +129,15 @@ class Layout:
             raise ValueError(
                 f"{self} lays a model out over several processes, and {found}, or leave {self} out."
             )
+        model = unloaded_model(config)
+        layers_of(model)
         if self.of_batch > 1:
-            with torch.device("meta"):
-                model = build_model(config)
             attending_modules(model)
             check_divides(model, self.heads)
+        if self.heads > 1:
+            plan_of_heads(model)
 
-    def lay_out(self, model: Model) -> Places:
+    def lay_out(self, model: PreTrainedModel) -> Places:
         """Leave to this process its heads, its pieces and its shares of the weights, in place."""
         kind = next(model.parameters()).device.type
         same_heads = self.groups * self.pieces

@@ -7,20 +7,28 @@ from functools import partial
 from typing import Any
 
 import torch.distributed as dist
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    PreTrainedModel,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
+from performers.convert.learned import redraw
 from performers.distributed.agreement import agree
 from performers.functional.fingerprint import fingerprint
 from performers.models import PerformerPreTrainedModel
+from performers.nn.sharp import SharpFeatures
 
 __all__ = ["RedrawFeatures"]
 
 
 class RedrawFeatures(TrainerCallback):
-    """Calls `model.redraw_features()` after every `every` optimizer steps.
+    """Draws the features of a Performer or a converted model anew, every `every` optimizer steps.
 
-    ω and the number of redraws are buffers, so a checkpoint saved at such a step holds the new ω,
-    and a run resumed from it continues with the same draws. ω is a function of (seed, layer, number
+    ω and the number of redraws are saved, so a checkpoint made at such a step holds the new ω, and
+    a run resumed from it continues with the same draws. ω is a function of (seed, layer, number
     of redraws), so all ranks draw the same. They compare what they have drawn, and raise ValueError
     on every rank if it differs.
 
@@ -37,19 +45,34 @@ class RedrawFeatures(TrainerCallback):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        model: PerformerPreTrainedModel | None = None,
+        model: PreTrainedModel | None = None,
         **kwargs: Any,
     ) -> None:
         if state.global_step % self.every == 0:
             assert model is not None, "the Trainer hands its model to callbacks"
-            model.redraw_features()
+            if isinstance(model, PerformerPreTrainedModel):
+                model.redraw_features()
+            else:
+                redraw(model)
             if dist.is_available() and dist.is_initialized():
                 group = dist.group.WORLD
                 assert group is not None, "there is one once it is initialized"
                 agree(group, partial(_drawn, model))
 
 
-def _drawn(model: PerformerPreTrainedModel) -> tuple[Mapping[str, object], int]:
-    """A number for the bits of each buffer: ω, and how often it was redrawn."""
-    numbers = {name: fingerprint("bits", (x.float(),)) for name, x in model.named_buffers()}
+def _drawn(model: PreTrainedModel) -> tuple[Mapping[str, object], int]:
+    """A number for the bits of each buffer: ω, and how often it was redrawn. What was learned of
+    heads lies where the heads are.
+    """
+    of_heads = {
+        f"{name}.{part}"
+        for name, module in model.named_modules()
+        if isinstance(module, SharpFeatures)
+        for part in module.of_heads()
+    }
+    numbers = {
+        name: fingerprint("bits", (x.float(),))
+        for name, x in model.named_buffers()
+        if name not in of_heads
+    }
     return {"random features after a redraw": numbers}, 0

@@ -26,13 +26,14 @@ import torch
 import yaml
 from accelerate import PartialState
 from torch.optim import AdamW
-from transformers import TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 
+from performers.convert.source import check_source_weights, source_config, source_tokenizer
 from performers.data.baseline import EmpiricalBaseline
 from performers.data.proteins import SPLITS
 from performers.data.tokens import TokenDataset
-from performers.models.mixes import attention_words
+from performers.models import PerformerConfig
 from performers.records.environment import describe_environment
 from performers.records.files import holding, read_json
 from performers.train.attention import save_attention_maps
@@ -50,8 +51,10 @@ from performers.train.folders import check_place, claim, holds_nothing, release
 from performers.train.layout import Layout
 from performers.train.lost import naming_lost_processes
 from performers.train.options import check_arguments
+from performers.train.pretrained import build_pretrained, check_blocks, dropouts
 from performers.train.shares import LAID_OUT, SHARED_OUT, Shares, check_shares
-from performers.train.tasks import TASKS, build_model, model_config
+from performers.train.tasks import TASKS, Task, build_model, model_config, unloaded_model
+from performers.train.texts import Texts, read_held_out, task_of_text
 from performers.train.trainer import TokenTrainer, train_to_the_end, training_arguments
 
 __all__ = ["Run", "has_finished", "holds_run"]
@@ -63,6 +66,7 @@ TITLES = {
     "test": "Test, clusters held out",
     "ood": "Out of distribution, families held out",
 }
+TITLES_OF_TEXT = {"valid": "Validation, text held out", "test": "Test, text held out"}
 
 
 def holds_run(folder: Path) -> bool:
@@ -77,13 +81,17 @@ def has_finished(folder: Path) -> bool:
 
 @dataclass(frozen=True)
 class Run:
-    """A run that has passed every check and has its data; `train` does the work."""
+    """A run that has passed every check and has its data; `train` does the work.
+
+    `tokenizer`: that of a pretrained model which reads text.
+    """
 
     config: RunConfig
     folder: Path
-    data: Splits
+    data: Splits | Texts
     device: torch.device
     environment: dict[str, Any]
+    tokenizer: Any = None
 
     @property
     def is_main_process(self) -> bool:
@@ -113,9 +121,8 @@ class Run:
             checkpoint = last_whole_checkpoint(place / "checkpoints")
             if checkpoint is not None:
                 steps_of(checkpoint)
-                with torch.device("meta"):
-                    check_weights(checkpoint, build_model(one))
-        data = read_data(config.data, config.seed, arguments.dataloader_num_workers)
+                check_weights(checkpoint, unloaded_model(one))
+        data, tokenizer = _read(config, arguments.dataloader_num_workers)
         sequences = len(data.train) if isinstance(data.train, TokenDataset) else None
         _check_shares(config, folder, environment, sequences)
         # Asking for the device starts the process group of torchrun. The barrier then makes every
@@ -128,7 +135,20 @@ class Run:
             write_atomically(folder / "config.yaml", config.to_yaml())  # what makes it a run
             write_atomically(folder / "environment.json", _json(environment))
         state.wait_for_everyone()
-        return cls(config, folder, data, device, environment)
+        return cls(config, folder, data, device, environment, tokenizer)
+
+    @property
+    def task(self) -> Task:
+        """What is scored, and how batches are made."""
+        if self.tokenizer is None:
+            return TASKS[self.config.task]
+        return task_of_text(self.config.task, self.tokenizer)
+
+    def build(self, config: RunConfig) -> PreTrainedModel:
+        """The model before its first step."""
+        if config.pretrained is None:
+            return build_model(config)
+        return build_pretrained(config.pretrained, iter(self.data.train), self.device)
 
     def train(self) -> dict[str, Any] | None:
         """Train the model and those it is compared with; writes and returns the metrics.
@@ -166,9 +186,15 @@ class Run:
         Otherwise the time and memory that torch and the Trainer need once, when a process first
         trains, would be counted for the first model.
         """
-        model_options = {**self.config.with_attention("identity").model, "num_hidden_layers": 1}
-        model = build_model(replace(self.config, model=model_options)).to(self.device)
-        batch = TASKS[self.config.task].collator(self.config.seed)([next(iter(self.data.train))])
+        if self.config.pretrained is None:
+            own = {**self.config.with_attention("identity").model, "num_hidden_layers": 1}
+            model = build_model(replace(self.config, model=own))
+        else:
+            vocabulary = {"vocab_size": self.data.train.vocab_size, "pad_token_id": None}
+            small = PerformerConfig(num_hidden_layers=1, attention="identity", **vocabulary)
+            model = self.task.model(small)
+        model = model.to(self.device)
+        batch = self.task.collator(self.config.seed)([next(iter(self.data.train))])
         model(**{name: tensor.to(self.device) for name, tensor in batch.items()}).loss.backward()
         AdamW(model.parameters()).step()
         TensorBoardCallback()
@@ -178,15 +204,20 @@ class Run:
         result = folder / "result.json"
         if not result.exists():
             trainer = train_to_the_end(
-                config, folder, lambda: build_model(config), self.data.train, self.data.valid
+                config,
+                folder,
+                lambda: self.build(config),
+                self.data.train,
+                self.data.valid,
+                self.task,
             )
-            outcome = self._score(trainer, folder) | {"peak_memory": trainer.peak_memory}
+            outcome = self._score(config, trainer, folder) | {"peak_memory": trainer.peak_memory}
             if self.is_main_process:
                 write_atomically(result, _json(outcome))
             PartialState().wait_for_everyone()
         return _read_result(result)
 
-    def _score(self, trainer: TokenTrainer, folder: Path) -> dict[str, Any]:
+    def _score(self, config: RunConfig, trainer: TokenTrainer, folder: Path) -> dict[str, Any]:
         """Evaluate and save the model of the last checkpoint.
 
         Everything follows from that checkpoint, so that this can be interrupted and repeated as
@@ -197,7 +228,7 @@ class Run:
         tokens = state.num_input_tokens_seen
         history = list(state.log_history)  # the evaluations below add to it
         outcome = {
-            "attention": attention_words(model.config.attention),
+            "attention": config.attention,
             "parameters": model.num_parameters(),
             "device": str(self.device),
             "steps": state.global_step,
@@ -214,10 +245,13 @@ class Run:
             shutil.rmtree(folder / "model", ignore_errors=True)
             with saving(folder / "model"):
                 model.save_pretrained(folder / "model")
-            with saving(folder / "attention.npz"):
-                protein = save_attention_maps(model, folder / "attention.npz")
-            file = (folder / "attention.npz").relative_to(self.folder).as_posix()
-            outcome["attention_maps"] = {"file": file, "protein": protein}
+                if self.tokenizer is not None:
+                    self.tokenizer.save_pretrained(folder / "model")
+            if config.pretrained is None:
+                with saving(folder / "attention.npz"):
+                    protein = save_attention_maps(model, folder / "attention.npz")
+                file = (folder / "attention.npz").relative_to(self.folder).as_posix()
+                outcome["attention_maps"] = {"file": file, "protein": protein}
         return outcome
 
     def _evaluated(self) -> Iterator[tuple[str, TokenDataset]]:
@@ -228,15 +262,16 @@ class Run:
                 yield name, split
 
     def _evaluate_baseline(self) -> dict[str, dict[str, float]]:
-        collator = TASKS[self.config.task].evaluation_collator(self.config.seed)
+        collator = self.task.evaluation_collator(self.config.seed)
         baseline = EmpiricalBaseline.fit(self.data.train, collator.scored_token_ids)
         return {name: baseline.evaluate(split, collator) for name, split in self._evaluated()}
 
     def _describe_data(self) -> dict[str, Any]:
+        titles = TITLES if self.config.data.text is None else TITLES_OF_TEXT
         return {
-            "description": self.data.description(self.config.data.source),
+            "description": self.data.description(self.config.data.files),
             "splits": {
-                name: {"title": TITLES[name], "sequences": len(split)}
+                name: {"title": titles[name], "sequences": len(split)}
                 for name, split in self._evaluated()
             },
             **self.data.summary(),
@@ -248,7 +283,8 @@ def _configs(config: RunConfig) -> dict[str, RunConfig]:
     names = dict.fromkeys([config.attention, *config.compare])
     configs = {name: config.with_attention(name) for name in names}
     for one in configs.values():
-        model_config(one)
+        if one.pretrained is None:
+            model_config(one)
     return configs
 
 
@@ -261,6 +297,24 @@ def _read_result(path: Path) -> dict[str, Any]:
         for scores in result["metrics"].values():
             float(scores["accuracy"])
     return result
+
+
+def _read(config: RunConfig, num_workers: int) -> tuple[Splits | Texts, Any]:
+    """What is trained on, and the tokenizer of a model that reads text."""
+    if config.pretrained is None:
+        return read_data(config.data, config.seed, num_workers), None
+    check_source_weights(config.pretrained.model)
+    if config.data.text is None:
+        data: Splits | Texts = read_data(config.data, config.seed, num_workers)
+        tokenizer = None
+    else:
+        tokenizer = source_tokenizer(config.pretrained.model)
+        size = source_config(config.pretrained.model).vocab_size
+        data = read_held_out(config.data, tokenizer, size, config.seed)
+        task_of_text(config.task, tokenizer)
+    if isinstance(data.train, TokenDataset):
+        check_blocks(config.pretrained, max(data.train.lengths), config.data.files)
+    return data, tokenizer
 
 
 def _place(folder: Path, config: RunConfig, name: str) -> Path:
@@ -318,10 +372,11 @@ def _check_shares(
         return
     saved = read_json(path, "Delete it if the run is gone on with by as many processes as before.")
     before = read_yaml(folder / "config.yaml")
-    draws = {
-        "model.hidden_dropout_prob": model_config(config).hidden_dropout_prob,
-        "trainer.neftune_noise_alpha": config.trainer.get("neftune_noise_alpha") or 0.0,
-    }
+    draws = {"trainer.neftune_noise_alpha": config.trainer.get("neftune_noise_alpha") or 0.0}
+    if config.pretrained is None:
+        draws["model.hidden_dropout_prob"] = model_config(config).hidden_dropout_prob
+    else:
+        draws |= dropouts(config.pretrained)
     now = Shares.of(config.to_dict(), environment)
     check_shares(Shares.of(before, saved), now, draws, sequences)
 

@@ -14,38 +14,59 @@ from __future__ import annotations
 from typing import Any
 
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.optim import Optimizer
+from transformers import PreTrainedModel
 
-from performers.models.modeling import PerformerModel
-from performers.train.tasks import Model
+from performers.convert.sites import Sites
+from performers.models.modeling import PerformerModel, PerformerPreTrainedModel
 
-__all__ = ["shard_weights", "share_out", "whole"]
+__all__ = ["layers_of", "shard_weights", "share_out", "whole"]
 
 
-def shard_weights(model: Model, mesh: DeviceMesh) -> None:
+def shard_weights(model: PreTrainedModel, mesh: DeviceMesh) -> None:
     """Leave to this process its share of every weight, in place: each layer by itself, and then
     what is of no layer. `mesh`: (copies, shares), over which gradients are averaged.
 
     Raises ValueError for a weight that several layers share.
     """
-    (stack,) = (module for module in model.modules() if isinstance(module, PerformerModel))
-    seen: set[Tensor] = set()
-    for layer in stack.layers:
-        weights = set(layer.parameters())
-        if seen & weights:
-            raise ValueError(
-                f"shard_weights, shard_heads and split_sequences take each layer by itself, and "
-                f"layers of attention={model.config.attention!r} have weights in common. Leave "
-                "them out."
-            )
-        seen |= weights
-    for layer in stack.layers:
+    for layer in layers_of(model):
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
+
+
+def layers_of(model: PreTrainedModel) -> list[nn.Module]:
+    """The layers of a Performer or of a model of transformers: what stands in lists, and attends.
+
+    Raises ValueError for a weight that several layers share.
+    """
+    layers: list[nn.Module] = []
+    if isinstance(model, PerformerPreTrainedModel):
+        (stack,) = (module for module in model.modules() if isinstance(module, PerformerModel))
+        layers += stack.layers
+        title = f"attention={model.config.attention!r}"
+    else:
+        sites = Sites.of(model)
+        title = type(model).__name__
+        stacks = {n: x for n, x in model.named_modules() if isinstance(x, nn.ModuleList)}
+        for site in sites:
+            within = [name for name in stacks if site.name.startswith(f"{name}.")]
+            if within:
+                name = min(within, key=len)
+                number = site.name.removeprefix(f"{name}.").partition(".")[0]
+                layers.append(stacks[name][int(number)])
+        layers = list(dict.fromkeys(layers))
+    used = getattr(model.config, "num_hidden_layers", len(layers))
+    weights = [weight for layer in layers for weight in set(layer.parameters())]
+    if len(set(weights)) < len(weights) or len(layers) < used:
+        raise ValueError(
+            f"shard_weights, shard_heads and split_sequences take each layer by itself, and layers "
+            f"of {title} have weights in common. Leave them out."
+        )
+    return layers
 
 
 def whole(tree: Any, made: dict[int, Tensor | None] | None = None) -> Any:

@@ -13,11 +13,14 @@ __all__ = ["results_table", "scores_table"]
 def results_table(metrics: Mapping[str, Any]) -> str:
     """All models of a run beside the empirical baseline, a block per split, and their cost."""
     lines = []
+    header = HEADER
+    if metrics.get("config", {}).get("data", {}).get("text") is not None:
+        header = [*HEADER[:-1], "bits per token"]
     for split, baseline in metrics["baseline"].items():
         rows = [["empirical baseline", *_cells(baseline)]]
         for model in metrics["models"]:
             rows.append([model["attention"], *_cells(model["metrics"][split])])
-        lines += [metrics["data"]["splits"][split]["title"], *aligned([HEADER, *rows]), ""]
+        lines += [metrics["data"]["splits"][split]["title"], *aligned([header, *rows]), ""]
     rows = [["", "tokens seen", "training time", "peak memory"]]
     for model in metrics["models"]:
         memory = model["peak_memory"]

@@ -5,21 +5,31 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from performers.data.masking import NOT_SCORED, CausalCollator, Collator, MaskedCollator
 from performers.data.vocabulary import (
     AMINO_ACID_IDS,
     BOS_TOKEN_ID,
     EOS_TOKEN_ID,
-    MASK_TOKEN_ID,
     PAD_TOKEN_ID,
     VOCAB_SIZE,
 )
 from performers.models import PerformerConfig, PerformerForCausalLM, PerformerForMaskedLM
 from performers.train.config import RunConfig
+from performers.train.pretrained import unloaded
 
-__all__ = ["TASKS", "Task", "build_model", "masked_lm", "model_config"]
+__all__ = [
+    "TASKS",
+    "HiddenTokens",
+    "Task",
+    "build_model",
+    "masked_lm",
+    "model_config",
+    "unloaded_model",
+]
 
 Model = PerformerForMaskedLM | PerformerForCausalLM
 
@@ -49,7 +59,7 @@ class HiddenTokens(MaskedCollator):
 
     def __call__(self, items: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
         batch = super().__call__(items)
-        seen = batch["input_ids"] != MASK_TOKEN_ID
+        seen = batch["input_ids"] != self.mask_token_id
         return {**batch, "labels": batch["labels"].masked_fill(seen, NOT_SCORED)}
 
 
@@ -90,6 +100,14 @@ def model_config(config: RunConfig) -> PerformerConfig:
     )
 
 
+def unloaded_model(config: RunConfig) -> PreTrainedModel:
+    """The run's own model on the meta device: its modules, and the shapes of its weights."""
+    if config.pretrained is not None:
+        return unloaded(config.pretrained)
+    with torch.device("meta"):
+        return build_model(config)
+
+
 def build_model(config: RunConfig) -> Model:
-    """A model with fresh weights, drawn from torch's global generator."""
+    """A Performer with fresh weights, drawn from torch's global generator."""
     return TASKS[config.task].model(model_config(config))

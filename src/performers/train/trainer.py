@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Mapping
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import DataLoader, Dataset
 from transformers import (
+    PreTrainedModel,
     PrinterCallback,
     ProgressCallback,
     Trainer,
@@ -29,10 +31,12 @@ from transformers import trainer as transformers_trainer
 from transformers.integrations import MLflowCallback, TensorBoardCallback, WandbCallback
 from transformers.utils.logging import disable_progress_bar
 
+from performers.convert.learned import load_learned
 from performers.data.masking import Collator
 from performers.distributed.collectives import summed
 from performers.distributed.models import own_piece
-from performers.models.losses import next_tokens
+from performers.models.losses import cross_entropy, next_tokens
+from performers.models.modeling import PerformerPreTrainedModel
 from performers.records.environment import PeakMemory
 from performers.train.checkpoints import (
     SealCheckpoints,
@@ -49,7 +53,7 @@ from performers.train.laid_out import LaidOutTrainer
 from performers.train.layout import Layout
 from performers.train.metrics import TokenMetrics, score_tokens
 from performers.train.redraw import RedrawFeatures
-from performers.train.tasks import TASKS, Model, Task
+from performers.train.tasks import TASKS, Task
 
 __all__ = [
     "TokenTrainer",
@@ -112,7 +116,7 @@ class TokenTrainer(LaidOutTrainer):
         self,
         config: RunConfig,
         folder: Path,
-        model: Model,
+        model: PreTrainedModel,
         train: Dataset,
         valid: Dataset | dict[str, Dataset],
         seconds: float = 0.0,
@@ -139,6 +143,9 @@ class TokenTrainer(LaidOutTrainer):
         ]
         if config.redraw_every:
             callbacks.append(RedrawFeatures(config.redraw_every))
+        # Not every model of transformers divides its loss by the labels of all processes.
+        is_own = isinstance(model, PerformerPreTrainedModel)
+        smooths, splits = arguments.label_smoothing_factor > 0, layout.pieces > 1
         super().__init__(
             layout,
             model=model,
@@ -147,8 +154,11 @@ class TokenTrainer(LaidOutTrainer):
             train_dataset=train,
             eval_dataset=valid,
             compute_metrics=TokenMetrics(),
+            compute_loss_func=None if is_own or smooths or splits else partial(_loss, task),
             callbacks=callbacks,
         )
+        if splits:  # it takes the number of labels of all processes, whatever its forward says
+            self.model_accepts_loss_kwargs = True
         self.task = task
         self.peak_memory: int | None = None
         show_progress(self, ProgressLine(config.attention, self.clock))
@@ -180,6 +190,8 @@ class TokenTrainer(LaidOutTrainer):
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         inputs = without_needless_mask(inputs, self.task)
+        if not isinstance(self.model, PerformerPreTrainedModel) and self.task.shift:
+            inputs = {**inputs, "use_cache": False}
         return super().compute_loss(model, inputs, *args, **kwargs)
 
     def prediction_step(
@@ -213,6 +225,12 @@ class TokenTrainer(LaidOutTrainer):
         super().log({**logs, "seconds": self.clock.seconds}, *args, **kwargs)
 
 
+def _loss(task: Task, outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+    """Of a model of transformers, whatever it makes of labels itself."""
+    targets = next_tokens(labels) if task.shift else labels
+    return cross_entropy(outputs["logits"], targets, num_items_in_batch)
+
+
 def without_needless_mask(batch: dict[str, Any], task: Task) -> dict[str, Any]:
     """The batch without its mask where nothing is padded: exact attention is then faster.
 
@@ -228,7 +246,7 @@ def without_needless_mask(batch: dict[str, Any], task: Task) -> dict[str, Any]:
 def train_to_the_end(
     config: RunConfig,
     folder: Path,
-    build: Callable[[], Model],
+    build: Callable[[], PreTrainedModel],
     train: Dataset,
     valid: Dataset | dict[str, Dataset],
     task: Task | None = None,
@@ -266,7 +284,10 @@ def train_to_the_end(
             trainer = TokenTrainer(now, folder, build(), train, valid, seconds, task)
             trainer.peak_memory = peak
     assert checkpoint is not None, "the Trainer saves the last step"
-    load_model(trainer.accelerator.unwrap_model(trainer.model), checkpoint / "model.safetensors")
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    load_model(model, checkpoint / "model.safetensors")
+    if not isinstance(model, PerformerPreTrainedModel):
+        load_learned(model, checkpoint)
     trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
     return trainer
 

@@ -56,9 +56,11 @@ STYLE = {
 
 
 def curves_figure(
-    histories: Mapping[str, Sequence[Mapping[str, Any]]], baseline: Mapping[str, float]
+    histories: Mapping[str, Sequence[Mapping[str, Any]]],
+    baseline: Mapping[str, float],
+    unit: str = "bits per character",
 ) -> Figure:
-    """Bits per character against seconds of training, and against tokens seen.
+    """Bits per character, or another `unit`, against seconds of training, and against tokens seen.
 
     The first panel compares models at equal time, the second at equal data. Validation in dots,
     training faint and smoothed, the empirical baseline as a dashed line.
@@ -82,7 +84,7 @@ def curves_figure(
             axes.margins(x=0.02)
         panels[0].set_xlabel("seconds of training")
         panels[1].set_xlabel("million tokens seen")
-        panels[0].set_title("Bits per character (dots: validation, faint: training)")
+        panels[0].set_title(f"{unit.capitalize()} (dots: validation, faint: training)")
         panels[1].set_title("The same against tokens")
         # Losses of the first steps are so large that, with them, the curves could not be told
         # apart.

@@ -28,6 +28,14 @@ TASKS = {
     "causal-lm": ("The model predicts each residue from those before it.", "next residues"),
 }
 
+TASKS_OF_TEXT = {
+    "masked-lm": (
+        "15 % of the tokens are hidden; the model predicts them from the rest of the sequence.",
+        "hidden tokens",
+    ),
+    "causal-lm": ("The model predicts each token from those before it.", "next tokens"),
+}
+
 SPLITS = {
     "cluster": "Whole clusters of similar sequences are held out, so that no close relative of a "
     "training protein is among those tested.",
@@ -70,9 +78,13 @@ def _page(run: Path, metrics: Mapping[str, Any]) -> str:
     curves = curves_figure(
         {model["attention"]: model["history"] for model in models},
         metrics["baseline"]["valid"],
+        _bits(metrics),
     )
     return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
-        title=html.escape(f"{models[0]['attention']} on proteins"),
+        title=html.escape(
+            f"{models[0]['attention']} on {'text' if _is_of_text(metrics) else 'proteins'}"
+        ),
+        bits=_bits(metrics).capitalize(),
         headline=html.escape(_headline(metrics)),
         subtitle=html.escape(_subtitle(metrics)),
         overview=_overview(metrics),
@@ -87,22 +99,37 @@ def _page(run: Path, metrics: Mapping[str, Any]) -> str:
     )
 
 
+def _is_of_text(metrics: Mapping[str, Any]) -> bool:
+    return metrics["config"]["data"].get("text") is not None
+
+
+def _bits(metrics: Mapping[str, Any]) -> str:
+    return "bits per token" if _is_of_text(metrics) else "bits per character"
+
+
+def _task(metrics: Mapping[str, Any]) -> tuple[str, str]:
+    return (TASKS_OF_TEXT if _is_of_text(metrics) else TASKS)[metrics["config"]["task"]]
+
+
 def _headline(metrics: Mapping[str, Any]) -> str:
     model, *others = metrics["models"]
     if metrics["config"]["max_seconds"] is not None and others:
-        return _headline_for_equal_time(metrics["config"]["max_seconds"], model, others)
+        return _headline_for_equal_time(
+            metrics["config"]["max_seconds"], model, others, _bits(metrics)
+        )
     accuracy = model["metrics"]["valid"]["accuracy"]
     baseline = metrics["baseline"]["valid"]["accuracy"]
-    what = TASKS[metrics["config"]["task"]][1]
+    what = _task(metrics)[1]
+    of, commonest = ("text", "token") if _is_of_text(metrics) else ("proteins", "amino acid")
     verdict = "more" if accuracy > baseline else "no more"
     return (
-        f"{model['attention']} predicts {accuracy:.1%} of the {what} of proteins it has not seen, "
-        f"{verdict} than the {baseline:.1%} that the commonest amino acid gets."
+        f"{model['attention']} predicts {accuracy:.1%} of the {what} of {of} it has not seen, "
+        f"{verdict} than the {baseline:.1%} that the commonest {commonest} gets."
     )
 
 
 def _headline_for_equal_time(
-    seconds: float, model: Mapping[str, Any], others: Sequence[Mapping[str, Any]]
+    seconds: float, model: Mapping[str, Any], others: Sequence[Mapping[str, Any]], unit: str
 ) -> str:
     tokens = [
         f"{model['tokens'] / other['tokens']:.2g} times the tokens of {other['attention']}"
@@ -111,7 +138,7 @@ def _headline_for_equal_time(
     bits = [f"{one['metrics']['valid']['bits_per_character']:.3f}" for one in (model, *others)]
     return (
         f"In {_duration(seconds)} of training each, {model['attention']} saw "
-        f"{' and '.join(tokens)}, and reached {bits[0]} bits per character against "
+        f"{' and '.join(tokens)}, and reached {bits[0]} {unit} against "
         f"{' and '.join(bits[1:])}."
     )
 
@@ -119,6 +146,8 @@ def _headline_for_equal_time(
 def _subtitle(metrics: Mapping[str, Any]) -> str:
     data = metrics["config"]["data"]
     kind = "proteins joined to windows of" if data["concatenate"] else "proteins of at most"
+    if _is_of_text(metrics):
+        kind = "sequences of at most"
     return (
         f"{kind.capitalize()} {data['length']:,} tokens, models of "
         f"{metrics['models'][0]['parameters']:,} parameters, {metrics['created']}."
@@ -126,9 +155,13 @@ def _subtitle(metrics: Mapping[str, Any]) -> str:
 
 
 def _explanation(metrics: Mapping[str, Any]) -> str:
+    held_out = SPLITS[metrics["config"]["data"]["split_by"]]
+    kind = "amino acid"
+    if _is_of_text(metrics):
+        held_out, kind = "The end of a text is held out, or records at random.", "token"
     return (
-        f"{TASKS[metrics['config']['task']][0]} {SPLITS[metrics['config']['data']['split_by']]} "
-        "The empirical baseline knows only how frequent each amino acid is in the training set. "
+        f"{_task(metrics)[0]} {held_out} "
+        f"The empirical baseline knows only how frequent each {kind} is in the training set. "
         "All models saw the same batches in the same order, from the same seed"
         + ("." if metrics["config"]["max_seconds"] is None else ", as many as fit into the time.")
     )
@@ -164,7 +197,7 @@ def _overview(metrics: Mapping[str, Any]) -> str:
     scores = metrics["baseline"]["valid"]
     cells = [f"{scores['accuracy']:.2%}", f"{scores['bits_per_character']:.3f}"]
     rows.append(("baseline", ["empirical baseline", "", *cells, ""]))
-    header = ["", "tokens seen", "validation accuracy", "bits per character", "peak memory"]
+    header = ["", "tokens seen", "validation accuracy", _bits(metrics), "peak memory"]
     return _table("", header, rows)
 
 
@@ -177,7 +210,7 @@ def _metrics_table(metrics: Mapping[str, Any], split: str) -> str:
     return _table(
         f"{description['title']}: {description['sequences']:,} sequences, "
         f"{first['num_scored']:,} scored positions",
-        ["", "accuracy", "perplexity", "bits per character"],
+        ["", "accuracy", "perplexity", _bits(metrics)],
         [
             (
                 kind,
