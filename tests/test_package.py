@@ -123,7 +123,7 @@ def test_no_transformers_is_allowed_that_is_newer_than_the_tested_one():
     assert allowed == TRANSFORMERS
 
 
-@pytest.mark.parametrize("version", ["5.19.4", "5.24.0"])
+@pytest.mark.parametrize("version", ["5.19.4", "5.25.0"])
 def test_another_transformers_is_refused_by_name(version):
     with pytest.raises(ImportError, match=rf"needs .*, and {version} is installed.*pip install"):
         check_transformers(version)

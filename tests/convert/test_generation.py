@@ -341,8 +341,8 @@ def test_keys_that_are_changed_on_their_way_are_refused_before_they_are_missed(
 ):
     update = FavorMemory.update
 
-    def changed(self, key, value, *rest):
-        key, value = update(self, key, value, *rest)
+    def changed(self, key, value, *rest, **options):
+        key, value = update(self, key, value, *rest, **options)
         return key.clone(), value
 
     monkeypatch.setattr(FavorMemory, "update", changed)

@@ -15,6 +15,7 @@ from transformers import (
 
 from performers import FavorCache, FavorOptions, calibrate, linearize
 from performers.convert.sites import is_unmoved_by_shifts
+from performers.models.naming import CACHE
 
 PADDING = 11
 
@@ -76,7 +77,7 @@ def test_positions_go_on_where_a_cache_ends(make_cache):
     whole = model(ids, attention_mask=mask).logits[:, 3:]
     cache = make_cache(model.config)
     parts = [
-        model(ids[:, a:b], attention_mask=mask[:, :b], past_key_values=cache).logits
+        model(ids[:, a:b], attention_mask=mask[:, :b], **{CACHE: cache}).logits
         for a, b in ((0, 7), (7, 8), (8, 13))
     ]
     torch.testing.assert_close(torch.cat(parts, dim=1)[:, 3:], whole, rtol=1e-4, atol=1e-4)

@@ -22,6 +22,7 @@ from performers.convert.layer import FavorLayer
 from performers.convert.options import FAVOR, FavorOptions
 from performers.functional.masks import Seen
 from performers.models.memory import LinearMemory
+from performers.models.naming import CACHE
 from performers.typing import FeatureMap
 
 __all__ = [
@@ -159,10 +160,9 @@ def generate_in_constant_memory(model: PreTrainedModel) -> None:
 def _prepare_cache(
     model: PreTrainedModel, generation_config: Any, model_kwargs: dict[str, Any], *args: Any
 ) -> None:
-    name = "past_key_values"
-    is_given = model_kwargs.get(name) is not None
+    is_given = model_kwargs.get(CACHE) is not None
     getattr(type(model), PREPARE_CACHE)(model, generation_config, model_kwargs, *args)
-    made = model_kwargs.get(name)
+    made = model_kwargs.get(CACHE)
     if is_given or made is None:
         return
     # Not isinstance: a class that derives from DynamicCache was asked for, or keeps more.
@@ -171,4 +171,4 @@ def _prepare_cache(
         if type(made.self_attention_cache) is DynamicCache:
             made.self_attention_cache = FavorCache(model.config)
     elif type(made) is DynamicCache:
-        model_kwargs[name] = FavorCache(model.config)
+        model_kwargs[CACHE] = FavorCache(model.config)

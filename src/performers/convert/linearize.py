@@ -44,6 +44,7 @@ from performers.convert.sites import (
 )
 from performers.convert.source import read_tensors
 from performers.models.cache import no_continuous_batching
+from performers.models.naming import cache_among
 
 __all__ = ["converted_layers", "linearize", "load_linearized", "options_of", "restore"]
 
@@ -230,7 +231,7 @@ def _count_from_the_first_token(
     tokens = options.get("inputs_embeds") if tokens is None else tokens
     if not isinstance(mask, Tensor) or mask.ndim != 2 or tokens is None:
         return arguments, options
-    cache = options.get("past_key_values")
+    cache = cache_among(options)
     past, new = 0 if cache is None else cache.get_seq_length(), tokens.shape[1]
     if options.get("position_ids") is not None or mask.shape[1] != past + new:
         return arguments, options

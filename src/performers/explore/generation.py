@@ -20,6 +20,7 @@ from performers.explore.practice import SECONDS, train
 from performers.explore.subject import Subject
 from performers.models import PerformerForCausalLM
 from performers.models.memory import LinearMemory, SideBySide
+from performers.models.naming import CACHE
 from performers.viz.explorer import memory_figure
 
 __all__ = ["Written", "exact_bytes", "generation_tab", "remembered_bytes", "write"]
@@ -70,7 +71,7 @@ def write(
     read = 0
     for _ in range(length):
         with subject.lock:
-            logits = model(input_ids=new, past_key_values=cache, use_cache=True).logits[0, -1]
+            logits = model(input_ids=new, **{CACHE: cache}, use_cache=True).logits[0, -1]
         read += new.shape[1]
         logits[list(vocabulary.never)] = -torch.inf
         token = logits.argmax()[None]

@@ -14,6 +14,7 @@ from transformers.cache_utils import Cache, EncoderDecoderCache
 from performers.models.config import PerformerConfig, decoder_config
 from performers.models.mechanisms import cross_memory
 from performers.models.mixes import build_memory
+from performers.models.naming import CACHE
 
 __all__ = [
     "PerformerCache",
@@ -85,8 +86,8 @@ def prepare_cache(
             "a Performer generates with a PerformerCache and no other: got "
             f"cache_implementation={generation_config.cache_implementation!r}. Leave it out."
         )
-    if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
-        model_kwargs["past_key_values"] = make()
+    if generation_config.use_cache and model_kwargs.get(CACHE) is None:
+        model_kwargs[CACHE] = make()
 
 
 def no_continuous_batching(*args: Any, **options: Any) -> NoReturn:

@@ -19,6 +19,7 @@ from performers.models.layers import (
 )
 from performers.models.masks import count_positions, padding_mask
 from performers.models.mechanisms import cross_config
+from performers.models.naming import CACHE, cache_by_either_name
 from performers.models.positions import POSITIONS, Rotation
 
 __all__ = ["Decoded", "Encoded", "PerformerDecoder", "PerformerDecoderLayer"]
@@ -103,6 +104,7 @@ class PerformerDecoderLayer(ResidualLayer):
             nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) for _ in range(3)
         )
 
+    @cache_by_either_name
     def forward(
         self,
         hidden: Float[Tensor, "batch length hidden"],
@@ -185,7 +187,7 @@ class PerformerDecoder(nn.Module):
                 mask,
                 encoded,
                 output_attentions,
-                past_key_values=past_key_values,
+                **{CACHE: past_key_values},
             )
             hidden_states.append(hidden)
             matrices.append(matrix)

@@ -24,6 +24,7 @@ from performers.models.config import PerformerConfig, changed
 from performers.models.decoder import PerformerDecoder
 from performers.models.losses import cross_entropy
 from performers.models.modeling import PerformerModel, PerformerPreTrainedModel
+from performers.models.naming import CACHE, cache_by_either_name
 
 __all__ = ["PerformerEncoderDecoderModel", "PerformerForConditionalGeneration"]
 
@@ -45,6 +46,7 @@ class PerformerEncoderDecoderModel(PerformerPreTrainedModel):
         self.encoder.set_input_embeddings(value)
 
     @can_return_tuple
+    @cache_by_either_name
     def forward(
         self,
         input_ids: Int[Tensor, "batch encoder_length"] | None = None,
@@ -63,9 +65,9 @@ class PerformerEncoderDecoderModel(PerformerPreTrainedModel):
 
         `attention_mask`, `decoder_attention_mask`: of the input and of the output, each as in
         `PerformerModel.forward`. `encoder_outputs`: what `self.encoder` returned, in place of
-        `input_ids`; the attention_mask is still that of the input. `past_key_values`: a
-        `PerformerEncoderDecoderCache`, changed in place; the decoder's inputs continue its
-        sequence, and once it has taken in an encoder's output, it asks for no other.
+        `input_ids`; the attention_mask is still that of the input. `past_key_values`, or
+        `cache`: a `PerformerEncoderDecoderCache`, changed in place; the decoder's inputs continue
+        its sequence, and once it has taken in an encoder's output, it asks for no other.
         `output_attentions`: matrices of the encoder, of the decoder and between them.
 
         Raises ValueError or TypeError for what does not fit.
@@ -106,7 +108,7 @@ class PerformerEncoderDecoderModel(PerformerPreTrainedModel):
         )
         return Seq2SeqModelOutput(
             last_hidden_state=decoded.last_hidden_state,
-            past_key_values=cache,
+            **{CACHE: cache},
             decoder_hidden_states=decoded.hidden_states,
             decoder_attentions=decoded.attentions,
             cross_attentions=decoded.cross_attentions,
@@ -136,6 +138,7 @@ class PerformerForConditionalGeneration(PerformerPreTrainedModel, GenerationMixi
         self.post_init()
 
     @can_return_tuple
+    @cache_by_either_name
     def forward(
         self,
         input_ids: Int[Tensor, "batch encoder_length"] | None = None,
@@ -178,7 +181,7 @@ class PerformerForConditionalGeneration(PerformerPreTrainedModel, GenerationMixi
         return Seq2SeqLMOutput(
             loss=None if labels is None else cross_entropy(logits, labels, num_items_in_batch),
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE: getattr(outputs, CACHE)},
             decoder_hidden_states=outputs.decoder_hidden_states,
             decoder_attentions=outputs.decoder_attentions,
             cross_attentions=outputs.cross_attentions,

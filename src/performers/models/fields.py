@@ -6,6 +6,8 @@ from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
 
+from performers.models.naming import CACHE
+
 __all__ = ["PerformerFields"]
 
 
@@ -15,7 +17,7 @@ class PerformerFields(PreTrainedConfig):
     """
 
     model_type = "performer"
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = [CACHE]
 
     vocab_size: int = 32
     hidden_size: int = 512

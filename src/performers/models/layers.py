@@ -16,6 +16,7 @@ from performers.models.cache import PerformerCache
 from performers.models.config import PerformerConfig
 from performers.models.fields import PerformerFields
 from performers.models.mixes import build_attention
+from performers.models.naming import cache_by_either_name
 from performers.models.positions import Rotation
 
 __all__ = [
@@ -151,6 +152,7 @@ class PerformerLayer(ResidualLayer):
         self.mlp_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = PerformerMLP(config)
 
+    @cache_by_either_name
     def forward(
         self,
         hidden: Float[Tensor, "batch length hidden"],

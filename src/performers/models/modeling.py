@@ -30,6 +30,7 @@ from performers.models.layers import PerformerLayer, final_norm
 from performers.models.losses import cross_entropy
 from performers.models.masks import count_positions, packed_segments, padding_mask
 from performers.models.mixes import share_between_layers
+from performers.models.naming import CACHE, cache_by_either_name
 from performers.models.positions import POSITIONS
 from performers.models.reversible import run_reversible
 from performers.nn import RandomFeatures
@@ -53,7 +54,7 @@ class PerformerPreTrainedModel(PreTrainedModel):
     base_model_prefix = "performer"
     supports_gradient_checkpointing = True
     _no_split_modules: ClassVar[list[str]] = ["PerformerLayer"]
-    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
+    _skip_keys_device_placement: ClassVar[list[str]] = [CACHE]
     _supports_context_parallel = False
 
     @torch.no_grad()
@@ -133,6 +134,7 @@ class PerformerModel(PerformerPreTrainedModel):
         self.post_init()
 
     @can_return_tuple
+    @cache_by_either_name
     def forward(
         self,
         input_ids: Int[Tensor, "batch length"] | None = None,
@@ -152,7 +154,8 @@ class PerformerModel(PerformerPreTrainedModel):
         unless `position_ids` gives them. Without a mask, positions that do not count on by one
         begin a new one of packed sequences, each of which is computed as if it were alone; so does
         what `packing` says in the words of transformers' DataCollatorWithFlattening.
-        `past_key_values`: a `PerformerCache`, changed in place; the inputs continue its sequence.
+        `past_key_values`, or `cache`: a `PerformerCache`, changed in place; the inputs continue its
+        sequence.
         `use_cache`: make one; by default only causal models do, outside of training.
         `output_attentions`: return the matrix that each layer implies, quadratic in the length.
 
@@ -222,7 +225,7 @@ class PerformerModel(PerformerPreTrainedModel):
                     key_padding_mask,
                     output_attentions,
                     segment_ids,
-                    past_key_values=cache,
+                    **{CACHE: cache},
                 )
                 hidden_states.append(hidden)
                 matrices.append(matrix)
@@ -230,9 +233,9 @@ class PerformerModel(PerformerPreTrainedModel):
         hidden_states[-1] = hidden = self.norm(hidden_states[-1])
         return BaseModelOutputWithPast(
             last_hidden_state=hidden,
-            past_key_values=cache,
             hidden_states=tuple(hidden_states) if output_hidden_states else None,
             attentions=tuple(matrices) if output_attentions else None,
+            **{CACHE: cache},
         )
 
 
@@ -299,6 +302,7 @@ class PerformerForCausalLM(PerformerPreTrainedModel, GenerationMixin):
         self.post_init()
 
     @can_return_tuple
+    @cache_by_either_name
     def forward(
         self,
         input_ids: Int[Tensor, "batch length"] | None = None,
@@ -346,9 +350,9 @@ class PerformerForCausalLM(PerformerPreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            **{CACHE: getattr(outputs, CACHE)},
         )
 
     def _prepare_cache_for_generation(

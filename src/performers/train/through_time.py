@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from performers.checks import check_count, check_instance, check_tensor
 from performers.convert.saved_states import linear_memories, new_cache
 from performers.models.losses import next_tokens, summed_loss
+from performers.models.naming import CACHE
 from performers.state import LinearState
 
 __all__ = ["backward_through_time"]
@@ -146,7 +147,7 @@ class _Chunk:
         device = self.input_ids.device
         with torch.random.fork_rng([] if device.type == "cpu" else [device]):
             torch.manual_seed(self.seed)
-            outputs = self.model(self.input_ids, past_key_values=cache, use_cache=True)
+            outputs = self.model(self.input_ids, **{CACHE: cache}, use_cache=True)
         after = [memory.state for memory in memories if memory.state is not None]
         return outputs.logits, _States(after, memories[0].num_tokens)
 
