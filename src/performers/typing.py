@@ -76,8 +76,7 @@ class LogLinear(NamedTuple):
     offset: Float[Tensor, "*batch length 1"] | float
     tilt: Float[Tensor, "*heads num_features"] | None = None
 
-    @property
-    def log_rows(self) -> Float[Tensor, "*batch length 1"]:
+    def shared_exponent(self) -> Float[Tensor, "*batch length 1"]:
         """The part of the exponent that all features of a row share."""
         return self.offset - self.inputs.square().sum(dim=-1, keepdim=True) / 2
 
@@ -86,7 +85,7 @@ class LogLinear(NamedTuple):
         log_values = self.inputs @ self.directions.mT
         if self.tilt is not None:
             log_values = log_values + self.tilt.unsqueeze(-2)
-        return Features(log_values=log_values, log_rows=self.log_rows)
+        return Features(log_values=log_values, log_rows=self.shared_exponent())
 
 
 class LogLinearSide(NamedTuple):

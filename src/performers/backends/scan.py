@@ -52,7 +52,7 @@ def scan(
     Rows of `queries` are [group · length]; those of the result [group, length].
     """
     batch, heads, length = value.shape[:3]
-    log_rows = keys.log_rows
+    log_rows = keys.shared_exponent()
     if key_mask is not None:
         log_rows = log_rows.masked_fill(~key_mask[:, None, :, None], -torch.inf)
     query, query_directions = _flattened(queries, batch, heads)
@@ -75,7 +75,7 @@ def scan(
         for part in (both, frame.detach(), log_scale.detach(), sums)
     )
     # The operator leaves out what a row of queries shares, which only moves the frame.
-    frame = frame + queries.log_rows.unflatten(2, (-1, length))
+    frame = frame + queries.shared_exponent().unflatten(2, (-1, length))
     after = replace(state, log_scale=log_scale, values=sums[..., :-1], normalizer=sums[..., -1])
     # By `split`, whose gradient is one tensor. Two slices would have two, each of the whole width.
     numerator, normalizer = both.split([value.shape[-1], 1], dim=-1)
