@@ -8,9 +8,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
-__all__ = ["CAPABILITIES", "Buffers", "buffers", "slices"]
+__all__ = ["CAPABILITIES", "Buffers", "buffers", "room_of_outputs", "slices"]
 
 # Of the processor. An older torch cannot say.
 CAPABILITIES: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
@@ -61,6 +62,20 @@ class Buffers(threading.local):
 
 
 buffers = Buffers()
+
+
+def room_of_outputs(
+    query: Float[Tensor, "heads group length dim"], value: Float[Tensor, "heads length value_dim"]
+) -> Float[Tensor, "heads group length value_dim"]:
+    """New memory for outputs, in the order of the values'.
+
+    Linear layers give (length, heads, dim). Where the values of one sequence still lie so, what
+    joins the heads of its outputs is a view, not a copy that training keeps beside them.
+    """
+    heads, group, length, dim = *query.shape[:3], value.shape[-1]
+    if value.stride(0) < value.stride(1):
+        return query.new_empty(length, heads, group, dim).permute(1, 2, 0, 3)
+    return query.new_empty(heads, group, length, dim)
 
 
 def slices(length: int, size: int) -> Iterator[slice]:

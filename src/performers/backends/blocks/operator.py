@@ -11,6 +11,7 @@ from performers.backends.blocks.formula import plain
 from performers.backends.blocks.gradients import HeadsBack
 from performers.backends.blocks.rows import Heads
 from performers.backends.blocks.sizes import BlockAttention, Problem, Sizes
+from performers.backends.buffers import room_of_outputs
 from performers.backends.derivatives import is_differentiated, needs_formula, plain_gradients
 
 __all__ = ["block_attention"]
@@ -19,7 +20,7 @@ __all__ = ["block_attention"]
 def forward(problem: Problem) -> BlockAttention:
     """Attention of all heads."""
     sizes = Sizes(problem)
-    out = problem.query.new_empty(*problem.query.shape[:3], sizes.value_dim)
+    out = room_of_outputs(problem.query, problem.value)
     log_sum = problem.average.new_empty(*problem.query.shape[:3], 1)
     log_factor = log_sum.new_empty(*problem.query.shape[:3], sizes.limits)
     log_mass, average = torch.empty_like(problem.log_mass), torch.empty_like(problem.average)
@@ -111,7 +112,7 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
     problem = Problem(*arguments)
     shape = problem.query.shape[:3]
     return (
-        problem.query.new_empty(*shape, problem.value.shape[-1]),
+        room_of_outputs(problem.query, problem.value),
         problem.average.new_empty(*shape, 1),
         torch.empty_like(problem.log_mass),
         torch.empty_like(problem.average),

@@ -273,12 +273,12 @@ class Heads:
                     weights[-1] *= factor
                     totals[-1] *= factor
                 total = sum(totals[1:], start=totals[0])
-                found = out[index, tile]
                 values = self.values(index, tile, far.average)
+                found = self.take("found", *weights[0].shape[:2], sizes.value_dim)
                 torch.bmm(weights[0], values[0], out=found)
                 for x, value in zip(weights[1:], values[1:], strict=True):
                     found.baddbmm_(x, value)
-                found.div_(total)
+                torch.div(found, total, out=out[index, tile])
                 torch.add(shift, total.log2_(), out=log_sum[index, tile])
         log_sum.div_(LOG2_E)
         log_factor.div_(LOG2_E)
