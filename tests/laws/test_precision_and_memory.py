@@ -3,6 +3,7 @@
 import copy
 import gc
 import itertools
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 
 import pytest
@@ -11,6 +12,7 @@ from cases import calibrated, inputs
 from torch.nn import functional as F
 
 from performers import KernelFeatures, SharpFeatures, SoftmaxFeatures, favor_attention
+from performers.backends.buffers import KEPT_BYTES, buffers
 from performers.functional import absorb_keys, log_normalizer, softmax_attention
 
 CAUSAL = (False, True)
@@ -148,3 +150,29 @@ def test_what_training_keeps_is_at_most_half_again_as_large_as_inputs_and_output
     # Some of what was saved is of branches that lead nowhere, and is gone.
     kept = sum(size for pointer, size in living_storages().items() if pointer in saved)
     assert 0 < kept <= 1.5 * sum(x.nbytes for x in (*tensors, out))
+
+
+@pytest.mark.parametrize("is_causal", CAUSAL)
+@pytest.mark.parametrize("group", [1, 2])
+def test_joining_the_heads_of_one_long_sequence_copies_nothing(is_causal, group):
+    """Where values lie as a linear layer leaves them; beside a near field."""
+    rows = [torch.randn(1, 75, heads, 5).transpose(1, 2) for heads in (3 * group, 3, 3)]
+    options = {"is_causal": is_causal, "enable_gqa": group > 1, "window_size": 8}
+    out = favor_attention(*rows, MAPS["positive"], **options)
+    joined = out.transpose(1, 2).flatten(2)
+    assert joined.untyped_storage().data_ptr() == out.untyped_storage().data_ptr()
+    other = favor_attention(*(x.contiguous() for x in rows), MAPS["positive"], **options)
+    assert torch.equal(out, other)
+
+
+@pytest.mark.parametrize("is_causal", CAUSAL)
+def test_a_near_field_holds_no_memory_of_the_length_between_calls(is_causal):
+    def held():
+        tensors = torch.randn(3, 1, 2, 20_000, 16).requires_grad_().unbind()
+        out = favor_attention(*tensors, SoftmaxFeatures(16, 8), is_causal=is_causal, window_size=16)
+        sizes = [max(flat.nbytes for flat in buffers._flat.values())]
+        out.sum().backward()
+        return [*sizes, max(flat.nbytes for flat in buffers._flat.values())]
+
+    with ThreadPoolExecutor(1) as pool:  # a thread begins without buffers
+        assert max(pool.submit(held).result()) <= KEPT_BYTES < 20_000 * 16 * 4

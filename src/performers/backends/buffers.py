@@ -16,13 +16,15 @@ __all__ = ["CAPABILITIES", "Buffers", "buffers", "room_of_outputs", "slices"]
 # Of the processor. An older torch cannot say.
 CAPABILITIES: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
 
+KEPT_BYTES = 2**19  # of a buffer, between calls
+
 
 class Buffers(threading.local):
     """Reusable memory for tiles, by name: on a CPU, getting new memory costs more than the
     computation in it.
 
-    Every thread keeps its own, some 10 MB, from call to call. Other devices have allocators that
-    do the same, and know in which stream memory is free again.
+    Every thread keeps its own, some MB, from call to call. Other devices have allocators that do
+    the same, and know in which stream memory is free again.
     """
 
     def __init__(self) -> None:
@@ -42,6 +44,16 @@ class Buffers(threading.local):
                 self._flat[key] = torch.empty(size, dtype=like.dtype, device=like.device)
             self._last[key] = self._flat[key][:size].view(shape)
         return self._last[key]
+
+    def trim(self) -> None:
+        """Give back what is larger than tiles need, which only long sequences take.
+
+        A model in training has better use for it between two calls, and getting so much memory is
+        little beside the computation in it.
+        """
+        for key, flat in list(self._flat.items()):
+            if flat.nbytes > KEPT_BYTES:
+                del self._flat[key], self._last[key]
 
     def copied(self, name: str, x: Tensor, like: Tensor) -> Tensor:
         """x in the precision of another."""

@@ -11,7 +11,7 @@ from performers.backends.blocks.formula import plain
 from performers.backends.blocks.gradients import HeadsBack
 from performers.backends.blocks.rows import Heads
 from performers.backends.blocks.sizes import BlockAttention, Problem, Sizes
-from performers.backends.buffers import room_of_outputs
+from performers.backends.buffers import buffers, room_of_outputs
 from performers.backends.derivatives import is_differentiated, needs_formula, plain_gradients
 
 __all__ = ["block_attention"]
@@ -29,6 +29,7 @@ def forward(problem: Problem) -> BlockAttention:
         merge, far, average[heads] = work.far_averages(work.block_averages())
         log_mass[heads] = merge.before.log_mass[:, -1]
         work.attend(far, out, log_sum, log_factor)
+    buffers.trim()
     return BlockAttention(out, log_sum, log_mass, average, log_factor)
 
 
@@ -82,6 +83,7 @@ def backward(
                     whole[heads] = part
                 else:
                     whole += part.sum(dim=0, keepdim=True)
+    buffers.trim()
     return list(of.values())
 
 
