@@ -22,6 +22,7 @@ __all__ = [
     "check_instance",
     "check_key_padding_mask",
     "check_made_by",
+    "check_model",
     "check_not_traced",
     "check_number",
     "check_omega",
@@ -30,6 +31,7 @@ __all__ = [
     "check_segment_ids",
     "check_state",
     "check_tensor",
+    "check_tokens",
     "check_whole_number",
     "described",
     "is_finite",
@@ -70,6 +72,14 @@ def check_instance(name: str, given: object, kinds: type | tuple[type, ...], mus
         raise TypeError(f"{name} must be {must}, got {described(given)}.")
 
 
+def check_model(model: object) -> None:
+    """Raise unless this is a module with a configuration, as models of transformers are."""
+    must = "a model of transformers, with a config"
+    check_instance("model", model, torch.nn.Module, must)
+    if not hasattr(model, "config"):
+        raise TypeError(f"model must be {must}, got {described(model)}.")
+
+
 def check_flags(**flags: object) -> None:
     """Raise unless each is True or False: what is neither may mean the opposite of its truth."""
     for name, flag in flags.items():
@@ -95,6 +105,18 @@ def check_tensor(name: str, tensor: object, layout: str = "") -> None:
         )
     if layout and tensor.dtype not in DTYPES:
         raise _of_no_float(name, tensor)
+
+
+def check_tokens(name: str, tokens: object) -> None:
+    """Raise unless this is a dense tensor (batch, length) of whole numbers."""
+    check_tensor(name, tokens)
+    assert isinstance(tokens, Tensor), "what is no tensor has been refused"
+    if tokens.ndim != 2:
+        raise ValueError(f"{name} must be (batch, length), got {_shape(tokens)}.")
+    if tokens.dtype not in (torch.int64, torch.int32):
+        raise TypeError(
+            f"{name} must be whole numbers, got {tokens.dtype}. Convert them with .long()."
+        )
 
 
 def check_number(name: str, number: object, *, or_zero: bool = False, otherwise: str = "") -> None:

@@ -34,7 +34,7 @@ from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, Transfo
 from sklearn.utils import Tags, check_random_state, check_scalar
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-from performers.checks import MOST, check_choice, check_number
+from performers.checks import MOST, check_choice, check_number, described
 from performers.functional.projections import draw_projection
 
 __all__ = [
@@ -206,6 +206,11 @@ class IsotropicFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseE
         if isinstance(self.distribution, str):
             kind, distribution = self.projection, self.distribution
             return draw_projection(count, dim, kind, distribution, generator=generator).numpy()
+        if not callable(self.distribution):
+            raise TypeError(
+                "distribution must be a word or a function (count, n_features, random_state) that "
+                f"gives the lengths of rows, got {described(self.distribution)}."
+            )
         # A Gaussian row has a uniform direction, independent of its length.
         directions = draw_projection(count, dim, self.projection, generator=generator).numpy()
         directions = directions / np.linalg.norm(directions, axis=1, keepdims=True)

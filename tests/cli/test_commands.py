@@ -233,6 +233,28 @@ def test_a_command_whose_disk_is_full_names_the_file_and_how_to_go_on(
     assert result.exit_code == 0, result.output
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "embed {run} {fasta} --output {below}/e.npz",
+        "diagnose {tensors} --output {below}/d.png",
+        "benchmark --output {below}/b.json",
+        "train {config} --output {below}/run",
+        "convert {run} --data {fasta} --output {below}/model",
+        "import-checkpoint {tensors} --library google-jax --output {below}/model --force",
+    ],
+)
+def test_an_output_below_a_file_is_refused_before_the_work(
+    arguments, trained, config, fasta, tmp_path
+):
+    (tmp_path / "file").touch()
+    names = {"config": config, "run": trained[0], "fasta": fasta, "tensors": tmp_path / "absent"}
+    names["below"] = tmp_path / "file" / "below"
+    line = refused(*arguments.format(**names).split())
+    assert "must be a folder, and" in line
+    assert f"{tmp_path / 'file'} is a file. Choose another with --output." in line
+
+
 def test_a_report_whose_pictures_are_damaged_names_their_file(trained, tmp_path):
     folder = shutil.copytree(trained[0], tmp_path / "run")
     for damaged in (b"", b"{", b"PK\x03\x04"):

@@ -73,7 +73,7 @@ def test_a_config_survives_being_written_and_read(config_file, tmp_path):
         ("data.valid_fraction=0", "data.valid_fraction must be above 0"),
         ("max_seconds=0", "max_seconds must be positive and finite, got 0"),
         ("max_seconds=.inf", "max_seconds must be positive and finite, got inf"),
-        (f"trainer.max_steps={10**400}", "trainer.max_steps must be .*finite, got 1000"),
+        (f"trainer.max_steps={10**400}", "trainer.max_steps must be at most .*, got 1000"),
         (f"trainer.max_steps={-(10**400)}", "trainer.max_steps must be .*got -1000"),
         ("max_seconds=9", "max_seconds says how long the run is and trainer.max_steps counts"),
         ("trainer.save_total_limit=1", "save_total_limit must be at least 2"),
@@ -123,6 +123,27 @@ def test_only_what_a_mechanism_takes_reaches_it(config_file):
     assert model_config(config).window_size == 5
     for attention in ("exact", "identity", "performer-relu"):
         assert model_config(config.with_attention(attention)).window_size is None
+
+
+def test_a_window_is_refused_where_it_means_nothing_and_left_with_the_attention_that_it_was_for(
+    config_file,
+):
+    for window in (-1, 5):
+        own = ["model.attention=performer-relu", f"model.window_size={window}"]
+        with pytest.raises(ValueError, match="window_size"):
+            model_config(load_config(config_file, own))
+    near = load_config(config_file, ["model.attention=performer-positive", "model.window_size=5"])
+    file = config_file.with_name("near.yaml")
+    file.write_text(near.to_yaml())
+    file.write_text(near.to_yaml().replace("performer-positive", "performer-relu"))
+    beside = load_config(file)
+    with pytest.raises(ValueError, match="window_size puts exact softmax scores beside"):
+        model_config(beside)
+    file.write_text(near.to_yaml())
+    for word, window in (("performer-relu", None), ("exact", None), ("performer-hyperbolic", 5)):
+        config = load_config(file, [f"model.attention={word}"])
+        assert model_config(config).window_size == window
+        assert config.model.get("window_size") == window
 
 
 def test_a_mix_is_compared_with_mechanisms_that_are_none(config_file):

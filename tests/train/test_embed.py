@@ -133,6 +133,23 @@ def test_a_process_killed_within_a_part_is_resumed_to_the_same_bytes(
     assert resumed.read_bytes() == whole.read_bytes()
 
 
+@pytest.mark.parametrize("pooling", ["mean", "residue"])
+def test_a_damaged_part_is_made_again(pooling, checkpoint, fasta, tmp_path, monkeypatch):
+    whole, resumed = tmp_path / "whole.npz", tmp_path / "resumed.npz"
+    Embedding.prepare(checkpoint, [fasta], whole, pooling, 300).run()
+    begun = Embedding.prepare(checkpoint, [fasta], resumed, pooling, 300)
+    killed_after(7, begun, monkeypatch)
+    bytes_of = [begun._part(index).read_bytes() for index in range(7)]
+    begun._part(0).write_bytes(b"")
+    begun._part(1).write_bytes(bytes_of[1][:-5])
+    begun._part(2).write_bytes(bytes_of[2][:30])
+    begun._part(3).write_bytes(b"PK" + bytes_of[3])
+    np.save(begun._part(4), np.zeros((2, 3), np.float32))
+    np.save(begun._part(5), np.load(begun._part(5)).astype(np.float64))
+    Embedding.prepare(checkpoint, [fasta], resumed, pooling, 300, resume=True).run()
+    assert resumed.read_bytes() == whole.read_bytes()
+
+
 def test_a_batch_is_no_larger_than_asked_but_for_a_single_protein(checkpoint, fasta, tmp_path):
     embedding = Embedding.prepare(checkpoint, [fasta], tmp_path / "out.npz", batch_tokens=40)
     batches = embedding.batches()

@@ -3,7 +3,7 @@
 import pytest
 from warm import warm_python
 
-from performers.train.folders import check_place, claim, holds_nothing, release
+from performers.train.folders import check_file, check_place, claim, holds_nothing, release
 
 pytestmark = pytest.mark.usefixtures("without_shape_checks")
 
@@ -38,3 +38,28 @@ def test_a_file_in_the_place_of_a_folder_is_named(tmp_path, below):
     with pytest.raises(FileExistsError, match=r"must be a folder, and .*file is a file"):
         check_place(file / below)
     check_place(tmp_path / "new" / "run")
+
+
+def test_a_place_that_may_not_be_written_to_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.access", lambda place, mode: place != tmp_path)
+    for output in (tmp_path, tmp_path / "new" / "run"):
+        with pytest.raises(PermissionError, match=f"and {tmp_path} is not. Choose another"):
+            check_place(output)
+
+
+def test_a_file_to_write_may_be_no_folder_and_in_none_that_is_a_file(tmp_path):
+    (tmp_path / "file").touch()
+    check_file(tmp_path / "file")
+    with pytest.raises(
+        IsADirectoryError, match=r"must be a file, and is a folder\. Name a file in"
+    ):
+        check_file(tmp_path)
+    for output in (tmp_path / "file" / "one", tmp_path / "file" / "deep" / "one"):
+        with pytest.raises(FileExistsError, match=f"{tmp_path / 'file'} is a file. Choose another"):
+            check_file(output)
+
+
+def test_a_link_to_nothing_is_in_the_place_of_a_folder(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(FileExistsError, match=r"link is a file"):
+        check_place(tmp_path / "link" / "run")

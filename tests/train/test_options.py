@@ -118,6 +118,17 @@ def test_a_refused_field_is_refused_by_name(config_file, name):
         ("trainer.eval_strategy=yes", "unknown trainer.eval_strategy True: choose one of"),
         ("trainer.report_to=[wandb,fax]", "unknown trainer.report_to 'fax': choose one of"),
         ("trainer.log_level=loud", "unknown trainer.log_level 'loud'"),
+        ("trainer.dataloader_num_workers=1000000", "at most .*, got 1000000. That is 16 processes"),
+        ("trainer.dataloader_prefetch_factor=1000000", "prefetch_factor must be at least 1 and at"),
+        ("trainer.gradient_checkpointing_kwargs=x", "kwargs must be a mapping of keys, got 'x'"),
+        (
+            "trainer.gradient_checkpointing_kwargs={use_reentrant: 3}",
+            "gradient_checkpointing_kwargs.use_reentrant must be true or false, got 3",
+        ),
+        (
+            "trainer.activation_checkpointing_kwargs={determinism_check: 3}",
+            "unknown trainer.activation_checkpointing_kwargs.determinism_check 3: choose one of",
+        ),
     ],
 )
 def test_a_value_that_no_run_can_train_with_is_refused(config_file, override, words):
@@ -142,6 +153,14 @@ def test_no_evaluation_may_be_asked_for_without_quotes(config_file, text):
         (["trainer.optim=rmsprop", "trainer.optim_args=alpha=-1"], "Invalid alpha value: -1"),
         (["trainer.optim_args=beta1=0.5"], "optim_args must be key=value.*got 'beta1=0.5'"),
         (["trainer.fp16=true"], "fp16 needs an accelerator"),
+        (["model.hidden_size=1000000000000"], "must fit into memory, and does not: Storage size"),
+        (["model.intermediate_size=1000000000000"], "its weights and gradients take .* GiB, and"),
+        (
+            ["model.intermediate_size=1000000000000", "shard_weights=true"],
+            "its weights take .* GiB",
+        ),
+        (["model.num_hidden_layers=1000000000"], "its weights and gradients take .* GiB, and"),
+        (["model.num_projections=1000000000000"], "must fit into memory, and does not: .*allocate"),
     ],
 )
 def test_what_torch_refuses_is_refused_before_the_folder_is_made(

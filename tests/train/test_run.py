@@ -295,6 +295,16 @@ def test_a_damaged_file_of_a_run_is_named_before_work(whole_run, config_file, tm
         Run.prepare(load_config(config_file), folder, resume=True)
 
 
+@pytest.mark.parametrize("written", [{}, {"processes": 1}, {"processes": "one"}, {"processes": 0}])
+def test_an_environment_without_its_processes_is_not_taken_for_that_of_one(
+    whole_run, config_file, tmp_path, written
+):
+    folder = copy_of(whole_run[0], tmp_path / "run")
+    (folder / "environment.json").write_text(json.dumps(written))
+    with pytest.raises(ValueError, match=r"environment.json must hold how many processes and dev"):
+        Run.prepare(load_config(config_file), folder, resume=True)
+
+
 @pytest.mark.parametrize("scores", [{}, {"metrics": 3}, {"metrics": {"valid": {}}}])
 def test_a_result_without_its_numbers_is_named_before_work(
     whole_run, config_file, tmp_path, scores

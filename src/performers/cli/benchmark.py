@@ -82,10 +82,13 @@ def benchmark(
 
     from performers.records import read_json, replace_text
     from performers.speed import Plan, run
+    from performers.train.folders import check_file
     from performers.viz.files import save_figure
     from performers.viz.speed import speed_figure
 
     with one_line_errors():
+        for place in (output, output.with_suffix(".png"), output.with_suffix(".svg")):
+            check_file(place)
         if output.exists() and not force:
             raise FileExistsError(
                 f"{output} holds an earlier result. Pass --force to replace it, or another "

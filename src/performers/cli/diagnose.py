@@ -92,9 +92,12 @@ def diagnose(
 
         performers diagnose attention.safetensors --causal --json
     """
+    from performers.train.folders import check_file
     from performers.train.progress import frontier_with_bar
 
     with one_line_errors():
+        for suffix in (".png", ".svg"):
+            check_file(output.with_suffix(suffix))
         captured = _captured(source, text, text_format, column, length, sequences, causal)
         found = _compared(captured, num_projections, window, target_error)
         frontier = frontier_with_bar(captured, sinks)

@@ -56,7 +56,7 @@ def embed(
         )
     command = ["performers", "embed", str(checkpoint), *map(str, data), "--output", str(output)]
     command += ["--pooling", pooling, "--batch-tokens", str(batch_tokens)]
-    with saying_how_to_resume(command), one_line_errors((UnsavedError,)):
+    with saying_how_to_resume(command, "part"), one_line_errors((UnsavedError,)):
         found = embedding.run()
     words = (
         f"Wrote {found['output']}: {found['proteins']:,} proteins of {found['residues']:,} "

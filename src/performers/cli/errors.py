@@ -38,10 +38,12 @@ def one_line_errors(kinds: tuple[type[Exception], ...] = MISTAKES) -> Iterator[N
         raise typer.Exit(2) from None
 
 
-def saying_how_to_resume(command: Sequence[str]) -> AbstractContextManager[None]:
+def saying_how_to_resume(
+    command: Sequence[str], kept: str = "checkpoint"
+) -> AbstractContextManager[None]:
     """`saying_when_interrupted` what resumes the work: this command with --resume."""
     again = shlex.join([*command, "--resume"])
-    return saying_when_interrupted(f"Every whole checkpoint is kept; go on with: {again}")
+    return saying_when_interrupted(f"Every whole {kept} is kept; go on with: {again}")
 
 
 @contextmanager

@@ -100,6 +100,9 @@ def import_checkpoint(
 
 
 def _check_output(output: Path, force: bool) -> None:
+    from performers.train.folders import check_place
+
+    check_place(output)
     if not force and output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise FileExistsError(
             f"the output folder {output} already holds something. Add --force to write over it, or "

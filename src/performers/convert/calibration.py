@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
+from performers.checks import described
 from performers.convert.interface import attend_exactly, favor_mask, keys_seen
 from performers.convert.linearize import options_of
 from performers.convert.modes import evaluating
@@ -46,6 +47,10 @@ def calibrate(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]]) -
             "calibration is for models converted with features='sharp' and statistics=None or "
             f"'calibrated', got {options or 'a model that was not converted'}. Convert it with "
             "performers.linearize(model, FavorOptions(...))."
+        )
+    if not isinstance(batches, Iterable) or isinstance(batches, Tensor):
+        raise TypeError(
+            f"batches must be several batches, such as a list of them, got {described(batches)}."
         )
     given = list(batches)
     if not given:

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.utils import cached_file
 
-from performers.checks import check_attention_mask, check_instance
+from performers.checks import check_attention_mask, check_instance, described
 from performers.convert.cache import CAUSAL_LAYERS, PREPARE_CACHE, generate_in_constant_memory
 from performers.convert.configurations import give_back, held_by, own_configurations
 from performers.convert.interface import favor_layer
@@ -106,6 +106,12 @@ def load_linearized(auto_class: Any, path: str | Path, **options: Any) -> PreTra
 
     Raises ValueError where the model at `path` was not converted.
     """
+    if not hasattr(auto_class, "from_pretrained"):
+        raise TypeError(
+            "auto_class must be a class with from_pretrained, as AutoModelForCausalLM is one, got "
+            f"{described(auto_class)}."
+        )
+    check_instance("path", path, (str, Path), "the path of a folder")
     model: PreTrainedModel = auto_class.from_pretrained(path, **options)
     written = getattr(model.config, FAVOR, None)
     if written is None:

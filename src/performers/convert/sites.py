@@ -20,6 +20,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from performers.checks import check_model
 from performers.convert.layer import FavorLayer
 from performers.convert.options import FAVOR, FavorOptions, is_within
 from performers.convert.plain_attention import (
@@ -100,6 +101,7 @@ class Sites:
     @classmethod
     def of(cls, model: PreTrainedModel) -> Sites:
         """Find them. Cost: one walk over all modules; classes are read once in a process."""
+        check_model(model)
         found: list[Site] = []
         by_themselves: list[str] = []
         configured: dict[str, nn.Module] = {}

@@ -7,6 +7,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from performers.checks import check_tokens
+
 __all__ = ["cross_entropy", "next_tokens", "summed_loss"]
 
 IGNORED = -100
@@ -22,6 +24,7 @@ def cross_entropy(
     The sum is divided by `num_items_in_batch` if the Trainer gives it. The Trainer multiplies the
     loss by the number of processes, which is right only for a loss over the labels of all of them.
     """
+    check_tokens("labels", labels)
     if logits.shape[:2] != labels.shape:
         raise ValueError(
             "labels must have one entry per logit: labels (shifted, for a causal model) are "

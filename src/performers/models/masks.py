@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from performers.checks import check_attention_mask
+from performers.checks import check_attention_mask, check_tensor
 from performers.functional.segments import restarts
 
 __all__ = ["Packing", "count_positions", "if_several", "packed_segments", "padding_mask"]
@@ -32,7 +32,8 @@ def padding_mask(
     """The attention_mask of transformers as a bool mask of real keys."""
     if attention_mask is None:
         return None
-    if attention_mask.is_floating_point():
+    check_tensor("attention_mask", attention_mask)
+    if attention_mask.is_floating_point() or attention_mask.is_complex():
         raise TypeError(
             "attention_mask must be bool or whole numbers, 1 for a real token and 0 for padding, "
             f"got {attention_mask.dtype}. An additive mask has no linear-time form."

@@ -19,6 +19,7 @@ from transformers.modeling_outputs import (
 from transformers.utils.generic import can_return_tuple
 
 from performers.baselines import Drawn
+from performers.checks import check_tensor, check_tokens
 from performers.models.cache import (
     PerformerCache,
     PerformerEncoderDecoderCache,
@@ -164,7 +165,9 @@ class PerformerModel(PerformerPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds.")
         if inputs_embeds is None:
+            check_tokens("input_ids", input_ids)
             inputs_embeds = self.embed_tokens(input_ids)
+        check_tensor("inputs_embeds", inputs_embeds)
         if output_attentions is None:
             output_attentions = self.config.output_attentions
         if output_hidden_states is None:
@@ -346,6 +349,7 @@ class PerformerForCausalLM(PerformerPreTrainedModel, GenerationMixin):
         if shift_labels is not None:
             loss = cross_entropy(logits, shift_labels, num_items_in_batch)
         elif labels is not None:
+            check_tokens("labels", labels)
             loss = cross_entropy(logits[:, :-1], labels[:, 1:], num_items_in_batch)
         return CausalLMOutputWithPast(
             loss=loss,

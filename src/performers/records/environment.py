@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["PeakMemory", "describe_environment", "resident_bytes"]
+__all__ = ["PeakMemory", "describe_environment", "memory_of_machine", "resident_bytes"]
 
 PACKAGES = ("performers", "torch", "transformers", "accelerate", "safetensors", "numpy")
 
@@ -68,6 +68,14 @@ class PeakMemory:
             return torch.cuda.max_memory_allocated() - self.before
         if Path("/proc/self/clear_refs").exists():
             return _process_bytes("VmHWM") - self.before
+        return None
+
+
+def memory_of_machine() -> int | None:
+    """The memory of the machine in bytes, where the system says it."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):  # Windows has no sysconf
         return None
 
 

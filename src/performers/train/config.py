@@ -20,7 +20,7 @@ import inspect
 import sys
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -138,10 +138,10 @@ class RunConfig:
         if self.pretrained is not None:
             return self  # no other is trained
         model = {**self.model, "attention": attention}
-        if not MECHANISMS[attention].takes_window:
-            model.pop("window_size", None)
         if attention != self.attention:
             model.pop("attention_options", None)
+            if not MECHANISMS[attention].takes_window:
+                model.pop("window_size", None)
         return dataclasses.replace(self, model=model)
 
     @property
@@ -167,7 +167,8 @@ def shipped_configs() -> dict[str, str]:
 def load_config(config: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
     """The run that a YAML file (a path, or the name of a shipped one) and overrides describe.
 
-    `overrides`: `key=value` with dotted keys; values are read as YAML.
+    `overrides`: `key=value` with dotted keys; values are read as YAML. One of model.attention also
+    takes out the file's window_size where the mechanism has none.
 
     Raises FileNotFoundError for a config that is not there, ValueError for a key or a value that
     has no meaning.
@@ -181,9 +182,23 @@ def load_config(config: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
         raise ValueError(
             f"{path} must be a YAML mapping such as 'task: masked-lm', got {type(tree).__name__}."
         )
-    for override in overrides:
+    changes = list(overrides)
+    for override in changes:
         _apply(tree, override)
+    _take_out_window(tree, {override.partition("=")[0].strip() for override in changes})
     return _checked(tree, str(path))
+
+
+def _take_out_window(tree: Mapping[str, Any], changed: Collection[str]) -> None:
+    """The window in a file is for the attention there, not for another that an override asks for;
+    one that is asked for together with it is refused where it means nothing.
+    """
+    model = tree.get("model")
+    if "model.attention" in changed and not {"model", "model.window_size"} & set(changed):
+        assert isinstance(model, dict), "a key in it has been set"
+        word = model["attention"]
+        if isinstance(word, str) and word in MECHANISMS and not MECHANISMS[word].takes_window:
+            model.pop("window_size", None)
 
 
 def read_yaml(path: Path) -> Any:
@@ -264,17 +279,20 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
         raise ValueError(
-            f"an override must be key=value, as trainer.max_steps=100: got {override!r}."
+            f"an override must be key=value, as trainer.max_steps=100: got {described(override)}."
         )
     *parents, last = key.strip().split(".")
     for parent in parents:
         tree = tree.setdefault(parent, {})
         if not isinstance(tree, dict):
-            raise ValueError(f"{override!r} sets a key inside {parent!r}, which holds one value.")
+            raise ValueError(
+                f"{described(override)} sets a key inside {described(parent)}, which holds one "
+                "value."
+            )
     try:
         tree[last] = _parse(text)
     except (yaml.YAMLError, ValueError) as error:
-        raise ValueError(f"the value in {override!r} must be YAML: {error}") from error
+        raise ValueError(f"the value in {described(override)} must be YAML: {error}") from error
 
 
 def _checked(tree: Mapping[str, Any], source: str) -> RunConfig:

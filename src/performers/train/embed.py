@@ -29,8 +29,9 @@ from performers.checks import check_choice, check_count
 from performers.data.fasta import FastaRecord, read_fasta
 from performers.data.tokens import frame_tokens
 from performers.data.vocabulary import PAD_TOKEN_ID, encode
-from performers.records.files import read_json
-from performers.train.checkpoints import load_model, saving, write_atomically
+from performers.records.files import FAULTS, read_json, replace_text
+from performers.train.checkpoints import load_model, saving
+from performers.train.folders import check_file
 from performers.train.tasks import Model
 
 __all__ = ["POOLINGS", "Embedding"]
@@ -38,6 +39,8 @@ __all__ = ["POOLINGS", "Embedding"]
 # What a protein becomes: the mean of its residues' vectors, or one vector for each residue.
 POOLINGS = ("mean", "residue")
 PLAN = "plan.json"
+
+RESUME = "go on with --resume. Every whole part is kept."
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,7 @@ class Embedding:
         check_count("batch_tokens", batch_tokens)
         if output.suffix != ".npz":
             raise ValueError(f"output must be a file named .npz, got {output}.")
+        check_file(output)
         if output.exists() and not force:
             raise FileExistsError(
                 f"{output} exists already. Name another file, or replace it with --force."
@@ -125,9 +129,9 @@ class Embedding:
             raise FileNotFoundError(
                 f"there is nothing to resume: {self.parts} does not exist. Leave out --resume."
             )
-        with saving(self.parts):
+        with saving(self.parts, RESUME):
             self.parts.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.parts / PLAN, json.dumps(self.plan, indent=1))
+        replace_text(self.parts / PLAN, json.dumps(self.plan, indent=1), RESUME)
 
     def batches(self) -> list[list[int]]:
         """Numbers of proteins of similar length, so that there is little padding."""
@@ -148,7 +152,7 @@ class Embedding:
         `starts`: those of protein i are embeddings[starts[i] : starts[i + 1]].
         """
         batches = self.batches()
-        done = [self._part(index).is_file() for index in range(len(batches))]
+        done = [self._is_whole(index, batch) for index, batch in enumerate(batches)]
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         model = self.model.to(device)
         residues = [sum(len(self.records[number].sequence) for number in x) for x in batches]
@@ -186,19 +190,32 @@ class Embedding:
     def _part(self, index: int) -> Path:
         return self.parts / f"part-{index:06}.npy"
 
+    def _is_whole(self, index: int, batch: Sequence[int]) -> bool:
+        """Whether a part is there with all its rows; one that is damaged is made again."""
+        try:
+            rows = np.load(self._part(index), mmap_mode="r")
+        except (OSError, *FAULTS):
+            return False
+        shape = (self._count(batch), self.model.config.hidden_size)
+        return isinstance(rows, np.ndarray) and (rows.dtype, rows.shape) == (np.float32, shape)
+
+    def _count(self, batch: Sequence[int]) -> int:
+        """The vectors of these proteins."""
+        if self.pooling == "mean":
+            return len(batch)
+        return sum(len(self.records[number].sequence) for number in batch)
+
     def _write_part(self, index: int, rows: Float[Tensor, "rows hidden"]) -> None:
         path = self._part(index)
         partial = path.with_suffix(".partial")
-        with saving(path):
+        with saving(path, RESUME):
             with partial.open("wb") as file:
                 np.save(file, rows.numpy(), allow_pickle=False)
             partial.replace(path)
 
     def _join(self, batches: list[list[int]]) -> None:
         """Write the result, a protein at a time: all residues may not fit into memory."""
-        counts = [
-            len(record.sequence) if self.pooling == "residue" else 1 for record in self.records
-        ]
+        counts = [self._count([number]) for number in range(len(self.records))]
         places: dict[int, tuple[int, int]] = {}  # of a protein: its part, and its first row there
         for index, batch in enumerate(batches):
             row = 0
@@ -210,7 +227,7 @@ class Embedding:
         arrays = {"ids": np.array([record.identifier for record in self.records])}
         if self.pooling == "residue":
             arrays["starts"] = np.concatenate([[0], np.cumsum(counts)])
-        with saving(self.output):
+        with saving(self.output, RESUME):
             # numpy.savez would take the embeddings as one array in memory.
             with zipfile.ZipFile(partial, "w") as archive:
                 for name, array in arrays.items():

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import IO
 
-__all__ = ["check_place", "claim", "holds_nothing", "release"]
+__all__ = ["check_file", "check_place", "claim", "holds_nothing", "release"]
 
 CLAIM = ".writer"
 
@@ -16,13 +17,32 @@ _claimed: dict[Path, IO[str]] = {}
 
 
 def check_place(folder: Path) -> None:
-    """Raise FileExistsError where a file is in the place of the folder, or of one above it."""
+    """Raise FileExistsError where a file is in the place of the folder, or of one above it, and
+    PermissionError where the first folder that there is may not be written to.
+    """
     for place in (folder, *folder.parents):
-        if place.exists() and not place.is_dir():
+        if os.path.lexists(place) and not place.is_dir():
             raise FileExistsError(
                 f"the output {folder} must be a folder, and {place} is a file. Choose another with "
                 "--output."
             )
+    there = next(place for place in (folder, *folder.absolute().parents) if place.is_dir())
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise PermissionError(
+            f"the output {folder} must be where this user may write, and {there} is not. Choose "
+            "another with --output."
+        )
+
+
+def check_file(output: Path) -> None:
+    """Raise IsADirectoryError where the file to write is a folder, and as `check_place` does for
+    the folder that it is to be in.
+    """
+    if output.is_dir():
+        raise IsADirectoryError(
+            f"the output {output} must be a file, and is a folder. Name a file in it with --output."
+        )
+    check_place(output.parent)
 
 
 def holds_nothing(folder: Path) -> bool:

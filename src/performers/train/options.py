@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Collection
-from dataclasses import dataclass, fields
+import os
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from torch import nn
@@ -27,15 +28,16 @@ class Served:
     """A field that a run may set. A number must be finite and within these bounds.
 
     `otherwise`: what to do about a value that is out of bounds. `words`: the only values, if there
-    are few; `keys`: those of a mapping.
+    are few; `keys`: those of a mapping, each with its words, or with none if it is true or false.
     """
 
     least: int | float = -math.inf
     above: int | float = -math.inf
     below: int | float = math.inf
+    most: int | float = math.inf
     otherwise: str = ""
     words: Collection[str] = ()
-    keys: Collection[str] = ()
+    keys: Mapping[str, Collection[str]] = field(default_factory=dict)
 
     def check(self, key: str, value: Any) -> None:
         """Raise ValueError for a value that a run cannot train with."""
@@ -45,16 +47,27 @@ class Served:
             for word in value if isinstance(value, list) else [value]:
                 check_choice(key, word, self.words)
         if self.keys and value is not None:
-            for name in value:
+            if not isinstance(value, Mapping):
+                raise ValueError(f"{key} must be a mapping of keys, got {described(value)}.")
+            for name, chosen in value.items():
                 check_choice(f"key of {key}", name, self.keys)
+                if self.keys[name]:
+                    check_choice(f"{key}.{name}", chosen, self.keys[name])
+                elif not isinstance(chosen, bool):
+                    raise ValueError(
+                        f"{key}.{name} must be true or false, got {described(chosen)}."
+                    )
         if isinstance(value, bool) or not isinstance(value, int | float):
             return
-        if self.least <= value < self.below and value > self.above and is_finite(value):
+        bounds = {
+            "at least": self.least, "above": self.above, "below": self.below, "at most": self.most
+        }  # fmt: skip
+        is_within = self.least <= value < self.below and self.above < value <= self.most
+        if is_within and is_finite(value):
             return
-        bounds = {"at least": self.least, "above": self.above, "below": self.below}
         asked = [f"{word} {bound:g}" for word, bound in bounds.items() if math.isfinite(bound)]
         # A number without bounds must be finite.
-        must = " and ".join([*asked, *(["finite"] if self.below == math.inf else [])])
+        must = " and ".join([*asked, *(["finite"] if self.below == self.most == math.inf else [])])
         raise ValueError(f"{key} must be {must}, got {described(value)}. {self.otherwise}".rstrip())
 
 
@@ -71,8 +84,19 @@ OPTIMIZERS: dict[str, tuple[str, ...]] = {
 
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
-# Of torch.utils.checkpoint.checkpoint, those that YAML can hold.
-CHECKPOINTING = ("use_reentrant", "preserve_rng_state", "determinism_check", "debug", "early_stop")
+# Of torch.utils.checkpoint.checkpoint, those that YAML can hold: `Served.keys`.
+CHECKPOINTING: dict[str, tuple[str, ...]] = {
+    "use_reentrant": (),
+    "preserve_rng_state": (),
+    "determinism_check": ("default", "none"),
+    "debug": (),
+    "early_stop": (),
+}
+
+# A worker is a process of its own: many more than processors ends in a machine that answers no one.
+MOST_WORKERS = 16 * (os.cpu_count() or 1)
+# Each worker holds so many batches, which a stream never ends to give.
+MOST_PREFETCHED = 1024
 
 LOG_LEVELS = ("passive", "debug", "info", "warning", "error", "critical")
 
@@ -145,8 +169,10 @@ TRAINER_OPTIONS: dict[str, Served | str] = {
     "use_cpu": Served(),
     "full_determinism": Served(),
     # the data
-    "dataloader_num_workers": Served(least=0),
-    "dataloader_prefetch_factor": Served(least=1),
+    "dataloader_num_workers": Served(
+        least=0, most=MOST_WORKERS, otherwise="That is 16 processes for each processor there is."
+    ),
+    "dataloader_prefetch_factor": Served(least=1, most=MOST_PREFETCHED),
     "dataloader_pin_memory": Served(),
     "dataloader_multiprocessing_context": Served(words=("fork", "forkserver", "spawn")),
     "dataloader_drop_last": "evaluations would leave out the last proteins of their sets",

@@ -29,6 +29,7 @@ from torch.optim import AdamW
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 
+from performers.checks import check_count
 from performers.convert.source import check_source_weights, source_config, source_tokenizer
 from performers.data.baseline import EmpiricalBaseline
 from performers.data.proteins import SPLITS
@@ -53,7 +54,14 @@ from performers.train.lost import naming_lost_processes
 from performers.train.options import check_arguments
 from performers.train.pretrained import build_pretrained, check_blocks, dropouts
 from performers.train.shares import LAID_OUT, SHARED_OUT, Shares, check_shares
-from performers.train.tasks import TASKS, Task, build_model, model_config, unloaded_model
+from performers.train.tasks import (
+    TASKS,
+    Task,
+    build_model,
+    check_size,
+    model_config,
+    unloaded_model,
+)
 from performers.train.texts import Texts, read_held_out, task_of_text
 from performers.train.trainer import TokenTrainer, train_to_the_end, training_arguments
 
@@ -107,6 +115,8 @@ class Run:
         although `resume` is not set.
         """
         configs = _configs(config)
+        for one in configs.values():
+            check_size(one)
         arguments = training_arguments(config, folder)
         check_arguments(arguments)
         layout = Layout.of(config, arguments.world_size)
@@ -370,7 +380,11 @@ def _check_shares(
     path = folder / "environment.json"
     if not path.exists():
         return
-    saved = read_json(path, "Delete it if the run is gone on with by as many processes as before.")
+    remedy = "Delete it if the run is gone on with by as many processes as before."
+    saved = read_json(path, remedy)
+    with holding(path, "how many processes and devices made the run", remedy):
+        for name in ("processes", "devices_per_process"):
+            check_count(name, saved[name])
     before = read_yaml(folder / "config.yaml")
     draws = {"trainer.neftune_noise_alpha": config.trainer.get("neftune_noise_alpha") or 0.0}
     if config.pretrained is None:

@@ -18,6 +18,8 @@ from performers.data.vocabulary import (
     VOCAB_SIZE,
 )
 from performers.models import PerformerConfig, PerformerForCausalLM, PerformerForMaskedLM
+from performers.models.config import changed
+from performers.records.environment import memory_of_machine
 from performers.train.config import RunConfig
 from performers.train.pretrained import unloaded
 
@@ -26,6 +28,7 @@ __all__ = [
     "HiddenTokens",
     "Task",
     "build_model",
+    "check_size",
     "masked_lm",
     "model_config",
     "unloaded_model",
@@ -98,6 +101,37 @@ def model_config(config: RunConfig) -> PerformerConfig:
         eos_token_id=EOS_TOKEN_ID,
         is_decoder=config.task == "causal-lm",
     )
+
+
+def check_size(config: RunConfig) -> None:
+    """Refuse a model that this machine cannot hold, before one is made: its weights and gradients,
+    of which shares of weights are the less.
+
+    Raises ValueError that says what it takes. Of layers that are alike one is made, without memory.
+    """
+    if config.pretrained is not None:
+        return
+    whole = model_config(config)
+    repeats = 1
+    if not isinstance(whole.attention, list):
+        repeats, whole = whole.num_hidden_layers, changed(whole, num_hidden_layers=1)
+    remedy = "Make hidden_size, intermediate_size, num_hidden_layers or num_projections smaller."
+    try:
+        with torch.device("meta"):
+            model = TASKS[config.task].model(whole)
+    except RuntimeError as error:  # of an allocator, or of a number of bytes beyond 64 bits
+        raise ValueError(
+            f"the model must fit into memory, and does not: {str(error).splitlines()[0]}. {remedy}"
+        ) from error
+    layers = sum(x.numel() for x in model.performer.layers.parameters())
+    weights = model.num_parameters() + (repeats - 1) * layers
+    what, bytes_each = ("weights", 4) if config.shard_weights else ("weights and gradients", 8)
+    needed, most = bytes_each * weights, memory_of_machine()
+    if most is not None and needed > most:
+        raise ValueError(
+            f"the model must fit into memory, and does not: its {what} take "
+            f"{needed / 2**30:,.1f} GiB, and this machine has {most / 2**30:,.1f} GiB. {remedy}"
+        )
 
 
 def unloaded_model(config: RunConfig) -> PreTrainedModel:

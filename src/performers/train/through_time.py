@@ -24,7 +24,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from performers.checks import check_count, check_instance, check_tensor
+from performers.checks import check_count, check_model, check_tensor
 from performers.convert.saved_states import linear_memories, new_cache
 from performers.models.losses import next_tokens, summed_loss
 from performers.models.naming import CACHE
@@ -59,11 +59,12 @@ def backward_through_time(
 
     Raises ValueError or TypeError for models and arguments that do not fit.
     """
-    check_instance("model", model, nn.Module, "a causal Performer or a converted model")
+    check_model(model)
     check_tensor("input_ids", input_ids)
     check_count("chunk_length", chunk_length)
     check_count("kept_states", kept_states, least=2)
     labels = input_ids if labels is None else labels
+    check_tensor("labels", labels)
     if input_ids.ndim != 2 or labels.shape != input_ids.shape or input_ids.shape[1] < 2:
         raise ValueError(
             "input_ids and labels must be (batch, length) with at least two tokens: got "
