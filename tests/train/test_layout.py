@@ -1,14 +1,12 @@
 """Processes that share sequences, heads or weights train, score and resume as one process does."""
 
-import os
 import shutil
 
 import pytest
-import torch.distributed as dist
 import yaml
-from ranks import on_ranks
+from laid_out_runs import check_equal, trained
 
-from performers.train import Run, load_config
+from performers.train import load_config
 from performers.train.checkpoints import last_whole_checkpoint
 from performers.train.layout import Layout
 from performers.train.shares import Shares, check_shares
@@ -55,32 +53,6 @@ def write(fasta, tmp_path_factory):
         return path
 
     return config_of
-
-
-def trained(path, folder, processes=1, overrides=(), resume=False):
-    """What the run's own model came to."""
-
-    def run():
-        rank = str(dist.get_rank())
-        os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": str(processes)}
-        os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}  # they have met already
-        return Run.prepare(load_config(path, overrides), folder, resume).train()
-
-    return on_ranks(processes, run)[0]["models"][0]
-
-
-def check_equal(model, expected):
-    """Losses, gradient norms, evaluations, final scores and tokens."""
-    for found, one in zip(model["history"], expected["history"], strict=True):
-        assert found.keys() == one.keys()
-        for key in one.keys() & {"loss", "grad_norm", "eval_loss", "eval_accuracy"}:
-            assert found[key] == pytest.approx(one[key], rel=1e-6), key
-        for key in one.keys() & {"eval_num_scored", "num_input_tokens_seen"}:
-            assert found[key] == one[key], key
-    for name, scores in expected["metrics"].items():
-        assert model["metrics"][name] == pytest.approx(scores, rel=1e-6)
-    assert model["tokens"] == expected["tokens"]
-    assert model["parameters"] == expected["parameters"]
 
 
 LAYOUTS = {

@@ -1,15 +1,13 @@
 """A run that starts from a model folder trains it in every layout as one process does."""
 
 import json
-import os
 import random
 import shutil
 
 import pytest
 import torch
-import torch.distributed as dist
 import yaml
-from ranks import on_ranks
+from laid_out_runs import check_equal, trained
 from tiny_models import SIZES, bert, llama
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
@@ -118,30 +116,6 @@ def config_of(folder, name, fasta=None, **changes):
 def written(tree, path):
     path.write_text(yaml.safe_dump(tree))
     return path
-
-
-def trained(path, folder, processes=1, overrides=(), resume=False):
-    """What the model of a run came to."""
-
-    def run():
-        rank = str(dist.get_rank())
-        os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": str(processes)}
-        os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}  # they have met already
-        return Run.prepare(load_config(path, overrides), folder, resume).train()
-
-    return on_ranks(processes, run)[0]["models"][0]
-
-
-def check_equal(model, expected):
-    """Losses, gradient norms, evaluations, final scores and tokens."""
-    for found, one in zip(model["history"], expected["history"], strict=True):
-        assert found.keys() == one.keys()
-        for key in one.keys() & {"loss", "grad_norm", "eval_loss", "eval_accuracy"}:
-            assert found[key] == pytest.approx(one[key], rel=1e-6), key
-    for name, scores in expected["metrics"].items():
-        assert model["metrics"][name] == pytest.approx(scores, rel=1e-6)
-    for key in ("tokens", "parameters", "attention"):
-        assert model[key] == expected[key]
 
 
 def forget_the_end(folder):
