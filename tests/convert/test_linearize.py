@@ -318,6 +318,11 @@ def test_loading_a_model_that_was_not_converted_is_refused(tmp_path):
         load_linearized(AutoModel, tmp_path)
 
 
+def test_loading_a_model_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="there is no model .*nothing: no folder with a"):
+        load_linearized(AutoModel, tmp_path / "nothing")
+
+
 @pytest.mark.parametrize("features", FEATURES)
 def test_a_near_field_is_the_default_of_features_that_it_can_stand_beside(features):
     options = FavorOptions(features=features)

@@ -42,6 +42,16 @@ def test_a_model_that_equals_its_teacher_is_left_as_it_is(tmp_path):
         assert torch.equal(tensor, before[name]), name
 
 
+def test_fine_tuning_that_diverges_says_what_to_lower(tmp_path):
+    torch.manual_seed(0)
+    with pytest.raises(FloatingPointError, match=r"diverged.*with a lower learning_rate\."):
+        fine_tune(
+            bert(), bert(), ENCODER, tokens(), None, tmp_path,
+            steps=9, batch_size=3, learning_rate=1e30, lora_rank=0, seed=0,
+            measure=lambda model: 0.0,
+        )  # fmt: skip
+
+
 def weight_of(model):
     return model.base_model.embeddings.word_embeddings.weight.detach().clone()
 

@@ -42,7 +42,7 @@ from performers.convert.sites import (
     is_cross_attention,
     is_unmoved_by_shifts,
 )
-from performers.convert.source import read_tensors
+from performers.convert.source import missing_model, read_tensors
 from performers.models.cache import no_continuous_batching
 from performers.models.naming import cache_among
 
@@ -104,7 +104,8 @@ def load_linearized(auto_class: Any, path: str | Path, **options: Any) -> PreTra
 
         model = load_linearized(AutoModelForCausalLM, path, dtype=torch.bfloat16)
 
-    Raises ValueError where the model at `path` was not converted.
+    Raises FileNotFoundError where there is no model at `path`, and ValueError where it was not
+    converted.
     """
     if not hasattr(auto_class, "from_pretrained"):
         raise TypeError(
@@ -112,7 +113,12 @@ def load_linearized(auto_class: Any, path: str | Path, **options: Any) -> PreTra
             f"{described(auto_class)}."
         )
     check_instance("path", path, (str, Path), "the path of a folder")
-    model: PreTrainedModel = auto_class.from_pretrained(path, **options)
+    try:
+        model: PreTrainedModel = auto_class.from_pretrained(path, **options)
+    except OSError as error:  # whose words speak of a connection where there is no folder
+        if Path(path, options.get("subfolder") or "", "config.json").is_file():
+            raise
+        raise missing_model(path) from error
     written = getattr(model.config, FAVOR, None)
     if written is None:
         raise ValueError(

@@ -11,7 +11,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
-__all__ = ["check_source_weights", "read_tensors", "source_config", "source_tokenizer"]
+__all__ = [
+    "check_source_weights",
+    "missing_model",
+    "read_tensors",
+    "source_config",
+    "source_tokenizer",
+]
 
 # What transformers raises for a config.json that it cannot use, or that is not there.
 UNREADABLE = (OSError, ValueError, TypeError, LookupError, AttributeError, StrictDataclassError)
@@ -32,10 +38,14 @@ def source_config(source: str | Path) -> PreTrainedConfig:
         if path.is_file():
             words = " ".join(str(error).split())[:200]
             raise ValueError(f"{path} must describe a model of transformers: {words}") from error
-        raise FileNotFoundError(
-            f"there is no model {source}: no folder with a config.json, and no name that "
-            "transformers can load. Give a folder that save_pretrained wrote."
-        ) from error
+        raise missing_model(source) from error
+
+
+def missing_model(source: str | Path) -> FileNotFoundError:
+    return FileNotFoundError(
+        f"there is no model {source}: no folder with a config.json, and no name that transformers "
+        "can load. Give a folder that save_pretrained wrote."
+    )
 
 
 def check_source_weights(source: str | Path) -> None:
