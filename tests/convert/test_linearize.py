@@ -319,7 +319,7 @@ def test_loading_a_model_that_was_not_converted_is_refused(tmp_path):
 
 
 def test_loading_a_model_that_is_not_there_is_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match="there is no model .*nothing: no folder with a"):
+    with pytest.raises(FileNotFoundError, match=r"there is no model .*nothing: no folder with a"):
         load_linearized(AutoModel, tmp_path / "nothing")
 
 
