@@ -154,14 +154,15 @@ def test_what_training_keeps_is_at_most_half_again_as_large_as_inputs_and_output
 
 @pytest.mark.parametrize("is_causal", CAUSAL)
 @pytest.mark.parametrize("group", [1, 2])
-def test_joining_the_heads_of_one_long_sequence_copies_nothing(is_causal, group):
-    """Where values lie as a linear layer leaves them; beside a near field."""
+@pytest.mark.parametrize(("name", "window"), [("positive", 8), ("relu", None)])
+def test_joining_the_heads_of_one_long_sequence_copies_nothing(name, window, is_causal, group):
+    """Where values lie as a linear layer leaves them."""
     rows = [torch.randn(1, 75, heads, 5).transpose(1, 2) for heads in (3 * group, 3, 3)]
-    options = {"is_causal": is_causal, "enable_gqa": group > 1, "window_size": 8}
-    out = favor_attention(*rows, MAPS["positive"], **options)
+    options = {"is_causal": is_causal, "enable_gqa": group > 1, "window_size": window}
+    out = favor_attention(*rows, MAPS[name], **options)
     joined = out.transpose(1, 2).flatten(2)
     assert joined.untyped_storage().data_ptr() == out.untyped_storage().data_ptr()
-    other = favor_attention(*(x.contiguous() for x in rows), MAPS["positive"], **options)
+    other = favor_attention(*(x.contiguous() for x in rows), MAPS[name], **options)
     assert torch.equal(out, other)
 
 

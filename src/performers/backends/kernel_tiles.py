@@ -29,7 +29,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from performers.backends import plain
-from performers.backends.buffers import CAPABILITIES, buffers, slices
+from performers.backends.buffers import CAPABILITIES, buffers, room_of_outputs, slices
 from performers.backends.call import Call
 from performers.backends.derivatives import is_differentiated, needs_formula, plain_gradients
 from performers.backends.reference import absorb, read, renormalized
@@ -213,7 +213,7 @@ def _kernel_attention(
     query: [heads, group, query_length, dim]; presence: [heads, key_length, 1], 0 for masked keys.
     """
     phi = _Map(kernel, epsilon, root, directions, values)
-    out = query.new_empty(*query.shape[:3], value.shape[-1])
+    out = room_of_outputs(query, value)
     rates = values.new_full((*query.shape[:3], 1), phi.factor)
     sums = _Sums(normalizer.clone(), values.clone())
     longest = max(query.shape[1] * query.shape[2], key.shape[1])
@@ -310,7 +310,7 @@ def _(
     normalizer: Tensor, values: Tensor, *_: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     return (
-        query.new_empty(*query.shape[:3], value.shape[-1]),
+        room_of_outputs(query, value),
         values.new_empty(*query.shape[:3], 1),
         torch.empty_like(normalizer),
         torch.empty_like(values),
