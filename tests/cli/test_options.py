@@ -230,8 +230,8 @@ EFFECTS: dict[str, dict[str, Call | Shown]] = {
             lambda call: call[0], 3
         ),
         "output": Call(
-            "benchmark --output {new}/x.json", "pathlib.Path.replace", "target", "{new}/x.json",
-            {"performers.speed.run": {}},
+            "benchmark --output {new}/x.json", "performers.viz.files.save_figure", "path",
+            "{new}/x.json", {"performers.speed.run": {}, "performers.viz.speed.speed_figure": None},
         ),
         "force": Call(
             "benchmark --output {fasta} --force", "performers.speed.run", "plan.seed", 0

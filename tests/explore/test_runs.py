@@ -35,6 +35,7 @@ def runs(tmp_path):
     ):
         metrics = {
             "models": models,
+            "config": {"task": "masked-lm", "data": {}},
             "baseline": {"valid": scores(baseline)},
             "data": {"splits": {"valid": {"title": "Validation", "sequences": 7}}},
         }

@@ -39,6 +39,7 @@ def combined(runs: Sequence[str]) -> dict[str, Any]:
         metrics = read_json(path, REMEDY)
         with holding(path, "the numbers of a run", REMEDY):
             first = first or metrics
+            metrics["config"]["data"]  # the report of a run reads it
             if metrics["baseline"] != first["baseline"]:
                 raise ValueError(
                     "runs must have been scored on the same data to be compared, and "
