@@ -77,7 +77,8 @@ buffers = Buffers()
 
 
 def room_of_outputs(
-    query: Float[Tensor, "heads group length dim"], value: Float[Tensor, "heads length value_dim"]
+    query: Float[Tensor, "heads group length dim"],
+    value: Float[Tensor, "heads key_length value_dim"],
 ) -> Float[Tensor, "heads group length value_dim"]:
     """New memory for outputs, in the order of the values'.
 
