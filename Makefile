@@ -48,12 +48,12 @@ format: $(VENV)/installed-for-development ## rewrite the code in the project's f
 	$(VENV)/bin/ruff format .
 
 docs: $(VENV)/installed-for-development ## build the documents as a site in build/docs, with links checked
-	$(INSTALL) ".[docs]"
+	$(INSTALL) --editable ".[docs]"
 	$(VENV)/bin/sphinx-build --quiet --fail-on-warning --keep-going -c docs . build/docs
 
 package: $(VENV)/installed-for-development ## build the wheel and the sdist into dist/, and check them
 	rm -rf dist
-	$(INSTALL) ".[release]"
+	$(INSTALL) --editable ".[release]"
 	$(VENV)/bin/python -m build
 	$(VENV)/bin/twine check --strict dist/*
 
