@@ -83,11 +83,11 @@ def benchmark(
     from performers.records import read_json, replace_text
     from performers.speed import Plan, run
     from performers.train.folders import check_file
-    from performers.viz.files import save_figure
+    from performers.viz.files import figure_files, save_figure
     from performers.viz.speed import speed_figure
 
     with one_line_errors():
-        for place in (output, output.with_suffix(".png"), output.with_suffix(".svg")):
+        for place in (output, *figure_files(output)):
             check_file(place)
         if output.exists() and not force:
             raise FileExistsError(

@@ -94,10 +94,11 @@ def diagnose(
     """
     from performers.train.folders import check_file
     from performers.train.progress import frontier_with_bar
+    from performers.viz.files import figure_files
 
     with one_line_errors():
-        for suffix in (".png", ".svg"):
-            check_file(output.with_suffix(suffix))
+        for place in figure_files(output):
+            check_file(place)
         captured = _captured(source, text, text_format, column, length, sequences, causal)
         found = _compared(captured, num_projections, window, target_error)
         frontier = frontier_with_bar(captured, sinks)

@@ -42,6 +42,7 @@ def source_config(source: str | Path) -> PreTrainedConfig:
 
 
 def missing_model(source: str | Path) -> FileNotFoundError:
+    """The error to raise where there is no model."""
     return FileNotFoundError(
         f"there is no model {source}: no folder with a config.json, and no name that transformers "
         "can load. Give a folder that save_pretrained wrote."

@@ -12,17 +12,22 @@ from matplotlib.figure import Figure
 
 from performers.records.files import AGAIN, writing
 
-__all__ = ["Figure", "data_url", "save_figure"]
+__all__ = ["Figure", "data_url", "figure_files", "save_figure"]
+
+
+def figure_files(path: Path) -> list[Path]:
+    """The files of a figure: a PNG and an SVG, under `path` with these suffixes."""
+    return [path.with_suffix(".png"), path.with_suffix(".svg")]
 
 
 def save_figure(figure: Figure, path: Path, then: str = AGAIN) -> list[Path]:
-    """Write `figure` as PNG and as SVG, under `path` with these suffixes.
+    """Write `figure` as the PNG and the SVG of `figure_files`.
 
     An SVG has a date and random ids unless told otherwise, and would differ after every run.
 
     Raises UnsavedError; `then` is that of `writing`.
     """
-    paths = [path.with_suffix(".png"), path.with_suffix(".svg")]
+    paths = figure_files(path)
     with writing(path, then):
         with rc_context({"svg.hashsalt": path.name, "savefig.dpi": 160}):
             figure.savefig(paths[0])
