@@ -84,9 +84,8 @@ class HeadsOf:
         if self.form == "near field":
             window = self.mechanism.window_size
             assert isinstance(window, int), "a near field has blocks of a size"
-            averages = 4 * -(-length // window) * m * d
-            rows = 3 * length * (self.heads // self.key_heads + 2) * d
-            of_head = WIDE * (averages + rows)
+            rows = length * (1 + self.heads // self.key_heads)
+            of_head = 4 * WIDE * d * (-(-length // window) * m + rows)
             heads = min(sizes.HEADS, batch * self.key_heads)
             whole = min(max(sizes.HEADS_BYTES, of_head), heads * of_head)
             # A tile of logits and one of their gradients.

@@ -36,9 +36,7 @@ class HeadsBack(Heads):
         self.of_out = self.in_blocks("of out", gradients.out)
         self.log_sum = self.in_blocks("log sum", found.log_sum) * LOG2_E
         self.of_log_sum = self.in_blocks("of log sum", gradients.log_sum)
-        out, along = self.in_blocks("out", found.out), self.take("spare", *self.of_out.shape)
-        torch.mul(out, self.of_out, out=along)
-        self.excess = along.sum(dim=-1, keepdim=True) - self.of_log_sum
+        self.out = self.in_blocks("out", found.out)
         if sizes.limits:
             self.log_factor = self.in_blocks("log factor", found.log_factor) * LOG2_E
         self.of_query, self.is_of_query_itself = self.room("of query", of_query)
@@ -48,11 +46,6 @@ class HeadsBack(Heads):
         self.of_sink_value = torch.zeros_like(self.sink_value)
         self.of_heavy_key = torch.empty_like(self.heavy_key)
         self.of_heavy_value = torch.empty_like(self.heavy_value)
-        if sizes.features:
-            self.of_query_y = self.take("of query y", *self.query_y.shape)
-            self.of_query_number = self.take("of query number", *self.query_number.shape)
-            self.of_key_y = self.take("of key y", *self.key_y.shape)
-            self.of_key_number = self.take("of key number", *self.key_number.shape)
         directions = self.number, sizes.features if with_directions else 0, sizes.dim
         self.of_query_directions = self.like.new_zeros(directions)
         self.of_key_directions = self.like.new_zeros(directions)
@@ -65,17 +58,20 @@ class HeadsBack(Heads):
         excess = self.take("excess of far", *far.log_mass.shape)
         numbers = self.numbered(far)
         for index in range(self.number):
-            directions = self.directions(self.query_side, index)
-            directions_2 = directions * LOG2_E
             for tile in sizes.tiles():
-                query, of_query, of_out, log_sum, lost = (
+                query, of_query, out, of_out, log_sum, of_log_sum = (
                     x[index, tile]
-                    for x in (self.query, self.of_query, self.of_out, self.log_sum, self.excess)
-                )
-                weights = self.row_logits(index, directions_2, tile, numbers)
+                    for x in (
+                        self.query, self.of_query, self.out, self.of_out, self.log_sum,
+                        self.of_log_sum,
+                    )
+                )  # fmt: skip
+                along = torch.mul(out, of_out, out=self.take("along", *out.shape))
+                lost = along.sum(dim=-1, keepdim=True).sub_(of_log_sum)
+                weights, mapped = self.row_logits(index, tile, numbers)
                 shifts = [log_sum] * len(weights)
-                if sizes.features:
-                    shifts[-1] = log_sum - self.row_numbers(index, tile)
+                if mapped is not None:
+                    shifts[-1] = log_sum - mapped.number.view_as(log_sum)
                 if sizes.limits:
                     shifts[-1] = shifts[-1] - self.log_factor[index, tile]
                 of_logits = []
@@ -109,22 +105,16 @@ class HeadsBack(Heads):
                     torch.bmm(heavy.mT, of_out, out=self.of_heavy_value[index, tile])
                     torch.bmm(of_heavy.mT, query, out=self.of_heavy_key[index, tile])
                     of_query.baddbmm_(of_heavy, self.heavy_key[index, tile], alpha=scale)
-                if sizes.features:
-                    features, of_features = weights[-1], of_logits[-1]
+                if mapped is not None:
+                    features, of_features = weights[-1], of_logits[-1].flatten(0, 1)
                     torch.bmm(of_out.mT, features, out=of_average[index, tile])
                     torch.bmm(lost.mT, features, out=excess[index, tile].unsqueeze(-2))
-                    rows = slice(tile.start * sizes.rows, tile.stop * sizes.rows)
-                    of_features = of_features.flatten(0, 1)
-                    torch.mm(of_features, directions, out=self.of_query_y[index, rows])
-                    torch.sum(of_features, dim=-1, out=self.of_query_number[index, rows])
+                    side, of_directions = self.query_side, self.of_query_directions[index]
                     if self.with_directions:
-                        y = self.query_y[index, rows]
-                        self.of_query_directions[index].addmm_(of_features.mT, y)
+                        side.directions_back(mapped, of_features, of_directions)
                         self.of_tilt[index] += of_features.sum(dim=0)
-        if sizes.features:
-            y, of_y, of_number = self.query_y, self.of_query_y, self.of_query_number
-            of_x = self.query_side.mapped_back(self.heads, y, of_y, of_number)
-            self.of_query += of_x.view_as(self.of_query)
+                    head = self.heads.start + index
+                    side.mapped_back(head, mapped, of_features, of_query.flatten(0, 1))
         return of_average, excess
 
     def losses(
@@ -158,22 +148,19 @@ class HeadsBack(Heads):
         log_mass = (blocks.log_mass * LOG2_E).unsqueeze(2)
         shift = sizes.before * sizes.block
         for index in range(self.number):
-            directions = self.directions(self.key_side, index)
-            directions_2 = directions * LOG2_E
             for tile in sizes.tiles():
-                weights, value = self.key_logits(index, directions_2, tile)
+                mapped, weights, value = self.key_logits(index, tile)
                 weights.sub_(log_mass[index, tile]).clamp_(max=0).exp2_()
                 rows = slice(tile.start * sizes.block, tile.stop * sizes.block)
-                own = self.of_value[index, rows.start + shift : rows.stop + shift]
-                own.view_as(value).baddbmm_(weights, of_average[index, tile].mT)
+                own = slice(rows.start + shift, rows.stop + shift)
+                of_value = self.of_value[index, own].view_as(value)
+                of_value.baddbmm_(weights, of_average[index, tile].mT)
                 of_logits = self.take("of key logits", *weights.shape)
                 torch.bmm(value, of_average[index, tile], out=of_logits)
                 of_logits.sub_(excess[index, tile].unsqueeze(1)).mul_(weights)
                 of_logits = of_logits.flatten(0, 1)
-                torch.mm(of_logits, directions, out=self.of_key_y[index, rows])
-                torch.sum(of_logits, dim=-1, out=self.of_key_number[index, rows])
                 if self.with_directions:
-                    y = self.key_y[index, rows]
-                    self.of_key_directions[index].addmm_(of_logits.mT, y)
-        of_x = self.key_side.mapped_back(self.heads, self.key_y, self.of_key_y, self.of_key_number)
-        self.of_key[:, shift : shift + of_x.shape[1]] += of_x
+                    of_directions = self.of_key_directions[index]
+                    self.key_side.directions_back(mapped, of_logits, of_directions)
+                head, of_key = self.heads.start + index, self.of_key[index, own]
+                self.key_side.mapped_back(head, mapped, of_logits, of_key)

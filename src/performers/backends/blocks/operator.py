@@ -46,7 +46,7 @@ def backward(
 ) -> list[Tensor]:
     """The gradients of what is `DIFFERENTIABLE`. Those of directions and tilt are 0 unless asked
     for."""
-    sizes = Sizes(problem)
+    sizes = Sizes(problem, is_back=True)
     of = {name: torch.empty_like(getattr(problem, name)) for name in DIFFERENTIABLE}
     for name in SHARED:
         of[name].zero_()

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from performers.backends.blocks.far import Averages, Merge
-from performers.backends.blocks.sides import Side, of_heads
+from performers.backends.blocks.sides import Mapped, Side, of_heads
 from performers.backends.blocks.sizes import LOG2_E, Problem, Sizes
 from performers.backends.buffers import buffers
 from performers.backends.fused_softmax import HIDDEN
@@ -46,30 +46,24 @@ class Heads:
         self.sink_value = problem.sink_value[heads].to(self.like)
         self.heavy_key = problem.heavy_key[heads].to(self.like)
         self.heavy_value = problem.heavy_value[heads].to(self.like)
-        self.absent = self.hidden(problem.hidden_near, blocks * sizes.block, own)
-        # Few blocks are near a key that is not there, and hiding it takes as long as a third of the
-        # scores.
-        absent = self.absent.unflatten(1, (blocks, sizes.block)).any(dim=-1)
+        absent = self.hidden(problem.hidden_near, blocks * sizes.block, own)
+        self.most = self.limits(absent)
+        # Few blocks are near a key that is not there.
+        absent = absent.unflatten(1, (blocks, sizes.block)).any(dim=-1)
         self.is_gappy = absent.unfold(1, sizes.near // sizes.block, 1).any(dim=-1).tolist()
         later = torch.ones(sizes.block, sizes.block, dtype=torch.bool, device=self.like.device)
-        self.later = later.triu_(1)
-        unit = math.sqrt(problem.scale)
+        self.most_later = self.limits(later.triu_(1))
         self.query_side = Side.of(
-            unit, problem.query_directions, problem.query_shift, problem.query_matrix,
+            problem.scale, problem.query_directions, problem.query_shift, problem.query_matrix,
             problem.query_linear,
         )  # fmt: skip
         self.key_side = Side.of(
-            unit, problem.key_directions, problem.key_shift, problem.key_matrix,
+            problem.scale, problem.key_directions, problem.key_shift, problem.key_matrix,
             problem.key_linear,
         )  # fmt: skip
-        if sizes.features:
-            self.query_y, self.query_number = self.mapped(
-                "query", self.query_side, self.query.flatten(1, 2)
-            )
-            rows = self.key[:, start : start + sizes.count * sizes.block]
-            self.key_y, self.key_number = self.mapped("key", self.key_side, rows)
-            absent = self.hidden(problem.hidden_far, rows.shape[1], slice(0, sizes.length))
-            self.key_number.masked_fill_(absent, HIDDEN)
+        length = sizes.count * sizes.block
+        self.absent_far = self.hidden(problem.hidden_far, length, slice(0, sizes.length))
+        self.is_gappy_far = self.absent_far.unflatten(1, (-1, sizes.block)).any(dim=-1).tolist()
 
     def take(self, name: str, *shape: int) -> Tensor:
         return buffers.take(name, shape, self.like)
@@ -90,8 +84,7 @@ class Heads:
         """Where these heads of x are as [heads, count, rows, ·]: in x, if its rows fill whole
         blocks one after another and have the precision of sums; else in a buffer."""
         sizes = self.sizes
-        is_whole = sizes.group == 1 and sizes.length == sizes.count * sizes.block
-        if is_whole and x.dtype == self.like.dtype and x.stride(-1) == 1:
+        if sizes.is_whole and x.dtype == self.like.dtype and x.stride(-1) == 1:
             return x[self.heads, 0].unflatten(1, (sizes.count, sizes.block)), True
         return self.take(name, self.number, sizes.count, sizes.rows, x.shape[-1]), False
 
@@ -117,11 +110,10 @@ class Heads:
             hidden = F.pad(mask, (real.start, length - real.stop), value=True)
         return hidden
 
-    def mapped(self, name: str, side: Side, x: Tensor) -> tuple[Tensor, Tensor]:
-        """y and number of rows, the number in base 2."""
-        y, number = self.take(f"{name} y", *x.shape), self.take(f"{name} number", *x.shape[:2])
-        side.mapped(self.heads, x, y, number)
-        return y, number.mul_(LOG2_E)
+    def limits(self, hidden: Bool[Tensor, "*rows"]) -> Float[Tensor, "*rows"]:
+        """The most that a logit may be. A minimum takes an eighth of what filling takes."""
+        most = self.like.new_full(hidden.shape, torch.inf)
+        return most.masked_fill_(hidden, HIDDEN)
 
     def windows(self, rows: Tensor, tile: slice) -> Tensor:
         """Of rows of keys, [rows, …], those near each block: a view, [blocks, near, …]."""
@@ -130,20 +122,20 @@ class Heads:
         strides = size * row, row, *rows.stride()[1:]
         return rows[tile.start * size :].as_strided(shape, strides)
 
-    def directions(self, side: Side, index: int) -> Float[Tensor, "features dim"]:
-        """ω of one head."""
-        return side.directions[self.heads.start + index if len(side.directions) > 1 else 0]
-
-    def key_logits(self, index: int, directions_2: Tensor, tile: slice) -> tuple[Tensor, Tensor]:
-        """log₂ φ of the keys of a tile, [blocks, block, features], and their values."""
+    def key_logits(self, index: int, tile: slice) -> tuple[Mapped, Tensor, Tensor]:
+        """Of the keys of a tile: what their features are computed from, log₂ φ as [blocks, block,
+        features], and their values."""
         size = self.sizes.block
         rows = slice(tile.start * size, tile.stop * size)
-        logits = self.take("key logits", rows.stop - rows.start, self.sizes.features)
-        torch.mm(self.key_y[index, rows], directions_2.mT, out=logits)
-        logits.add_(self.key_number[index, rows].unsqueeze(-1))
         shift = self.sizes.before * size
-        value = self.value[index, rows.start + shift : rows.stop + shift]
-        return logits.unflatten(0, (-1, size)), value.unflatten(0, (-1, size))
+        own = slice(rows.start + shift, rows.stop + shift)
+        mapped = self.key_side.mapped(self.heads.start + index, self.key[index, own])
+        alike = index if len(self.absent_far) > 1 else 0
+        if any(self.is_gappy_far[alike][tile]):
+            mapped.number.masked_fill_(self.absent_far[alike, rows], HIDDEN)
+        logits = mapped.logits.add_(mapped.number.unsqueeze(-1))
+        value = self.value[index, own]
+        return mapped, logits.unflatten(0, (-1, size)), value.unflatten(0, (-1, size))
 
     def block_averages(self) -> Averages:
         """s and A of every block."""
@@ -152,9 +144,8 @@ class Heads:
         log_mass = self.take("block mass", *shape)
         average = self.take("block average", *shape[:2], sizes.value_dim, sizes.features)
         for index in range(self.number if sizes.features else 0):
-            directions_2 = self.directions(self.key_side, index) * LOG2_E
             for tile in sizes.tiles():
-                weights, value = self.key_logits(index, directions_2, tile)
+                _, weights, value = self.key_logits(index, tile)
                 largest = weights.amax(dim=1, keepdim=True)
                 total = weights.sub_(largest).exp2_().sum(dim=1, keepdim=True)
                 torch.bmm(value.mT, weights, out=average[index, tile]).div_(total)
@@ -176,10 +167,11 @@ class Heads:
         return (far.log_mass + tilt).unsqueeze(2) * LOG2_E
 
     def row_logits(
-        self, index: int, directions_2: Tensor, tile: slice, numbers: Tensor
-    ) -> list[Tensor]:
+        self, index: int, tile: slice, numbers: Tensor
+    ) -> tuple[list[Tensor], Mapped | None]:
         """What the queries of a tile score with near keys, sinks, heavy keys and features, each
-        [blocks, rows, ·] where there are any; the last without the numbers of rows."""
+        [blocks, rows, ·] where there are any; the last without the numbers of rows. And what these
+        features are computed from."""
         sizes, problem = self.sizes, self.problem
         query, blocks = self.query[index, tile], tile.stop - tile.start
         near = self.take("near logits", blocks, sizes.rows, sizes.near)
@@ -187,12 +179,14 @@ class Heads:
         torch.baddbmm(near, query, key.mT, beta=0, alpha=self.scale_2, out=near)
         if problem.is_causal:
             own = near[..., sizes.before * sizes.block :]
-            own.unflatten(1, (sizes.group, sizes.block)).masked_fill_(self.later, HIDDEN)
-        alike = index if len(self.absent) > 1 else 0
+            own = own.unflatten(1, (sizes.group, sizes.block))
+            torch.minimum(own, self.most_later, out=own)
+        alike = index if len(self.most) > 1 else 0
         for block in range(tile.start, tile.stop):
             if self.is_gappy[alike][block]:
-                window = self.windows(self.absent[alike], slice(block, block + 1))
-                near[block - tile.start].masked_fill_(window, HIDDEN)
+                window = self.windows(self.most[alike], slice(block, block + 1))
+                part = near[block - tile.start]
+                torch.minimum(part, window, out=part)
         logits = [near]
         if sizes.sinks:
             sinks = self.take("sink logits", blocks, sizes.rows, sizes.sinks)
@@ -211,18 +205,12 @@ class Heads:
             torch.baddbmm(heavy, query, key.mT, beta=0, alpha=self.scale_2, out=heavy)
             hidden = problem.heavy_hidden[self.heads.start + index, tile]
             logits.append(heavy.masked_fill_(hidden.unsqueeze(1), HIDDEN))
+        mapped = None
         if sizes.features:
-            features = self.take("feature logits", blocks, sizes.rows, sizes.features)
-            y = self.query_y[index, tile.start * sizes.rows : tile.stop * sizes.rows]
-            torch.mm(y, directions_2.mT, out=features.flatten(0, 1))
-            features.add_(numbers[index, tile])
-            logits.append(features)
-        return logits
-
-    def row_numbers(self, index: int, tile: slice) -> Float[Tensor, "blocks rows 1"]:
-        """What the logits of features have that is of a row."""
-        rows = self.query_number[index].unflatten(0, (self.sizes.count, self.sizes.rows))
-        return rows[tile].unsqueeze(-1)
+            mapped = self.query_side.mapped(self.heads.start + index, query.flatten(0, 1))
+            features = mapped.logits.unflatten(0, (blocks, sizes.rows))
+            logits.append(features.add_(numbers[index, tile]))
+        return logits, mapped
 
     def values(self, index: int, tile: slice, far: Tensor) -> list[Tensor]:
         """In the order of `row_logits`."""
@@ -244,12 +232,11 @@ class Heads:
         out, log_sum, log_factor = (rows for rows, _ in rooms)
         numbers = self.numbered(far)
         for index in range(self.number):
-            directions_2 = self.directions(self.query_side, index) * LOG2_E
             for tile in sizes.tiles():
-                weights = self.row_logits(index, directions_2, tile, numbers)
+                weights, mapped = self.row_logits(index, tile, numbers)
                 largest = [x.amax(dim=-1, keepdim=True) for x in weights]
-                if sizes.features:
-                    of_row = self.row_numbers(index, tile)
+                if mapped is not None:
+                    of_row = mapped.number.view_as(largest[-1])
                     largest[-1] += of_row
                 shift = torch.stack(largest).amax(dim=0) if len(largest) > 1 else largest[0]
                 shifts = [shift] * len(weights)
@@ -258,7 +245,7 @@ class Heads:
                     is_alone = near_shift <= HIDDEN / 2  # nothing is near
                     shift = torch.where(is_alone, shift, near_shift)
                     shifts = [shift] * (len(weights) - 1) + [largest[-1]]
-                if sizes.features:
+                if mapped is not None:
                     shifts[-1] = shifts[-1] - of_row
                 totals = [
                     x.sub_(of_x).exp2_().sum(dim=-1, keepdim=True)

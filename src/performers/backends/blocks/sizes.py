@@ -14,8 +14,9 @@ from performers.backends.buffers import CAPABILITIES, slices
 __all__ = ["LOG2_E", "BlockAttention", "Problem", "Sizes"]
 
 LOG2_E = math.log2(math.e)
-# Of the logits of a tile. Twice the second-level cache, but assign what suits your processor.
-TILE_BYTES = 2 * (CAPABILITIES.get("l2_cache_size") or 2**20)
+# Of the logits of a tile. Fewer calls gain more than a cache loses, but assign what suits your
+# processor.
+TILE_BYTES = max(2**21, 2 * CAPABILITIES.get("l2_cache_size", 0))
 HEADS = 8  # that are worked on in one go; more where all weights of more fit into a tile
 # Of their rows and of the averages of all their blocks, which live during a pass only.
 HEADS_BYTES = 16 * 2**20
@@ -84,9 +85,9 @@ class Problem(NamedTuple):
 
 
 class Sizes:
-    """Sizes of a problem, and of what is done at a time."""
+    """Sizes of a problem, and of what is done at a time, on the way there or back."""
 
-    def __init__(self, problem: Problem) -> None:
+    def __init__(self, problem: Problem, is_back: bool = False) -> None:
         self.heads, self.group, self.length, self.dim = problem.query.shape
         self.value_dim, self.features = problem.average.shape[-1], problem.average.shape[-2]
         self.block, self.sinks = min(problem.window_size, self.length), problem.sink_key.shape[1]
@@ -99,11 +100,15 @@ class Sizes:
         size = problem.average.element_size()
         columns = self.near + self.sinks + self.heavy + self.features
         self.tile = max(1, min(self.count, TILE_BYTES // (self.rows * columns * size)))
-        averages = 4 * self.count * self.features * self.value_dim
-        rows = self.count * self.block * 3 * (self.group + 2) * self.dim
+        # whose rows are those of the problem, not copies
+        self.is_whole = self.group == 1 and self.length == self.count * self.block
+        is_copied = not self.is_whole or problem.query.dtype != problem.average.dtype
+        rows = self.count * self.block * (1 + self.group * is_copied)
+        of_head = 2 * size * self.value_dim * (self.count * self.features + rows)
         whole = TILE_BYTES // (self.count * self.rows * columns * size)
-        most = HEADS_BYTES // (size * (averages + rows))
-        self.at_once = max(1, min(max(HEADS, whole), most))
+        most = HEADS_BYTES // (2 * of_head if is_back else of_head)
+        groups = -(-self.heads // max(1, min(max(HEADS, whole), most)))
+        self.at_once = max(1, -(-self.heads // max(1, groups)))
         self.limits = problem.limits
 
     def head_groups(self) -> Iterator[slice]:
