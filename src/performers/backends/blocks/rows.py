@@ -47,12 +47,12 @@ class Heads:
         self.heavy_key = problem.heavy_key[heads].to(self.like)
         self.heavy_value = problem.heavy_value[heads].to(self.like)
         absent = self.hidden(problem.hidden_near, blocks * sizes.block, own)
-        self.most = self.limits(absent)
+        self.most = self.at_most(absent)
         # Few blocks are near a key that is not there.
         absent = absent.unflatten(1, (blocks, sizes.block)).any(dim=-1)
         self.is_gappy = absent.unfold(1, sizes.near // sizes.block, 1).any(dim=-1).tolist()
         later = torch.ones(sizes.block, sizes.block, dtype=torch.bool, device=self.like.device)
-        self.most_later = self.limits(later.triu_(1))
+        self.most_later = self.at_most(later.triu_(1))
         self.query_side = Side.of(
             problem.scale, problem.query_directions, problem.query_shift, problem.query_matrix,
             problem.query_linear,
@@ -110,7 +110,7 @@ class Heads:
             hidden = F.pad(mask, (real.start, length - real.stop), value=True)
         return hidden
 
-    def limits(self, hidden: Bool[Tensor, "*rows"]) -> Float[Tensor, "*rows"]:
+    def at_most(self, hidden: Bool[Tensor, "*rows"]) -> Float[Tensor, "*rows"]:
         """The most that a logit may be. A minimum takes an eighth of what filling takes."""
         most = self.like.new_full(hidden.shape, torch.inf)
         return most.masked_fill_(hidden, HIDDEN)
