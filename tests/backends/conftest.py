@@ -14,11 +14,12 @@ def _patched_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton's interpreter patches its language for every function that a kernel calls. For other
     functions of the same module this changes nothing and takes a third of all time: left out."""
     if importlib.util.find_spec("triton"):
+        from triton.runtime.interpreter import GridExecutor
         from triton.runtime.interpreter import InterpretedFunction as Function
 
-        run, call, patched = Function.run, Function.__call__, set()
+        run, call, patched = GridExecutor.__call__, Function.__call__, set()
 
-        def run_anew(self: Function, *args: object, **kwargs: object) -> object:
+        def run_anew(self: GridExecutor, *args: object, **kwargs: object) -> object:
             patched.clear()  # the end of a kernel undoes all
             return run(self, *args, **kwargs)
 
@@ -29,7 +30,7 @@ def _patched_once(monkeypatch: pytest.MonkeyPatch) -> None:
             patched.add(module)
             return call(self, *args, **kwargs)
 
-        monkeypatch.setattr(Function, "run", run_anew)
+        monkeypatch.setattr(GridExecutor, "__call__", run_anew)
         monkeypatch.setattr(Function, "__call__", call_patched)
 
 

@@ -126,8 +126,8 @@ def test_a_refused_field_is_refused_by_name(config_file, name):
             "gradient_checkpointing_kwargs.use_reentrant must be true or false, got 3",
         ),
         (
-            "trainer.activation_checkpointing_kwargs={determinism_check: 3}",
-            "unknown trainer.activation_checkpointing_kwargs.determinism_check 3: choose one of",
+            "trainer.gradient_checkpointing_kwargs={determinism_check: 3}",
+            "unknown trainer.gradient_checkpointing_kwargs.determinism_check 3: choose one of",
         ),
     ],
 )

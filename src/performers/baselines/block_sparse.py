@@ -300,7 +300,8 @@ def _is_there(
     """Whether positions of keys are those of real tokens."""
     if slots.is_real is None:
         return j < slots.key.shape[2]
-    return j < slots.count[sequence, 0]
+    # All parts of the index are tensors: torch 2.8 cannot trace a pattern otherwise.
+    return j < slots.count[sequence, torch.zeros_like(sequence)]
 
 
 def real_keys(slots: Slots) -> Bool[Tensor, "#batch 1 1 1 length"]:

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from performers.backends.derivatives import is_transformed
 from performers.checks import check_segment_ids
 
 __all__ = ["attend_by_segment", "restarts"]
@@ -80,7 +81,9 @@ def _lengths(segment_ids: Tensor) -> list[int]:
     begins = torch.ones_like(segment_ids, dtype=torch.bool)
     begins[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]
     start = begins.flatten().nonzero().flatten()
-    return start.diff(append=start.new_tensor([begins.numel()])).tolist()
+    lengths = start.diff(append=start.new_tensor([begins.numel()]))
+    # torch 2.8 has no tolist() of what a transform wraps.
+    return [x.item() for x in lengths] if is_transformed() else lengths.tolist()
 
 
 def _calls(lengths: list[int]) -> list[list[int]]:
