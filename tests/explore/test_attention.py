@@ -9,7 +9,7 @@ from performers import PerformerConfig, PerformerForCausalLM, PerformerForMasked
 from performers.convert import FavorOptions, linearize
 from performers.data.vocabulary import VOCAB_SIZE
 from performers.explore import Subject, load_subject
-from performers.explore.attention import IN_PLACE, OWN, look, matrices
+from performers.explore.attention import IN_PLACE, OWN, _example, look, matrices
 from performers.explore.subject import Vocabulary
 
 # Reading the sample costs a second.
@@ -18,10 +18,11 @@ VOCABULARY = Vocabulary.of_proteins()
 PROTEIN = "MKTAYIAKQRQISFVKSHF"
 
 
-def performer(attention, model_class=PerformerForCausalLM):
+def performer(attention, model_class=PerformerForCausalLM, **options):
     config = PerformerConfig(
         vocab_size=VOCAB_SIZE, attention=attention, hidden_size=12, num_hidden_layers=2,
         num_attention_heads=3, intermediate_size=13, num_projections=7, initializer_range=0.5,
+        **options,
     )  # fmt: skip
     return Subject(model_class(config), VOCABULARY, "tiny")
 
@@ -133,6 +134,17 @@ def test_the_page_says_where_it_looks_and_how_far_apart_the_rows_are():
     assert f"differ by {distance:.3f} on average" in sentence
     assert whole.count("<img") == row.count("<img") == 1
     assert "What A at position 5 attends to" in row  # <bos> is position 1
+
+
+def test_the_page_says_where_a_near_field_holds_the_whole_text_and_begins_with_another():
+    near, far = (performer("performer-positive", window_size=size) for size in (64, 7))
+    for subject, text in ((near, VOCABULARY.long_example), (far, VOCABULARY.example)):
+        assert _example(subject) == text
+        _, _, sentence = look(subject, PROTEIN, 0, 1, OWN, 64, 0, picked=5, first=1, last=21)
+        assert ("equal up to rounding" in sentence) == (subject is near)
+    few = performer("performer-positive", window_size=64, position="learned")
+    few.model.config.max_position_embeddings = 200
+    assert _example(few) == VOCABULARY.example
 
 
 @pytest.mark.usefixtures("without_shape_checks")

@@ -211,6 +211,22 @@ def test_where_there_is_no_run_the_page_says_how_to_make_one(page):
     assert page.get_by_text("performers train demo --output").is_visible()
 
 
+def test_tables_of_runs_can_be_read_whole_on_a_narrow_screen(browser, runs):
+    served = build(sample_subject(), runs)
+    page = browser.new_page(viewport={"width": 400, "height": 800})
+    page.goto(serve(served, "127.0.0.1", None))
+    open_tab(page, "Runs")
+    shown(page, "#tables table")
+    cut = page.evaluate(
+        """() => [...document.querySelectorAll("#tables table")]
+            .filter(table => table.getBoundingClientRect().right > innerWidth)
+            .filter(table => getComputedStyle(table.parentElement).overflowX !== "auto").length"""
+    )
+    assert cut == 0
+    page.close()
+    served.close()
+
+
 def test_the_model_trains_until_stopped_and_writes_with_a_state_that_does_not_grow(page):
     open_tab(page, "Generation")
     page.get_by_role("button", name="Train it").click()

@@ -18,6 +18,12 @@ def test_the_third_panel_is_the_difference_in_the_view():
     assert tuple(difference.get_extent()) == (3.5, 10.5, 10.5, 3.5)
 
 
+def test_rounding_has_no_color_in_the_difference():
+    exact = DRAW.random((13, 13))
+    figure = matrices_figure(exact, exact + 1e-7, False, 0, 12, picked=5)
+    assert figure.axes[2].images[0].get_clim()[1] == pytest.approx(exact.max() / 1000)
+
+
 def test_the_future_of_a_causal_matrix_is_left_gray():
     exact = np.tril(DRAW.random((7, 7)))
     figure = matrices_figure(exact, exact, True, 0, 6, picked=0)

@@ -24,6 +24,9 @@ STYLE = """
 .progress progress { display: block; width: 100%; height: 0.75em; accent-color: #1d4ed8 }
 .picture { overflow-x: auto }
 .picture img { width: 100%; min-width: 44em; height: auto }
+.wide { overflow-x: auto; margin-bottom: 1.5em }
+.wide caption { padding-bottom: 0.3em; text-align: left }
+td, th { overflow-wrap: normal; word-break: normal }
 .written { font-family: ui-monospace, monospace; overflow-wrap: anywhere }
 """
 

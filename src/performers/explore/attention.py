@@ -45,6 +45,11 @@ class Matrices:
     def distance(self) -> float:
         return float((self.implied - self.exact).abs().sum(dim=-1).mean() / 2)
 
+    @property
+    def is_exact(self) -> bool:
+        """Whether they differ by rounding alone."""
+        return self.distance < 1e-5
+
 
 @torch.no_grad()
 def matrices(
@@ -137,6 +142,11 @@ def look(
         f"{found.distance:.3f} on average (total variation: 0 if they are equal, 1 if they attend "
         "to nothing in common)."
     )
+    if found.is_exact:
+        sentence += (
+            " They are equal up to rounding, as in a layer that attends exactly, or in a near "
+            "field that holds the whole text. Choose other features, or read a longer text."
+        )
     strongest = int(implied[picked].argmax())
     whole = picture(
         f"Exact attention, the implied matrix and their difference in {place}.",
@@ -162,19 +172,30 @@ def look(
     return whole, row, sentence
 
 
+def _example(subject: Subject) -> str:
+    """A text to begin with: the short one, unless all of it lies in the near field of the model."""
+    short, long = subject.vocabulary.example, subject.vocabulary.long_example
+    layer = subject.layers(short)[0]
+    try:
+        subject.tokens(long)
+    except ValueError:  # the model has too few positions
+        return short
+    return long if layer.attend and matrices(layer, 0, OWN, 64, 0).is_exact else short
+
+
 def attention_tab(gr: Any, tab: Any, subject: Subject) -> None:
     """Lay out the tab, on a page that is being built.
 
     Raises ValueError for a model that has no layer to look at.
     """
-    example = subject.vocabulary.example
+    example = _example(subject)
     layers, length = subject.layers(example), len(subject.tokens(example))
     names = [(layer.captured.name, index) for index, layer in enumerate(layers)]
     heads = max(layer.captured.query.shape[1] for layer in layers)
     own = [OWN] if layers[0].attend is not None else []
     gr.Markdown(
-        "Linear attention never forms a matrix, but it implies one, which is read out through "
-        "one-hot values. Here it stands beside softmax attention of the same queries and keys."
+        "Linear attention never forms a matrix, but what it computes implies one. Here it stands "
+        "beside softmax attention of the same queries and keys."
     )
     with gr.Row():
         with gr.Column(scale=1, min_width=260):

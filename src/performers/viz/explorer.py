@@ -29,7 +29,8 @@ def matrices_figure(
     which count from 0 and both belong to the view.
 
     The first two have the colors of `attention_figure`: multiples of the even share, on a
-    logarithmic scale. The third is linear and symmetric around 0. A line marks the row `picked`.
+    logarithmic scale. The third is linear and symmetric around 0, and reaches to a thousandth of
+    the largest weight at least, so that rounding has no color. A line marks the row `picked`.
     """
     view = slice(first, last + 1)
     length = len(exact)
@@ -41,7 +42,10 @@ def matrices_figure(
     # Positions are counted from 1, as residues are.
     extent = (first + 0.5, last + 1.5, last + 1.5, first + 0.5)
     difference = implied - exact
-    largest = max(float(np.abs(difference[view, view]).max()), 1e-9)
+    largest = max(
+        float(np.abs(difference[view, view]).max()), float(exact[view, view].max()) / 1000
+    )
+    largest = max(largest, 1e-9)
     with style.context({**STYLE, "axes.grid": False}):
         figure = Figure(figsize=(12.6, 4.6), layout="constrained")
         panels = figure.subplots(1, 3)

@@ -14,6 +14,9 @@ from performers.records.files import AGAIN, writing
 
 __all__ = ["Figure", "data_url", "figure_files", "save_figure"]
 
+# Dots per inch of a picture that is as wide as a page.
+SHARP = 160
+
 
 def figure_files(path: Path) -> list[Path]:
     """The files of a figure: a PNG and an SVG, under `path` with these suffixes."""
@@ -29,7 +32,7 @@ def save_figure(figure: Figure, path: Path, then: str = AGAIN) -> list[Path]:
     """
     paths = figure_files(path)
     with writing(path, then):
-        with rc_context({"svg.hashsalt": path.name, "savefig.dpi": 160}):
+        with rc_context({"svg.hashsalt": path.name, "savefig.dpi": SHARP}):
             figure.savefig(paths[0])
             figure.savefig(paths[1], metadata={"Date": None})
         _rename_clips(paths[1])
@@ -50,5 +53,5 @@ def _rename_clips(path: Path) -> None:
 def data_url(figure: Figure) -> str:
     """The figure as a PNG inside a URL: a page with it loads no other file."""
     written = io.BytesIO()
-    figure.savefig(written, format="png")
+    figure.savefig(written, format="png", dpi=SHARP)
     return "data:image/png;base64," + base64.b64encode(written.getvalue()).decode("ascii")
