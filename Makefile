@@ -75,7 +75,9 @@ $(VENV)/bin/pip:
 	$(PYTHON) -m venv --without-pip $(VENV)
 	$(PYTHON) -m pip --python $(VENV)/bin/python install --quiet --constraint $(CONSTRAINTS) pip
 
-# The lower bounds in pyproject.toml; all else is as new as these allow.
-$(OLDEST)/constraints.txt: pyproject.toml
+# The lower bounds in pyproject.toml; all else is as new as these allow. The interpreter of Triton 3.4, which is
+# that of torch 2.8, makes numbers of arrays in a way that numpy 2.4 refuses.
+$(OLDEST)/constraints.txt: pyproject.toml Makefile
 	mkdir -p $(OLDEST)
 	sed -nE 's/.*"(torch|transformers)>=([0-9.]+).*/\1==\2/p' $< > $@
+	echo 'numpy<2.4' >> $@
