@@ -104,6 +104,18 @@ def test_every_command_explains_itself_with_examples_that_parse(words):
 
 
 @pytest.mark.parametrize("words", COMMANDS)
+def test_the_help_of_a_command_has_every_word_of_its_docstring(words, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    shown = run(*words.split(), "--help").output
+    assert " ".join(inspect.getdoc(COMMANDS[words]).split()) in " ".join(shown.split())
+
+
+@pytest.mark.parametrize("words", COMMANDS)
+def test_the_usage_of_a_command_has_each_optional_argument_in_one_pair_of_brackets(words):
+    assert "[[" not in run(*words.split(), "--help").output
+
+
+@pytest.mark.parametrize("words", COMMANDS)
 def test_every_argument_and_option_of_a_command_says_what_it_is_for(words):
     command = get_command(app)
     for word in words.split():

@@ -10,6 +10,7 @@ import inspect
 import json
 import math
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextvars import ContextVar
@@ -73,6 +74,8 @@ def answering(command: Callable[..., Answer | None]) -> Callable[..., None]:
             _verbose.reset(marks[1])
 
     parameters = [*own, *common]
+    # In brackets the help would see the name of a style.
+    answered.__doc__ = re.sub(r"\[(?=[a-z#/@])", r"\\[", command.__doc__ or "")
     answered.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     answered.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return answered

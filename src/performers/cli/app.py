@@ -32,13 +32,13 @@ __all__ = ["COMMANDS", "app", "main"]
 
 # By the words that call them, in the order of the help: a new command is a file and a row.
 COMMANDS: dict[str, Callable[..., Answer | None]] = {
-    "plan": plan,
     "train": train,
     "evaluate": evaluate,
     "generate": generate,
     "embed": embed,
     "fill": fill,
     "report": report,
+    "plan": plan,
     "convert": convert,
     "import-checkpoint": import_checkpoint,
     "diagnose": diagnose,

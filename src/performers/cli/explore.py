@@ -17,7 +17,7 @@ def explore(
     source: Annotated[
         str | None,
         typer.Argument(
-            metavar="[MODEL_OR_RUN]",
+            metavar="MODEL_OR_RUN",
             help="A run folder, a Performer, a model of transformers or a converted one. Without "
             "it a tiny Performer with random weights, for proteins.",
         ),

@@ -18,7 +18,7 @@ def plan(
     ],
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]...", help="Keys of the config to set, dotted."),
+        typer.Argument(metavar="KEY=VALUE", help="Keys of the config to set, dotted."),
     ] = None,
     devices: Annotated[int, typer.Option(min=1, help="How many accelerators train together.")] = 1,
     memory: Annotated[str, typer.Option(help="What each has, such as 80GiB.")] = "80GiB",

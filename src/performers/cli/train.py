@@ -19,7 +19,7 @@ def train(
     ],
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]...", help="Keys of the config to set, dotted."),
+        typer.Argument(metavar="KEY=VALUE", help="Keys of the config to set, dotted."),
     ] = None,
     output: Annotated[
         Path | None, typer.Option(help="Folder of the run; runs/CONFIG unless given.")
