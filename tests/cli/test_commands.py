@@ -10,20 +10,23 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 import yaml
 from safetensors.torch import save_file
+from tqdm.auto import tqdm
 from typer.main import get_command
 from typer.testing import CliRunner
 
 import performers.cli
 from performers.cli import app
+from performers.cli.answers import answering
 from performers.cli.app import COMMANDS, GROUPS
 from performers.data.vocabulary import STANDARD_AMINO_ACIDS, VOCAB_SIZE
 from performers.models import MECHANISMS, PerformerConfig, PerformerForCausalLM
 from performers.train import UnsavedError, shipped_configs
 
 # Modules of performers.cli that are no commands.
-SHARED = {"__init__", "__main__", "answers", "app", "errors"}
+SHARED = {"__init__", "__main__", "answers", "app", "errors", "interrupts"}
 
 
 def run(*arguments):
@@ -273,6 +276,21 @@ def test_a_report_whose_pictures_are_damaged_names_their_file(trained, tmp_path)
         (folder / "attention.npz").write_bytes(damaged)
         line = refused("report", folder)
         assert f"{folder}/attention.npz must hold attention matrices of a run" in line
+
+
+def test_whatever_command_is_interrupted_says_so_in_its_last_line():
+    bars = []
+
+    def command() -> None:
+        bars.append(tqdm(total=3))
+        raise KeyboardInterrupt
+
+    one = typer.Typer()
+    one.command()(answering(command))
+    result = CliRunner().invoke(one, [])
+    assert result.exit_code == 130
+    assert result.stderr.splitlines()[-1].startswith("Interrupted. Give the same command again")
+    assert bars[0].disable  # closed: it is not drawn again
 
 
 def test_an_interrupted_run_says_how_to_go_on_and_can(config, tmp_path, monkeypatch):

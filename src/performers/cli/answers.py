@@ -20,6 +20,8 @@ from typing import Annotated, Any
 
 import typer
 
+from performers.cli.interrupts import saying_when_interrupted
+
 __all__ = ["Answer", "answering", "is_verbose", "remark"]
 
 # What the libraries below read when they are imported, which is after the options are read.
@@ -63,7 +65,13 @@ def answering(command: Callable[..., Answer | None]) -> Callable[..., None]:
         os.environ.update(QUIET if quiet else VERBOSE if verbose else {})
         marks = _quiet.set(quiet), _verbose.set(verbose)
         try:
-            with warnings.catch_warnings():
+            # What can go on says so itself, in the command.
+            with (
+                warnings.catch_warnings(),
+                saying_when_interrupted(
+                    "Give the same command again: it goes on with what it has kept, or begins anew."
+                ),
+            ):
                 if quiet:
                     warnings.simplefilter("ignore")
                 answer = command(**options)

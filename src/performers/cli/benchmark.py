@@ -10,7 +10,8 @@ from typing import Annotated, Any
 import typer
 
 from performers.cli.answers import Answer, remark
-from performers.cli.errors import one_line_errors, saying_when_interrupted
+from performers.cli.errors import one_line_errors
+from performers.cli.interrupts import saying_when_interrupted
 
 __all__ = ["benchmark"]
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from performers.cli.answers import Answer, remark
-from performers.cli.errors import one_line_errors, saying_how_to_resume
+from performers.cli.errors import one_line_errors
+from performers.cli.interrupts import saying_how_to_resume
 
 if TYPE_CHECKING:
     from performers.convert.options import FavorOptions

@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from performers.cli.answers import Answer
-from performers.cli.errors import one_line_errors, saying_how_to_resume
+from performers.cli.errors import one_line_errors
+from performers.cli.interrupts import saying_how_to_resume
 
 __all__ = ["embed"]
 

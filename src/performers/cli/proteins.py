@@ -9,6 +9,7 @@ import typer
 
 from performers.cli.answers import Answer, remark
 from performers.cli.errors import MISTAKES, one_line_errors
+from performers.cli.interrupts import saying_when_interrupted
 
 __all__ = ["proteins"]
 
@@ -42,7 +43,8 @@ def proteins(
     """
     from performers.data.fetch import fetch_proteins
 
-    with one_line_errors((*MISTAKES, RuntimeError)):
+    kept = "An unfinished download is kept; go on with the same command."
+    with saying_when_interrupted(kept), one_line_errors((*MISTAKES, RuntimeError)):
         card = fetch_proteins(
             output, source, from_paths=from_path or [], clustering=clustering, report=remark
         )
