@@ -75,7 +75,6 @@ def test_a_config_survives_being_written_and_read(config_file, tmp_path):
         ("max_seconds=.inf", "max_seconds must be positive and finite, got inf"),
         (f"trainer.max_steps={10**400}", "trainer.max_steps must be at most .*, got 1000"),
         (f"trainer.max_steps={-(10**400)}", "trainer.max_steps must be .*got -1000"),
-        ("max_seconds=9", "max_seconds says how long the run is and trainer.max_steps counts"),
         ("trainer.save_total_limit=1", "save_total_limit must be at least 2"),
         ("model=3", "model must be a mapping of keys, got 3"),
         ("seed.deep=3", "sets a key inside 'seed', which holds one value"),
@@ -98,7 +97,6 @@ def test_a_wrong_key_or_value_is_named(config_file, override, words):
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("trainer.num_train_epochs=2", "trainer.num_train_epochs counts in steps: leave one"),
         ("trainer.lr_scheduler_kwargs={}", "trainer.lr_scheduler_kwargs counts in steps"),
         ("trainer.warmup_steps=20", "warmup_steps must be below 1 beside max_seconds.*got 20"),
         ("trainer.lr_scheduler_type=inverse_sqrt", "unknown trainer.lr_scheduler_type"),
@@ -107,6 +105,32 @@ def test_a_wrong_key_or_value_is_named(config_file, override, words):
 def test_what_counts_in_steps_is_refused_beside_a_time(override, words):
     with pytest.raises(ValueError, match=words):
         load_config("demo", [override])
+
+
+@pytest.mark.parametrize(
+    ("name", "override"),
+    [
+        ("demo", "trainer.max_steps=9"),
+        ("demo", "trainer.num_train_epochs=2"),
+        ("protein-mlm", "max_seconds=9"),
+        ("protein-mlm", "trainer.num_train_epochs=2"),
+    ],
+)
+def test_the_end_that_an_override_gives_a_run_replaces_that_of_the_file(name, override):
+    config = load_config(name, [override])
+    ends = {"max_seconds": config.max_seconds} | {
+        f"trainer.{key}": config.trainer.get(key) for key in ("max_steps", "num_train_epochs")
+    }
+    key, value = override.split("=")
+    assert {end: x for end, x in ends.items() if x is not None} == {key: float(value)}
+
+
+def test_two_ends_of_a_run_that_are_asked_for_are_refused_and_none_takes_nothing_out(config_file):
+    for name in (config_file, "demo"):
+        with pytest.raises(ValueError, match=r"max_seconds says how long .* leave one of the two"):
+            load_config(name, ["max_seconds=9", "trainer.max_steps=3"])
+    config = load_config(config_file, ["max_seconds=null"])
+    assert config.trainer["max_steps"] == load_config(config_file).trainer["max_steps"]
 
 
 def test_the_demo_compares_a_performer_with_exact_attention_and_none_for_equal_time():

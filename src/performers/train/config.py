@@ -20,7 +20,7 @@ import inspect
 import sys
 import types
 import typing
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from performers.models.mixes import attention_words
 from performers.train.clock import SCHEDULES
 from performers.train.data import DataConfig, StreamConfig, check_text, checked_stream
 from performers.train.options import REFUSED_OPTIONS, TRAINER_OPTIONS, Served
+from performers.train.overrides import take_out_replaced
 from performers.train.pretrained import PretrainedConfig, checked_start, resolved
 
 __all__ = ["TASKS", "RunConfig", "load_config", "read_yaml", "shipped_configs"]
@@ -168,7 +169,8 @@ def load_config(config: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
     """The run that a YAML file (a path, or the name of a shipped one) and overrides describe.
 
     `overrides`: `key=value` with dotted keys; values are read as YAML. One of model.attention also
-    takes out the file's window_size where the mechanism has none.
+    takes out the file's window_size where the mechanism has none, and one that says how long to
+    train the file's other words for it: max_seconds, trainer.max_steps or num_train_epochs.
 
     Raises FileNotFoundError for a config that is not there, ValueError for a key or a value that
     has no meaning.
@@ -185,20 +187,8 @@ def load_config(config: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
     changes = list(overrides)
     for override in changes:
         _apply(tree, override)
-    _take_out_window(tree, {override.partition("=")[0].strip() for override in changes})
+    take_out_replaced(tree, {override.partition("=")[0].strip() for override in changes})
     return _checked(tree, str(path))
-
-
-def _take_out_window(tree: Mapping[str, Any], changed: Collection[str]) -> None:
-    """The window in a file is for the attention there, not for another that an override asks for;
-    one that is asked for together with it is refused where it means nothing.
-    """
-    model = tree.get("model")
-    if "model.attention" in changed and not {"model", "model.window_size"} & set(changed):
-        assert isinstance(model, dict), "a key in it has been set"
-        word = model["attention"]
-        if isinstance(word, str) and word in MECHANISMS and not MECHANISMS[word].takes_window:
-            model.pop("window_size", None)
 
 
 def read_yaml(path: Path) -> Any:
