@@ -113,6 +113,19 @@ def config_of(folder, name, fasta=None, **changes):
     }
 
 
+def test_a_shipped_config_trains_a_model_folder_on_text_by_overrides_alone(folder):
+    start, text = f"pretrained.model={folder / 'llama'}", f"data.text={folder / 'book.txt'}"
+    config = load_config(
+        "demo", [start, text, "data.length=22", "pretrained.options.window_size=4"]
+    )
+    assert config.pretrained.model == str(folder / "llama")
+    assert (config.model, config.compare) == ({}, [])
+    assert (config.data.text, config.data.concatenate) == (str(folder / "book.txt"), False)
+    for kept in ("compare=[exact]", "model.hidden_size=12", "data.concatenate=true"):
+        with pytest.raises(ValueError, match="pretrained.model|two (sections )?out"):
+            load_config("demo", [start, text, "data.length=22", kept])
+
+
 def written(tree, path):
     path.write_text(yaml.safe_dump(tree))
     return path

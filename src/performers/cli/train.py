@@ -49,6 +49,8 @@ def train(
 
         performers train demo trainer.bf16=true --output runs/bf16
 
+        performers train demo pretrained.model=path/to/llama data.text=book.txt data.length=512
+
         torchrun --nproc-per-node 2 -m performers.cli train demo --output runs/two
     """
     from performers.records import DamagedFileError

@@ -170,7 +170,8 @@ def load_config(config: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
 
     `overrides`: `key=value` with dotted keys; values are read as YAML. One of model.attention also
     takes out the file's window_size where the mechanism has none, and one that says how long to
-    train the file's other words for it: max_seconds, trainer.max_steps or num_train_epochs.
+    train the file's other words for it: max_seconds, trainer.max_steps or num_train_epochs. So one
+    of pretrained.model takes out the sections model and compare, one of data.text the proteins.
 
     Raises FileNotFoundError for a config that is not there, ValueError for a key or a value that
     has no meaning.

@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from performers.models import MECHANISMS
+from performers.train.data import OF_PROTEINS
 
 __all__ = ["take_out_replaced"]
 
@@ -17,6 +18,14 @@ def take_out_replaced(tree: dict[str, Any], changed: Collection[str]) -> None:
     """Take out what the file says and these overrides, by their dotted keys, have replaced."""
     _take_out_window(tree, changed)
     _take_out_ends(tree, changed)
+    if "pretrained.model" in changed:  # in the place of a model that the file makes
+        for section in {"model", "compare"} - {key.split(".")[0] for key in changed}:
+            tree.pop(section, None)
+    data = tree.get("data")
+    if "data.text" in changed and isinstance(data, dict):  # in the place of the file's proteins
+        for key in OF_PROTEINS:
+            if f"data.{key}" not in changed:
+                data.pop(key, None)
 
 
 def _take_out_window(tree: Mapping[str, Any], changed: Collection[str]) -> None:
