@@ -312,7 +312,7 @@ def _checked(tree: Mapping[str, Any], source: str) -> RunConfig:
     for attention in config.compare:
         check_choice("attention in compare", attention, MECHANISMS)
     check_seed(config.seed)
-    check_text(config.data, start is not None)
+    check_text(config.data)
     if start is not None:
         start = resolved(start, config.task, config.seed, config.data)
         config = dataclasses.replace(config, pretrained=start)

@@ -65,9 +65,9 @@ class DataConfig:
     `split_by` and the fractions: what is held out, whole clusters of similar sequences by default.
     `stream`: for files that do not fit into memory.
 
-    `text`, `text_format`, `columns`: in the place of `source`, a file that the tokenizer of a
-    pretrained model reads, see `performers.data.read_texts`. The fractions of a running text are
-    taken off its end.
+    `text`, `text_format`, `columns`: in the place of `source`, a file of text, see
+    `performers.data.read_texts`, that the tokenizer of a pretrained model reads, or a model of its
+    own byte by byte. The fractions of a running text are taken off its end.
     """
 
     source: str | list[str] = "sample"
@@ -88,11 +88,8 @@ class DataConfig:
         return self.source if self.text is None else self.text
 
 
-def check_text(data: DataConfig, is_pretrained: bool) -> None:
-    """Raise ValueError for keys of the section `data` that do not go together.
-
-    `is_pretrained`: the run starts from a model folder, with a tokenizer.
-    """
+def check_text(data: DataConfig) -> None:
+    """Raise ValueError for keys of the section `data` that do not go together."""
     unset = DataConfig()
     if data.text is None:
         for key in OF_TEXT:
@@ -102,11 +99,6 @@ def check_text(data: DataConfig, is_pretrained: bool) -> None:
                     "give the file as data.text."
                 )
         return
-    if not is_pretrained:
-        raise ValueError(
-            "data.text is read by the tokenizer of a model folder: give that as pretrained.model. "
-            "A model of its own reads proteins, data.source."
-        )
     for key in OF_PROTEINS:
         if getattr(data, key) != getattr(unset, key):
             raise ValueError(

@@ -30,9 +30,10 @@ from performers.data.fasta import FastaRecord, read_fasta
 from performers.data.tokens import frame_tokens
 from performers.data.vocabulary import PAD_TOKEN_ID, encode
 from performers.records.files import FAULTS, read_json, replace_text
-from performers.train.checkpoints import load_model, saving
+from performers.train.checkpoints import saving
 from performers.train.folders import check_file
 from performers.train.tasks import Model
+from performers.train.trained import load_of_proteins
 
 __all__ = ["POOLINGS", "Embedding"]
 
@@ -82,7 +83,7 @@ class Embedding:
             raise FileExistsError(
                 f"{output} exists already. Name another file, or replace it with --force."
             )
-        model, _ = load_model(checkpoint)
+        model, _ = load_of_proteins(checkpoint)
         records = list(read_fasta(files))
         longest = max(len(record.sequence) for record in records) + 2
         most = model.config.max_position_embeddings

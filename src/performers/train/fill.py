@@ -17,7 +17,7 @@ from performers.data.vocabulary import (
     encode,
 )
 from performers.models import PerformerForMaskedLM
-from performers.train.checkpoints import load_model
+from performers.train.trained import load_of_proteins
 
 __all__ = ["Filling"]
 
@@ -47,7 +47,7 @@ class Filling:
                 f"for example MKT{HIDDEN_LETTER}YIAK."
             )
         encode(sequence.replace(HIDDEN_LETTER, "X"))
-        model, task = load_model(checkpoint)
+        model, task = load_of_proteins(checkpoint)
         if not isinstance(model, PerformerForMaskedLM):
             raise ValueError(
                 f"{checkpoint} must hold a masked model, which sees both sides of a residue, and "

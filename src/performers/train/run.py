@@ -33,6 +33,7 @@ from performers.checks import check_count
 from performers.convert.source import check_source_weights, source_config, source_tokenizer
 from performers.data.baseline import EmpiricalBaseline
 from performers.data.proteins import SPLITS
+from performers.data.text import byte_tokenizer
 from performers.data.tokens import TokenDataset
 from performers.models import PerformerConfig
 from performers.records.environment import describe_environment
@@ -91,7 +92,7 @@ def has_finished(folder: Path) -> bool:
 class Run:
     """A run that has passed every check and has its data; `train` does the work.
 
-    `tokenizer`: that of a pretrained model which reads text.
+    `tokenizer`: that of a model which reads text.
     """
 
     config: RunConfig
@@ -257,7 +258,7 @@ class Run:
                 model.save_pretrained(folder / "model")
                 if self.tokenizer is not None:
                     self.tokenizer.save_pretrained(folder / "model")
-            if config.pretrained is None:
+            if self.tokenizer is None and config.pretrained is None:
                 with saving(folder / "attention.npz"):
                     protein = save_attention_maps(model, folder / "attention.npz")
                 file = (folder / "attention.npz").relative_to(self.folder).as_posix()
@@ -311,8 +312,11 @@ def _read_result(path: Path) -> dict[str, Any]:
 
 def _read(config: RunConfig, num_workers: int) -> tuple[Splits | Texts, Any]:
     """What is trained on, and the tokenizer of a model that reads text."""
-    if config.pretrained is None:
+    if config.pretrained is None and config.data.text is None:
         return read_data(config.data, config.seed, num_workers), None
+    if config.pretrained is None:
+        tokenizer = byte_tokenizer()
+        return read_held_out(config.data, tokenizer, len(tokenizer), config.seed), tokenizer
     check_source_weights(config.pretrained.model)
     if config.data.text is None:
         data: Splits | Texts = read_data(config.data, config.seed, num_workers)

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from performers.data.masking import NOT_SCORED, CausalCollator, Collator, MaskedCollator
+from performers.data.text import byte_tokenizer
 from performers.data.vocabulary import (
     AMINO_ACID_IDS,
     BOS_TOKEN_ID,
@@ -88,17 +89,21 @@ TASKS = {
 
 
 def model_config(config: RunConfig) -> PerformerConfig:
-    """The model of a run, with the vocabulary of the amino acids.
+    """The model of a run, with the vocabulary of the amino acids, or with bytes for text.
 
     Raises ValueError or TypeError for values that do not fit together.
     """
+    size, begin, end = VOCAB_SIZE, BOS_TOKEN_ID, EOS_TOKEN_ID
+    if config.data.text is not None:
+        tokenizer = byte_tokenizer()
+        size, begin, end = len(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id
     return PerformerConfig(
         **config.model,
         seed=config.seed,
-        vocab_size=VOCAB_SIZE,
-        pad_token_id=PAD_TOKEN_ID,
-        bos_token_id=BOS_TOKEN_ID,
-        eos_token_id=EOS_TOKEN_ID,
+        vocab_size=size,
+        pad_token_id=PAD_TOKEN_ID,  # of both
+        bos_token_id=begin,
+        eos_token_id=end,
         is_decoder=config.task == "causal-lm",
     )
 

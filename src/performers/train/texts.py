@@ -1,7 +1,8 @@
-"""Text that a pretrained model is trained on: tokens of its own tokenizer, and sets held out.
+"""Text that a model is trained on: tokens of a tokenizer, and sets held out.
 
 file ──read_texts──► a running text, or records
-     ──the model's tokenizer──► windows of length tokens, or at most length tokens of a record
+     ──the tokenizer of a pretrained model, or bytes──► windows of length tokens, or of a
+     record at most so many
      ──► train │ valid │ test        the end of a running text; records are shuffled first
 """
 

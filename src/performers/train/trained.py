@@ -15,10 +15,22 @@ from performers.data.vocabulary import VOCAB_SIZE
 from performers.records.files import read_json
 from performers.train.checkpoints import load_model
 from performers.train.fine_tuning_task import fine_tuning_task
-from performers.train.tasks import TASKS, Task
+from performers.train.tasks import TASKS, Model, Task
 from performers.train.texts import task_of_text
 
-__all__ = ["Trained"]
+__all__ = ["Trained", "load_of_proteins"]
+
+
+def load_of_proteins(checkpoint: Path) -> tuple[Model, str]:
+    """`load_model`, of one that reads proteins. Raises ValueError for another vocabulary, too."""
+    model, task = load_model(checkpoint)
+    if model.config.vocab_size != VOCAB_SIZE:
+        raise ValueError(
+            f"{checkpoint} must hold a model of proteins, which has {VOCAB_SIZE} tokens, and has "
+            f"{model.config.vocab_size}. Score text with performers evaluate, or go on with it by "
+            "performers generate."
+        )
+    return model, task
 
 
 @dataclass(frozen=True)
@@ -38,8 +50,10 @@ class Trained:
         """
         folder = checkpoint / "model" if (checkpoint / "model").is_dir() else checkpoint
         path = folder / "config.json"
+        reads_text = (folder / "tokenizer_config.json").is_file()
         if not path.is_file() or FAVOR not in read_json(path, remedy="Save the model anew."):
-            return cls(*load_model(checkpoint))
+            own = load_model(checkpoint)
+            return cls(*own, source_tokenizer(folder) if reads_text else None)
         config = source_config(folder)
         kind = fine_tuning_task(config)
         if kind.name not in TASKS:
@@ -49,7 +63,7 @@ class Trained:
             )
         check_source_weights(folder)
         tokenizer = None
-        if (folder / "tokenizer_config.json").is_file() or config.vocab_size != VOCAB_SIZE:
+        if reads_text or config.vocab_size != VOCAB_SIZE:
             tokenizer = source_tokenizer(folder)
         return cls(load_linearized(kind.auto_class, folder).eval(), kind.name, tokenizer)
 
