@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from performers.data.declarations import DECLARATIONS, match_pieces
 from performers.data.fetch import read_package
-from performers.data.gray_images import FASHION_MNIST
+from performers.data.gray_images import FASHION_MNIST, shrink_images
 from performers.data.labeled import PADDING, LabeledSequences
 from performers.data.list_operations import SYMBOLS, ListOperations, draw_list_operations
 from performers.data.long_range_arena import (
@@ -24,7 +25,7 @@ from performers.data.long_range_arena import (
     read_pathfinder,
     read_reviews,
 )
-from performers.data.mail import SPAM_ASSASSIN, Mail, classify_mail, match_halves
+from performers.data.mail import SPAM_ASSASSIN, Mail, classify_mail
 from performers.data.pathfinder import PATH_X, PATHFINDER, Pathfinder, draw_pathfinder
 from performers.data.text import paragraphs
 from performers.reproduction import read_texts
@@ -95,17 +96,27 @@ def _list_operations(amount: Amount, source: str, seed: int, report: Report) -> 
     return _cut(_part(drawn, amount.num_test, None), drawn, amount, {"drawn": repr(sizes)})
 
 
+def _paragraphs(report: Report) -> tuple[list[tuple[str, bytes]], dict[str, Any]]:
+    """Of two novels, each with its title."""
+    texts, origin = read_texts("excerpts", report)
+    found = [(title, part.encode()) for title in sorted(texts) for part in paragraphs(texts[title])]
+    return found, {"excerpts": sorted(texts), **origin}
+
+
 def _mails(source: str, report: Report) -> tuple[list[Mail], dict[str, Any]]:
     """Mail or, in its place, paragraphs of two novels, of which one counts as spam."""
     if source == PACKAGES:
         return read_package(SPAM_ASSASSIN, report=report)
-    texts, origin = read_texts("excerpts", report)
-    titles = sorted(texts)
-    return [
-        Mail(part.encode(), title == titles[0])
-        for title in titles
-        for part in paragraphs(texts[title])
-    ], {"excerpts": titles, **origin}
+    found, origin = _paragraphs(report)
+    return [Mail(part, title == found[0][0]) for title, part in found], origin
+
+
+def _documents(source: str, report: Report) -> tuple[list[bytes], dict[str, Any]]:
+    """One text in many languages or, in its place, paragraphs of novels."""
+    if source == PACKAGES:
+        return read_package(DECLARATIONS, report=report)
+    found, origin = _paragraphs(report)
+    return [part for _, part in found], origin
 
 
 def _text(amount: Amount, source: str, seed: int, report: Report) -> Split:
@@ -125,8 +136,8 @@ def _matching(amount: Amount, source: str, seed: int, report: Report) -> Split:
             for part in ("train", "test")
         )
         return _cut(_shuffled(train, seed), _shuffled(test, seed), amount)
-    mails, origin = _mails(source, report)
-    return _cut(*match_halves(mails, amount.length, amount.num_test, seed), amount, origin)
+    documents, origin = _documents(source, report)
+    return _cut(*match_pieces(documents, amount.length, amount.num_test, seed), amount, origin)
 
 
 def _image(amount: Amount, source: str, seed: int, report: Report) -> Split:
@@ -135,21 +146,26 @@ def _image(amount: Amount, source: str, seed: int, report: Report) -> Split:
         train = read_cifar([folder / f"data_batch_{number}.bin" for number in range(1, 6)])
         return _cut(train, read_cifar([folder / "test_batch.bin"]), amount)
     if source == PACKAGES:
-        (train, test), origin = read_package(FASHION_MNIST, report=report)
+        found, origin = read_package(FASHION_MNIST, report=report)
+        train, test = (shrink_images(part, math.isqrt(amount.length)) for part in found)
         return _cut(train, test, amount, origin)
     from sklearn.datasets import load_digits
 
     digits = load_digits()
-    found = LabeledSequences(
+    drawn = LabeledSequences(
         torch.from_numpy((digits.data * 15).astype(np.uint8)), torch.from_numpy(digits.target)
     )
     origin = {"package": "scikit-learn, load_digits"}
-    return _cut(_part(found, amount.num_test, None), found, amount, origin)
+    return _cut(_part(drawn, amount.num_test, None), drawn, amount, origin)
 
 
-def _pathfinder(options: Pathfinder, folder: str) -> Callable[..., Split]:
+def _pathfinder(
+    options: Pathfinder, folder: str | None = None, levels: int = BYTES
+) -> Callable[..., Split]:
+    """From a folder of the benchmark, or drawn, in so many grays."""
+
     def prepare(amount: Amount, source: str, seed: int, report: Report) -> Split:
-        if source == OFFICIAL:
+        if source == OFFICIAL and folder is not None:
             found = read_pathfinder(RELEASE / folder)
             tenth = len(found) // 10
             return _cut(_part(found, 0, 8 * tenth), _part(found, 9 * tenth, None), amount)
@@ -157,6 +173,7 @@ def _pathfinder(options: Pathfinder, folder: str) -> Callable[..., Split]:
         count = amount.num_train + amount.num_test
         report(f"drawing {count:,} images of {drawn.size} × {drawn.size} pixels")
         found = draw_pathfinder(count, drawn, seed)
+        found = replace(found, tokens=found.tokens // (BYTES // levels))
         return _cut(_part(found, amount.num_test, None), found, amount, {"drawn": repr(drawn)})
 
     return prepare
@@ -176,11 +193,32 @@ def by_distance(split: Split) -> float:
     return accuracy(tested, split.test.labels, best)
 
 
+def by_histogram(split: Split) -> float:
+    """Calling pieces of one document whose histograms of bytes are more alike than a bound."""
+    fitted, tested = _likenesses(split.train), _likenesses(split.test)
+    bounds = fitted.quantile(torch.linspace(0, 1, 41))
+
+    def accuracy(likenesses: Tensor, labels: Tensor, bound: Tensor) -> float:
+        return float(((likenesses > bound) == labels.bool()).float().mean())
+
+    best = max(bounds, key=lambda bound: accuracy(fitted, split.train.labels, bound))
+    return accuracy(tested, split.test.labels, best)
+
+
+def _likenesses(data: LabeledSequences) -> Tensor:
+    """Σ √(p q) over the shares of all bytes in both sequences of a pair."""
+    tokens = data.tokens.long()
+    counts = torch.zeros(*tokens.shape[:2], BYTES).scatter_add_(2, tokens, torch.ones(tokens.shape))
+    counts[..., PADDING] = 0
+    shares = counts / counts.sum(-1, keepdim=True).clamp(min=1)
+    return shares.sqrt().prod(1).sum(-1)
+
+
 def _distances(data: LabeledSequences) -> Tensor:
-    """Pixels from dot to dot; 0 where they overlap. Nothing but a dot is brighter than 200."""
+    """Pixels from dot to dot; 0 where they overlap. Nothing but a dot has the brightest gray."""
     side = math.isqrt(data.tokens.shape[-1])
     places = torch.cartesian_prod(torch.arange(side), torch.arange(side))
-    is_dot = data.tokens > 200
+    is_dot = data.tokens == GRAYS - 1
     first = places[is_dot.int().argmax(1)]
     # The first bright pixel of a dot is at most its diameter from all others.
     is_near = (places - first[:, None]).abs().amax(-1) <= side // 8
@@ -221,18 +259,21 @@ def _shuffled(whole: LabeledSequences, seed: int) -> LabeledSequences:
     return LabeledSequences(whole.tokens[order], whole.labels[order])
 
 
-# The easiest set of the benchmark has contours of six dashes, and more distractors.
-EASY = replace(PATHFINDER, num_dashes=6, num_distractors=10, distractor_dashes=2)
+# So few that a gray by itself tells a dot from a dash.
+GRAYS = 4
+
+# Two dashes and a short distractor, for images of a few hundred pixels at most.
+SHORT = replace(PATHFINDER, num_dashes=2, num_distractors=1, distractor_dashes=1, dot_radius=1.0)
 
 TASKS = {
     "listops": Task(
         _list_operations, num_labels=10, vocab_size=PADDING + 1 + len(SYMBOLS), is_padded=True
     ),
     "text": Task(_text, num_labels=2, is_padded=True),
-    "retrieval": Task(_matching, num_labels=2, is_pair=True, is_padded=True),
+    "retrieval": Task(_matching, num_labels=2, is_pair=True, is_padded=True, shortcut=by_histogram),
     "image": Task(_image, num_labels=10),
-    "pathfinder-easy": Task(
-        _pathfinder(EASY, "pathfinder32/curv_baseline"), num_labels=2, shortcut=by_distance
+    "pathfinder-short": Task(
+        _pathfinder(SHORT, levels=GRAYS), num_labels=2, vocab_size=GRAYS, shortcut=by_distance
     ),
     "pathfinder": Task(
         _pathfinder(PATHFINDER, "pathfinder32/curv_contour_length_14"), num_labels=2

@@ -31,12 +31,14 @@ class Model:
     intermediate_size: int
     head_dim: int | None = None
     hidden_dropout_prob: float = 0.0
+    initializer_range: float = 0.02
+    position: str = "learned"
 
 
 @dataclass(frozen=True)
 class Training:
     """`learning_rate`: its peak, after a share `warmup` of the training; then it falls as a cosine.
-    `steps`: how many, where no time is given.
+    `seconds`: of training; None: `steps`.
     """
 
     batch_size: int
@@ -44,6 +46,7 @@ class Training:
     warmup: float
     weight_decay: float
     steps: int
+    seconds: float | None = None
 
 
 def build(
@@ -62,7 +65,6 @@ def build(
         num_labels=task.num_labels,
         pad_token_id=PADDING if task.is_padded else None,
         max_position_embeddings=amount.length,
-        position="learned",
         num_projections=num_projections,
         seed=seed,
     )
@@ -76,9 +78,9 @@ def build(
 
 
 def train(
-    model: nn.Module, task: Task, split: Split, training: Training, seconds: float | None, seed: int
+    model: nn.Module, task: Task, split: Split, training: Training, seed: int
 ) -> dict[str, Any]:
-    """Train for so many seconds, or for all steps if None, and score once at the end.
+    """Train for the seconds of the training, or for its steps, and score once at the end.
 
     Seconds are those of the steps alone, by `time_on`. Before the clock starts there is one forward
     and one backward pass, so that no mechanism pays for compiling.
@@ -103,7 +105,7 @@ def train(
         optimizer.zero_grad()
         used += time_on(device) - began
         steps += 1
-        share = steps / training.steps if seconds is None else used / seconds
+        share = steps / training.steps if training.seconds is None else used / training.seconds
     return {
         "accuracy": evaluate(model, task, split.test, training.batch_size),
         "steps": steps,
@@ -131,7 +133,7 @@ def evaluate(model: nn.Module, task: Task, data: LabeledSequences, size: int) ->
 
 def measure(
     task: Task, split: Split, settings: tuple[Amount, Model, Training], mechanism: dict[str, Any],
-    num_projections: int, seconds: float | None, seed: int, device: str,
+    num_projections: int, seed: int, device: str,
 ) -> dict[str, Any]:  # fmt: skip
     """`train` a new model; also the most memory in use meanwhile, beyond the data."""
     amount, size, training = settings
@@ -141,5 +143,5 @@ def measure(
         # Features that can be negative are measured, too.
         warnings.simplefilter("ignore", UserWarning)
         model = build(task, amount, size, mechanism, num_projections, seed).to(device)
-    found = train(model, task, Split(*moved, split.origin), training, seconds, seed)
+    found = train(model, task, Split(*moved, split.origin), training, seed)
     return {**found, "bytes": memory.measure()}

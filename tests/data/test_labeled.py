@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from performers.data.fetch import NpmPackage, read_package
-from performers.data.gray_images import FASHION_MNIST, read_idx
+from performers.data.gray_images import FASHION_MNIST, read_idx, shrink_images
 from performers.data.labeled import LabeledSequences, byte_rows
 from performers.data.list_operations import SYMBOLS
 from performers.data.long_range_arena import (
@@ -21,7 +21,7 @@ from performers.data.long_range_arena import (
     read_pathfinder,
     read_reviews,
 )
-from performers.data.mail import SPAM_ASSASSIN, Mail, classify_mail, match_halves
+from performers.data.mail import SPAM_ASSASSIN, Mail, classify_mail
 
 
 def texts(tokens):
@@ -81,26 +81,26 @@ def test_mail_is_classified_with_as_many_of_both_kinds():
     assert not set(texts(train.tokens)) & set(texts(test.tokens))
 
 
-def test_halves_match_if_they_are_of_one_mail():
-    train, test = match_halves(MAILS, 13, num_test=20)
-    assert (len(train), len(test)) == (80, 20)
-    seen = []
-    for part in (train, test):
-        assert part.most_frequent_share() == 0.5
-        first, second = (texts(part.tokens[:, place]) for place in (0, 1))
-        assert [one == other for one, other in zip(first, second, strict=True)] == [
-            bool(label) for label in part.labels
-        ]
-        # Nobody's presence tells a label: each is a beginning once and an end once.
-        assert len(set(first)) == len(first)
-        assert set(first) == set(second)
-        seen.append(set(first))
-    assert not seen[0] & seen[1]
-
-
 def test_more_to_test_with_than_there_is_are_refused():
     with pytest.raises(ValueError, match=r"there are 60 sequences, got 60\. Take fewer"):
         classify_mail(MAILS, 13, num_test=60)
+
+
+def test_a_smaller_image_has_the_mean_of_the_pixels_that_each_of_its_pixels_covers():
+    images = torch.randint(0, 256, (3, 35, 35), dtype=torch.uint8)
+    small = shrink_images(LabeledSequences(images.flatten(1), torch.tensor([2, 0, 1])), 7)
+    assert small.labels.tolist() == [2, 0, 1]
+    expected = [
+        [
+            float(image[5 * i : 5 * i + 5, 5 * j : 5 * j + 5].double().mean())
+            for i in range(7)
+            for j in range(7)
+        ]
+        for image in images
+    ]
+    assert (small.tokens.double() - torch.tensor(expected)).abs().max() <= 0.5 + 1e-4
+    with pytest.raises(ValueError, match=r"side must divide that of the images, 35, got 4"):
+        shrink_images(LabeledSequences(images.flatten(1), torch.tensor([2, 0, 1])), 4)
 
 
 def idx(array):

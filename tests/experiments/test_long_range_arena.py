@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from performers.data.labeled import byte_rows
 from performers.models import MECHANISMS
 from performers.reproduction.protocol import EXPERIMENTS, load_experiment
 
@@ -97,10 +98,32 @@ def test_the_distance_of_the_dots_is_measured_from_dot_to_dot(part):
     images = torch.zeros(3, 32, 32, dtype=torch.uint8)
     for image, dots in zip(images, [(5, 7, 21, 19), (5, 7, 5, 24), (5, 7, 5, 7)], strict=True):
         for row, column in (dots[:2], dots[2:]):
-            image[row - 1 : row + 2, column - 1 : column + 2] = 255
+            image[row - 1 : row + 2, column - 1 : column + 2] = 3
     data = tasks.LabeledSequences(images.flatten(1), torch.tensor([1, 1, 0]))
     torch.testing.assert_close(tasks._distances(data), torch.tensor([20.0, 17.0, 0.0]))
     assert tasks.by_distance(tasks.Split(data, data, {})) == 1.0
+
+
+def test_short_pathfinder_has_four_grays_of_which_dots_alone_have_the_brightest(part):
+    tasks = part("tasks")
+    side = 8
+    split = tasks.TASKS["pathfinder-short"].prepare(
+        tasks.Amount(side * side, 40, 20), "packages", 0, lambda line: None
+    )
+    assert set(split.train.tokens.unique().tolist()) == set(range(4))
+    assert split.train.most_frequent_share() == split.test.most_frequent_share() == 0.5
+    # Two dots of a diameter of two pixels.
+    assert (split.train.tokens == 3).sum(1).max() <= 2 * 9
+    assert (split.train.tokens == 3).any(1).all()
+
+
+def test_a_histogram_tells_pieces_of_one_document_from_others(part):
+    tasks = part("tasks")
+    pairs = [(b"aabb", b"baba"), (b"aab", b"aba"), (b"aabb", b"ccdd"), (b"ab", b"cdd")]
+    tokens = torch.stack([byte_rows([pair[place] for pair in pairs], 5) for place in (0, 1)], dim=1)
+    data = tasks.LabeledSequences(tokens, torch.tensor([1, 1, 0, 0]))
+    torch.testing.assert_close(tasks._likenesses(data), torch.tensor([1.0, 1.0, 0.0, 0.0]))
+    assert tasks.by_histogram(tasks.Split(data, data, {})) == 1.0
 
 
 RESULTS = {
@@ -125,7 +148,13 @@ RESULTS = {
 
 
 def test_the_table_has_scores_speeds_and_memory_beside_the_published_mean(experiment):
-    text = experiment.summary({"seconds": 2.0}, RESULTS)
+    config = {
+        "amounts": {"text": {"length": 97}, "image": {"length": 1009}},
+        "trainings": {
+            "text": {"seconds": 2.5, "steps": 7}, "image": {"seconds": None, "steps": 35_000},
+        },
+    }  # fmt: skip
+    text = experiment.summary(config, RESULTS)
     rows = {
         cells[1]: cells[2:-1]
         for line in text.splitlines()
@@ -141,6 +170,8 @@ def test_the_table_has_scores_speeds_and_memory_beside_the_published_mean(experi
     ]  # fmt: skip
     assert rows["performer-relu"][:4] == ["56.0", "20.0", "38.0", "51.41"]
     assert rows["the most frequent label"][:2] == ["50.0", "10.0"]
-    assert rows["the distance of the dots alone"][:2] == ["", "90.0"]
+    assert rows["a rule of one number"][:2] == ["", "90.0"]
+    assert "text: 2.5 s on 97 tokens, 97 to train on" in text
+    assert "image: 35,000 steps on 1,009 tokens" in text
     assert "| exact | +4.0 | +1.0 |" in text
     assert "(performer-positive) performer-positive has the highest mean" in text

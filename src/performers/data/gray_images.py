@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import gzip
+import math
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 
+from performers.checks import check_count
 from performers.data.fetch import DebianPackage
 from performers.data.labeled import LabeledSequences
 
-__all__ = ["FASHION_MNIST", "read_idx"]
+__all__ = ["FASHION_MNIST", "read_idx", "shrink_images"]
 
 
 def read_idx(images: str | Path, labels: str | Path) -> LabeledSequences:
@@ -23,6 +26,22 @@ def read_idx(images: str | Path, labels: str | Path) -> LabeledSequences:
     return LabeledSequences(
         torch.from_numpy(pixels.reshape(len(pixels), -1)), torch.from_numpy(names).long()
     )
+
+
+def shrink_images(images: LabeledSequences, side: int) -> LabeledSequences:
+    """Square images on side × side pixels, each the mean of a square of them.
+
+    Raises ValueError unless the squares have a whole number of pixels.
+    """
+    check_count("side", side)
+    large = math.isqrt(images.tokens.shape[-1])
+    if large % side:
+        raise ValueError(
+            f"side must divide that of the images, {large}, got {side}. Take one that does."
+        )
+    pixels = images.tokens.reshape(-1, 1, large, large).float()
+    means = F.avg_pool2d(pixels, large // side).round().byte()
+    return LabeledSequences(means.flatten(1), images.labels)
 
 
 def _content(path: Path) -> np.ndarray:

@@ -13,7 +13,7 @@ from performers.checks import check_count
 from performers.data.fetch import NpmPackage
 from performers.data.labeled import LabeledSequences, byte_rows
 
-__all__ = ["SPAM_ASSASSIN", "Mail", "classify_mail", "match_halves"]
+__all__ = ["SPAM_ASSASSIN", "Mail", "classify_mail"]
 
 
 class Mail(NamedTuple):
@@ -45,6 +45,7 @@ def classify_mail(
 
     Raises ValueError if there are too few.
     """
+    check_count("num_test", num_test)
     generator = random.Random(seed)
     spam, wanted = (
         generator.sample(bodies, len(bodies))
@@ -54,36 +55,7 @@ def classify_mail(
     )
     kept = min(len(spam), len(wanted))
     rows = [body for pair in zip(spam[:kept], wanted[:kept], strict=True) for body in pair]
-    return _split(byte_rows(rows, length), torch.tensor([1, 0]).repeat(kept), num_test)
-
-
-def match_halves(
-    mails: Sequence[Mail], length: int, num_test: int, seed: int = 0
-) -> tuple[LabeledSequences, LabeledSequences]:
-    """Pairs of the beginning of a mail and the end of one, the label being 1 if it is the same.
-
-    Each is half of a mail of at least `length` bytes, cut to `length`. Every mail is in one pair as
-    a beginning and in one as an end, and no mail to test with is in any pair to train on.
-    """
-    generator = random.Random(seed)
-    long = [mail.body for mail in mails if len(mail.body) >= length]
-    long = generator.sample(long, len(long) // 4 * 4)
-    firsts, seconds, labels = [], [], []
-    # Of four mails two go with themselves, two with each other.
-    for four in zip(*(long[start::4] for start in range(4)), strict=True):
-        halves = [(body[: len(body) // 2], body[len(body) // 2 :]) for body in four]
-        for own, other, label in ((0, 0, 1), (1, 1, 1), (2, 3, 0), (3, 2, 0)):
-            firsts.append(halves[own][0])
-            seconds.append(halves[other][1])
-            labels.append(label)
-    pairs = torch.stack([byte_rows(firsts, length), byte_rows(seconds, length)], dim=1)
-    return _split(pairs, torch.tensor(labels), num_test)
-
-
-def _split(
-    tokens: torch.Tensor, labels: torch.Tensor, num_test: int
-) -> tuple[LabeledSequences, LabeledSequences]:
-    check_count("num_test", num_test)
+    tokens, labels = byte_rows(rows, length), torch.tensor([1, 0]).repeat(kept)
     if num_test >= len(labels):
         raise ValueError(
             f"num_test must leave something to train on: there are {len(labels)} sequences, got "
