@@ -107,7 +107,7 @@ REDUCED_AMOUNTS = {
     "text": Amount(256, 3000, 400),
     "retrieval": Amount(128, 16_000, 400),
     "image": Amount(196, 60_000, 400),
-    "pathfinder-short": Amount(64, 20_000, 400),
+    "pathfinder-short": Amount(64, 20_000, 800),
 }
 # Amounts to test with are multiples of the batch, so that no last batch has a shape of its own, for
 # which kernels are compiled.
@@ -127,7 +127,7 @@ REDUCED = replace(
         "text": TRAINING,
         "retrieval": Training(16, 3e-3, 0.1, 0.01, 100, seconds=8.0),
         "image": Training(16, 1e-2, 0.1, 0.01, 100, seconds=6.0),
-        "pathfinder-short": Training(32, 3e-3, 0.1, 0.0, 100, seconds=35.0),
+        "pathfinder-short": Training(32, 3e-3, 0.1, 0.0, 100, seconds=45.0),
     },
     source=PACKAGES,
     num_projections=64,
