@@ -21,6 +21,9 @@ CLEAR = Pathfinder(
     size=61, num_dashes=5, num_distractors=3, distractor_dashes=2, dash=4.0, clearance=5.5
 )
 EASY = replace(PATHFINDER, num_dashes=6, num_distractors=10, distractor_dashes=2)
+SHORT = replace(
+    PATHFINDER, size=8, num_dashes=2, num_distractors=1, distractor_dashes=1, dot_radius=1.0
+)
 
 
 def follows(image):
@@ -42,7 +45,9 @@ def test_following_the_dashes_from_one_dot_tells_the_label():
     assert [follows(image) for image in images] == drawn.labels.bool().tolist()
 
 
-@pytest.mark.parametrize("options", [EASY, CLEAR, PATH_X], ids=["easy", "clear", "path-x"])
+@pytest.mark.parametrize(
+    "options", [EASY, CLEAR, PATH_X, SHORT], ids=["easy", "clear", "path-x", "short"]
+)
 @pytest.mark.parametrize("is_connected", [True, False])
 def test_snakes_are_dashes_that_turn_a_little_and_keep_clear_of_each_other(options, is_connected):
     drawing = draw_image(is_connected, options, np.random.default_rng(7))
