@@ -96,6 +96,7 @@ def test_an_interrupted_run_goes_on_with_what_is_not_finished(experiment, tmp_pa
 def test_the_distance_of_the_dots_is_measured_from_dot_to_dot(part):
     tasks = part("tasks")
     images = torch.zeros(3, 32, 32, dtype=torch.uint8)
+    images[:, 28] = 2  # no dot, but a dash
     for image, dots in zip(images, [(5, 7, 21, 19), (5, 7, 5, 24), (5, 7, 5, 7)], strict=True):
         for row, column in (dots[:2], dots[2:]):
             image[row - 1 : row + 2, column - 1 : column + 2] = 3
