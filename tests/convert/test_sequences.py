@@ -4,9 +4,9 @@ import pytest
 import torch
 from tiny_models import bert, llama
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
-from performers.convert.sequences import Sequences
+from performers.convert.sequences import Sequences, text_windows
 
 NAMES = ["[PAD]", "[UNK]", *(f"w{n}" for n in range(2, 90))]
 
@@ -47,3 +47,14 @@ def test_windows_of_a_text_are_full(tokenizer):
     assert found.inputs["input_ids"].flatten().tolist() == list(range(5, 33))
     assert found.lengths.tolist() == [7] * 4
     assert found[1:3].batches(1)[1]["input_ids"].tolist() == [list(range(19, 26))]
+
+
+def test_a_tokenizer_that_is_written_in_python_cuts_a_text_into_the_same_windows():
+    tokenizer, text = ByT5Tokenizer(), "Dž und 語, " * 9
+    rows = text_windows(tokenizer, text, 11)
+    tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert rows[:, :-1].flatten().tolist() == tokens[: len(rows) * 10]
+    assert (rows[:, -1] == tokenizer.eos_token_id).all()
+    assert len(rows) == len(tokens) // 10
+    with pytest.raises(ValueError, match="the text must have at least 999 tokens, got "):
+        text_windows(tokenizer, text, 999)

@@ -86,9 +86,17 @@ def text_windows(tokenizer: Any, text: str, length: int) -> Int[Tensor, "windows
 
     Raises ValueError for a text that is shorter.
     """
-    pieces = tokenizer(text, truncation=True, max_length=length, return_overflowing_tokens=True)[
-        "input_ids"
-    ]
+    if tokenizer.is_fast:
+        options = {"max_length": length, "return_overflowing_tokens": True}
+        pieces = tokenizer(text, truncation=True, **options)["input_ids"]
+    else:  # one that is written in Python gives no pieces
+        tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
+        room = max(1, length - tokenizer.num_special_tokens_to_add())
+        starts = range(0, max(1, len(tokens)), room)
+        pieces = [
+            tokenizer.build_inputs_with_special_tokens(tokens[start : start + room])
+            for start in starts
+        ]
     whole = [piece for piece in pieces if len(piece) == length]
     if not whole:
         raise ValueError(
