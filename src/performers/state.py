@@ -288,13 +288,19 @@ class LinearState:
 
 
 def _device(device: torch.device | str) -> torch.device:
-    """Raise unless torch has such a device, at least in principle."""
+    """Raise unless torch has such a device, and sees it if it is a GPU."""
     try:
-        return torch.device(device)
+        found = torch.device(device)
     except (RuntimeError, TypeError, ValueError) as error:
         raise ValueError(
             f"device must be one of torch's, such as 'cpu' or 'cuda:0', got {described(device)}."
         ) from error
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"device must be one that torch sees, got {str(found)!r}, and it sees "
+            f"{torch.cuda.device_count()} GPUs."
+        )
+    return found
 
 
 def _check_like(name: str, given: Tensor, part: Tensor) -> None:
