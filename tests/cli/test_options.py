@@ -168,7 +168,7 @@ EFFECTS: dict[str, dict[str, Call | Shown]] = {
         "seed": generate("--seed 7", "torch.manual_seed", "seed", 7),
     },
     "embed": {
-        "checkpoint": embed("", "embed.load_model", "checkpoint", "{masked}"),
+        "checkpoint": embed("", "embed.load_of_proteins", "checkpoint", "{masked}"),
         "data": embed("", "embed.read_fasta", "paths", ["{fasta}"]),
         "output": embed("", "Embedding.prepare", "output", "{new}/vectors.npz"),
         "pooling": embed("--pooling residue", "Embedding.run", "self.pooling", "residue"),
@@ -177,7 +177,7 @@ EFFECTS: dict[str, dict[str, Call | Shown]] = {
         "force": embed("--force", "Embedding._make_place", "force", True),
     },
     "fill": {
-        "checkpoint": fill("", "load_model", "checkpoint", "{masked}"),
+        "checkpoint": fill("", "load_of_proteins", "checkpoint", "{masked}"),
         "sequence": fill("", "encode", "sequence", "MKX"),
         "top": Shown("fill {masked} MK? --top 3 --json", lambda out: out.count("0."), 3),
     },

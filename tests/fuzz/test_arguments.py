@@ -152,7 +152,10 @@ def test_every_method_of_a_state_and_every_argument_is_under_this_law():
         (lambda: STATE.index_select(torch.tensor(1)), "index must be a vector of whole numbers"),
         (lambda: STATE.repeat_interleave(0), "repeats must be a whole number of at least 1"),
         (lambda: STATE.to("the moon"), "device must be one of torch's"),
-        (lambda: STATE.to("cuda:99"), "device must be one that torch sees, got 'cuda:99', and it sees "),
+        (
+            lambda: STATE.to("cuda:99"),
+            "device must be one that torch sees, got 'cuda:99', and it sees ",
+        ),
         (
             lambda: LinearState.empty(2, 3, -1, 4),
             "num_features must be a whole number of at least 0, got -1",

@@ -263,7 +263,6 @@ def test_a_mask_is_of_the_tokenizer_s_own_tokens(folder, tmp_path):
         ("llama", ["data={source: sample, length: 22}"], "proteins are read with the 29 tokens of"),
         ("llama", ["data.concatenate=true"], "data.concatenate is of proteins"),
         ("llama", ["data={columns: [a], length: 9}"], "data.columns says how data.text is read"),
-        ("llama", ["pretrained=null"], "give that as pretrained.model"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_a_pretrained_model_is_refused_by_the_config(

@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from performers.data.text import byte_tokenizer
 from performers.models import PerformerForMaskedLM
 from performers.train import Evaluation, Generation, Run, load_config
+from performers.train.byte_tokenizer import byte_tokenizer
 from performers.train.embed import Embedding
 from performers.train.fill import Filling
 from performers.viz import write_report

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Int32
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 __all__ = [
-    "byte_tokenizer",
     "encode_text",
     "log_likelihood_multiplier",
     "paragraphs",
@@ -159,26 +158,3 @@ def log_likelihood_multiplier(texts: Sequence[str], tokenizer: Tokenizer) -> flo
     """
     tokens = sum(map(len, encode_text(texts, tokenizer)))
     return tokens / sum(len(text.split()) for text in texts)
-
-
-def byte_tokenizer() -> Any:
-    """A tokenizer of transformers with a token for each byte of UTF-8, for models of text that
-    begin from nothing: every text has tokens, in every language, and comes back as it was.
-
-    Beside the bytes there are one for padding, which is 0 as for proteins, and one for what is
-    hidden. None begins or ends a text.
-    """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    tokens = "<pad>", "<mask>", *sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: index for index, token in enumerate(tokens)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        mask_token="<mask>",
-        clean_up_tokenization_spaces=False,
-    )

@@ -33,12 +33,12 @@ from performers.checks import check_count
 from performers.convert.source import check_source_weights, source_config, source_tokenizer
 from performers.data.baseline import EmpiricalBaseline
 from performers.data.proteins import SPLITS
-from performers.data.text import byte_tokenizer
 from performers.data.tokens import TokenDataset
 from performers.models import PerformerConfig
 from performers.records.environment import describe_environment
 from performers.records.files import holding, read_json
 from performers.train.attention import save_attention_maps
+from performers.train.byte_tokenizer import byte_tokenizer
 from performers.train.checkpoints import (
     check_weights,
     last_whole_checkpoint,

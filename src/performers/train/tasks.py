@@ -10,7 +10,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from performers.data.masking import NOT_SCORED, CausalCollator, Collator, MaskedCollator
-from performers.data.text import byte_tokenizer
 from performers.data.vocabulary import (
     AMINO_ACID_IDS,
     BOS_TOKEN_ID,
@@ -21,6 +20,7 @@ from performers.data.vocabulary import (
 from performers.models import PerformerConfig, PerformerForCausalLM, PerformerForMaskedLM
 from performers.models.config import changed
 from performers.records.environment import memory_of_machine
+from performers.train.byte_tokenizer import byte_tokenizer
 from performers.train.config import RunConfig
 from performers.train.pretrained import unloaded
 
