@@ -87,8 +87,8 @@ def text_windows(tokenizer: Any, text: str, length: int) -> Int[Tensor, "windows
     Raises ValueError for a text that is shorter.
     """
     if tokenizer.is_fast:
-        options = {"max_length": length, "return_overflowing_tokens": True}
-        pieces = tokenizer(text, truncation=True, **options)["input_ids"]
+        found = tokenizer(text, truncation=True, max_length=length, return_overflowing_tokens=True)
+        pieces = found["input_ids"]
     else:  # one that is written in Python gives no pieces
         tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
         room = max(1, length - tokenizer.num_special_tokens_to_add())

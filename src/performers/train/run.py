@@ -312,9 +312,9 @@ def _read_result(path: Path) -> dict[str, Any]:
 
 def _read(config: RunConfig, num_workers: int) -> tuple[Splits | Texts, Any]:
     """What is trained on, and the tokenizer of a model that reads text."""
-    if config.pretrained is None and config.data.text is None:
-        return read_data(config.data, config.seed, num_workers), None
     if config.pretrained is None:
+        if config.data.text is None:
+            return read_data(config.data, config.seed, num_workers), None
         tokenizer = byte_tokenizer()
         return read_held_out(config.data, tokenizer, len(tokenizer), config.seed), tokenizer
     check_source_weights(config.pretrained.model)

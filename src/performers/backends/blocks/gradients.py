@@ -113,8 +113,7 @@ class HeadsBack(Heads):
                     if self.with_directions:
                         side.directions_back(mapped, of_features, of_directions)
                         self.of_tilt[index] += of_features.sum(dim=0)
-                    head = self.heads.start + index
-                    side.mapped_back(head, mapped, of_features, of_query.flatten(0, 1))
+                    side.mapped_back(index, mapped, of_features, of_query.flatten(0, 1))
         return of_average, excess
 
     def losses(
@@ -162,5 +161,4 @@ class HeadsBack(Heads):
                 if self.with_directions:
                     of_directions = self.of_key_directions[index]
                     self.key_side.directions_back(mapped, of_logits, of_directions)
-                head, of_key = self.heads.start + index, self.of_key[index, own]
-                self.key_side.mapped_back(head, mapped, of_logits, of_key)
+                self.key_side.mapped_back(index, mapped, of_logits, self.of_key[index, own])

@@ -54,11 +54,11 @@ class Heads:
         later = torch.ones(sizes.block, sizes.block, dtype=torch.bool, device=self.like.device)
         self.most_later = self.at_most(later.triu_(1))
         self.query_side = Side.of(
-            problem.scale, problem.query_directions, problem.query_shift, problem.query_matrix,
-            problem.query_linear,
+            heads, problem.scale, problem.query_directions, problem.query_shift,
+            problem.query_matrix, problem.query_linear,
         )  # fmt: skip
         self.key_side = Side.of(
-            problem.scale, problem.key_directions, problem.key_shift, problem.key_matrix,
+            heads, problem.scale, problem.key_directions, problem.key_shift, problem.key_matrix,
             problem.key_linear,
         )  # fmt: skip
         length = sizes.count * sizes.block
@@ -129,7 +129,7 @@ class Heads:
         rows = slice(tile.start * size, tile.stop * size)
         shift = self.sizes.before * size
         own = slice(rows.start + shift, rows.stop + shift)
-        mapped = self.key_side.mapped(self.heads.start + index, self.key[index, own])
+        mapped = self.key_side.mapped(index, self.key[index, own])
         alike = index if len(self.absent_far) > 1 else 0
         if any(self.is_gappy_far[alike][tile]):
             mapped.number.masked_fill_(self.absent_far[alike, rows], HIDDEN)
@@ -207,7 +207,7 @@ class Heads:
             logits.append(heavy.masked_fill_(hidden.unsqueeze(1), HIDDEN))
         mapped = None
         if sizes.features:
-            mapped = self.query_side.mapped(self.heads.start + index, query.flatten(0, 1))
+            mapped = self.query_side.mapped(index, query.flatten(0, 1))
             features = mapped.logits.unflatten(0, (blocks, sizes.rows))
             logits.append(features.add_(numbers[index, tile]))
         return logits, mapped

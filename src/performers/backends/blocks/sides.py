@@ -42,18 +42,19 @@ class Side(NamedTuple):
     @classmethod
     def of(
         cls,
+        heads: slice,
         scale: float,
         directions: Tensor,
-        shift: Tensor | None,
-        matrix: Tensor | None,
-        linear: Tensor | None,
+        *parts: Tensor | None,
     ) -> Side:
+        """For some heads. `parts`: shift, matrix and linear."""
         unit = math.sqrt(scale)
-        columns = directions.mT * (unit * LOG2_E)
+        shift, matrix, linear = (None if x is None else of_heads(x, heads) for x in parts)
+        columns = of_heads(directions, heads).mT * (unit * LOG2_E)
         if matrix is not None:
-            heads = max(len(matrix), len(columns))
-            matrix = matrix.expand(heads, -1, -1)
-            columns = torch.bmm(matrix, columns.expand(heads, -1, -1))
+            number = max(len(matrix), len(columns))
+            matrix = matrix.expand(number, -1, -1)
+            columns = torch.bmm(matrix, columns.expand(number, -1, -1))
             columns = torch.cat([matrix * (unit * ROOT), columns], dim=-1)
         shift = None if shift is None else shift / unit
         linear = None if linear is None else linear * (unit * LOG2_E)
