@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -9,6 +11,7 @@ from torch import Tensor
 from performers.backends.blocks.far import Averages
 from performers.backends.blocks.rows import Heads
 from performers.backends.blocks.sizes import LOG2_E, BlockAttention, Problem, Sizes
+from performers.backends.fused_softmax import HIDDEN
 
 __all__ = ["HeadsBack"]
 
@@ -34,9 +37,10 @@ class HeadsBack(Heads):
         super().__init__(problem, sizes, heads)
         self.with_directions = with_directions
         self.of_out = self.in_blocks("of out", gradients.out)
-        self.log_sum = self.in_blocks("log sum", found.log_sum) * LOG2_E
+        self.log_sum = self.in_blocks("log sum", found.log_sum)
         self.of_log_sum = self.in_blocks("of log sum", gradients.log_sum)
         self.out = self.in_blocks("out", found.out)
+        self.is_fused = self.near.is_fused and self.is_plain()
         if sizes.limits:
             self.log_factor = self.in_blocks("log factor", found.log_factor) * LOG2_E
         self.of_query, self.is_of_query_itself = self.room("of query", of_query)
@@ -51,69 +55,85 @@ class HeadsBack(Heads):
         self.of_key_directions = self.like.new_zeros(directions)
         self.of_tilt = self.like.new_zeros(self.number, 1, sizes.features)
 
+    def is_plain(self) -> bool:
+        """Whether PyTorch's kernel can go back through all rows: what logits lose is that of
+        outputs alone, and the log of no normalizer is so large that its rounding shows."""
+        log_sum = self.log_sum
+        is_in_reach = (log_sum.abs() < 2**12) | (log_sum < HIDDEN / 2)
+        is_of_outputs = not (self.sizes.limits or bool(self.of_log_sum.any()))
+        return is_of_outputs and bool(is_in_reach.all())
+
     def rows_back(self, far: Averages) -> tuple[Tensor, Tensor]:
         """Back through the softmaxes of rows: dF, and e of each feature's sum over far blocks."""
         sizes, scale = self.sizes, self.problem.scale
         of_average = self.take("of far average", *far.average.shape)
         excess = self.take("excess of far", *far.log_mass.shape)
         numbers = self.numbered(far)
-        for index in range(self.number):
-            for tile in sizes.tiles():
-                query, of_query, out, of_out, log_sum, of_log_sum = (
-                    x[index, tile]
-                    for x in (
-                        self.query, self.of_query, self.out, self.of_out, self.log_sum,
-                        self.of_log_sum,
-                    )
-                )  # fmt: skip
-                along = torch.mul(out, of_out, out=self.take("along", *out.shape))
-                lost = along.sum(dim=-1, keepdim=True).sub_(of_log_sum)
-                weights, mapped = self.row_logits(index, tile, numbers)
-                shifts = [log_sum] * len(weights)
-                if mapped is not None:
-                    shifts[-1] = log_sum - mapped.number.view_as(log_sum)
-                if sizes.limits:
-                    shifts[-1] = shifts[-1] - self.log_factor[index, tile]
-                of_logits = []
-                values = self.values(index, tile, far.average)
-                for part, (x, shift, value) in enumerate(zip(weights, shifts, values, strict=True)):
-                    # ≤ 0, but for the rounding of very large numbers
-                    x.sub_(shift).clamp_(max=0).exp2_()
-                    of_x = self.take(f"of row logits {part}", *x.shape)
-                    of_logits.append(torch.bmm(of_out, value.mT, out=of_x))
-                losses = [lost] * len(weights)
-                if sizes.limits:
-                    losses = self.losses(index, tile, lost, weights, of_logits)
-                    lost = losses[-1]
-                for x, of_x, of_softmax in zip(weights, of_logits, losses, strict=True):
-                    of_x.sub_(of_softmax).mul_(x)
+        for tile, index in itertools.product(sizes.tiles(), range(self.number)):
+            query, of_query, out, of_out, log_sum, of_log_sum = (
+                x[index, tile]
+                for x in (
+                    self.query, self.of_query, self.out, self.of_out, self.log_sum,
+                    self.of_log_sum,
+                )
+            )  # fmt: skip
+            weights, mapped = self.row_logits(index, tile, numbers)
+            values = self.values(index, tile, far.average)
+            log_sum_2 = log_sum * LOG2_E
+            shifts = [log_sum_2] * len(weights)
+            if mapped is not None:
+                shifts[-1] = log_sum_2 - mapped.number.view_as(log_sum)
+            if sizes.limits:
+                shifts[-1] = shifts[-1] - self.log_factor[index, tile]
+            for x, shift in zip(weights, shifts, strict=True):
+                # ≤ 0, but for the rounding of very large numbers
+                x.sub_(shift).clamp_(max=0).exp2_()
+            if not self.is_fused:
+                near = self.near.logits(index, self.near.whole(tile), query)
+                weights.insert(0, near.sub_(log_sum).clamp_(max=0).exp_())
+                values.insert(0, self.near.windows(self.value[index], self.near.whole(tile)))
+            of_logits = []
+            for part, (x, value) in enumerate(zip(weights, values, strict=True)):
+                of_x = self.take(f"of row logits {part}", *x.shape)
+                of_logits.append(torch.bmm(of_out, value.mT, out=of_x))
+            along = torch.mul(out, of_out, out=self.take("along", *out.shape))
+            lost = along.sum(dim=-1, keepdim=True).sub_(of_log_sum)
+            losses = [lost] * len(weights)
+            if sizes.limits:
+                losses = self.losses(index, tile, lost, weights, of_logits)
+                lost = losses[-1]
+            for x, of_x, of_softmax in zip(weights, of_logits, losses, strict=True):
+                of_x.sub_(of_softmax).mul_(x)
 
-                near, of_near = weights[0], of_logits[0]
-                self.add_near(self.of_value[index], tile, near, of_out)
-                self.add_near(self.of_key[index], tile, of_near, query, scale)
-                key = self.windows(self.key[index], tile)
-                torch.baddbmm(of_query, of_near, key, beta=0, alpha=scale, out=of_query)
-                if sizes.sinks:
-                    sinks, of_sinks = weights[1].flatten(0, 1), of_logits[1].flatten(0, 1)
-                    flat, of_flat = query.flatten(0, 1), of_query.flatten(0, 1)
-                    self.of_sink_value[index].addmm_(sinks.mT, of_out.flatten(0, 1))
-                    self.of_sink_key[index].addmm_(of_sinks.mT, flat, alpha=scale)
-                    of_flat.addmm_(of_sinks, self.sink_key[index], alpha=scale)
-                if sizes.heavy:
-                    part = 1 + bool(sizes.sinks)
-                    heavy, of_heavy = weights[part], of_logits[part]
-                    torch.bmm(heavy.mT, of_out, out=self.of_heavy_value[index, tile])
-                    torch.bmm(of_heavy.mT, query, out=self.of_heavy_key[index, tile])
-                    of_query.baddbmm_(of_heavy, self.heavy_key[index, tile], alpha=scale)
-                if mapped is not None:
-                    features, of_features = weights[-1], of_logits[-1].flatten(0, 1)
-                    torch.bmm(of_out.mT, features, out=of_average[index, tile])
-                    torch.bmm(lost.mT, features, out=excess[index, tile].unsqueeze(-2))
-                    side, of_directions = self.query_side, self.of_query_directions[index]
-                    if self.with_directions:
-                        side.directions_back(mapped, of_features, of_directions)
-                        self.of_tilt[index] += of_features.sum(dim=0)
-                    side.mapped_back(index, mapped, of_features, of_query.flatten(0, 1))
+            of_near = of_query, self.of_key[index], self.of_value[index]
+            if self.is_fused:
+                self.near.attend_back(index, tile, query, out, log_sum, of_out, *of_near)
+            else:
+                near_weights, of_near_logits = weights.pop(0), of_logits.pop(0)
+                self.near.weights_back(
+                    index, tile, query, near_weights, of_near_logits, of_out, *of_near
+                )
+            if sizes.sinks:
+                sinks, of_sinks = weights[0].flatten(0, 1), of_logits[0].flatten(0, 1)
+                flat, of_flat = query.flatten(0, 1), of_query.flatten(0, 1)
+                self.of_sink_value[index].addmm_(sinks.mT, of_out.flatten(0, 1))
+                self.of_sink_key[index].addmm_(of_sinks.mT, flat, alpha=scale)
+                of_flat.addmm_(of_sinks, self.sink_key[index], alpha=scale)
+            if sizes.heavy:
+                part = int(bool(sizes.sinks))
+                heavy, of_heavy = weights[part], of_logits[part]
+                torch.bmm(heavy.mT, of_out, out=self.of_heavy_value[index, tile])
+                torch.bmm(of_heavy.mT, query, out=self.of_heavy_key[index, tile])
+                of_query.baddbmm_(of_heavy, self.heavy_key[index, tile], alpha=scale)
+            if mapped is not None:
+                features, of_features = weights[-1], of_logits[-1].flatten(0, 1)
+                torch.bmm(of_out.mT, features, out=of_average[index, tile])
+                torch.bmm(lost.mT, features, out=excess[index, tile].unsqueeze(-2))
+                side, of_directions = self.query_side, self.of_query_directions[index]
+                if self.with_directions:
+                    side.directions_back(mapped, of_features, of_directions)
+                    self.of_tilt[index] += of_features.sum(dim=0)
+                side.mapped_back(index, mapped, of_features, of_query.flatten(0, 1))
         return of_average, excess
 
     def losses(
@@ -130,16 +150,6 @@ class HeadsBack(Heads):
         near = torch.where(is_limited, (of_near - of_log_sum) * (1 + limit), lost)
         far = torch.where(is_limited, (lost + of_log_sum - of_near) * (1 + 1 / limit), lost)
         return [near] * (len(weights) - 1) + [far]
-
-    def add_near(
-        self, of_rows: Tensor, tile: slice, weights: Tensor, x: Tensor, factor: float = 1.0
-    ) -> None:
-        """Add weightsᵀ x to the keys that are near each block."""
-        size = self.sizes.block
-        rows = of_rows[tile.start * size :]
-        for start in range(0, self.sizes.near, size):
-            there = rows[start : start + len(x) * size].view(len(x), size, -1)
-            there.baddbmm_(weights[..., start : start + size].mT, x, alpha=factor)
 
     def keys_back(self, blocks: Averages, of_average: Tensor, excess: Tensor) -> None:
         """Back through the averages of blocks."""

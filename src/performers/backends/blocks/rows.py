@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from performers.backends.blocks.far import Averages, Merge
+from performers.backends.blocks.neighbors import Neighbors
 from performers.backends.blocks.sides import Mapped, Side, of_heads
 from performers.backends.blocks.sizes import LOG2_E, Problem, Sizes
 from performers.backends.buffers import buffers
@@ -22,8 +24,8 @@ __all__ = ["Heads"]
 class Heads:
     """Some heads: their rows in blocks, 0 beyond the last, and what one tile of blocks takes.
 
-    `key` and `value` begin with a block of nothing, and end with one unless causal, so that what is
-    near of each block are rows that follow each other. Logits, and numbers of rows, are in base 2.
+    `key` and `value` have blocks of nothing around them, as `Neighbors` needs. Logits, and numbers
+    of rows, are in base 2.
     """
 
     def __init__(self, problem: Problem, sizes: Sizes, heads: slice) -> None:
@@ -47,12 +49,7 @@ class Heads:
         self.heavy_key = problem.heavy_key[heads].to(self.like)
         self.heavy_value = problem.heavy_value[heads].to(self.like)
         absent = self.hidden(problem.hidden_near, blocks * sizes.block, own)
-        self.most = self.at_most(absent)
-        # Few blocks are near a key that is not there.
-        absent = absent.unflatten(1, (blocks, sizes.block)).any(dim=-1)
-        self.is_gappy = absent.unfold(1, sizes.near // sizes.block, 1).any(dim=-1).tolist()
-        later = torch.ones(sizes.block, sizes.block, dtype=torch.bool, device=self.like.device)
-        self.most_later = self.at_most(later.triu_(1))
+        self.near = Neighbors(problem, sizes, self.key, self.value, absent)
         self.query_side = Side.of(
             heads, problem.scale, problem.query_directions, problem.query_shift,
             problem.query_matrix, problem.query_linear,
@@ -110,18 +107,6 @@ class Heads:
             hidden = F.pad(mask, (real.start, length - real.stop), value=True)
         return hidden
 
-    def at_most(self, hidden: Bool[Tensor, "*rows"]) -> Float[Tensor, "*rows"]:
-        """The most that a logit may be. A minimum takes an eighth of what filling takes."""
-        most = self.like.new_full(hidden.shape, torch.inf)
-        return most.masked_fill_(hidden, HIDDEN)
-
-    def windows(self, rows: Tensor, tile: slice) -> Tensor:
-        """Of rows of keys, [rows, …], those near each block: a view, [blocks, near, …]."""
-        size, row = self.sizes.block, rows.stride(0)
-        shape = tile.stop - tile.start, self.sizes.near, *rows.shape[1:]
-        strides = size * row, row, *rows.stride()[1:]
-        return rows[tile.start * size :].as_strided(shape, strides)
-
     def key_logits(self, index: int, tile: slice) -> tuple[Mapped, Tensor, Tensor]:
         """Of the keys of a tile: what their features are computed from, log₂ φ as [blocks, block,
         features], and their values."""
@@ -169,25 +154,12 @@ class Heads:
     def row_logits(
         self, index: int, tile: slice, numbers: Tensor
     ) -> tuple[list[Tensor], Mapped | None]:
-        """What the queries of a tile score with near keys, sinks, heavy keys and features, each
+        """What the queries of a tile score with sinks, heavy keys and features, each
         [blocks, rows, ·] where there are any; the last without the numbers of rows. And what these
         features are computed from."""
         sizes, problem = self.sizes, self.problem
         query, blocks = self.query[index, tile], tile.stop - tile.start
-        near = self.take("near logits", blocks, sizes.rows, sizes.near)
-        key = self.windows(self.key[index], tile)
-        torch.baddbmm(near, query, key.mT, beta=0, alpha=self.scale_2, out=near)
-        if problem.is_causal:
-            own = near[..., sizes.before * sizes.block :]
-            own = own.unflatten(1, (sizes.group, sizes.block))
-            torch.minimum(own, self.most_later, out=own)
-        alike = index if len(self.most) > 1 else 0
-        for block in range(tile.start, tile.stop):
-            if self.is_gappy[alike][block]:
-                window = self.windows(self.most[alike], slice(block, block + 1))
-                part = near[block - tile.start]
-                torch.minimum(part, window, out=part)
-        logits = [near]
+        logits = []
         if sizes.sinks:
             sinks = self.take("sink logits", blocks, sizes.rows, sizes.sinks)
             flat, rows = sinks.flatten(0, 1), query.flatten(0, 1)
@@ -214,10 +186,9 @@ class Heads:
 
     def values(self, index: int, tile: slice, far: Tensor) -> list[Tensor]:
         """In the order of `row_logits`."""
-        values = [self.windows(self.value[index], tile)]
+        values = []
         if self.sizes.sinks:
-            sinks = self.sink_value[index]
-            values.append(sinks.expand(len(values[0]), -1, -1))
+            values.append(self.sink_value[index].expand(tile.stop - tile.start, -1, -1))
         if self.sizes.heavy:
             values.append(self.heavy_value[index, tile])
         if self.sizes.features:
@@ -231,43 +202,47 @@ class Heads:
         rooms = [self.room(name, x) for name, x in zip(names, outputs, strict=True)]
         out, log_sum, log_factor = (rows for rows, _ in rooms)
         numbers = self.numbered(far)
-        for index in range(self.number):
-            for tile in sizes.tiles():
-                weights, mapped = self.row_logits(index, tile, numbers)
-                largest = [x.amax(dim=-1, keepdim=True) for x in weights]
-                if mapped is not None:
-                    of_row = mapped.number.view_as(largest[-1])
-                    largest[-1] += of_row
-                shift = torch.stack(largest).amax(dim=0) if len(largest) > 1 else largest[0]
-                shifts = [shift] * len(weights)
-                if sizes.limits:
-                    near_shift = torch.stack(largest[:-1]).amax(dim=0)
-                    is_alone = near_shift <= HIDDEN / 2  # nothing is near
-                    shift = torch.where(is_alone, shift, near_shift)
-                    shifts = [shift] * (len(weights) - 1) + [largest[-1]]
-                if mapped is not None:
-                    shifts[-1] = shifts[-1] - of_row
-                totals = [
-                    x.sub_(of_x).exp2_().sum(dim=-1, keepdim=True)
-                    for x, of_x in zip(weights, shifts, strict=True)
-                ]
-                if sizes.limits:
-                    room = torch.stack(totals[:-1]).sum(dim=0).log2_().add_(shift + self.log_limit)
-                    room -= totals[-1].log2() + largest[-1]
-                    factor = room.clamp_(max=0).masked_fill_(is_alone, 0.0)
-                    log_factor[index, tile] = factor
-                    factor = (factor + largest[-1] - shift).exp2_()
-                    weights[-1] *= factor
-                    totals[-1] *= factor
-                total = sum(totals[1:], start=totals[0])
-                values = self.values(index, tile, far.average)
-                found = self.take("found", *weights[0].shape[:2], sizes.value_dim)
-                torch.bmm(weights[0], values[0], out=found)
-                for x, value in zip(weights[1:], values[1:], strict=True):
-                    found.baddbmm_(x, value)
-                torch.div(found, total, out=out[index, tile])
-                torch.add(shift, total.log2_(), out=log_sum[index, tile])
-        log_sum.div_(LOG2_E)
+        for tile, index in itertools.product(sizes.tiles(), range(self.number)):
+            near = self.near.attend(index, tile, self.query[index, tile])
+            others, mapped = self.row_logits(index, tile, numbers)
+            if not others:
+                out[index, tile], log_sum[index, tile] = near
+                continue
+            # All that is near is like one key, with its output for a value.
+            of_near = (near.log_sum * LOG2_E).clamp_(min=HIDDEN)
+            weights = [of_near, *others]
+            largest = [x.amax(dim=-1, keepdim=True) for x in weights]
+            if mapped is not None:
+                of_row = mapped.number.view_as(largest[-1])
+                largest[-1] += of_row
+            shift = torch.stack(largest).amax(dim=0) if len(largest) > 1 else largest[0]
+            shifts = [shift] * len(weights)
+            if sizes.limits:
+                near_shift = torch.stack(largest[:-1]).amax(dim=0)
+                is_alone = near_shift <= HIDDEN / 2  # nothing is near
+                shift = torch.where(is_alone, shift, near_shift)
+                shifts = [shift] * (len(weights) - 1) + [largest[-1]]
+            if mapped is not None:
+                shifts[-1] = shifts[-1] - of_row
+            totals = [
+                x.sub_(of_x).exp2_().sum(dim=-1, keepdim=True)
+                for x, of_x in zip(weights, shifts, strict=True)
+            ]
+            if sizes.limits:
+                room = torch.stack(totals[:-1]).sum(dim=0).log2_().add_(shift + self.log_limit)
+                room -= totals[-1].log2() + largest[-1]
+                factor = room.clamp_(max=0).masked_fill_(is_alone, 0.0)
+                log_factor[index, tile] = factor
+                factor = (factor + largest[-1] - shift).exp2_()
+                weights[-1] *= factor
+                totals[-1] *= factor
+            total = sum(totals[1:], start=totals[0])
+            values = self.values(index, tile, far.average)
+            found = near.out.mul_(weights[0])
+            for x, value in zip(others, values, strict=True):
+                found.baddbmm_(x, value)
+            torch.div(found, total, out=out[index, tile])
+            torch.add(shift, total.log2_(), out=log_sum[index, tile]).div_(LOG2_E)
         log_factor.div_(LOG2_E)
         for x, (rows, is_itself) in zip(outputs, rooms, strict=True):
             if not is_itself:

@@ -14,8 +14,8 @@ from performers.backends.buffers import CAPABILITIES, slices
 __all__ = ["LOG2_E", "BlockAttention", "Problem", "Sizes"]
 
 LOG2_E = math.log2(math.e)
-# Of the logits of a tile. Fewer calls gain more than a cache loses, but assign what suits your
-# processor.
+# Of what a tile keeps for each query: its logits other than near ones, and its output. Fewer calls
+# gain more than a cache loses, but assign what suits your processor.
 TILE_BYTES = max(2**21, 2 * CAPABILITIES.get("l2_cache_size", 0))
 HEADS = 8  # that are worked on in one go; more where all weights of more fit into a tile
 # Of their rows and of the averages of all their blocks, which live during a pass only.
@@ -98,7 +98,7 @@ class Sizes:
         self.after = 0 if problem.is_causal else self.before
         self.near = (1 + self.before + self.after) * self.block
         size = problem.average.element_size()
-        columns = self.near + self.sinks + self.heavy + self.features
+        columns = self.sinks + self.heavy + self.features + self.value_dim
         self.tile = max(1, min(self.count, TILE_BYTES // (self.rows * columns * size)))
         # whose rows are those of the problem, not copies
         self.is_whole = self.group == 1 and self.length == self.count * self.block
