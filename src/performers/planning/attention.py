@@ -84,13 +84,14 @@ class HeadsOf:
         if self.form == "near field":
             window = self.mechanism.window_size
             assert isinstance(window, int), "a near field has blocks of a size"
-            rows = length * (1 + self.heads // self.key_heads)
+            group = self.heads // self.key_heads
+            rows = length * (1 + group)
             of_head = 4 * WIDE * d * (-(-length // window) * m + rows)
             heads = min(sizes.HEADS, batch * self.key_heads)
             whole = min(max(sizes.HEADS_BYTES, of_head), heads * of_head)
-            # A tile of logits and one of their gradients.
-            logits = batch * self.heads * length * (3 * window + m)
-            return whole + 2 * min(sizes.TILE_BYTES, WIDE * logits)
+            # A tile of logits and outputs, and their gradients; those of three near blocks.
+            rows = min(group * length, max(group * window, sizes.TILE_BYTES // (WIDE * (m + d))))
+            return whole + WIDE * (2 * rows * (m + d) + 6 * rows // group * d)
         if self.form == "scan":
             # Of each chunk of a segment K′, and S in two frames; of one chunk five tiles more.
             chunks = -(-min(length, self._segment) // scan.CHUNK)

@@ -21,6 +21,7 @@ from performers.backends.fused_softmax import HIDDEN
 
 __all__ = ["Near", "Neighbors"]
 
+FUSED = frozenset({"cpu"})  # devices whose kernel takes the log of a normalizer as it is given
 _fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _fused_back = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
@@ -61,7 +62,7 @@ class Neighbors:
         hidden: Bool[Tensor, "#heads rows"],
     ) -> None:
         self.sizes, self.scale, self.key, self.value = sizes, problem.scale, key, value
-        self.is_fused = key.device.type == "cpu"
+        self.is_fused = key.device.type in FUSED
         self.bias = key.new_zeros(hidden.shape).masked_fill_(hidden, HIDDEN)
         self.later: Tensor | None = None
         if problem.is_causal:
@@ -152,8 +153,8 @@ class Neighbors:
         log_sum: Float[Tensor, "blocks rows 1"],
         of_out: Float[Tensor, "blocks rows value_dim"],
         of_query: Float[Tensor, "blocks rows dim"],
-        of_key: Float[Tensor, "rows dim"],
-        of_value: Float[Tensor, "rows value_dim"],
+        of_key: Float[Tensor, "key_rows dim"],
+        of_value: Float[Tensor, "key_rows value_dim"],
     ) -> None:
         """Back from the outputs of whole rows, of which near keys are a part. The gradient of
         queries is written, those of keys and values are added."""
@@ -182,8 +183,8 @@ class Neighbors:
         of_logits: Float[Tensor, "blocks rows near"],
         of_out: Float[Tensor, "blocks rows value_dim"],
         of_query: Float[Tensor, "blocks rows dim"],
-        of_key: Float[Tensor, "rows dim"],
-        of_value: Float[Tensor, "rows value_dim"],
+        of_key: Float[Tensor, "key_rows dim"],
+        of_value: Float[Tensor, "key_rows value_dim"],
     ) -> None:
         """The same, from the weights of near keys and the gradient of their logits."""
         span = self.whole(tile)
