@@ -57,7 +57,7 @@ class Config:
 FULL = Config()
 REDUCED = replace(
     FULL, books=("Persuasion",), distances=(64, 192, 384, 1024, 2048), needles=(4, 4, 4, 2, 1),
-    blocks=(64, 128, 256), recordings=5, repeats=5,
+    blocks=(64, 128, 256, 320), repeats=5,
 )  # fmt: skip
 SMOKE = replace(
     REDUCED, language="random", speech="random", texts="excerpts", books=("persuasion",),

@@ -1,4 +1,4 @@
-"""Near keys by PyTorch's own kernel are those of the formula, forward and backward."""
+"""Near keys by PyTorch's own kernel are those by products of matrices, forward and backward."""
 
 import pytest
 import torch
@@ -21,23 +21,25 @@ FIELDS = {
 def fused(monkeypatch, without_shape_checks):
     """How often PyTorch's kernel was asked, there and back."""
     monkeypatch.setattr(sizes, "TILE_BYTES", 1500)
+    monkeypatch.setattr(sizes, "FUSED_FROM", {"cpu": (1, 1)})
     calls = {"_fused": 0, "_fused_back": 0}
-    for name in calls:
 
-        def counted(*arguments, name=name, kernel=getattr(neighbors, name), **options):
+    def counting(name, kernel):
+        def counted(*arguments, **options):
             calls[name] += 1
             return kernel(*arguments, **options)
 
-        monkeypatch.setattr(neighbors, name, counted)
+        return counted
+
+    for name in calls:
+        monkeypatch.setattr(neighbors, name, counting(name, getattr(neighbors, name)))
     return calls
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("field", FIELDS.values(), ids=FIELDS)
-def test_the_kernel_and_the_formula_agree_there_and_back(
-    field, mask, is_causal, fused, monkeypatch
-):
+def test_the_kernel_and_products_agree_there_and_back(field, mask, is_causal, fused, monkeypatch):
     phi, mask, drawn = SoftmaxFeatures(5, 11), MASKS[mask](23), inputs()
 
     def found():
@@ -50,15 +52,15 @@ def test_the_kernel_and_the_formula_agree_there_and_back(
     assert fused["_fused"] > 0
     # What a limit takes off is not of the outputs alone.
     assert (fused["_fused_back"] > 0) == ("far_limit" not in field)
-    monkeypatch.setattr(neighbors, "FUSED", frozenset())
+    monkeypatch.setattr(sizes, "FUSED_FROM", {})
     fused.update(_fused=0, _fused_back=0)
-    by_formula = found()
+    by_products = found()
     assert set(fused.values()) == {0}
-    for one, other in zip(by_kernel, by_formula, strict=True):
+    for one, other in zip(by_kernel, by_products, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
-def test_rows_with_large_logits_go_back_by_the_formula(fused):
+def test_rows_with_large_logits_go_back_by_products(fused):
     query, key, value = (x.double().requires_grad_() for x in inputs())
     phi = SoftmaxFeatures(5, 11)
     favor_attention(

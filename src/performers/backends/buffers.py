@@ -95,7 +95,7 @@ def room_of_outputs(
     return query.new_empty(heads, group, length, dim)
 
 
-def slices(length: int, size: int) -> Iterator[slice]:
+def slices(stop: int, size: int, start: int = 0) -> Iterator[slice]:
     """Cuts of that size, the last as long as what is left."""
-    for start in range(0, length, size):
-        yield slice(start, min(start + size, length))
+    for first in range(start, stop, size):
+        yield slice(first, min(first + size, stop))

@@ -25,10 +25,14 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from performers.backends.buffers import slices
 from performers.backends.call import Call
 from performers.backends.derivatives import is_traced
+from performers.backends.fused_softmax import HIDDEN
 from performers.backends.slots import Slots
 from performers.state import NearKeys
+
+TILE_BYTES = 2**21  # of scores of near keys, which live at once
 
 __all__ = ["HeavyKeys", "Kept", "heavier", "heavy_keys"]
 
@@ -177,59 +181,63 @@ def _received(
     """The sum of what near queries pay each key, and how many queries it is near of."""
     near, is_causal = call.near, call.is_causal
     assert near is not None, "weights are those of near queries"
-    size, slot_count = near.window_size, slots.key.shape[2]
-    count = -(-slot_count // size)
-    rest = count * size - slot_count
+    (batch, heads, slot_count, _), size = slots.key.shape, near.window_size
+    group, count = slots.query.shape[2], -(-slot_count // size)
+    rest, after = count * size - slot_count, 0 if is_causal else size
     position = slots.positions()
     is_real = (
         torch.ones_like(position, dtype=torch.bool) if slots.is_real is None else slots.is_real
     )
     is_new = is_real if earlier is None else is_real & (position >= earlier.count[:, None])
-    estimated = slots.estimated()
-    is_visible = F.pad(is_real if estimated is None else estimated, (0, rest)).unflatten(
-        1, (count, size)
-    )
     is_new, position = (F.pad(x, (0, rest)).unflatten(1, (count, size)) for x in (is_new, position))
-    # In base 2, because exp2 costs a CPU less than exp.
+    # In base 2, because exp2 costs a CPU less than exp. Queries of a block side by side.
     query = call.scaled(F.pad(slots.query, (0, 0, 0, rest))) * math.log2(math.e)
-    query = query.unflatten(3, (count, size))
-    key = call.scaled(F.pad(slots.key, (0, 0, 0, rest))).unflatten(2, (count, size))
+    query = query.unflatten(3, (count, size)).transpose(2, 3).flatten(3, 4).flatten(0, 1)
+    # What is near of each block is a view: rows that begin with a block of nothing.
+    width = size * (2 if is_causal else 3)
+    key = call.scaled(F.pad(slots.key, (0, 0, size, rest + after))).flatten(0, 1)
+    sums = key.new_zeros(key.shape[:2])
+    key = key.unfold(1, width, size)
+    estimated = slots.estimated()
+    is_hidden = ~F.pad(is_real if estimated is None else estimated, (size, rest + after))
+    hiding = key.new_zeros(is_hidden.shape).masked_fill_(is_hidden, HIDDEN).unfold(1, width, size)
+    later = key.new_full((size, size), HIDDEN).triu_(1)
+    later = F.pad(later, (size, 0)).repeat(group, 1)
+    # Hiding takes as long as a third of the scores, and few blocks have anything to hide.
+    is_gappy = is_hidden.unfold(1, width, size).any(dim=-1)
+    gaps = [[True] * count] * batch if is_traced() else is_gappy.tolist()
     sink_key, _, is_sink = slots.sinks(earlier)
-    sink_key = call.scaled(sink_key)
+    sink_key = call.scaled(sink_key).flatten(0, 1)
+    place = position.repeat(1, 1, group).unsqueeze(-1)
     sink_place = torch.arange(near.num_sinks, device=key.device)
-    group = query.shape[2]
-    received: list[list[Tensor]] = [[] for _ in range(count)]
-    hidden = torch.finfo(call.dtype).min  # of rows that see nothing: no NaN, which times 0 is one
-    later = torch.ones(size, size, dtype=torch.bool, device=key.device).triu_(1)
-    # Hiding all columns takes as long as a third of the scores, and few blocks have any to hide.
-    is_gappy = [True] * count if is_traced() else (~is_visible).any(dim=-1).any(dim=0).tolist()
+    no_sink = ~is_sink[:, None, None] | ((sink_place > place) & is_causal)
+    tile = max(1, TILE_BYTES // (group * size * width * key.element_size()))
     # After a state, the block before the next token's own has no new query.
-    for block in range(0 if earlier is None else 1, count):
-        near_blocks = range(max(0, block - 1), min(count, block + (1 if is_causal else 2)))
-        columns = torch.cat([sink_key, *(key[:, :, other] for other in near_blocks)], dim=2)
-        logits = query[:, :, :, block].flatten(2, 3) @ columns.mT
-        parts = [near.num_sinks, *[size] * len(near_blocks)]
-        of_sinks, *of_blocks = logits.unflatten(2, (group, size)).split(parts, dim=-1)
-        place = position[:, block, :, None]
-        is_hidden = ~is_sink[:, None] | ((sink_place > place) & is_causal)
-        of_sinks.masked_fill_(is_hidden[:, None, None], hidden)
-        for other, of_block in zip(near_blocks, of_blocks, strict=True):
-            if is_gappy[other]:
-                of_block.masked_fill_(~is_visible[:, None, None, None, other], hidden)
-            if is_causal and other == block:
-                of_block.masked_fill_(later, hidden)
-        weights = logits.sub_(logits.amax(dim=-1, keepdim=True)).exp2_()
+    first = 0 if earlier is None else 1
+    for head, blocks in itertools.product(range(batch * heads), slices(count, tile, first)):
+        of_batch, rows = head // heads, query[head, blocks]
+        logits = torch.bmm(rows, key[head, blocks])
+        if is_causal:
+            logits += later
+        if any(gaps[of_batch][blocks]):
+            logits += hiding[of_batch, blocks].unsqueeze(1)
+        of_sinks = rows @ sink_key[head].mT
+        of_sinks = of_sinks.masked_fill_(no_sink[of_batch, blocks], HIDDEN)
+        largest = torch.cat([logits.amax(dim=-1, keepdim=True), of_sinks], dim=-1)
+        largest = largest.amax(dim=-1, keepdim=True)
+        weights = logits.sub_(largest).exp2_()
+        total = weights.sum(dim=-1) + of_sinks.sub_(largest).exp2_().sum(dim=-1)
         # Only what each key gets is needed: no row is divided by its sum on its own.
-        share = is_new[:, None, block].repeat(1, 1, group) / weights.sum(dim=-1)
-        paid = (share.unsqueeze(2) @ weights).squeeze(2)
-        _, *found = paid.split(parts, dim=-1)
-        for other, weight in zip(near_blocks, found, strict=True):
-            received[other].append(weight)
-    sums = torch.cat([torch.stack(x).sum(dim=0) for x in received], dim=-1)[..., :slot_count]
+        share = is_new[of_batch, blocks].repeat(1, group) / total
+        paid = (share.unsqueeze(1) @ weights).squeeze(1)
+        for number, part in enumerate(paid.split(size, dim=-1)):
+            there = slice((blocks.start + number) * size, (blocks.stop + number) * size)
+            sums[head, there] += part.flatten()
+    sums = sums[:, size : size + slot_count].unflatten(0, (batch, heads))
     if earlier is not None:
         sums = sums + F.pad(earlier.heavy_sums, (0, slot_count - 2 * size))
     if is_causal:  # when they are far, the queries of both blocks have come
         seen = 2 * size - torch.arange(slot_count, device=key.device) % size
         return sums, seen[None, None]
-    rows = F.pad(is_new.sum(dim=-1), (1, 1)).unfold(1, 3, 1).sum(dim=-1)
-    return sums, rows.repeat_interleave(size, dim=1)[:, None, :slot_count]
+    of_blocks = F.pad(is_new.sum(dim=-1), (1, 1)).unfold(1, 3, 1).sum(dim=-1)
+    return sums, of_blocks.repeat_interleave(size, dim=1)[:, None, :slot_count]

@@ -91,7 +91,8 @@ class HeadsOf:
             whole = min(max(sizes.HEADS_BYTES, of_head), heads * of_head)
             # A tile of logits and outputs, and their gradients; those of three near blocks.
             rows = min(group * length, max(group * window, sizes.TILE_BYTES // (WIDE * (m + d))))
-            return whole + WIDE * (2 * rows * (m + d) + 6 * rows // group * d)
+            near = min(6 * rows // group * d, max(6 * window * d, sizes.TILE_BYTES // WIDE))
+            return whole + WIDE * (2 * rows * (m + d) + near)
         if self.form == "scan":
             # Of each chunk of a segment K′, and S in two frames; of one chunk five tiles more.
             chunks = -(-min(length, self._segment) // scan.CHUNK)

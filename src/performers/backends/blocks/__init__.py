@@ -12,8 +12,8 @@ which stands for all keys of one far block after another:
 A query then takes one softmax over a row of logits: q·k_j for what is near, log φ_m(q) + s̃_bm for
 each feature m, with v_j and F_bm for their values. Far averages are made of whole blocks, by a scan
 from the left and one from the right, so nothing that a causal query reads depends on a later key:
-no bound on norms, no passes that depend on the data. What is near enters the row as one logit, the
-log of the sum of its weights, with its output for a value (`neighbors`).
+no bound on norms, no passes that depend on the data. In large blocks what is near enters the row as
+one logit, the log of the sum of its weights, with its output for a value (`neighbors`).
 
 With `far_limit`, the weights of a query's features are multiplied by min(1, limit · N / F), where
 N and F are the sums of its near and of its far weights. Where the limit binds, the shares of both

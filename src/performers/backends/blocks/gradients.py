@@ -40,7 +40,7 @@ class HeadsBack(Heads):
         self.log_sum = self.in_blocks("log sum", found.log_sum)
         self.of_log_sum = self.in_blocks("of log sum", gradients.log_sum)
         self.out = self.in_blocks("out", found.out)
-        self.is_fused = self.near.is_fused and self.is_plain()
+        self.is_fused = sizes.is_fused and self.is_plain()
         if sizes.limits:
             self.log_factor = self.in_blocks("log factor", found.log_factor) * LOG2_E
         self.of_query, self.is_of_query_itself = self.room("of query", of_query)
@@ -89,8 +89,8 @@ class HeadsBack(Heads):
                 # ≤ 0, but for the rounding of very large numbers
                 x.sub_(shift).clamp_(max=0).exp2_()
             if not self.is_fused:
-                near = self.near.logits(index, self.near.whole(tile), query)
-                weights.insert(0, near.sub_(log_sum).clamp_(max=0).exp_())
+                near = self.near.logits(index, tile, query)
+                weights.insert(0, near.sub_(log_sum_2).clamp_(max=0).exp2_())
                 values.insert(0, self.near.windows(self.value[index], self.near.whole(tile)))
             of_logits = []
             for part, (x, value) in enumerate(zip(weights, values, strict=True)):

@@ -1,12 +1,14 @@
 """Exact attention to the keys of a block and of its neighbors, there and back, a tile at a time.
 
-On a CPU by PyTorch's own kernel of exact attention, which keeps no logits. Going back it computes
-the weights again, from the log of the normalizer that it is given. That of a whole row, with all
-that a query scores beside near keys, makes of them the weights that near keys have in the row.
+For large blocks on a CPU by PyTorch's own kernel of exact attention, which keeps no logits. Going
+back it computes the weights again, from the log of the normalizer that it is given. That of a whole
+row, with all that a query scores beside near keys, makes of them the weights that near keys have in
+the row. For others, products of matrices are faster: their logits are columns of the row.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -15,18 +17,17 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from performers.backends.blocks.sizes import Problem, Sizes
-from performers.backends.buffers import buffers
+from performers.backends.blocks.sizes import LOG2_E, Problem, Sizes
+from performers.backends.buffers import buffers, slices
 from performers.backends.fused_softmax import HIDDEN
 
 __all__ = ["Near", "Neighbors"]
 
-FUSED = frozenset({"cpu"})  # devices whose kernel takes the log of a normalizer as it is given
 _fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _fused_back = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
-FEW = 16  # blocks, of which those at the ends are worth a call of their own
+FEW = 8  # blocks, of which those at the ends are worth a call of their own
 
 
 class Span(NamedTuple):
@@ -62,13 +63,9 @@ class Neighbors:
         hidden: Bool[Tensor, "#heads rows"],
     ) -> None:
         self.sizes, self.scale, self.key, self.value = sizes, problem.scale, key, value
-        self.is_fused = key.device.type in FUSED
         self.bias = key.new_zeros(hidden.shape).masked_fill_(hidden, HIDDEN)
-        self.later: Tensor | None = None
-        if problem.is_causal:
-            later = key.new_full((sizes.block, sizes.block), HIDDEN).triu_(1)
-            later = F.pad(later, (sizes.before * sizes.block, 0))
-            self.later = later.repeat(sizes.group, 1)
+        later = key.new_full((sizes.block, sizes.block), HIDDEN).triu_(1)
+        self.later = later if problem.is_causal else None
         # Few blocks have a key that is not there.
         self.is_gappy = hidden.unflatten(1, (-1, sizes.block)).any(dim=-1).tolist()
         self._last: tuple[tuple[int, Span], Tensor] | None = None
@@ -99,14 +96,17 @@ class Neighbors:
         strides = size * row, row, *rows.stride()[1:]
         return rows[(span.start + span.first) * size :].as_strided(shape, strides)
 
-    def hiding(self, head: int, span: Span) -> Float[Tensor, "#blocks #rows near"]:
-        """What is added to logits: 0, or for keys that a query does not see `HIDDEN`."""
+    def hiding(self, head: int, span: Span) -> Float[Tensor, "#blocks #rows near"] | None:
+        """What is added to logits: 0, or for keys that a query does not see `HIDDEN`. None if it
+        sees all."""
         alike = head if len(self.bias) > 1 else 0
+        gaps = self.is_gappy[alike][span.start + span.first : span.stop - 1 + span.until]
         bias = self.windows(self.bias[alike], span).unsqueeze(1)
         if self.later is None:
-            return bias
-        later = self.later[:, span.first * self.sizes.block :]
-        if not any(self.is_gappy[alike][span.start + span.first : span.stop - 1 + span.until]):
+            return bias if any(gaps) else None
+        later = F.pad(self.later, (bias.shape[-1] - self.sizes.block, 0))
+        later = later.repeat(self.sizes.group, 1)
+        if not any(gaps):
             return later.unsqueeze(0)
         place = alike, span
         if self._last is None or self._last[0] != place:
@@ -115,34 +115,24 @@ class Neighbors:
         return self._last[1]
 
     def attend(self, head: int, tile: slice, query: Float[Tensor, "blocks rows dim"]) -> Near:
-        found = [
-            self._attend(head, span, query[span.start - tile.start : span.stop - tile.start])
-            for span in self.spans(tile)
-        ]
+        """By PyTorch's kernel."""
+        found = []
+        for span in self.spans(tile):
+            key, value = self.windows(self.key[head], span), self.windows(self.value[head], span)
+            own = query[span.start - tile.start : span.stop - tile.start]
+            rows = map(self.widened, (own, key, value))
+            out, log_sum = _fused(*rows, attn_mask=self.mask(head, span), scale=self.scale)
+            found.append(Near(out.squeeze(1)[..., : value.shape[-1]], log_sum.mT))
         return found[0] if len(found) == 1 else Near(*map(torch.cat, zip(*found, strict=True)))
-
-    def _attend(self, head: int, span: Span, query: Float[Tensor, "blocks rows dim"]) -> Near:
-        key, value = self.windows(self.key[head], span), self.windows(self.value[head], span)
-        if self.is_fused:
-            rows = map(self.widened, (query, key, value))
-            bias = self.hiding(head, span).unsqueeze(1)
-            out, log_sum = _fused(*rows, attn_mask=bias, scale=self.scale)
-            return Near(out.squeeze(1)[..., : value.shape[-1]], log_sum.mT)
-        weights = self.logits(head, span, query)
-        largest = weights.amax(dim=-1, keepdim=True)
-        total = weights.sub_(largest).exp_().sum(dim=-1, keepdim=True)
-        return Near(torch.bmm(weights, value).div_(total), total.log_().add_(largest))
 
     def widened(self, x: Float[Tensor, "blocks rows _"]) -> Float[Tensor, "blocks 1 rows _"]:
         """As PyTorch's kernel takes it: one head, and as many columns in values as in keys."""
         rest = max(self.sizes.dim, self.sizes.value_dim) - x.shape[-1]
         return (F.pad(x, (0, rest)) if rest else x).unsqueeze(1)
 
-    def logits(self, head: int, span: Span, query: Tensor) -> Float[Tensor, "blocks rows near"]:
-        key = self.windows(self.key[head], span)
-        room = buffers.take("near logits", (*query.shape[:2], key.shape[1]), query)
-        torch.baddbmm(room, query, key.mT, beta=0, alpha=self.scale, out=room)
-        return room.add_(self.hiding(head, span))
+    def mask(self, head: int, span: Span) -> Float[Tensor, "#blocks 1 #rows near"] | None:
+        hiding = self.hiding(head, span)
+        return None if hiding is None else hiding.unsqueeze(1)
 
     def attend_back(
         self,
@@ -158,13 +148,13 @@ class Neighbors:
     ) -> None:
         """Back from the outputs of whole rows, of which near keys are a part. The gradient of
         queries is written, those of keys and values are added."""
-        for span in self.spans(tile):
+        spans = (self.spans(part) for part in slices(tile.stop, self.sizes.span, tile.start))
+        for span in itertools.chain.from_iterable(spans):
             own = slice(span.start - tile.start, span.stop - tile.start)
             key, value = self.windows(self.key[head], span), self.windows(self.value[head], span)
             rows = map(self.widened, (of_out[own], query[own], key, value, out[own]))
-            bias = self.hiding(head, span).unsqueeze(1)
-            normalizer = log_sum[own].mT.contiguous()
-            found = _fused_back(*rows, normalizer, 0.0, False, attn_mask=bias, scale=self.scale)
+            mask, normalizer = self.mask(head, span), log_sum[own].mT.contiguous()
+            found = _fused_back(*rows, normalizer, 0.0, False, attn_mask=mask, scale=self.scale)
             near_query, near_key, near_value = (
                 x.squeeze(1)[..., : like.shape[-1]]
                 for x, like in zip(found, (query, key, value), strict=True)
@@ -173,6 +163,24 @@ class Neighbors:
             for of_rows, of_near in ((of_key, near_key), (of_value, near_value)):
                 for there, part in self.block_by_block(span, of_rows, of_near):
                     there.add_(part)
+
+    def logits(
+        self, head: int, tile: slice, query: Float[Tensor, "blocks rows dim"]
+    ) -> Float[Tensor, "blocks rows near"]:
+        """In base 2, for softmaxes over more than what is near."""
+        sizes, span = self.sizes, self.whole(tile)
+        room = buffers.take("near logits", (*query.shape[:2], sizes.near), query)
+        key = self.windows(self.key[head], span)
+        torch.baddbmm(room, query, key.mT, beta=0, alpha=self.scale * LOG2_E, out=room)
+        if self.later is not None:
+            own = room[..., sizes.before * sizes.block :]
+            own.unflatten(1, (sizes.group, sizes.block)).add_(self.later)
+        alike = head if len(self.bias) > 1 else 0
+        for block in range(tile.start, tile.stop):
+            one = self.whole(slice(block, block + 1))
+            if any(self.is_gappy[alike][block : block + one.until]):
+                room[block - tile.start].add_(self.windows(self.bias[alike], one))
+        return room
 
     def weights_back(
         self,

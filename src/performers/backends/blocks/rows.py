@@ -203,14 +203,18 @@ class Heads:
         out, log_sum, log_factor = (rows for rows, _ in rooms)
         numbers = self.numbered(far)
         for tile, index in itertools.product(sizes.tiles(), range(self.number)):
-            near = self.near.attend(index, tile, self.query[index, tile])
-            others, mapped = self.row_logits(index, tile, numbers)
-            if not others:
+            query = self.query[index, tile]
+            weights, mapped = self.row_logits(index, tile, numbers)
+            values = self.values(index, tile, far.average)
+            near = self.near.attend(index, tile, query) if sizes.is_fused else None
+            if near is None:
+                weights.insert(0, self.near.logits(index, tile, query))
+                values.insert(0, self.near.windows(self.value[index], self.near.whole(tile)))
+            elif not weights:
                 out[index, tile], log_sum[index, tile] = near
                 continue
-            # All that is near is like one key, with its output for a value.
-            of_near = (near.log_sum * LOG2_E).clamp_(min=HIDDEN)
-            weights = [of_near, *others]
+            else:  # all that is near is like one key, with its output for a value
+                weights.insert(0, (near.log_sum * LOG2_E).clamp_(min=HIDDEN))
             largest = [x.amax(dim=-1, keepdim=True) for x in weights]
             if mapped is not None:
                 of_row = mapped.number.view_as(largest[-1])
@@ -237,9 +241,12 @@ class Heads:
                 weights[-1] *= factor
                 totals[-1] *= factor
             total = sum(totals[1:], start=totals[0])
-            values = self.values(index, tile, far.average)
-            found = near.out.mul_(weights[0])
-            for x, value in zip(others, values, strict=True):
+            if near is None:
+                found = self.take("found", *query.shape[:2], sizes.value_dim)
+                torch.bmm(weights[0], values.pop(0), out=found)
+            else:
+                found = near.out.mul_(weights[0])
+            for x, value in zip(weights[1:], values, strict=True):
                 found.baddbmm_(x, value)
             torch.div(found, total, out=out[index, tile])
             torch.add(shift, total.log2_(), out=log_sum[index, tile]).div_(LOG2_E)

@@ -14,9 +14,11 @@ from performers.backends.buffers import CAPABILITIES, slices
 __all__ = ["LOG2_E", "BlockAttention", "Problem", "Sizes"]
 
 LOG2_E = math.log2(math.e)
-# Of what a tile keeps for each query: its logits other than near ones, and its output. Fewer calls
-# gain more than a cache loses, but assign what suits your processor.
+# Of the logits of a tile. Fewer calls gain more than a cache loses, but assign what suits your
+# processor.
 TILE_BYTES = max(2**21, 2 * CAPABILITIES.get("l2_cache_size", 0))
+# By device: blocks as large as this go through PyTorch's kernel of exact attention, there and back.
+FUSED_FROM = {"cpu": (128, 256)}
 HEADS = 8  # that are worked on in one go; more where all weights of more fit into a tile
 # Of their rows and of the averages of all their blocks, which live during a pass only.
 HEADS_BYTES = 16 * 2**20
@@ -98,8 +100,15 @@ class Sizes:
         self.after = 0 if problem.is_causal else self.before
         self.near = (1 + self.before + self.after) * self.block
         size = problem.average.element_size()
-        columns = self.sinks + self.heavy + self.features + self.value_dim
+        least = FUSED_FROM.get(problem.query.device.type)
+        # Whether near keys go through PyTorch's kernel, which keeps an output in place of logits.
+        self.is_fused = least is not None and self.block >= least[is_back]
+        of_near = self.value_dim if self.is_fused else self.near
+        columns = of_near + self.sinks + self.heavy + self.features
         self.tile = max(1, min(self.count, TILE_BYTES // (self.rows * columns * size)))
+        # of which the gradients of near keys are made at once
+        of_block = self.near * (self.dim + self.value_dim) * size
+        self.span = max(1, TILE_BYTES // of_block)
         # whose rows are those of the problem, not copies
         self.is_whole = self.group == 1 and self.length == self.count * self.block
         is_copied = not self.is_whole or problem.query.dtype != problem.average.dtype
