@@ -26,7 +26,6 @@ __all__ = ["Near", "Neighbors"]
 _fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _fused_back = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
-
 FEW = 8  # blocks, of which those at the ends are worth a call of their own
 
 
@@ -96,21 +95,21 @@ class Neighbors:
         strides = size * row, row, *rows.stride()[1:]
         return rows[(span.start + span.first) * size :].as_strided(shape, strides)
 
-    def hiding(self, head: int, span: Span) -> Float[Tensor, "#blocks #rows near"] | None:
-        """What is added to logits: 0, or for keys that a query does not see `HIDDEN`. None if it
-        sees all."""
+    def mask(self, head: int, span: Span) -> Float[Tensor, "#blocks 1 #rows near"] | None:
+        """What PyTorch's kernel adds to logits: 0, or for keys that a query does not see `HIDDEN`.
+        None if it sees all."""
         alike = head if len(self.bias) > 1 else 0
-        gaps = self.is_gappy[alike][span.start + span.first : span.stop - 1 + span.until]
-        bias = self.windows(self.bias[alike], span).unsqueeze(1)
+        is_gappy = any(self.is_gappy[alike][span.start + span.first : span.stop - 1 + span.until])
+        bias = self.windows(self.bias[alike], span)[:, None, None]
         if self.later is None:
-            return bias if any(gaps) else None
+            return bias if is_gappy else None
         later = F.pad(self.later, (bias.shape[-1] - self.sizes.block, 0))
         later = later.repeat(self.sizes.group, 1)
-        if not any(gaps):
-            return later.unsqueeze(0)
+        if not is_gappy:
+            return later[None, None]
         place = alike, span
-        if self._last is None or self._last[0] != place:
-            room = buffers.take("hiding", (len(bias), *later.shape), bias)
+        if self._last is None or self._last[0] != place:  # most heads are alike
+            room = buffers.take("mask", (len(bias), 1, *later.shape), bias)
             self._last = place, torch.minimum(bias, later, out=room)
         return self._last[1]
 
@@ -129,10 +128,6 @@ class Neighbors:
         """As PyTorch's kernel takes it: one head, and as many columns in values as in keys."""
         rest = max(self.sizes.dim, self.sizes.value_dim) - x.shape[-1]
         return (F.pad(x, (0, rest)) if rest else x).unsqueeze(1)
-
-    def mask(self, head: int, span: Span) -> Float[Tensor, "#blocks 1 #rows near"] | None:
-        hiding = self.hiding(head, span)
-        return None if hiding is None else hiding.unsqueeze(1)
 
     def attend_back(
         self,
