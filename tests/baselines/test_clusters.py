@@ -12,6 +12,7 @@ from performers.baselines import (
     ClusteredFavorOptions,
     RoutingAttention,
     RoutingOptions,
+    groups,
 )
 from performers.baselines.clusters import ClusterOptions, Clusters
 from performers.models import PerformerConfig, PerformerForMaskedLM
@@ -29,8 +30,11 @@ def by_pairs(query: Tensor, key: Tensor, value: Tensor, sees: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
-@pytest.mark.parametrize("chunk_size", [1, 3, 29])
-def test_routing_attends_to_the_chunks_beside_in_the_own_cluster(is_causal, chunk_size):
+@pytest.mark.parametrize(("chunk_size", "smallest"), [(1, 1), (3, 3), (4, 1), (6, 2), (29, 29)])
+def test_routing_attends_to_the_chunks_beside_in_the_own_cluster(
+    is_causal, chunk_size, smallest, monkeypatch
+):
+    monkeypatch.setattr(groups, "SMALLEST", smallest)  # positions of a block of a chunk
     mechanism = RoutingAttention(RoutingOptions(4, chunk_size=chunk_size), dim=5, num_heads=3)
     query, key, value = inputs(23)
     cluster = nearest(mechanism.clusters, key)
@@ -42,6 +46,19 @@ def test_routing_attends_to_the_chunks_beside_in_the_own_cluster(is_causal, chun
         sees = sees & (j <= i)
     out = mechanism(query, key, value, is_causal=is_causal)
     torch.testing.assert_close(out, by_pairs(query, key, value, sees))
+
+
+@pytest.mark.parametrize(("chunk_size", "block_size"), [(64, 32), (96, 48), (80, 40), (40, 40)])
+def test_each_group_leaves_less_than_a_block_empty(chunk_size, block_size):
+    group = torch.randint(5, (2, 3, 499))
+    places, blocks = groups.group_by_group(group, 5, chunk_size, before=1, after=0)
+    assert blocks.size == block_size
+    at = places.place // block_size
+    for of_sequence, number in zip(group.flatten(0, 1), at.flatten(0, 1), strict=True):
+        used = {int(block): int(member) for block, member in zip(number, of_sequence, strict=True)}
+        assert [used[int(n)] for n in number] == of_sequence.tolist()  # one group in a block
+        members = torch.bincount(of_sequence, minlength=5)
+        assert len(used) == sum(-(-int(count) // block_size) for count in members)
 
 
 @pytest.mark.parametrize("is_causal", [False, True])

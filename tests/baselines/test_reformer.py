@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import ReformerConfig
 from transformers.models.reformer.modeling_reformer import LSHSelfAttention
 
-from performers.baselines import ReformerAttention, ReformerOptions
+from performers.baselines import ReformerAttention, ReformerOptions, groups
 
 
 def by_pairs(mechanism: ReformerAttention, query: Tensor, value: Tensor) -> Tensor:
@@ -29,8 +29,13 @@ def by_pairs(mechanism: ReformerAttention, query: Tensor, value: Tensor) -> Tens
 
 @pytest.mark.parametrize("length", [1, 7, 23, 24])
 @pytest.mark.parametrize("num_hashes", [1, 3])
-def test_causal_lsh_attention_is_that_of_pairs_in_one_bucket(length, num_hashes):
-    mechanism = ReformerAttention(ReformerOptions(num_hashes, 4, 3), dim=5, num_heads=6)
+@pytest.mark.parametrize(("chunk_size", "smallest"), [(3, 3), (4, 2), (4, 1), (6, 2)])
+def test_causal_lsh_attention_is_that_of_pairs_in_one_bucket(
+    length, num_hashes, chunk_size, smallest, monkeypatch
+):
+    monkeypatch.setattr(groups, "SMALLEST", smallest)  # positions of a block of a chunk
+    options = ReformerOptions(num_hashes, 4, chunk_size)
+    mechanism = ReformerAttention(options, dim=5, num_heads=6)
     query, _, value = inputs(length, key_heads=6)
     out = mechanism(query, query, value, is_causal=True)
     torch.testing.assert_close(out, by_pairs(mechanism, query, value))

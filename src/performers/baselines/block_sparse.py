@@ -38,6 +38,7 @@ __all__ = [
     "part_of_scores",
     "real",
     "real_keys",
+    "rows_at",
     "sees_all",
     "with_global_rows",
 ]
@@ -48,6 +49,8 @@ Sees = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 # The tiles of flex_attention, by whose size those of its kernels can be divided.
 TILE = 128
+
+LOG2_E = math.log2(math.e)
 
 
 @cache
@@ -61,10 +64,11 @@ def compiled_flex_attention() -> Callable[..., tuple[Tensor, Tensor]]:
 class Part(NamedTuple):
     """A softmax over some of the keys of each row, before it is normalized.
 
-        total  = Σ_j exp(s_j − frame),    values = Σ_j exp(s_j − frame) v_j
+        total  = Σ_j 2^(s_j − frame),    values = Σ_j 2^(s_j − frame) v_j
 
     The frame, the largest score of a row, keeps all terms in range and cancels in the end, so it is
-    not differentiated. Of a row that sees no key, total and values are 0.
+    not differentiated. Of a row that sees no key, total and values are 0. Scores are those of the
+    softmax times log₂ e: on a CPU 2^−∞ is as quick as any power, and exp(−∞) takes ten times that.
     """
 
     values: Float[Tensor, "*batch rows value_dim"]
@@ -79,10 +83,17 @@ class Part(NamedTuple):
         """The values by the weights of the softmax; 0 for a row that sees no key."""
         return self.values / torch.where(self.total == 0, 1.0, self.total)
 
+    def merged(self, dim: int) -> Part:
+        """The sets of keys along a dimension, which goes, under one normalizer."""
+        frame = self.frame.amax(dim=dim, keepdim=True)
+        share = (self.frame - frame).exp2()
+        values, total = (share * self.values).sum(dim), (share * self.total).sum(dim)
+        return Part(values, total, frame.squeeze(dim))
+
     def merge(self, other: Part) -> Part:
         """Both sets of keys under one normalizer."""
         frame = torch.maximum(self.frame, other.frame)
-        mine, theirs = (self.frame - frame).exp(), (other.frame - frame).exp()
+        mine, theirs = (self.frame - frame).exp2(), (other.frame - frame).exp2()
         return Part(
             mine * self.values + theirs * other.values,
             mine * self.total + theirs * other.total,
@@ -98,8 +109,9 @@ def part(
 ) -> Part:
     """The softmax of QKᵀ/√dim over the visible columns, in float32 at least."""
     accurate = torch.promote_types(query.dtype, torch.float32)
-    scores = query.to(accurate) @ key.to(accurate).mT / math.sqrt(query.shape[-1])
-    return part_of_scores(scores, value, visible)
+    # Queries are scaled, which are fewer numbers than scores.
+    query = query.to(accurate) * (LOG2_E / math.sqrt(query.shape[-1]))
+    return _part_in_base_2(query @ key.to(accurate).mT, value, visible)
 
 
 def part_of_scores(
@@ -108,13 +120,18 @@ def part_of_scores(
     visible: Bool[Tensor, "*#batch #rows #columns"],
 ) -> Part:
     """The softmax of these scores over the visible columns, in their dtype."""
-    scores = scores.masked_fill(~visible, -torch.inf)
+    return _part_in_base_2(LOG2_E * scores, value, visible)
+
+
+def _part_in_base_2(scores: Tensor, value: Tensor, visible: Tensor) -> Part:
+    # 0 or −∞, added: several times as quick as masked_fill, and its gradient is there already.
+    scores = scores + (1 - visible.to(scores.dtype).reciprocal())
     lowest = torch.finfo(scores.dtype).min
     if scores.shape[-1] == 0:
         frame = scores.new_full((*scores.shape[:-1], 1), lowest)
     else:
         frame = scores.detach().amax(dim=-1, keepdim=True).clamp(min=lowest)
-    weights = (scores - frame).exp()
+    weights = (scores - frame).exp2()
     return Part(weights @ value.to(scores.dtype), weights.sum(dim=-1, keepdim=True), frame)
 
 
@@ -186,7 +203,12 @@ def _by_gathering(
     sequence = torch.arange(batch, device=key.device)[:, None, None, None]
     head = torch.arange(heads, device=key.device)[None, :, None, None]
     # [batch, key_heads, num_blocks, neighbors · block_size, …]
-    key, value = (x[sequence, head, blocks.clamp(min=0)].flatten(3, 4) for x in (key, value))
+    listed = blocks.clamp(min=0).flatten(2)
+    key, value = (
+        rows_at(x.flatten(3), listed).unflatten(2, blocks.shape[2:]).unflatten(-1, x.shape[3:])
+        for x in (key, value)
+    )
+    key, value = (x.flatten(3, 4) for x in (key, value))
 
     within = torch.arange(block_size, device=key.device)
     starts = torch.arange(num_blocks, device=key.device)[:, None] * block_size
@@ -197,6 +219,16 @@ def _by_gathering(
     visible = is_listed & sees(sequence.unsqueeze(-1), head.unsqueeze(-1), i, j)
     rows = part(query, key.unsqueeze(2), value.unsqueeze(2), visible.unsqueeze(2))
     return rows.map(lambda x: x.flatten(3, 4))
+
+
+def rows_at(
+    x: Float[Tensor, "*batch length dim"], index: Int[Tensor, "*#batch number"]
+) -> Float[Tensor, "*batch number dim"]:
+    """The rows of x with these numbers: whole ones are copied, which `gather` cannot know of."""
+    index = index.expand(*x.shape[:-2], -1)
+    sequence = torch.arange(math.prod(x.shape[:-2]), device=x.device).view(*x.shape[:-2], 1)
+    in_all = (sequence * x.shape[-2] + index).flatten()
+    return x.flatten(0, -2).index_select(0, in_all).unflatten(0, index.shape)
 
 
 def _has_flex_attention(query: Tensor, value: Tensor, block_size: int) -> bool:
@@ -247,8 +279,9 @@ def _by_flex_attention(
     average, log_total = compiled_flex_attention()(
         query.flatten(1, 2), key, value, block_mask=mask, enable_gqa=group > 1, return_lse=True
     )
+    log_total = LOG2_E * log_total
     frame = log_total.detach().clamp(min=torch.finfo(log_total.dtype).min)
-    total = (log_total - frame).exp().unsqueeze(-1)
+    total = (log_total - frame).exp2().unsqueeze(-1)
     rows = Part(average.to(total.dtype) * total, total, frame.unsqueeze(-1))
     return rows.map(lambda x: x.unflatten(1, (-1, group)))
 

@@ -6,6 +6,9 @@
                      a          b         b         c
     a chunk sees itself, and chunks beside it of the same group
 
+On a CPU a chunk is computed in blocks, and groups begin at the next block, so that a group leaves
+less empty.
+
 The place of a position in its group is the number of earlier positions in it, which no later
 position changes. Where all groups lie end to end instead, the chunk of a position depends on how
 many later ones are in the groups before, and causal attention would be told about its future.
@@ -21,9 +24,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from performers.baselines.block_sparse import Part, Sees, attend_to_blocks, nearest_blocks
+from performers.baselines.block_sparse import Part, Sees, attend_to_blocks, rows_at
 
-__all__ = ["Places", "attend_to_chunks", "chunks_beside", "end_to_end", "group_by_group"]
+__all__ = ["Blocks", "Places", "attend_to_blocks_of_places", "end_to_end", "group_by_group"]
+
+# Positions of a block on a CPU, where a chunk has that many: fewer rows and matrices are small.
+SMALLEST = 32
 
 
 class Places(NamedTuple):
@@ -43,6 +49,13 @@ class Places(NamedTuple):
         return cls(place, position.scatter(-1, place, source))
 
 
+class Blocks(NamedTuple):
+    """Places cut into blocks of a size. `near`: numbers of those that a block sees, −1 for none."""
+
+    size: int
+    near: Int[Tensor, "#batch #heads num_blocks neighbors"]
+
+
 def end_to_end(group: Int[Tensor, "batch heads length"], chunk_size: int) -> Places:
     """Groups one after the other, cut into chunks wherever they end."""
     order = group.argsort(dim=-1, stable=True)
@@ -51,60 +64,72 @@ def end_to_end(group: Int[Tensor, "batch heads length"], chunk_size: int) -> Pla
 
 
 def group_by_group(
-    group: Int[Tensor, "batch heads length"], num_groups: int, chunk_size: int
-) -> tuple[Places, Int[Tensor, "batch heads num_chunks"]]:
-    """Groups one after the other, each from the beginning of a chunk, and the group of each chunk.
+    group: Int[Tensor, "batch heads length"],
+    num_groups: int,
+    chunk_size: int,
+    before: int,
+    after: int,
+) -> tuple[Places, Blocks]:
+    """Groups one after the other, each from the beginning of a block. A block sees its chunk and so
+    many chunks `before` and `after` it, of the same group.
 
-    There are as many chunks as `num_groups` groups may need; those behind the last group have
-    number `num_groups`.
+    There are as many blocks as `num_groups` groups may need; those behind the last group see
+    nothing.
     """
-    length = group.shape[-1]
-    size = torch.zeros(*group.shape[:-1], num_groups, dtype=torch.int64, device=group.device)
+    length, device = group.shape[-1], group.device
+    block = _block_size(chunk_size, device)
+    size = torch.zeros(*group.shape[:-1], num_groups, dtype=torch.int64, device=device)
     size = size.scatter_add(-1, group, torch.ones_like(group))
-    order = group.argsort(dim=-1, stable=True)
-    start = size.cumsum(dim=-1) - size
-    rank = torch.arange(length, device=group.device) - start.gather(-1, group.gather(-1, order))
-    rank = rank.gather(-1, order.argsort(dim=-1))
-    end = ((size + chunk_size - 1) // chunk_size).cumsum(dim=-1)  # in chunks
-    first = F.pad(end[..., :-1], (1, 0)) * chunk_size
-    # Each group leaves less than a chunk empty.
-    num_chunks = length // chunk_size + num_groups
-    chunk = torch.arange(num_chunks, device=group.device).expand(*group.shape[:-1], -1)
-    of_chunk = torch.searchsorted(end, chunk.contiguous(), right=True)
-    return Places.of(first.gather(-1, group) + rank, num_chunks * chunk_size), of_chunk
+    in_blocks = (size + block - 1) // block
+    end = in_blocks.cumsum(dim=-1)
+    first = end - in_blocks
+    # Sorted by group and position, a position comes at its place but for what groups leave empty.
+    of_sorted, order = group.sort(dim=-1, stable=True)
+    empty = first * block - (size.cumsum(dim=-1) - size)
+    place = torch.arange(length, device=device) + empty.gather(-1, of_sorted)
+    place = torch.zeros_like(place).scatter(-1, order, place)
+
+    # Each group leaves less than a block empty.
+    num_blocks = length // block + num_groups
+    number = torch.arange(num_blocks, device=device).expand(*group.shape[:-1], -1).contiguous()
+    of_block = torch.searchsorted(end, number, right=True)  # num_groups behind the last group
+    first, in_blocks = (F.pad(x, (0, 1)).gather(-1, of_block) for x in (first, in_blocks))
+    per_chunk = chunk_size // block
+    begins = ((number - first) // per_chunk - before) * per_chunk
+    within = torch.arange((before + 1 + after) * per_chunk, device=device)
+    near = begins.unsqueeze(-1) + within
+    first, in_blocks = first.unsqueeze(-1), in_blocks.unsqueeze(-1)
+    near = (first + near).masked_fill((near < 0) | (near >= in_blocks), -1)
+    return Places.of(place, num_blocks * block), Blocks(block, near)
 
 
-def chunks_beside(
-    of_chunk: Int[Tensor, "batch heads num_chunks"], before: int, after: int
-) -> Int[Tensor, "batch heads num_chunks near"]:
-    """For each chunk the numbers of itself and of those beside it in its group; −1 for none."""
-    near = nearest_blocks(of_chunk.shape[-1], before, after, of_chunk.device)
-    near = near.expand(*of_chunk.shape[:2], -1, -1)
-    beside = of_chunk.gather(-1, near.clamp(min=0).flatten(2)).view_as(near)
-    return near.masked_fill(beside != of_chunk.unsqueeze(-1), -1)
+def _block_size(chunk_size: int, device: torch.device) -> int:
+    """The least share of a chunk, by halves, that has `SMALLEST` positions."""
+    # flex_attention has a table of all pairs of blocks, which is the smaller the larger they are.
+    while device.type != "cuda" and chunk_size % 2 == 0 and chunk_size >= 2 * SMALLEST:
+        chunk_size //= 2
+    return chunk_size
 
 
-def attend_to_chunks(
+def attend_to_blocks_of_places(
     query: Float[Tensor, "batch heads group length dim"],
     key: Float[Tensor, "batch heads length dim"],
     value: Float[Tensor, "batch heads length value_dim"],
     position: Int[Tensor, "batch heads places"],
-    chunks: Int[Tensor, "#batch #heads num_chunks neighbors"],
-    chunk_size: int,
+    blocks: Blocks,
     sees: Sees,
 ) -> Part:
-    """The part of the query at each place over the keys in the chunks listed for its own.
+    """The part of the query at each place over the keys in the blocks that its own sees.
 
     `sees` is asked about positions, not places; places without a position hold the length.
     """
 
     def placed(x: Tensor) -> Tensor:
-        index = position.unsqueeze(-1) if x.ndim == 4 else position[:, :, None, :, None]
-        return F.pad(x, (0, 0, 0, 1)).take_along_dim(index, dim=-2)
+        return rows_at(F.pad(x, (0, 0, 0, 1)), position if x.ndim == 4 else position.unsqueeze(2))
 
     def sees_places(sequence: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return sees(sequence, head, position[sequence, head, i], position[sequence, head, j])
 
     return attend_to_blocks(
-        placed(query), placed(key), placed(value), chunks, chunk_size, sees_places
+        placed(query), placed(key), placed(value), blocks.near, blocks.size, sees_places
     )

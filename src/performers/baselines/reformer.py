@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import reduce
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Generator, Tensor
 from torch.nn import functional as F
 
-from performers.baselines.block_sparse import Part, real
+from performers.baselines.block_sparse import real, rows_at
 from performers.baselines.drawn import Drawn
 from performers.baselines.groups import (
+    Blocks,
     Places,
-    attend_to_chunks,
-    chunks_beside,
+    attend_to_blocks_of_places,
     end_to_end,
     group_by_group,
 )
@@ -100,7 +99,9 @@ class ReformerAttention(Drawn):
     ) -> Int[Tensor, "batch heads num_hashes length"]:
         """h of each query in each round."""
         rotated = query.unsqueeze(2) @ self.rotations.to(query.dtype)
-        return torch.cat([rotated, -rotated], dim=-1).argmax(dim=-1)
+        largest = rotated.abs().argmax(dim=-1, keepdim=True)
+        is_negative = rotated.gather(-1, largest) < 0
+        return (largest + self.options.num_buckets // 2 * is_negative).squeeze(-1)
 
     def forward(
         self,
@@ -126,35 +127,37 @@ class ReformerAttention(Drawn):
         is_padding = (position >= slots.count)[:, None, None]
         # Padding has a bucket of its own, the last.
         bucket = self.buckets(query).masked_fill(is_padding, self.options.num_buckets)
-        places, chunks = self._chunks(bucket, slots.count, is_causal)
+        places, blocks = self._blocks(bucket, slots.count, is_causal)
         sees = real(slots, lambda sequence, head, i, j: j != i, is_causal)
-        size, num_hashes = self.options.chunk_size, self.options.num_hashes
-        in_places = attend_to_chunks(
-            query.unsqueeze(2), unit, value, places.position.flatten(2), chunks, size, sees
+        in_places = attend_to_blocks_of_places(
+            query.unsqueeze(2), unit, value, places.position.flatten(2), blocks, sees
         )
-        place = places.place.unsqueeze(-1)
         in_rounds = in_places.map(
-            lambda x: x.squeeze(2).unflatten(2, (num_hashes, -1)).take_along_dim(place, dim=3)
+            lambda x: rows_at(
+                x.squeeze(2).unflatten(2, (self.options.num_hashes, -1)), places.place
+            )
         )
-        whole = reduce(Part.merge, map(Part, *(x.unbind(2) for x in in_rounds)))
+        whole = in_rounds.merged(2)
         rows = torch.where(whole.total == 0, value, whole.average())
         return rows_of_tokens(slots, rows.unflatten(1, (key_heads, -1)))
 
-    def _chunks(
+    def _blocks(
         self,
         bucket: Int[Tensor, "batch heads num_hashes length"],
         count: Int[Tensor, "batch 1"],
         is_causal: bool,
-    ) -> tuple[Places, Int[Tensor, "#batch #heads all_chunks 2"]]:
-        """The places of each round, and for each chunk of all rounds itself and the one before."""
+    ) -> tuple[Places, Blocks]:
+        """The places of each round, and the blocks of all rounds: those of causal attention are of
+        the chunk of a block and the one before, else chunks themselves.
+        """
         size, num_hashes = self.options.chunk_size, self.options.num_hashes
         if is_causal:
-            places, of_chunk = group_by_group(
-                bucket.flatten(1, 2), self.options.num_buckets + 1, size
+            places, (size, near) = group_by_group(
+                bucket.flatten(1, 2), self.options.num_buckets + 1, size, before=1, after=0
             )
-            near = chunks_beside(of_chunk, 1, 0).unflatten(1, (-1, num_hashes))
+            near = near.unflatten(1, (-1, num_hashes))
             round_of = torch.arange(num_hashes, device=bucket.device)[:, None, None]
-            chunks = torch.where(near < 0, near, near + round_of * near.shape[3]).flatten(2, 3)
+            near = torch.where(near < 0, near, near + round_of * near.shape[3]).flatten(2, 3)
         else:
             places = end_to_end(bucket.flatten(1, 2), size)
             per_round = places.position.shape[-1] // size
@@ -162,5 +165,5 @@ class ReformerAttention(Drawn):
             last = (count - 1).clamp(min=0) // size  # the last chunk with a real token
             of_other_round = (own // max(per_round, 1) - 1) % num_hashes * per_round + last
             before = torch.where(own % max(per_round, 1) == 0, of_other_round, own - 1)
-            chunks = torch.stack([before, own.expand_as(before)], dim=-1).unsqueeze(1)
-        return Places(*(x.unflatten(1, (-1, num_hashes)) for x in places)), chunks
+            near = torch.stack([before, own.expand_as(before)], dim=-1).unsqueeze(1)
+        return Places(*(x.unflatten(1, (-1, num_hashes)) for x in places)), Blocks(size, near)

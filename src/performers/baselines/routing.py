@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from performers.baselines.block_sparse import real, sees_all
+from performers.baselines.block_sparse import real, rows_at, sees_all
 from performers.baselines.clusters import ClusterOptions, Clusters
-from performers.baselines.groups import attend_to_chunks, chunks_beside, group_by_group
+from performers.baselines.groups import attend_to_blocks_of_places, group_by_group
 from performers.baselines.tokens import real_tokens, rows_of_tokens
 from performers.checks import check_count
 
@@ -76,12 +76,13 @@ class RoutingAttention(nn.Module):
             query, key, value, is_causal=is_causal, key_padding_mask=key_padding_mask,
         )  # fmt: skip
         cluster, size = self.clusters.of(slots.key, slots.count), self.options.chunk_size
-        places, of_chunk = group_by_group(cluster, self.options.num_clusters + 1, size)
-        sees = real(slots, sees_all, is_causal)
-        chunks = chunks_beside(of_chunk, 1, 0 if is_causal else 1)
-        found = attend_to_chunks(
-            slots.query, slots.key, slots.value, places.position, chunks, size, sees
+        places, blocks = group_by_group(
+            cluster, self.options.num_clusters + 1, size, before=1, after=0 if is_causal else 1
         )
-        rows = found.average().take_along_dim(places.place[:, :, None, :, None], dim=3)
+        sees = real(slots, sees_all, is_causal)
+        found = attend_to_blocks_of_places(
+            slots.query, slots.key, slots.value, places.position, blocks, sees
+        )
+        rows = rows_at(found.average(), places.place.unsqueeze(2))
         self.clusters.follow(rows, slots.key, cluster)
         return rows_of_tokens(slots, rows)
