@@ -21,15 +21,17 @@ from performers.reproduction.means import Mean
 from performers.reproduction.steps import Batch, Steps, rows_with, train_for_steps
 from performers.viz.figures import BASELINE_COLOR, COLORS, STYLE
 
-from .photographs import Tiles, marginal_bits, packed, unpacked
+from .photographs import Tiles, frequency_bits, marginal_bits, packed, unpacked
 
 
 @dataclass(frozen=True)
 class Config:
     """Tiles of `size` × `size` pixels, of which `num_scored` of other photographs are scored.
 
-    Performers and Reformers have the layers named, all else alike. `known_rows`: what completions
-    are given. The paper does not say its batches; 100,000 steps are those of its Appendix D.2.
+    Performers and Reformers have the layers named, all else alike. Every other layer of a Reformer,
+    the first included, sees the `local_window` positions before its own, and the rest hash.
+    `known_rows`: what completions are given. The paper does not say its batches; 100,000 steps are
+    those of its Appendix D.2.
     """
 
     source: str = "lomiri"
@@ -44,6 +46,7 @@ class Config:
     reformer_layers: tuple[int, ...] = (12, 24)
     num_hashes: int = 4
     chunk_size: int = 64
+    local_window: int = 64
     batch_size: int = 8
     learning_rate: float = 1e-3
     warmup_steps: int = 0
@@ -99,6 +102,7 @@ def models(config: Config) -> dict[tuple[str, int], dict[str, Any]]:
         "initializer_range": config.initializer_range,
         "hidden_dropout_prob": 0.0,
     }
+    reformers = {"local": {"window_size": config.local_window}, "reformer": hashes}
     mechanisms: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
         RELU: ({"attention": "performer-relu"}, config.performer_layers),
         SOFTMAX: ({"attention": "performer-positive"}, config.performer_layers),
@@ -107,14 +111,22 @@ def models(config: Config) -> dict[tuple[str, int], dict[str, Any]]:
             config.performer_layers[:1],
         ),
         REFORMER: (
-            {"attention": "reformer", "attention_options": hashes}, config.reformer_layers,
+            {"attention": [*reformers], "attention_options": reformers}, config.reformer_layers,
         ),
     }  # fmt: skip
     return {
-        (name, layers): {**sizes, **mechanism, "num_hidden_layers": layers}
+        (name, layers): {**sizes, **_deepened(mechanism, layers)}
         for name, (mechanism, depths) in mechanisms.items()
         for layers in depths
     }
+
+
+def _deepened(mechanism: dict[str, Any], layers: int) -> dict[str, Any]:
+    """The mechanism in so many layers, again from the first where it has one for each of some."""
+    attention = mechanism["attention"]
+    if isinstance(attention, list):
+        attention = [attention[layer % len(attention)] for layer in range(layers)]
+    return {**mechanism, "attention": attention, "num_hidden_layers": layers}
 
 
 def build(fields: dict[str, Any], seed: int) -> PerformerForImageGeneration:
@@ -152,6 +164,8 @@ def run(config: Config, report: Callable[[str], None]) -> dict[str, Any]:
     return {
         "rows": rows,
         "marginal_bits": marginal_bits(valid),
+        "frequency_bits": frequency_bits(images.train, valid, is_after=False),
+        "frequency_after_bits": frequency_bits(images.train, valid, is_after=True),
         "photographs": images.photographs,
         "tiles": {"train": len(images.train), "valid": len(images.valid), "scored": len(valid)},
         "origin": images.origin,
@@ -243,7 +257,10 @@ def summary(config: dict[str, Any], results: dict[str, Any]) -> str:
         f"{config['steps']} steps, each of {config['batch_size']} of {counts['train']:,} tiles; "
         f"scored on {counts['scored']} of {counts['valid']:,} tiles of the photographs {held_out}. "
         + ("± is one standard error over seeds." if config["seeds"] > 1 else "One seed.")
-        + f" The marginal entropy of the bytes that are scored is {marginal:.2f} bits.",
+        + f" The marginal entropy of the bytes that are scored is {marginal:.2f} bits. Predicted "
+        "by how often each is in the photographs that are trained on they have "
+        f"{results['frequency_bits']:.2f} bits, and by how often it is there after the byte "
+        f"before it {results['frequency_after_bits']:.2f}.",
         markdown_table(list(_table(results))),
         "\n".join(_findings(config, results)),
     ]

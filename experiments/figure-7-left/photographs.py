@@ -14,9 +14,12 @@ import numpy as np
 import sklearn.datasets
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from performers.data.fetch import read_package
 from performers.data.photographs import LOMIRI, Photographs, read_photographs, tiles
+
+BYTES = 256
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,24 @@ def marginal_bits(images: Tensor) -> float:
         shares = torch.bincount(channel.flatten().long()).double() / channel.numel()
         bits -= float(torch.special.xlogy(shares, shares).sum()) / math.log(2)
     return bits / images.shape[-1]
+
+
+def frequency_bits(train: Tensor, images: Tensor, is_after: bool) -> float:
+    """Bits per dimension of these images if each byte is as likely as in its channel of `train`,
+    or, if `is_after`, as after the byte before it there. Counts begin at a tenth.
+    """
+
+    def contexts(x: Tensor) -> tuple[Tensor, Tensor]:
+        of_images = x.flatten(1).long()
+        before = F.pad(of_images[:, :-1], (1, 0)) if is_after else torch.zeros_like(of_images)
+        channel = torch.arange(of_images.shape[1]) % x.shape[-1]
+        return (channel * BYTES + before).flatten(), of_images.flatten()
+
+    context, byte = contexts(train)
+    counts = torch.bincount(context * BYTES + byte, minlength=images.shape[-1] * BYTES**2)
+    likely = counts.view(-1, BYTES).double() + 0.1
+    likely /= likely.sum(dim=1, keepdim=True)
+    return -float(likely[contexts(images)].log2().mean())
 
 
 def _photographs(source: str, report: Callable[[str], None]) -> tuple[Photographs, dict[str, Any]]:

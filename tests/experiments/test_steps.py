@@ -134,12 +134,14 @@ def test_figure_7_at_the_papers_scale_is_performers_half_as_deep_on_12288_bytes(
         depths.setdefault(name, []).append(layers)
         if len(depths[name]) > 1:
             continue
-        with torch.device("meta"):  # one layer is as good as 24, and built in less time
-            model = module.build({**fields, "num_hidden_layers": 1}, 0).to("meta")
+        shallow = module._deepened(fields, 2)  # as good as 24 layers, and built in less time
+        with torch.device("meta"):
+            model = module.build(shallow, 0).to("meta")
         assert model.config.image_shape == [64, 64, 3]
         assert model.performer.layers[0].mlp.up_proj.weight.shape == (2048, 512)
     assert depths[module.RELU] == depths[module.SOFTMAX] == [6, 12]
     assert depths[module.REFORMER] == [12, 24]
+    assert module.models(paper)[module.REFORMER, 24]["attention"] == ["local", "reformer"] * 12
 
 
 def test_no_photograph_is_in_both_parts_and_the_marginal_entropy_is_that_of_its_bytes():
@@ -151,6 +153,10 @@ def test_no_photograph_is_in_both_parts_and_the_marginal_entropy_is_that_of_its_
         torch.tensor([0, 255], dtype=torch.uint8).repeat(8).reshape(1, 4, 4, 1).repeat(1, 1, 1, 3)
     )
     assert photographs.marginal_bits(halves) == pytest.approx(1.0)
+    stripes = halves.repeat(1, 64, 64, 1)
+    for is_after, bits in ((False, 1.0), (True, 0.0)):
+        found = photographs.frequency_bits(stripes, stripes, is_after=is_after)
+        assert found == pytest.approx(bits, abs=0.01)
     text = photographs.packed(cut.valid[:2])
     assert torch.equal(
         torch.from_numpy(photographs.unpacked(text, (2, 64, 64, 3)).copy()), cut.valid[:2]

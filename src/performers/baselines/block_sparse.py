@@ -124,7 +124,8 @@ def part_of_scores(
 
 
 def _part_in_base_2(scores: Tensor, value: Tensor, visible: Tensor) -> Part:
-    # 0 or −∞, added: several times as quick as masked_fill, and its gradient is there already.
+    # 0 or −∞, added: several times as quick as masked_fill, and its gradient is there already. A
+    # score that is infinite or NaN is not hidden by it, as such a value is not by the weight 0.
     scores = scores + (1 - visible.to(scores.dtype).reciprocal())
     lowest = torch.finfo(scores.dtype).min
     if scores.shape[-1] == 0:
