@@ -60,7 +60,7 @@ REDUCED = replace(
     PAPER, source="swissprot-families.fasta.gz", length=512, fraction=0.1, num_scored=128,
     hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128,
     num_projections=64, position="learned", initializer_range=0.1, linformer_projections=300,
-    batch_size=4, redraw_every=100, seconds=20.0, evaluations=3, seeds=2, bf16=False, workers=0,
+    batch_size=4, redraw_every=100, seconds=30.0, evaluations=3, bf16=False, workers=0,
 )  # fmt: skip
 SMOKE = replace(
     REDUCED, source="sample", length=64, num_scored=8, hidden_size=16, num_hidden_layers=1,
