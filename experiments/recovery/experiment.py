@@ -38,10 +38,10 @@ class Config:
     texts: str = "novels"
     held_out: str = "Persuasion"
     characters: int = 1_600_000
-    lengths: tuple[int, ...] = (2048, 256, 256)
-    windows: tuple[int, ...] = (128, 64, 32)
+    lengths: tuple[int, ...] = (2048, 512, 512)
+    windows: tuple[int, ...] = (128, 32, 32)
     heavy: tuple[int, ...] = (64, 0, 0)
-    batch_sizes: tuple[int, ...] = (1, 4, 8)
+    batch_sizes: tuple[int, ...] = (1, 2, 4)
     transfer_steps: tuple[int, ...] = (0, 200, 200)
     steps: tuple[int, ...] = (400, 400, 400)
     learning_rates: tuple[float, ...] = (2e-5, 2e-5, 1e-4)

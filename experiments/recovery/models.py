@@ -74,7 +74,7 @@ def _minilm(folder: Path, novels: str, report: Report) -> str:
 
 # Atoms in brackets, atoms of two letters, arrows, rings of two digits, and single characters.
 SMILES = r"\[[^\]]+\]|Br|Cl|>>|%\d\d|."
-MOLECULES = 12  # side by side, as on one side of a reaction
+MOLECULES = 20  # side by side, as on one side of a reaction
 
 
 def _read_molecules(folder: Path) -> list[str]:
