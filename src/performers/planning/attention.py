@@ -89,10 +89,13 @@ class HeadsOf:
             of_head = 4 * WIDE * d * (-(-length // window) * m + rows)
             heads = min(sizes.HEADS, batch * self.key_heads)
             whole = min(max(sizes.HEADS_BYTES, of_head), heads * of_head)
-            # A tile of logits and outputs, and their gradients; those of three near blocks.
-            rows = min(group * length, max(group * window, sizes.TILE_BYTES // (WIDE * (m + d))))
+            # A tile of logits and their gradients. PyTorch's kernel has gradients of near keys in
+            # the place of logits.
+            is_fused = window >= sizes.FUSED_FROM["cpu"][1]
+            columns = m + (d if is_fused else 3 * window)
+            rows = min(group * length, max(group * window, sizes.TILE_BYTES // (WIDE * columns)))
             near = min(6 * rows // group * d, max(6 * window * d, sizes.TILE_BYTES // WIDE))
-            return whole + WIDE * (2 * rows * (m + d) + near)
+            return whole + WIDE * (2 * rows * columns + is_fused * near)
         if self.form == "scan":
             # Of each chunk of a segment K′, and S in two frames; of one chunk five tiles more.
             chunks = -(-min(length, self._segment) // scan.CHUNK)
