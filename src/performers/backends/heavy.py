@@ -200,9 +200,12 @@ def _received(
     key = key.unfold(1, width, size)
     estimated = slots.estimated()
     is_hidden = ~F.pad(is_real if estimated is None else estimated, (size, rest + after))
-    hiding = key.new_zeros(is_hidden.shape).masked_fill_(is_hidden, HIDDEN).unfold(1, width, size)
-    later = key.new_full((size, size), HIDDEN).triu_(1)
+    # The most that a score may be: a minimum hides one that is infinite, too.
+    most = key.new_full(is_hidden.shape, torch.inf).masked_fill_(is_hidden, HIDDEN)
+    most = most.unfold(1, width, size)
+    later = torch.ones(size, size, dtype=torch.bool, device=key.device).triu_(1)
     later = F.pad(later, (size, 0)).repeat(group, 1)
+    most_later = key.new_full(later.shape, torch.inf).masked_fill_(later, HIDDEN)
     # Hiding takes as long as a third of the scores, and few blocks have anything to hide.
     is_gappy = is_hidden.unfold(1, width, size).any(dim=-1)
     gaps = [[True] * count] * batch if is_traced() else is_gappy.tolist()
@@ -218,9 +221,9 @@ def _received(
         of_batch, rows = head // heads, query[head, blocks]
         logits = torch.bmm(rows, key[head, blocks])
         if is_causal:
-            logits += later
+            logits = torch.minimum(logits, most_later)
         if any(gaps[of_batch][blocks]):
-            logits += hiding[of_batch, blocks].unsqueeze(1)
+            logits = torch.minimum(logits, most[of_batch, blocks].unsqueeze(1))
         of_sinks = rows @ sink_key[head].mT
         of_sinks = of_sinks.masked_fill_(no_sink[of_batch, blocks], HIDDEN)
         largest = torch.cat([logits.amax(dim=-1, keepdim=True), of_sinks], dim=-1)

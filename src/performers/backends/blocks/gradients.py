@@ -40,7 +40,7 @@ class HeadsBack(Heads):
         self.log_sum = self.in_blocks("log sum", found.log_sum)
         self.of_log_sum = self.in_blocks("of log sum", gradients.log_sum)
         self.out = self.in_blocks("out", found.out)
-        self.is_fused = sizes.is_fused and self.is_plain()
+        self.is_fused = self.near.is_fused and self.is_plain()
         if sizes.limits:
             self.log_factor = self.in_blocks("log factor", found.log_factor) * LOG2_E
         self.of_query, self.is_of_query_itself = self.room("of query", of_query)

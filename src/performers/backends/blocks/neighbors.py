@@ -62,9 +62,13 @@ class Neighbors:
         hidden: Bool[Tensor, "#heads rows"],
     ) -> None:
         self.sizes, self.scale, self.key, self.value = sizes, problem.scale, key, value
-        self.bias = key.new_zeros(hidden.shape).masked_fill_(hidden, HIDDEN)
-        later = key.new_full((sizes.block, sizes.block), HIDDEN).triu_(1)
-        self.later = later if problem.is_causal else None
+        # The most that a logit may be: a minimum hides one that is infinite, too.
+        self.most = key.new_full(hidden.shape, torch.inf).masked_fill_(hidden, HIDDEN)
+        later = torch.ones(sizes.block, sizes.block, dtype=torch.bool, device=key.device).triu_(1)
+        later_most = key.new_full(later.shape, torch.inf).masked_fill_(later, HIDDEN)
+        self.later = later_most if problem.is_causal else None
+        # PyTorch's kernel adds, and would show it to the queries before it.
+        self.is_fused = sizes.is_fused and bool(key.sum().isfinite())
         # Few blocks have a key that is not there.
         self.is_gappy = hidden.unflatten(1, (-1, sizes.block)).any(dim=-1).tolist()
         self._last: tuple[tuple[int, Span], Tensor] | None = None
@@ -98,12 +102,12 @@ class Neighbors:
     def mask(self, head: int, span: Span) -> Float[Tensor, "#blocks 1 #rows near"] | None:
         """What PyTorch's kernel adds to logits: 0, or for keys that a query does not see `HIDDEN`.
         None if it sees all."""
-        alike = head if len(self.bias) > 1 else 0
+        alike = head if len(self.most) > 1 else 0
         is_gappy = any(self.is_gappy[alike][span.start + span.first : span.stop - 1 + span.until])
-        bias = self.windows(self.bias[alike], span)[:, None, None]
+        bias = self.windows(self.most[alike], span)[:, None, None].clamp(max=0)
         if self.later is None:
             return bias if is_gappy else None
-        later = F.pad(self.later, (bias.shape[-1] - self.sizes.block, 0))
+        later = F.pad(self.later.clamp(max=0), (bias.shape[-1] - self.sizes.block, 0))
         later = later.repeat(self.sizes.group, 1)
         if not is_gappy:
             return later[None, None]
@@ -169,12 +173,14 @@ class Neighbors:
         torch.baddbmm(room, query, key.mT, beta=0, alpha=self.scale * LOG2_E, out=room)
         if self.later is not None:
             own = room[..., sizes.before * sizes.block :]
-            own.unflatten(1, (sizes.group, sizes.block)).add_(self.later)
-        alike = head if len(self.bias) > 1 else 0
+            own = own.unflatten(1, (sizes.group, sizes.block))
+            torch.minimum(own, self.later, out=own)
+        alike = head if len(self.most) > 1 else 0
         for block in range(tile.start, tile.stop):
             one = self.whole(slice(block, block + 1))
             if any(self.is_gappy[alike][block : block + one.until]):
-                room[block - tile.start].add_(self.windows(self.bias[alike], one))
+                part = room[block - tile.start]
+                torch.minimum(part, self.windows(self.most[alike], one), out=part)
         return room
 
     def weights_back(

@@ -206,7 +206,7 @@ class Heads:
             query = self.query[index, tile]
             weights, mapped = self.row_logits(index, tile, numbers)
             values = self.values(index, tile, far.average)
-            near = self.near.attend(index, tile, query) if sizes.is_fused else None
+            near = self.near.attend(index, tile, query) if self.near.is_fused else None
             if near is None:
                 weights.insert(0, self.near.logits(index, tile, query))
                 values.insert(0, self.near.windows(self.value[index], self.near.whole(tile)))
