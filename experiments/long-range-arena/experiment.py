@@ -224,7 +224,6 @@ def figure(config: dict[str, Any], results: dict[str, Any]) -> Figure:
             places[name] = (score.speed, 100 * score.accuracy)
             axes.scatter(*places[name], s=size, color=color, alpha=0.45, linewidth=0)
         axes.set_xscale("log", base=2)
-        axes.set_axisbelow(True)
         axes.set(
             xlabel="steps per second ÷ those of exact attention",
             ylabel="accuracy in percent, mean of the tasks",

@@ -110,7 +110,6 @@ def figure(config: Mapping[str, Any], results: Mapping[str, Any]) -> Figure:
         axes.set_xticks(range(len(letters)), letters)
         axes.set(title="How frequent amino acids are in the training set", ylabel="%")
         axes.grid(visible=False, axis="x")
-        axes.set_axisbelow(True)
         axes.legend(fontsize=8)
     return drawn
 

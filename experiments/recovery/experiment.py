@@ -111,20 +111,14 @@ def _converted(
         conversion.run(lambda line: report(f"{title}: {line}"))
     found = json.loads((place / REPORT).read_text(encoding="utf-8"))
     kept = (
-        "options",
-        "sequences",
-        "num_sinks",
-        "far_field",
-        "exact_task_loss",
-        "stages",
-        "seconds",
-    )
+        "options", "sequences", "num_sinks", "far_field", "exact_task_loss", "stages", "seconds",
+    )  # fmt: skip
     return {"title": title, **{name: found[name] for name in kept}}
 
 
 def summary(config: Mapping[str, Any], results: Mapping[str, Any]) -> str:
     """Fidelity first, the loss of the model's own task second."""
-    rows = [["model", "far keys", "stage", "distance", "the rest", "perplexity ÷ exact", ""]]
+    rows = [["model", "far keys", "stage", "distance", "the rest", "perplexity ÷ exact", "kept"]]
     for found in results["conversions"].values():
         options = found["options"]
         for stage, one in found["stages"].items():
@@ -137,7 +131,7 @@ def summary(config: Mapping[str, Any], results: Mapping[str, Any]) -> str:
                     f"{fidelity['distance']:.4f}",
                     _beside(fidelity),
                     "" if loss is None else f"{math.exp(loss - found['exact_task_loss']):.3f}",
-                    "" if one["is_kept"] else "undone",
+                    "yes" if one["is_kept"] else "undone",
                 ]
             )
     ends = [

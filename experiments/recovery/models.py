@@ -89,7 +89,7 @@ def _albert(folder: Path, novels: str, report: Report) -> str:
     """RXNMapper's model of chemical reactions, on molecules of the NCI."""
     source = _package_folder("rxnmapper", "--no-deps rxnmapper==0.4.3")
     source = source / "models/transformers/albert_heads_8_uspto_all_1310k"
-    words = (source / "vocab.txt").read_text(encoding="utf-8").split("\n")
+    words = (source / "vocab.txt").read_text(encoding="utf-8").splitlines()
     vocabulary = Tokenizer(
         WordLevel({word: number for number, word in enumerate(words)}, unk_token="[UNK]")
     )

@@ -497,6 +497,16 @@ def test_what_cannot_be_converted_is_refused_before_the_model_is_touched(saved, 
     assert [path.name for path in output.iterdir()] == ["thesis.tex"]
 
 
+def test_a_tokenizer_with_more_tokens_than_the_model_embeds_is_refused(saved, text, tmp_path):
+    folder, output = saved(BertModel(BertConfig(**SIZES))), tmp_path / "converted"
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens([f"more{i}" for i in range(SIZES["vocab_size"])])
+    tokenizer.save_pretrained(folder)
+    line = refused(folder, "--data", text, "--output", output, *SMALL)
+    assert f"has {len(tokenizer)} tokens, and the model embeds {SIZES['vocab_size']}" in line
+    assert not output.exists()
+
+
 def test_lora_without_peft_says_how_to_get_it(saved, text, tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     folder = saved(BertModel(BertConfig(**SIZES)))

@@ -71,15 +71,26 @@ def check_source_weights(source: str | Path) -> None:
 
 
 def source_tokenizer(source: str | Path) -> Any:
-    """The tokenizer of a model. Raises ValueError where there is none, or a damaged one."""
+    """The tokenizer of a model.
+
+    Raises ValueError where there is none, for a damaged one, and for one with ids that the model
+    has no embedding for.
+    """
     try:
-        return AutoTokenizer.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source)
     except Exception as error:  # the class that tokenizers raises
         words = " ".join(str(error).split())[:200]
         raise ValueError(
             f"{source} must hold a whole tokenizer, tokenizer.json and tokenizer_config.json or "
             f"their like: {words}. Save the model's own there, with tokenizer.save_pretrained."
         ) from error
+    size = getattr(source_config(source).get_text_config(), "vocab_size", len(tokenizer))
+    if len(tokenizer) > size:
+        raise ValueError(
+            f"the tokenizer of {source} has {len(tokenizer)} tokens, and the model embeds {size}. "
+            "Save the tokenizer that belongs to it in its folder, or resize its embeddings before."
+        )
+    return tokenizer
 
 
 def read_tensors(path: str | Path, remedy: str) -> dict[str, Tensor]:

@@ -89,9 +89,8 @@ def as_sequences(
 ) -> TokenDataset:
     """A running text in windows of `length` tokens, or the first `length` of each record.
 
-    Raises ValueError for a tokenizer with other tokens than the model, and for pairs.
+    Raises ValueError for pairs.
     """
-    check_vocabulary(tokenizer, vocab_size)
     if not isinstance(texts, str) and len(texts[0]) > 1:
         raise ValueError(
             f"a sequence is one text here, and records of {name} are pairs. Choose one column."
@@ -102,16 +101,6 @@ def as_sequences(
     is_real = torch.arange(ids.shape[1]) < lengths[:, None]  # records are padded on the right
     starts = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
     return TokenDataset(ids[is_real].int(), starts, vocab_size)
-
-
-def check_vocabulary(tokenizer: Any, vocab_size: int) -> None:
-    """Raise ValueError for a tokenizer with ids that the model has no embedding for."""
-    if len(tokenizer) > vocab_size:
-        raise ValueError(
-            f"the tokenizer of the model has {len(tokenizer)} tokens, and the model embeds "
-            f"{vocab_size}. Save the tokenizer that belongs to it in its folder, or resize its "
-            "embeddings before."
-        )
 
 
 def task_of_text(name: str, tokenizer: Any) -> Task:

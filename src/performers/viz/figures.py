@@ -47,6 +47,7 @@ STYLE = {
     "axes.titlesize": 11,
     "axes.titlelocation": "left",
     "axes.grid": True,
+    "axes.axisbelow": True,
     "grid.color": "#e5e7eb",
     "xtick.color": "#4b5563",
     "ytick.color": "#4b5563",
