@@ -17,6 +17,7 @@ __all__ = ["CAPABILITIES", "Buffers", "buffers", "room_of_outputs", "slices"]
 CAPABILITIES: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
 
 KEPT_BYTES = 2**24  # of all buffers, between calls
+KEPT_IN_TRAINING = 2**23
 SMALL_BYTES = 2**19  # of a buffer that is kept in any case
 
 
@@ -46,14 +47,14 @@ class Buffers(threading.local):
             self._last[key] = self._flat[key][:size].view(shape)
         return self._last[key]
 
-    def trim(self) -> None:
-        """If there is much, give back what is larger than tiles need, which only long sequences
-        take.
+    def trim(self, most: int) -> None:
+        """If there is more than `most` bytes, give back what is larger than tiles need, which only
+        long sequences take.
 
         A model in training has better use for it between two calls, and getting so much memory is
         little beside the computation in it. For short sequences it is an eighth of the time.
         """
-        if sum(flat.nbytes for flat in self._flat.values()) <= KEPT_BYTES:
+        if sum(flat.nbytes for flat in self._flat.values()) <= most:
             return
         for key, flat in list(self._flat.items()):
             if flat.nbytes > SMALL_BYTES:

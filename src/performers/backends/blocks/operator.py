@@ -11,7 +11,12 @@ from performers.backends.blocks.formula import plain
 from performers.backends.blocks.gradients import HeadsBack
 from performers.backends.blocks.rows import Heads
 from performers.backends.blocks.sizes import BlockAttention, Problem, Sizes
-from performers.backends.buffers import buffers, room_of_outputs
+from performers.backends.buffers import (
+    KEPT_BYTES,
+    KEPT_IN_TRAINING,
+    buffers,
+    room_of_outputs,
+)
 from performers.backends.derivatives import is_differentiated, needs_formula, plain_gradients
 
 __all__ = ["block_attention"]
@@ -29,7 +34,7 @@ def forward(problem: Problem) -> BlockAttention:
         merge, far, average[heads] = work.far_averages(work.block_averages())
         log_mass[heads] = merge.before.log_mass[:, -1]
         work.attend(far, out, log_sum, log_factor)
-    buffers.trim()
+    buffers.trim(KEPT_BYTES)
     return BlockAttention(out, log_sum, log_mass, average, log_factor)
 
 
@@ -83,7 +88,7 @@ def backward(
                     whole[heads] = part
                 else:
                     whole += part.sum(dim=0, keepdim=True)
-    buffers.trim()
+    buffers.trim(KEPT_IN_TRAINING)
     return list(of.values())
 
 
@@ -144,6 +149,7 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    buffers.trim(KEPT_IN_TRAINING)
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[-1])
     ctx.numbers = inputs[-NUMBERS:]

@@ -21,7 +21,7 @@ TILE_BYTES = max(2**21, 2 * CAPABILITIES.get("l2_cache_size", 0))
 FUSED_FROM = {"cpu": (128, 256)}
 HEADS = 8  # that are worked on in one go; more where all weights of more fit into a tile
 # Of their rows and of the averages of all their blocks, which live during a pass only.
-HEADS_BYTES = 16 * 2**20
+HEADS_BYTES = 8 * 2**20
 
 
 class BlockAttention(NamedTuple):
