@@ -338,6 +338,19 @@ def test_what_cannot_be_done_is_one_line(arguments, words, tmp_path, monkeypatch
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_file_in_the_place_of_a_folder_is_named_and_so_is_the_other_way_around(tmp_path):
+    file, folder = tmp_path / "model.safetensors", tmp_path / "run"
+    file.touch()
+    (folder / "metrics.json").mkdir(parents=True)
+    words = "is a file, and a folder is needed to hold metrics.json. Give a folder."
+    assert f"{file} {words}" in refused("report", file)
+    assert f"{file} {words}" in refused("report", file / "run")
+    assert "metrics.json is a folder, and a file is needed" in refused("report", folder)
+    assert f"there is no {tmp_path / 'absent' / 'metrics.json'}." in refused(
+        "report", tmp_path / "absent"
+    )
+
+
 def test_a_model_is_evaluated_on_any_proteins(trained, fasta):
     result = run("evaluate", trained[0], fasta, "--json", "--length", "23")
     assert result.exit_code == 0, result.output

@@ -5,6 +5,7 @@ from __future__ import annotations
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import typer
 
@@ -28,9 +29,21 @@ def one_line_errors(kinds: tuple[type[Exception], ...] = MISTAKES) -> Iterator[N
     except kinds as error:
         if is_verbose():
             typer.echo(traceback.format_exc(), err=True)
-        message = str(error)
-        if isinstance(error, OSError) and error.strerror:  # raised by the system, not by us
-            named = f"{error.filename}: " if error.filename else ""
-            message = f"{named}{error.strerror}"
-        typer.echo(f"error: {' '.join(message.split())}", err=True)
+        typer.echo(f"error: {' '.join(_words(error).split())}", err=True)
         raise typer.Exit(2) from None
+
+
+def _words(error: Exception) -> str:
+    if not (isinstance(error, OSError) and error.strerror):  # which the system has, ours do not
+        return str(error)
+    if not error.filename:
+        return error.strerror
+    path = Path(error.filename)
+    if isinstance(error, NotADirectoryError):
+        file = next((one for one in path.parents if one.is_file()), path)
+        return f"{file} is a file, and a folder is needed to hold {path.name}. Give a folder."
+    if isinstance(error, IsADirectoryError):
+        return f"{path} is a folder, and a file is needed. Give a file."
+    if isinstance(error, FileNotFoundError):
+        return f"there is no {path}. Give the name of what is there."
+    return f"{path}: {error.strerror}"
