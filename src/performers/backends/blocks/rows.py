@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -19,6 +20,15 @@ from performers.backends.buffers import buffers
 from performers.backends.fused_softmax import HIDDEN
 
 __all__ = ["Heads"]
+
+
+class Frames(NamedTuple):
+    """What logits lose before they become weights."""
+
+    row: Float[Tensor, "blocks rows 1"]  # of the sums that outputs are
+    parts: list[Float[Tensor, "blocks rows 1"]]  # in the order of `Heads.row_logits`
+    features: Float[Tensor, "blocks rows 1"]  # the last of these, with the numbers of rows
+    is_alone: Bool[Tensor, "blocks rows 1"] | None  # with a limit: rows without a near key
 
 
 class Heads:
@@ -215,31 +225,13 @@ class Heads:
                 continue
             else:  # all that is near is like one key, with its output for a value
                 weights.insert(0, (near.log_sum * LOG2_E).clamp_(min=HIDDEN))
-            largest = [x.amax(dim=-1, keepdim=True) for x in weights]
-            if mapped is not None:
-                of_row = mapped.number.view_as(largest[-1])
-                largest[-1] += of_row
-            shift = torch.stack(largest).amax(dim=0) if len(largest) > 1 else largest[0]
-            shifts = [shift] * len(weights)
-            if sizes.limits:
-                near_shift = torch.stack(largest[:-1]).amax(dim=0)
-                is_alone = near_shift <= HIDDEN / 2  # nothing is near
-                shift = torch.where(is_alone, shift, near_shift)
-                shifts = [shift] * (len(weights) - 1) + [largest[-1]]
-            if mapped is not None:
-                shifts[-1] = shifts[-1] - of_row
+            frames = self.frames(weights, None if mapped is None else mapped.number)
             totals = [
-                x.sub_(of_x).exp2_().sum(dim=-1, keepdim=True)
-                for x, of_x in zip(weights, shifts, strict=True)
+                x.sub_(frame).exp2_().sum(dim=-1, keepdim=True)
+                for x, frame in zip(weights, frames.parts, strict=True)
             ]
             if sizes.limits:
-                room = torch.stack(totals[:-1]).sum(dim=0).log2_().add_(shift + self.log_limit)
-                room -= totals[-1].log2() + largest[-1]
-                factor = room.clamp_(max=0).masked_fill_(is_alone, 0.0)
-                log_factor[index, tile] = factor
-                factor = (factor + largest[-1] - shift).exp2_()
-                weights[-1] *= factor
-                totals[-1] *= factor
+                log_factor[index, tile] = self.limit(weights, totals, frames)
             total = sum(totals[1:], start=totals[0])
             if near is None:
                 found = self.take("found", *query.shape[:2], sizes.value_dim)
@@ -249,11 +241,44 @@ class Heads:
             for x, value in zip(weights[1:], values, strict=True):
                 found.baddbmm_(x, value)
             torch.div(found, total, out=out[index, tile])
-            torch.add(shift, total.log2_(), out=log_sum[index, tile]).div_(LOG2_E)
+            torch.add(frames.row, total.log2_(), out=log_sum[index, tile]).div_(LOG2_E)
         log_factor.div_(LOG2_E)
         for x, (rows, is_itself) in zip(outputs, rooms, strict=True):
             if not is_itself:
                 self.take_out(rows, x)
+
+    def frames(self, logits: list[Tensor], of_row: Tensor | None) -> Frames:
+        """`of_row`: what the logits of features lack.
+
+        The frame of a row is its largest logit, with a limit the largest near one if there is any.
+        Then features have one of their own, until `limit` has multiplied them.
+        """
+        largest = [x.amax(dim=-1, keepdim=True) for x in logits]
+        if of_row is not None:
+            of_row = of_row.view_as(largest[-1])
+            largest[-1] += of_row
+        row = torch.stack(largest).amax(dim=0) if len(largest) > 1 else largest[0]
+        parts, is_alone = [row] * len(logits), None
+        if self.sizes.limits:
+            near = torch.stack(largest[:-1]).amax(dim=0)
+            is_alone = near <= HIDDEN / 2
+            row = torch.where(is_alone, row, near)
+            parts = [row] * (len(logits) - 1) + [largest[-1]]
+        if of_row is not None:
+            parts[-1] = parts[-1] - of_row
+        return Frames(row, parts, largest[-1], is_alone)
+
+    def limit(self, weights: list[Tensor], totals: list[Tensor], frames: Frames) -> Tensor:
+        """Multiply the weights of features, and their sum, by what the limit leaves of them; the
+        log of that."""
+        assert frames.is_alone is not None
+        room = torch.stack(totals[:-1]).sum(dim=0).log2_().add_(frames.row + self.log_limit)
+        room -= totals[-1].log2() + frames.features
+        log_factor = room.clamp_(max=0).masked_fill_(frames.is_alone, 0.0)
+        factor = (log_factor + frames.features - frames.row).exp2_()
+        weights[-1] *= factor
+        totals[-1] *= factor
+        return log_factor
 
     def take_out(self, rows: Tensor, x: Tensor) -> None:
         """Copy rows to where these heads are in x."""
