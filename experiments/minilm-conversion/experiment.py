@@ -289,7 +289,7 @@ def summary(config: dict[str, Any], results: dict[str, Any]) -> str:
             "",
             f"Recovery: {config['transfer_steps']} steps of attention transfer and "
             f"{config['steps']} of fine-tuning, {sequences} sequences of {config['length']} tokens "
-            f"each. CPU time of a whole conversion, one thread: {seconds}.",
+            f"each. CPU time of a whole conversion, all threads: {seconds}.",
             "",
             *_claims(config, results),
         ]
