@@ -221,9 +221,9 @@ def _received(
         of_batch, rows = head // heads, query[head, blocks]
         logits = torch.bmm(rows, key[head, blocks])
         if is_causal:
-            logits = torch.minimum(logits, most_later)
+            logits.clamp_(max=most_later)
         if any(gaps[of_batch][blocks]):
-            logits = torch.minimum(logits, most[of_batch, blocks].unsqueeze(1))
+            logits.clamp_(max=most[of_batch, blocks].unsqueeze(1))
         of_sinks = rows @ sink_key[head].mT
         of_sinks = of_sinks.masked_fill_(no_sink[of_batch, blocks], HIDDEN)
         largest = torch.cat([logits.amax(dim=-1, keepdim=True), of_sinks], dim=-1)
