@@ -17,7 +17,7 @@ __all__ = ["CAPABILITIES", "Buffers", "buffers", "room_of_outputs", "slices"]
 CAPABILITIES: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
 
 KEPT_BYTES = 2**24  # of all buffers, between calls
-KEPT_IN_TRAINING = 2**23
+KEPT_IN_TRAINING = 2**23  # less, because a model holds much between a pass and the next
 SMALL_BYTES = 2**19  # of a buffer that is kept in any case
 
 

@@ -34,7 +34,9 @@ def one_line_errors(kinds: tuple[type[Exception], ...] = MISTAKES) -> Iterator[N
 
 
 def _words(error: Exception) -> str:
-    if not (isinstance(error, OSError) and error.strerror):  # which the system has, ours do not
+    """What the error says. To what the system says, which our own errors do not need, is added what
+    to do."""
+    if not (isinstance(error, OSError) and error.strerror):
         return str(error)
     if not error.filename:
         return error.strerror
