@@ -135,6 +135,8 @@ class Slots:
         self, position: Int[Tensor, "*batch places"], x: Float[Tensor, "batch *heads slots _"]
     ) -> Float[Tensor, "batch *heads places _"]:
         """What each slot has of x, at these positions; 0 where there is none, or none in a slot."""
+        if not position.shape[-1]:  # or there would be a gradient as long as x, of nothing
+            return x.new_empty(*x.shape[:-2], 0, x.shape[-1])
         slot = position - self.start
         is_here = (slot >= 0) & (position >= 0) & (position < self.count)
         slot = slot.clamp(0, self.key.shape[2] - 1)

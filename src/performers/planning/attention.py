@@ -86,9 +86,11 @@ class HeadsOf:
             assert isinstance(window, int), "a near field has blocks of a size"
             group = self.heads // self.key_heads
             rows = length * (1 + group)
-            of_head = 4 * WIDE * d * (-(-length // window) * m + rows)
+            blocks = -(-length // window) + sizes.SCANNED
+            of_head = WIDE * (2 * d * (blocks * m + 2 * rows) + length * (m + d))
             heads = min(sizes.HEADS, batch * self.key_heads)
-            whole = min(max(sizes.HEADS_BYTES, of_head), heads * of_head)
+            room = sizes.room_of_heads(batch * self.key_heads * 4 * WIDE * d * rows)
+            whole = min(max(room, of_head), heads * of_head)
             # A tile of logits and their gradients. PyTorch's kernel has gradients of near keys in
             # the place of logits.
             is_fused = window >= sizes.FUSED_FROM["cpu"][1]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn import functional as F
 
-from performers.backends.blocks.sizes import LOG2_E
+from performers.backends.blocks.sizes import LOG2_E, Sizes
 from performers.backends.fused_softmax import HIDDEN
 
 __all__ = ["Averages", "Merge"]
@@ -17,11 +19,12 @@ __all__ = ["Averages", "Merge"]
 class Averages(NamedTuple):
     """Of every block, or of what is far of it: s and A, or s̃ and F.
 
-    Features come last: a factor for each then runs along the memory.
+    Features come last: a factor for each then runs along the memory. There is room for more blocks
+    than the sequence has (`Sizes.room`), which have no mass.
     """
 
-    log_mass: Float[Tensor, "heads blocks num_features"]
-    average: Float[Tensor, "heads blocks value_dim num_features"]
+    log_mass: Float[Tensor, "heads room num_features"]
+    average: Float[Tensor, "heads room value_dim num_features"]
 
 
 def log_cumulative_sum(
@@ -41,71 +44,150 @@ def log_cumulative_sum(
 
 
 class Scan:
-    """Blocks added up one after another: log-masses after 0, 1, 2, … of them, and the share of each
-    in what there is with it; `kept` is that of what was there."""
+    """Blocks added up one after another, from the left or from the right.
 
-    def __init__(self, first: Tensor, log_mass: Float[Tensor, "heads blocks num_features"]) -> None:
-        total = log_cumulative_sum(torch.cat([first.unsqueeze(1), log_mass], dim=1))
-        self.log_mass = total
-        self.kept = (total[:, :-1] - total[:, 1:]).exp_().unsqueeze(-2).unbind(1)
-        self.added = (log_mass - total[:, 1:]).exp_().unsqueeze(-2).unbind(1)
+    At first the blocks of each group by themselves, all groups at once; then, a group at a time,
+    what is in those before it. That takes far fewer calls than there are blocks. Nothing is
+    subtracted, and no average knows a block that is added later.
+    """
 
-    def step_back(self, index: int, gradient: Tensor, of_block: Tensor) -> None:
-        """The gradient of an average, back over the step that added a block."""
-        of_block.addcmul_(gradient, self.added[index])
-        gradient.mul_(self.kept[index])
+    def __init__(
+        self,
+        of_block: Float[Tensor, "heads blocks num_features"],
+        upto: Float[Tensor, "heads blocks_and_first num_features"],
+        in_group: Float[Tensor, "heads blocks num_features"],
+        group: int,
+        is_from_right: bool = False,
+    ) -> None:
+        """Log-masses in the order of the scan: of each block, of the first 0, 1, 2, … of them, and
+        of those of its group up to each."""
+        self.group, self.is_from_right = group, is_from_right
+        self.last = 0 if is_from_right else -1  # of a group, in memory
+        self.log_mass = upto
+        self.of_block, self.in_group = self.grouped(of_block), self.grouped(in_group)
+        self.before, self.upto = self.grouped(upto[:, :-1]), self.grouped(upto[:, 1:])
+
+    def grouped(
+        self, x: Float[Tensor, "heads blocks *_"]
+    ) -> Float[Tensor, "heads groups group *_"]:
+        return x.unflatten(1, (-1, self.group))
+
+    def factors(self, logarithm: Float[Tensor, "heads groups group num_features"]) -> Tensor:
+        """As blocks lie in memory, of logarithms in the order of the scan."""
+        logarithm = logarithm.flip(1, 2) if self.is_from_right else logarithm
+        return logarithm.exp_().unsqueeze(3)
+
+    def ordered(self, x: Tensor, dim: int) -> list[Tensor]:
+        """Groups, or places in all groups, as the scan comes to them."""
+        parts = list(x.unbind(dim))
+        return parts[::-1] if self.is_from_right else parts
+
+    def averages(self, first: Tensor, blocks: Tensor, out: Tensor) -> None:
+        """Write the average of the first and of all blocks up to each. `out` may be `blocks`."""
+        places, found = self.ordered(self.grouped(blocks), 2), self.ordered(self.grouped(out), 2)
+        shares = self.ordered(self.factors(self.of_block - self.in_group), 2)
+        if out is not blocks:
+            found[0].copy_(places[0])
+        for place in range(1, self.group):
+            torch.lerp(found[place - 1], places[place], shares[place], out=found[place])
+        shares = self.ordered(self.factors(self.in_group - self.upto), 1)
+        before = first.unsqueeze(1)
+        for group, share in zip(self.ordered(self.grouped(out), 1), shares, strict=True):
+            torch.lerp(before, group, share, out=group)
+            before = group[:, self.last, None]
+
+    def back(self, gradient: Tensor) -> Tensor:
+        """The way back: from the gradient of each average, to those of all that a block is part of
+        (of which `shares` go to the block), in place. The gradient of the first average."""
+        places, kept = self.ordered(self.grouped(gradient), 2), self.kept
+        for place in reversed(range(self.group - 1)):
+            places[place].addcmul_(places[place + 1], kept[place + 1])
+        groups, start = self.ordered(self.grouped(gradient), 1), -1 - self.last
+        for index in reversed(range(len(groups) - 1)):
+            groups[index].addcmul_(groups[index + 1][:, start, None], self.reached[index])
+        return groups[0][:, start] * self.ordered(kept[0], 1)[0]
+
+    @cached_property
+    def kept(self) -> list[Tensor]:
+        """Of what is added up before each block, the part of it in what there is with the block;
+        by places."""
+        return self.ordered(self.factors(self.before - self.upto), 2)
+
+    @cached_property
+    def reached(self) -> list[Tensor]:
+        """The same of what there is with each block, in that with the first of the next group; by
+        groups."""
+        return self.ordered(self.factors(self.upto[:, :-1] - self.upto[:, 1:, :1]), 1)
+
+    @cached_property
+    def shares(self) -> Float[Tensor, "heads blocks 1 num_features"]:
+        """Of each block, in all that is added up to it."""
+        return self.factors(self.of_block - self.upto).flatten(1, 2)
 
 
 class Merge:
-    """What is far of each block: the state and the blocks before it, and those after it."""
+    """What is far of each block: the state and the blocks before it, and those after it.
 
-    def __init__(self, log_mass: Tensor, first: Tensor, is_causal: bool) -> None:
-        self.count, self.is_causal = log_mass.shape[1], is_causal
-        place = torch.arange(self.count, device=first.device)
-        self.before = Scan(first, log_mass)
-        self.log_mass = self.before.log_mass[:, (place - 1).clamp(min=0)]
-        if not is_causal:
-            self.after = Scan(torch.full_like(first, HIDDEN), log_mass.flip(1))
-            later = self.after.log_mass[:, (self.count - 2 - place).clamp(min=0)]
+    Row i of far averages has what ends with block i − 2 and what begins with block i + 2, so that
+    either is a scan of rows that lie two apart. Rows and blocks have `Sizes.room`.
+    """
+
+    def __init__(
+        self,
+        log_mass: Float[Tensor, "heads room num_features"],
+        first: Float[Tensor, "heads num_features"],
+        sizes: Sizes,
+    ) -> None:
+        self.count, self.is_causal, group = sizes.count, sizes.is_causal, sizes.scanned
+        of_blocks, of_first = log_mass[:, :-2], first
+        if not self.is_causal:  # both scans at once
+            of_blocks = torch.cat([of_blocks, log_mass[:, 2:].flip(1)])
+            of_first = torch.cat([first, torch.full_like(first, HIDDEN)])
+        upto = log_cumulative_sum(torch.cat([of_first.unsqueeze(1), of_blocks], dim=1))
+        grouped = of_blocks.unflatten(1, (-1, group))
+        in_group = log_cumulative_sum(grouped.flatten(0, 1)).view_as(of_blocks)
+        totals, heads = upto[: len(first)], slice(len(first))
+        self.before = Scan(of_blocks[heads], totals, in_group[heads], group)
+        self.last_mass = totals[:, self.count]
+        self.log_mass = torch.cat([totals[:, :1], totals], dim=1)
+        if not self.is_causal:
+            heads = slice(len(first), None)
+            self.after = Scan(of_blocks[heads], upto[heads], in_group[heads], group, True)
+            later = F.pad(self.after.log_mass[:, 1:].flip(1), (0, 0, 0, 2), value=HIDDEN)
             parts = self.log_mass, later
             self.log_mass = torch.logaddexp(*parts)
-            self.shares = [(part - self.log_mass).exp_().unsqueeze(-2).unbind(1) for part in parts]
+            self.parts = [(part - self.log_mass).exp_().unsqueeze(2) for part in parts]
 
     def far(self, first: Tensor, blocks: Tensor, far: Tensor) -> Tensor:
-        """Write F of each block, of the average before the sequence and those of blocks; the
-        average of all."""
-        average, rows, added = blocks.unbind(1), far.unbind(1), self.before.added
-        for block in range(self.count):
-            if block < 2:
-                rows[block].copy_(first)
-            else:
-                torch.lerp(rows[block - 1], average[block - 2], added[block - 2], out=rows[block])
-        last = rows[-1]
-        for block in range(max(0, self.count - 2), self.count):
-            last = torch.lerp(last, average[block], added[block])
+        """Write F of each block, of the average before the sequence and those of blocks, which are
+        lost; the average of all."""
+        far[:, :2] = first.unsqueeze(1)
+        self.before.averages(first, blocks[:, :-2], far[:, 2:])
+        last = far[:, self.count + 1].clone()
         if not self.is_causal:
-            after = torch.zeros_like(first)
-            for block in reversed(range(self.count - 2)):
-                after.lerp_(average[block + 2], self.after.added[self.count - 3 - block])
-                rows[block].lerp_(after, self.shares[1][block])
+            after = blocks[:, 2:]
+            self.after.averages(torch.zeros_like(first), after, after)
+            far[:, :-2].lerp_(after, self.parts[1][:, :-2])
         return last
 
-    def far_back(self, of_last: Tensor, of_far: Tensor, of_blocks: Tensor) -> Tensor:
-        """The same way back, for gradients of averages or anything that goes with them; `of_blocks`
-        begins as 0. The gradient of the first."""
-        running, of_rows, of_average = of_last.clone(), of_far.unbind(1), of_blocks.unbind(1)
-        for block in reversed(range(max(0, self.count - 2), self.count)):
-            self.before.step_back(block, running, of_average[block])
-        for block in reversed(range(self.count)):
-            if self.is_causal:
-                running.add_(of_rows[block])
-            else:
-                running.addcmul_(of_rows[block], self.shares[0][block])
-            if block >= 2:
-                self.before.step_back(block - 2, running, of_average[block - 2])
+    def far_back(
+        self, of_last: Tensor, of_far: Tensor, of_blocks: Tensor, factor: Tensor
+    ) -> Tensor:
+        """The same way back, for gradients of averages or anything that goes with them. Those of
+        blocks are written, times a factor of each feature of a block; those of rows are lost. The
+        gradient of the first."""
+        before, rows, of_first = of_blocks[:, :-2], of_far[:, 2:], of_far[:, :2]
+        if self.is_causal:
+            before.copy_(rows)
+        else:
+            torch.mul(rows, self.parts[0][:, 2:], out=before)
+            of_first = of_first * self.parts[0][:, :2]
+        before[:, self.count - 1] += of_last
+        of_first = of_first.sum(dim=1) + self.before.back(before)
+        before.mul_(self.before.shares * factor[:, :-2])
         if not self.is_causal:
-            after = torch.zeros_like(running)
-            for block in range(self.count - 2):
-                after.addcmul_(of_rows[block], self.shares[1][block])
-                self.after.step_back(self.count - 3 - block, after, of_average[block + 2])
-        return running
+            after = of_far[:, :-2].mul_(self.parts[1][:, :-2])
+            self.after.back(after)
+            of_blocks[:, -2:] = 0
+            of_blocks[:, 2:].addcmul_(after, self.after.shares * factor[:, 2:])
+        return of_first

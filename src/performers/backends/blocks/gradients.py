@@ -10,6 +10,7 @@ from torch import Tensor
 
 from performers.backends.blocks.far import Averages
 from performers.backends.blocks.rows import Heads
+from performers.backends.blocks.sides import Side
 from performers.backends.blocks.sizes import LOG2_E, BlockAttention, Problem, Sizes
 from performers.backends.fused_softmax import HIDDEN
 
@@ -29,12 +30,13 @@ class HeadsBack(Heads):
         problem: Problem,
         sizes: Sizes,
         heads: slice,
+        sides: tuple[Side, Side],
         found: BlockAttention,
         gradients: BlockAttention,
         of_query: Float[Tensor, "all_heads group length dim"],
         with_directions: bool,
     ) -> None:
-        super().__init__(problem, sizes, heads)
+        super().__init__(problem, sizes, heads, sides)
         self.with_directions = with_directions
         self.of_out = self.in_blocks("of out", gradients.out)
         self.log_sum = self.in_blocks("log sum", found.log_sum)
@@ -43,6 +45,9 @@ class HeadsBack(Heads):
         self.is_fused = self.near.is_fused and self.is_plain()
         if sizes.limits:
             self.log_factor = self.in_blocks("log factor", found.log_factor) * LOG2_E
+        rows = sizes.count * sizes.block
+        # of all keys, first with their weights, then with the gradients of these
+        self.products = self.key_side.products("key products", self.number, rows, like=self.like)
         self.of_query, self.is_of_query_itself = self.room("of query", of_query)
         self.of_key = self.take("of key", *self.key.shape).zero_()
         self.of_value = self.take("of value", *self.value.shape).zero_()
@@ -64,10 +69,11 @@ class HeadsBack(Heads):
         return is_of_outputs and bool(is_in_reach.all())
 
     def rows_back(self, far: Averages) -> tuple[Tensor, Tensor]:
-        """Back through the softmaxes of rows: dF, and e of each feature's sum over far blocks."""
+        """Back through the softmaxes of rows: dF in the place of F, and e of each feature's sum
+        over far blocks."""
         sizes, scale = self.sizes, self.problem.scale
-        of_average = self.take("of far average", *far.average.shape)
-        excess = self.take("excess of far", *far.log_mass.shape)
+        excess = self.take("excess of far", *far.log_mass.unsqueeze(2).shape)
+        excess[:, sizes.count :], far.average[:, sizes.count :] = 0.0, 0.0
         numbers = self.numbered(far)
         for tile, index in itertools.product(sizes.tiles(), range(self.number)):
             query, of_query, out, of_out, log_sum, of_log_sum = (
@@ -77,12 +83,12 @@ class HeadsBack(Heads):
                     self.of_log_sum,
                 )
             )  # fmt: skip
-            weights, mapped = self.row_logits(index, tile, numbers)
+            weights, mapped, number = self.row_logits(index, tile, numbers)
             values = self.values(index, tile, far.average)
             log_sum_2 = log_sum * LOG2_E
             shifts = [log_sum_2] * len(weights)
-            if mapped is not None:
-                shifts[-1] = log_sum_2 - mapped.number.view_as(log_sum)
+            if number is not None:
+                shifts[-1] = log_sum_2 - number
             if sizes.limits:
                 shifts[-1] = shifts[-1] - self.log_factor[index, tile]
             for x, shift in zip(weights, shifts, strict=True):
@@ -103,9 +109,13 @@ class HeadsBack(Heads):
                 losses = self.losses(index, tile, lost, weights, of_logits)
                 lost = losses[-1]
             for x, of_x, of_softmax in zip(weights, of_logits, losses, strict=True):
-                of_x.sub_(of_softmax).mul_(x)
-
-            of_near = of_query, self.of_key[index], self.of_value[index]
+                of_x.sub_(of_softmax)
+                if mapped is None or x is not weights[-1]:
+                    of_x.mul_(x)
+            # PyTorch has one product after another for rows that do not follow each other.
+            is_dense = of_query.is_contiguous()
+            of_rows = of_query if is_dense else self.take("of query rows", *of_query.shape)
+            of_near = of_rows, self.of_key[index], self.of_value[index]
             if self.is_fused:
                 self.near.attend_back(index, tile, query, out, log_sum, of_out, *of_near)
             else:
@@ -115,7 +125,7 @@ class HeadsBack(Heads):
                 )
             if sizes.sinks:
                 sinks, of_sinks = weights[0].flatten(0, 1), of_logits[0].flatten(0, 1)
-                flat, of_flat = query.flatten(0, 1), of_query.flatten(0, 1)
+                flat, of_flat = query.flatten(0, 1), of_rows.flatten(0, 1)
                 self.of_sink_value[index].addmm_(sinks.mT, of_out.flatten(0, 1))
                 self.of_sink_key[index].addmm_(of_sinks.mT, flat, alpha=scale)
                 of_flat.addmm_(of_sinks, self.sink_key[index], alpha=scale)
@@ -124,17 +134,20 @@ class HeadsBack(Heads):
                 heavy, of_heavy = weights[part], of_logits[part]
                 torch.bmm(heavy.mT, of_out, out=self.of_heavy_value[index, tile])
                 torch.bmm(of_heavy.mT, query, out=self.of_heavy_key[index, tile])
-                of_query.baddbmm_(of_heavy, self.heavy_key[index, tile], alpha=scale)
+                of_rows.baddbmm_(of_heavy, self.heavy_key[index, tile], alpha=scale)
             if mapped is not None:
-                features, of_features = weights[-1], of_logits[-1].flatten(0, 1)
-                torch.bmm(of_out.mT, features, out=of_average[index, tile])
-                torch.bmm(lost.mT, features, out=excess[index, tile].unsqueeze(-2))
-                side, of_directions = self.query_side, self.of_query_directions[index]
+                features = weights[-1]
+                torch.bmm(of_out.mT, features, out=far.average[index, tile])
+                torch.bmm(lost.mT, features, out=excess[index, tile])
+                features.mul_(of_logits[-1])  # where `mapped` has its logits
+                side, head = self.query_side, self.heads.start + index
                 if self.with_directions:
-                    side.directions_back(mapped, of_features, of_directions)
-                    self.of_tilt[index] += of_features.sum(dim=0)
-                side.mapped_back(index, mapped, of_features, of_query.flatten(0, 1))
-        return of_average, excess
+                    side.directions_back(mapped, self.of_query_directions[index])
+                    self.of_tilt[index] += mapped.logits.sum(dim=0)
+                side.mapped_back(head, mapped, of_rows.flatten(0, 1))
+            if not is_dense:
+                of_query.copy_(of_rows)
+        return far.average, excess
 
     def losses(
         self, index: int, tile: slice, lost: Tensor, weights: list[Tensor], of_logits: list[Tensor]
@@ -151,24 +164,26 @@ class HeadsBack(Heads):
         far = torch.where(is_limited, (lost + of_log_sum - of_near) * (1 + 1 / limit), lost)
         return [near] * (len(weights) - 1) + [far]
 
-    def keys_back(self, blocks: Averages, of_average: Tensor, excess: Tensor) -> None:
-        """Back through the averages of blocks."""
-        sizes = self.sizes
-        log_mass = (blocks.log_mass * LOG2_E).unsqueeze(2)
-        shift = sizes.before * sizes.block
-        for index in range(self.number):
-            for tile in sizes.tiles():
-                mapped, weights, value = self.key_logits(index, tile)
-                weights.sub_(log_mass[index, tile]).clamp_(max=0).exp2_()
-                rows = slice(tile.start * sizes.block, tile.stop * sizes.block)
-                own = slice(rows.start + shift, rows.stop + shift)
-                of_value = self.of_value[index, own].view_as(value)
-                of_value.baddbmm_(weights, of_average[index, tile].mT)
-                of_logits = self.take("of key logits", *weights.shape)
-                torch.bmm(value, of_average[index, tile], out=of_logits)
-                of_logits.sub_(excess[index, tile].unsqueeze(1)).mul_(weights)
-                of_logits = of_logits.flatten(0, 1)
-                if self.with_directions:
-                    of_directions = self.of_key_directions[index]
-                    self.key_side.directions_back(mapped, of_logits, of_directions)
-                self.key_side.mapped_back(index, mapped, of_logits, self.of_key[index, own])
+    def key_products(self, index: int, rows: slice) -> Tensor:
+        return self.products[index, rows]
+
+    def keys_back(self, of_average: Tensor, excess: Tensor) -> None:
+        """Back through the averages of blocks, whose weights are still among the products of keys.
+        Both gradients are divided by the sums of these weights."""
+        side, sizes = self.key_side, self.sizes
+        for index, tile in itertools.product(range(self.number), sizes.tiles()):
+            (rows, own), head = self.tile_rows(tile), self.heads.start + index
+            key = self.key[index, own]
+            key = key if side.width else side.centered(head, key)
+            mapped = side.found(key, self.products[index, rows])
+            weights = mapped.logits.unflatten(0, (-1, sizes.block))
+            value, of_value = (
+                x[index, own].unflatten(0, (-1, sizes.block)) for x in (self.value, self.of_value)
+            )
+            of_value.baddbmm_(weights, of_average[index, tile].mT)
+            of_weights = self.take("of key weights", *weights.shape)
+            torch.bmm(value, of_average[index, tile], out=of_weights)
+            weights.mul_(of_weights.sub_(excess[index, tile]))
+            if self.with_directions:
+                side.directions_back(mapped, self.of_key_directions[index])
+            side.mapped_back(head, mapped, self.of_key[index, own])

@@ -10,6 +10,7 @@ from torch import Tensor
 from performers.backends.blocks.formula import plain
 from performers.backends.blocks.gradients import HeadsBack
 from performers.backends.blocks.rows import Heads
+from performers.backends.blocks.sides import both_sides
 from performers.backends.blocks.sizes import BlockAttention, Problem, Sizes
 from performers.backends.buffers import (
     KEPT_BYTES,
@@ -29,10 +30,11 @@ def forward(problem: Problem) -> BlockAttention:
     log_sum = problem.average.new_empty(*problem.query.shape[:3], 1)
     log_factor = log_sum.new_empty(*problem.query.shape[:3], sizes.limits)
     log_mass, average = torch.empty_like(problem.log_mass), torch.empty_like(problem.average)
+    sides = both_sides(problem)
     for heads in sizes.head_groups():
-        work = Heads(problem, sizes, heads)
+        work = Heads(problem, sizes, heads, sides)
         merge, far, average[heads] = work.far_averages(work.block_averages())
-        log_mass[heads] = merge.before.log_mass[:, -1]
+        log_mass[heads] = merge.last_mass
         work.attend(far, out, log_sum, log_factor)
     buffers.trim(KEPT_BYTES)
     return BlockAttention(out, log_sum, log_mass, average, log_factor)
@@ -55,24 +57,24 @@ def backward(
     of = {name: torch.empty_like(getattr(problem, name)) for name in DIFFERENTIABLE}
     for name in SHARED:
         of[name].zero_()
+    sides = both_sides(problem)
     for heads in sizes.head_groups():
-        work = HeadsBack(problem, sizes, heads, found, gradients, of["query"], with_directions)
+        work = HeadsBack(
+            problem, sizes, heads, sides, found, gradients, of["query"], with_directions
+        )
         blocks = work.block_averages()
         merge, far, last = work.far_averages(blocks)
         of_far, excess = work.rows_back(far)
         if sizes.features:
             of_last = gradients.average[heads]
             lost = (of_last * last).sum(dim=-1) - gradients.log_mass[heads]
-            of_blocks = work.take("of block average", *of_far.shape).zero_()
-            excess_of_blocks = torch.zeros_like(excess)
-            of_first = merge.far_back(of_last.mT, of_far, of_blocks).mT
-            lost = merge.far_back(
-                lost.unsqueeze(-2), excess.unsqueeze(-2), excess_of_blocks.unsqueeze(-2)
-            )
-            work.keys_back(blocks, of_blocks, excess_of_blocks)
+            of_blocks, of_excess = blocks.average, torch.empty_like(excess)
+            factor = work.total.reciprocal_().unsqueeze(2)
+            of_first = merge.far_back(of_last.mT, of_far, of_blocks, factor).mT
+            lost = merge.far_back(lost.unsqueeze(1), excess, of_excess, factor).squeeze(1)
+            work.keys_back(of_blocks, of_excess)
             of["average"][heads] = of_first
-            along = (of_first * problem.average[heads]).sum(dim=-1)
-            of["log_mass"][heads] = along - lost.squeeze(-2)
+            of["log_mass"][heads] = (of_first * problem.average[heads]).sum(dim=-1) - lost
         if not work.is_of_query_itself:
             work.take_out(work.of_query, of["query"])
         of["key"][heads] = work.of_key[:, work.own]

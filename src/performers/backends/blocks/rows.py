@@ -38,7 +38,10 @@ class Heads:
     of rows, are in base 2.
     """
 
-    def __init__(self, problem: Problem, sizes: Sizes, heads: slice) -> None:
+    def __init__(
+        self, problem: Problem, sizes: Sizes, heads: slice, sides: tuple[Side, Side]
+    ) -> None:
+        """`sides`: of queries and of keys, for all heads."""
         self.problem, self.sizes, self.heads = problem, sizes, heads
         self.like = problem.average
         self.scale_2 = problem.scale * LOG2_E  # of the logit of a query and a key
@@ -60,14 +63,7 @@ class Heads:
         self.heavy_value = problem.heavy_value[heads].to(self.like)
         absent = self.hidden(problem.hidden_near, blocks * sizes.block, own)
         self.near = Neighbors(problem, sizes, self.key, self.value, absent)
-        self.query_side = Side.of(
-            heads, problem.scale, problem.query_directions, problem.query_shift,
-            problem.query_matrix, problem.query_linear,
-        )  # fmt: skip
-        self.key_side = Side.of(
-            heads, problem.scale, problem.key_directions, problem.key_shift, problem.key_matrix,
-            problem.key_linear,
-        )  # fmt: skip
+        self.query_side, self.key_side = sides
         length = sizes.count * sizes.block
         self.absent_far = self.hidden(problem.hidden_far, length, slice(0, sizes.length))
         self.is_gappy_far = self.absent_far.unflatten(1, (-1, sizes.block)).any(dim=-1).tolist()
@@ -117,40 +113,51 @@ class Heads:
             hidden = F.pad(mask, (real.start, length - real.stop), value=True)
         return hidden
 
-    def key_logits(self, index: int, tile: slice) -> tuple[Mapped, Tensor, Tensor]:
-        """Of the keys of a tile: what their features are computed from, log₂ φ as [blocks, block,
-        features], and their values."""
+    def tile_rows(self, tile: slice) -> tuple[slice, slice]:
+        """Of the keys of a tile, among those of all blocks, and in `key` and `value`."""
         size = self.sizes.block
-        rows = slice(tile.start * size, tile.stop * size)
-        shift = self.sizes.before * size
-        own = slice(rows.start + shift, rows.stop + shift)
-        mapped = self.key_side.mapped(index, self.key[index, own])
+        rows, shift = slice(tile.start * size, tile.stop * size), self.sizes.before * size
+        return rows, slice(rows.start + shift, rows.stop + shift)
+
+    def key_products(self, index: int, rows: slice) -> Tensor:
+        """Room for the products of some keys, until others are mapped."""
+        return self.key_side.products("products", rows.stop - rows.start, like=self.like)
+
+    def key_logits(self, index: int, tile: slice) -> Tensor:
+        """Of the keys of a tile: log₂ φ as [blocks, block, features], among their products."""
+        rows, own = self.tile_rows(tile)
+        head, products = self.heads.start + index, self.key_products(index, rows)
+        mapped, number = self.key_side.mapped(head, self.key[index, own], products)
         alike = index if len(self.absent_far) > 1 else 0
         if any(self.is_gappy_far[alike][tile]):
-            mapped.number.masked_fill_(self.absent_far[alike, rows], HIDDEN)
-        logits = mapped.logits.add_(mapped.number.unsqueeze(-1))
-        value = self.value[index, own]
-        return mapped, logits.unflatten(0, (-1, size)), value.unflatten(0, (-1, size))
+            number.masked_fill_(self.absent_far[alike, rows], HIDDEN)
+        logits = mapped.logits.add_(number.unsqueeze(-1))
+        return logits.unflatten(0, (-1, self.sizes.block))
 
     def block_averages(self) -> Averages:
-        """s and A of every block."""
+        """s and A of every block. `self.total`: the sums of weights that this takes, each block's
+        largest of a feature being 1."""
         sizes = self.sizes
-        shape = self.number, sizes.count, sizes.features
+        shape = self.number, sizes.room, sizes.features
         log_mass = self.take("block mass", *shape)
         average = self.take("block average", *shape[:2], sizes.value_dim, sizes.features)
+        self.total = self.take("block total", *shape)
+        log_mass[:, sizes.count :], average[:, sizes.count :] = HIDDEN, 0.0
+        self.total[:, sizes.count :] = 1.0
         for index in range(self.number if sizes.features else 0):
             for tile in sizes.tiles():
-                _, weights, value = self.key_logits(index, tile)
-                largest = weights.amax(dim=1, keepdim=True)
-                total = weights.sub_(largest).exp2_().sum(dim=1, keepdim=True)
+                weights, (_, own) = self.key_logits(index, tile), self.tile_rows(tile)
+                value = self.value[index, own].unflatten(0, (-1, sizes.block))
+                largest, total = weights.amax(dim=1, keepdim=True), self.total[index, tile, None]
+                torch.sum(weights.sub_(largest).exp2_(), dim=1, keepdim=True, out=total)
                 torch.bmm(value.mT, weights, out=average[index, tile]).div_(total)
-                torch.add(largest, total.log2_(), out=log_mass[index, tile].unsqueeze(1))
+                torch.add(largest, total.log2(), out=log_mass[index, tile, None])
         return Averages(log_mass.div_(LOG2_E), average)
 
     def far_averages(self, blocks: Averages) -> tuple[Merge, Averages, Tensor]:
         """s̃ and F of every block, and F after the last."""
         problem = self.problem
-        merge = Merge(blocks.log_mass, problem.log_mass[self.heads], problem.is_causal)
+        merge = Merge(blocks.log_mass, problem.log_mass[self.heads], self.sizes)
         average = self.take("far average", *blocks.average.shape)
         first = problem.average[self.heads].mT.contiguous()
         last = merge.far(first, blocks.average, average)
@@ -163,10 +170,10 @@ class Heads:
 
     def row_logits(
         self, index: int, tile: slice, numbers: Tensor
-    ) -> tuple[list[Tensor], Mapped | None]:
+    ) -> tuple[list[Tensor], Mapped | None, Float[Tensor, "blocks rows 1"] | None]:
         """What the queries of a tile score with sinks, heavy keys and features, each
-        [blocks, rows, ·] where there are any; the last without the numbers of rows. And what these
-        features are computed from."""
+        [blocks, rows, ·] where there are any; the last without the numbers of rows. What these
+        features are computed from, and these numbers."""
         sizes, problem = self.sizes, self.problem
         query, blocks = self.query[index, tile], tile.stop - tile.start
         logits = []
@@ -187,12 +194,15 @@ class Heads:
             torch.baddbmm(heavy, query, key.mT, beta=0, alpha=self.scale_2, out=heavy)
             hidden = problem.heavy_hidden[self.heads.start + index, tile]
             logits.append(heavy.masked_fill_(hidden.unsqueeze(1), HIDDEN))
-        mapped = None
+        mapped = number = None
         if sizes.features:
-            mapped = self.query_side.mapped(index, query.flatten(0, 1))
+            rows = query.flatten(0, 1)
+            products = self.query_side.products("products", len(rows), like=rows)
+            mapped, number = self.query_side.mapped(self.heads.start + index, rows, products)
+            number = number.view(blocks, sizes.rows, 1)
             features = mapped.logits.unflatten(0, (blocks, sizes.rows))
             logits.append(features.add_(numbers[index, tile]))
-        return logits, mapped
+        return logits, mapped, number
 
     def values(self, index: int, tile: slice, far: Tensor) -> list[Tensor]:
         """In the order of `row_logits`."""
@@ -214,7 +224,7 @@ class Heads:
         numbers = self.numbered(far)
         for tile, index in itertools.product(sizes.tiles(), range(self.number)):
             query = self.query[index, tile]
-            weights, mapped = self.row_logits(index, tile, numbers)
+            weights, _, number = self.row_logits(index, tile, numbers)
             values = self.values(index, tile, far.average)
             near = self.near.attend(index, tile, query) if self.near.is_fused else None
             if near is None:
@@ -225,7 +235,7 @@ class Heads:
                 continue
             else:  # all that is near is like one key, with its output for a value
                 weights.insert(0, (near.log_sum * LOG2_E).clamp_(min=HIDDEN))
-            frames = self.frames(weights, None if mapped is None else mapped.number)
+            frames = self.frames(weights, number)
             totals = [
                 x.sub_(frame).exp2_().sum(dim=-1, keepdim=True)
                 for x, frame in zip(weights, frames.parts, strict=True)
@@ -255,7 +265,6 @@ class Heads:
         """
         largest = [x.amax(dim=-1, keepdim=True) for x in logits]
         if of_row is not None:
-            of_row = of_row.view_as(largest[-1])
             largest[-1] += of_row
         row = torch.stack(largest).amax(dim=0) if len(largest) > 1 else largest[0]
         parts, is_alone = [row] * len(logits), None

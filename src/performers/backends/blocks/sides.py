@@ -9,10 +9,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from performers.backends.blocks.sizes import LOG2_E
+from performers.backends.blocks.sizes import LOG2_E, Problem
 from performers.backends.buffers import buffers
 
-__all__ = ["Mapped", "Side", "of_heads"]
+__all__ = ["Mapped", "Side", "both_sides", "of_heads"]
 
 
 class Mapped(NamedTuple):
@@ -21,7 +21,6 @@ class Mapped(NamedTuple):
     products: Float[Tensor, "rows columns"]  # with `Side.columns`
     logits: Float[Tensor, "rows num_features"]  # log₂ φ less all numbers: the last of the products
     y: Float[Tensor, "rows dim"]  # times a number, the other products or the rows themselves
-    number: Float[Tensor, " rows"]  # of a row, in base 2
 
 
 class Side(NamedTuple):
@@ -32,67 +31,81 @@ class Side(NamedTuple):
     with s the scale of logits. One product has both y and y·ω_m.
     """
 
-    # [√(log₂e/2) √s matrix, log₂e √s matrix ωᵀ], without a matrix the latter alone
-    columns: Float[Tensor, "#heads dim columns"]
-    shift: Float[Tensor, "#heads 1 dim"] | None
-    linear: Float[Tensor, "#heads 1 dim"] | None  # times log₂e √s
+    # of each head, or one for all: [√(log₂e/2) √s matrix, log₂e √s matrix ωᵀ], without a matrix
+    # the latter alone
+    columns: tuple[Float[Tensor, "dim columns"], ...]
+    shift: tuple[Float[Tensor, "1 dim"], ...] | None
+    linear: tuple[Float[Tensor, "1 dim"], ...] | None  # times log₂e √s
     num_features: int
     unit: float  # √s
 
     @classmethod
-    def of(
-        cls,
-        heads: slice,
-        scale: float,
-        directions: Tensor,
-        *parts: Tensor | None,
-    ) -> Side:
-        """For some heads. `parts`: shift, matrix and linear."""
+    def of(cls, scale: float, directions: Tensor, *parts: Tensor | None) -> Side:
+        """`parts`: shift, matrix and linear."""
         unit = math.sqrt(scale)
-        shift, matrix, linear = (None if x is None else of_heads(x, heads) for x in parts)
-        columns = of_heads(directions, heads).mT * (unit * LOG2_E)
+        shift, matrix, linear = parts
+        columns = directions.mT * (unit * LOG2_E)
         if matrix is not None:
             number = max(len(matrix), len(columns))
             matrix = matrix.expand(number, -1, -1)
             columns = torch.bmm(matrix, columns.expand(number, -1, -1))
             columns = torch.cat([matrix * (unit * ROOT), columns], dim=-1)
-        shift = None if shift is None else shift / unit
-        linear = None if linear is None else linear * (unit * LOG2_E)
-        return cls(columns, shift, linear, directions.shape[1], unit)
+        return cls(
+            columns.unbind(),
+            None if shift is None else (shift / unit).unbind(),
+            None if linear is None else (linear * (unit * LOG2_E)).unbind(),
+            directions.shape[1],
+            unit,
+        )
 
     @property
-    def has_matrix(self) -> bool:
-        return self.columns.shape[-1] > self.num_features
+    def width(self) -> int:
+        """Of y among the products, 0 without a matrix."""
+        return self.columns[0].shape[-1] - self.num_features
 
-    def mapped(self, head: int, x: Float[Tensor, "rows dim"]) -> Mapped:
-        """Rows of a head, in buffers that the next rows take again."""
-        if self.shift is not None:
-            centered = buffers.take("centered", x.shape, x)
-            x = torch.sub(x, of_head(self.shift, head), out=centered)
-        columns = of_head(self.columns, head)
-        products = buffers.take("products", (len(x), columns.shape[-1]), x)
-        torch.mm(x, columns, out=products)
-        width = columns.shape[-1] - self.num_features
-        y = products[:, :width] if width else x
+    def products(self, name: str, *rows: int, like: Tensor) -> Float[Tensor, "*rows columns"]:
+        """Room for them."""
+        return buffers.take(name, (*rows, self.columns[0].shape[-1]), like)
+
+    def mapped(
+        self, head: int, x: Float[Tensor, "rows dim"], products: Float[Tensor, "rows columns"]
+    ) -> tuple[Mapped, Float[Tensor, " rows"]]:
+        """Rows of a head, into `products`, and the numbers of these rows in base 2. The next rows
+        take their other room again."""
+        x = self.centered(head, x)
+        torch.mm(x, of_head(self.columns, head), out=products)
+        mapped = self.found(x, products)
         number = buffers.take("number", x.shape[:1], x)
-        torch.linalg.vector_norm(y, dim=-1, out=number).square_()
-        number.mul_(-1.0 if width else -((self.unit * ROOT) ** 2))
+        torch.linalg.vector_norm(mapped.y, dim=-1, out=number).square_()
+        factor = -1.0 if self.width else -((self.unit * ROOT) ** 2)
         if self.linear is not None:
-            number.addmv_(x, of_head(self.linear, head)[0])
-        return Mapped(products, products[:, width:], y, number)
+            number.addmv_(x, of_head(self.linear, head)[0], beta=factor)
+        else:
+            number.mul_(factor)
+        return mapped, number
 
-    def directions_back(self, mapped: Mapped, of_logits: Tensor, of_directions: Tensor) -> None:
-        """Add the gradient of ω, of that of log φ."""
-        unit = 1 / ROOT if self.has_matrix else self.unit
-        of_directions.addmm_(of_logits.mT, mapped.y, alpha=unit)
+    def found(
+        self, centered: Float[Tensor, "rows dim"], products: Float[Tensor, "rows columns"]
+    ) -> Mapped:
+        """From products that were made before."""
+        y, logits = products.split([self.width, self.num_features], dim=-1)
+        return Mapped(products, logits, y if self.width else centered)
 
-    def mapped_back(
-        self, head: int, mapped: Mapped, of_logits: Float[Tensor, "rows num_features"], of_x: Tensor
-    ) -> None:
-        """Add the gradient of x, of that of log φ; what was mapped is lost."""
-        of_number = of_logits.sum(dim=-1, keepdim=True)
-        mapped.logits.copy_(of_logits)
-        if self.has_matrix:
+    def centered(self, head: int, x: Float[Tensor, "rows dim"]) -> Float[Tensor, "rows dim"]:
+        if self.shift is None:
+            return x
+        return torch.sub(x, of_head(self.shift, head), out=buffers.take("centered", x.shape, x))
+
+    def directions_back(self, mapped: Mapped, of_directions: Tensor) -> None:
+        """Add the gradient of ω, of that of log φ in the place of logits."""
+        unit = 1 / ROOT if self.width else self.unit
+        of_directions.addmm_(mapped.logits.mT, mapped.y, alpha=unit)
+
+    def mapped_back(self, head: int, mapped: Mapped, of_x: Tensor) -> None:
+        """Add the gradient of x, of that of log φ in the place of logits; what was mapped is
+        lost."""
+        of_number = mapped.logits.sum(dim=-1, keepdim=True)
+        if self.width:
             mapped.y.mul_(of_number * -2)
         else:
             of_x.addcmul_(mapped.y, of_number, value=-(self.unit**2))
@@ -104,9 +117,23 @@ class Side(NamedTuple):
 ROOT = math.sqrt(LOG2_E / 2)
 
 
-def of_head(x: Float[Tensor, "#heads *_"], head: int) -> Tensor:
+def of_head(parts: tuple[Tensor, ...], head: int) -> Tensor:
     """What belongs to one head, or to all alike."""
-    return x[head if len(x) > 1 else 0]
+    return parts[head if len(parts) > 1 else 0]
+
+
+def both_sides(problem: Problem) -> tuple[Side, Side]:
+    """Of queries and of keys."""
+    return (
+        Side.of(
+            problem.scale, problem.query_directions, problem.query_shift, problem.query_matrix,
+            problem.query_linear,
+        ),
+        Side.of(
+            problem.scale, problem.key_directions, problem.key_shift, problem.key_matrix,
+            problem.key_linear,
+        ),
+    )  # fmt: skip
 
 
 def of_heads(x: Float[Tensor, "#heads *_"], heads: slice) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from performers.backends.buffers import CAPABILITIES, slices
 
-__all__ = ["LOG2_E", "BlockAttention", "Problem", "Sizes"]
+__all__ = ["LOG2_E", "BlockAttention", "Problem", "Sizes", "room_of_heads"]
 
 LOG2_E = math.log2(math.e)
 # Of the logits of a tile. Fewer calls gain more than a cache loses, but assign what suits your
@@ -19,9 +19,12 @@ LOG2_E = math.log2(math.e)
 TILE_BYTES = max(2**21, 2 * CAPABILITIES.get("l2_cache_size", 0))
 # By device: blocks as large as this go through PyTorch's kernel of exact attention, there and back.
 FUSED_FROM = {"cpu": (128, 256)}
+SCANNED = 8  # blocks of which sums are made at once
 HEADS = 8  # that are worked on in one go; more where all weights of more fit into a tile
-# Of their rows and of the averages of all their blocks, which live during a pass only.
-HEADS_BYTES = 8 * 2**20
+# Of their rows and of the averages of all their blocks, which live during a pass only: bytes at
+# least and at most, and between them a part of what goes into a pass and comes out of it.
+HEADS_BYTES = 2**23, 40 * 2**20
+HEADS_SHARE = 0.55
 
 
 class BlockAttention(NamedTuple):
@@ -86,6 +89,12 @@ class Problem(NamedTuple):
         return 0 if self.far_limit is None or self.average.shape[-2] == 0 else 1
 
 
+def room_of_heads(io: int) -> int:
+    """Bytes that a pass takes beside its inputs and outputs, of that many bytes."""
+    least, most = HEADS_BYTES
+    return max(least, min(most, int(HEADS_SHARE * io)))
+
+
 class Sizes:
     """Sizes of a problem, and of what is done at a time, on the way there or back."""
 
@@ -95,9 +104,13 @@ class Sizes:
         self.block, self.sinks = min(problem.window_size, self.length), problem.sink_key.shape[1]
         self.heavy = problem.heavy_key.shape[2]
         self.count = -(-self.length // self.block)
+        self.is_causal = problem.is_causal
+        # Sums over blocks take so many at once, and rows that lie two apart.
+        self.scanned = min(self.count, SCANNED)
+        self.room = -(-self.count // self.scanned) * self.scanned + 2
         self.rows = self.group * self.block
         self.before = int(self.count > 1)  # blocks that are near beside a query's own
-        self.after = 0 if problem.is_causal else self.before
+        self.after = 0 if self.is_causal else self.before
         self.near = (1 + self.before + self.after) * self.block
         size = problem.average.element_size()
         least = FUSED_FROM.get(problem.query.device.type)
@@ -113,9 +126,13 @@ class Sizes:
         self.is_whole = self.group == 1 and self.length == self.count * self.block
         is_copied = not self.is_whole or problem.query.dtype != problem.average.dtype
         rows = self.count * self.block * (1 + self.group * is_copied)
-        of_head = 2 * size * self.value_dim * (self.count * self.features + rows)
+        both = self.dim + self.value_dim
+        of_head = size * (2 * self.room * self.features * self.value_dim + rows * both)
+        io = size * self.length * (1 + self.group) * both  # inputs and outputs of a head
+        if is_back:  # gradients too, and products of keys
+            io, of_head = 2 * io, of_head + size * rows * (both + self.features + self.dim)
         whole = TILE_BYTES // (self.count * self.rows * columns * size)
-        most = HEADS_BYTES // (2 * of_head if is_back else of_head)
+        most = room_of_heads(self.heads * io) // of_head
         groups = -(-self.heads // max(1, min(max(HEADS, whole), most)))
         self.at_once = max(1, -(-self.heads // max(1, groups)))
         self.limits = problem.limits
