@@ -89,8 +89,7 @@ class HeadsOf:
             blocks = -(-length // window) + sizes.SCANNED
             of_head = WIDE * (2 * d * (blocks * m + 2 * rows) + length * (m + d))
             heads = min(sizes.HEADS, batch * self.key_heads)
-            room = sizes.room_of_heads(batch * self.key_heads * 4 * WIDE * d * rows)
-            whole = min(max(room, of_head), heads * of_head)
+            whole = min(max(sizes.HEADS_BYTES, of_head), heads * of_head)
             # A tile of logits and their gradients. PyTorch's kernel has gradients of near keys in
             # the place of logits.
             is_fused = window >= sizes.FUSED_FROM["cpu"][1]

@@ -102,7 +102,7 @@ class HeadsBack(Heads):
             for part, (x, value) in enumerate(zip(weights, values, strict=True)):
                 of_x = self.take(f"of row logits {part}", *x.shape)
                 of_logits.append(torch.bmm(of_out, value.mT, out=of_x))
-            along = torch.mul(out, of_out, out=self.take("along", *out.shape))
+            along = torch.mul(out, of_out, out=self.take("rows", *out.shape))
             lost = along.sum(dim=-1, keepdim=True).sub_(of_log_sum)
             losses = [lost] * len(weights)
             if sizes.limits:
@@ -114,7 +114,7 @@ class HeadsBack(Heads):
                     of_x.mul_(x)
             # PyTorch has one product after another for rows that do not follow each other.
             is_dense = of_query.is_contiguous()
-            of_rows = of_query if is_dense else self.take("of query rows", *of_query.shape)
+            of_rows = of_query if is_dense else self.take("rows", *of_query.shape)
             of_near = of_rows, self.of_key[index], self.of_value[index]
             if self.is_fused:
                 self.near.attend_back(index, tile, query, out, log_sum, of_out, *of_near)

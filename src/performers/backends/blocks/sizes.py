@@ -11,7 +11,7 @@ from torch import Tensor
 
 from performers.backends.buffers import CAPABILITIES, slices
 
-__all__ = ["LOG2_E", "BlockAttention", "Problem", "Sizes", "room_of_heads"]
+__all__ = ["LOG2_E", "BlockAttention", "Problem", "Sizes"]
 
 LOG2_E = math.log2(math.e)
 # Of the logits of a tile. Fewer calls gain more than a cache loses, but assign what suits your
@@ -21,10 +21,9 @@ TILE_BYTES = max(2**21, 2 * CAPABILITIES.get("l2_cache_size", 0))
 FUSED_FROM = {"cpu": (128, 256)}
 SCANNED = 8  # blocks of which sums are made at once
 HEADS = 8  # that are worked on in one go; more where all weights of more fit into a tile
-# Of their rows and of the averages of all their blocks, which live during a pass only: bytes at
-# least and at most, and between them a part of what goes into a pass and comes out of it.
-HEADS_BYTES = 2**23, 40 * 2**20
-HEADS_SHARE = 0.55
+# Of their rows and of the averages of all their blocks, which live during a pass only. If there are
+# many more, the system takes them back and gives them anew, page by page.
+HEADS_BYTES = 18 * 2**20
 
 
 class BlockAttention(NamedTuple):
@@ -89,12 +88,6 @@ class Problem(NamedTuple):
         return 0 if self.far_limit is None or self.average.shape[-2] == 0 else 1
 
 
-def room_of_heads(io: int) -> int:
-    """Bytes that a pass takes beside its inputs and outputs, of that many bytes."""
-    least, most = HEADS_BYTES
-    return max(least, min(most, int(HEADS_SHARE * io)))
-
-
 class Sizes:
     """Sizes of a problem, and of what is done at a time, on the way there or back."""
 
@@ -128,11 +121,10 @@ class Sizes:
         rows = self.count * self.block * (1 + self.group * is_copied)
         both = self.dim + self.value_dim
         of_head = size * (2 * self.room * self.features * self.value_dim + rows * both)
-        io = size * self.length * (1 + self.group) * both  # inputs and outputs of a head
         if is_back:  # gradients too, and products of keys
-            io, of_head = 2 * io, of_head + size * rows * (both + self.features + self.dim)
+            of_head += size * rows * (both + self.features + self.dim)
         whole = TILE_BYTES // (self.count * self.rows * columns * size)
-        most = room_of_heads(self.heads * io) // of_head
+        most = HEADS_BYTES // of_head
         groups = -(-self.heads // max(1, min(max(HEADS, whole), most)))
         self.at_once = max(1, -(-self.heads // max(1, groups)))
         self.limits = problem.limits
