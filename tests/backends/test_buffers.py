@@ -66,6 +66,22 @@ def test_columns_are_joined_and_numbers_copied(buffers):
     assert torch.equal(copied, half.float())
 
 
+def test_the_largest_are_given_back_until_the_rest_is_small_enough(buffers):
+    like, wanted = torch.zeros(1), {"product": 1000, "joined": 2000, "copied": 3000}
+    taken = {name: buffers.take(name, (size,), like).data_ptr() for name, size in wanted.items()}
+
+    def kept():
+        return {name for name in wanted if (name, like.dtype) in buffers._flat}
+
+    buffers.trim(24_000)
+    assert kept() == set(wanted)
+    buffers.trim(23_999)
+    assert kept() == {"product", "joined"}
+    assert buffers.take("product", (1000,), like).data_ptr() == taken["product"]
+    buffers.trim(0)
+    assert kept() == set()
+
+
 @pytest.mark.parametrize(("length", "size"), [(13, 5), (10, 5), (3, 5), (0, 5)])
 def test_cuts_cover_the_length_once_and_in_order(length, size):
     cuts = list(slices(length, size))

@@ -58,3 +58,12 @@ def test_slots_are_as_many_as_the_longest_of_a_batch_needs():
         assert slots.key.shape[2] == number
         of_tokens = slots.tokens(torch.ones(2, 6, 1, number, 1))[:, 0, 0, :, 0]
         assert torch.equal(of_tokens > 0, shown)
+
+
+def test_no_sinks_are_no_part_of_a_gradient():
+    query, key, value = inputs(7, batch=1, key_heads=6)
+    key.requires_grad_()
+    slots = Slots.of(NearField(3), query.unsqueeze(2), key, value, None, None)
+    found, *_ = slots.sinks(None)
+    assert found.shape == (1, 6, 0, key.shape[-1])
+    assert not found.requires_grad

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from performers.backends.blocks.sizes import LOG2_E, Sizes
+from performers.backends.blocks.sizes import LOG2_E
 from performers.backends.fused_softmax import HIDDEN
 
 __all__ = ["Averages", "Merge"]
@@ -136,9 +136,11 @@ class Merge:
         self,
         log_mass: Float[Tensor, "heads room num_features"],
         first: Float[Tensor, "heads num_features"],
-        sizes: Sizes,
+        count: int,
+        group: int,
+        is_causal: bool,
     ) -> None:
-        self.count, self.is_causal, group = sizes.count, sizes.is_causal, sizes.scanned
+        self.count, self.is_causal = count, is_causal
         of_blocks, of_first = log_mass[:, :-2], first
         if not self.is_causal:  # both scans at once
             of_blocks = torch.cat([of_blocks, log_mass[:, 2:].flip(1)])
