@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Iterator
@@ -267,10 +268,10 @@ class Heads:
         largest = [x.amax(dim=-1, keepdim=True) for x in logits]
         if of_row is not None:
             largest[-1] += of_row
-        row = torch.stack(largest).amax(dim=0) if len(largest) > 1 else largest[0]
+        row = functools.reduce(torch.maximum, largest)
         parts, is_alone = [row] * len(logits), None
         if self.sizes.limits:
-            near = torch.stack(largest[:-1]).amax(dim=0)
+            near = functools.reduce(torch.maximum, largest[:-1])
             is_alone = near <= HIDDEN / 2
             row = torch.where(is_alone, row, near)
             parts = [row] * (len(logits) - 1) + [largest[-1]]

@@ -88,8 +88,9 @@ class Side(NamedTuple):
         self, centered: Float[Tensor, "rows dim"], products: Float[Tensor, "rows columns"]
     ) -> Mapped:
         """From products that were made before."""
-        y, logits = products.split([self.width, self.num_features], dim=-1)
-        return Mapped(products, logits, y if self.width else centered)
+        width = self.width
+        y = products[:, :width] if width else centered
+        return Mapped(products, products[:, width:], y)
 
     def centered(self, head: int, x: Float[Tensor, "rows dim"]) -> Float[Tensor, "rows dim"]:
         if self.shift is None:

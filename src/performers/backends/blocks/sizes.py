@@ -19,7 +19,7 @@ LOG2_E = math.log2(math.e)
 TILE_BYTES = max(2**21, 2 * CAPABILITIES.get("l2_cache_size", 0))
 # By device: blocks as large as this go through PyTorch's kernel of exact attention, there and back.
 FUSED_FROM = {"cpu": (128, 256)}
-SCANNED = 8  # blocks of which sums are made at once
+SCANNED = 8  # blocks of a group at most, of which sums are made at once
 HEADS = 8  # that are worked on in one go; more where all weights of more fit into a tile
 # Of their rows and of the averages of all their blocks, which live during a pass only. If there are
 # many more, the system takes them back and gives them anew, page by page.
@@ -99,7 +99,7 @@ class Sizes:
         self.count = -(-self.length // self.block)
         self.is_causal = problem.is_causal
         # Sums over blocks take so many at once, and rows that lie two apart.
-        self.scanned = min(self.count, SCANNED)
+        self.scanned = max(1, min(math.isqrt(self.count), SCANNED))
         self.room = -(-self.count // self.scanned) * self.scanned + 2
         self.rows = self.group * self.block
         self.before = int(self.count > 1)  # blocks that are near beside a query's own
