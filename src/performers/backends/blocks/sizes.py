@@ -98,8 +98,8 @@ class Sizes:
         self.heavy = problem.heavy_key.shape[2]
         self.count = -(-self.length // self.block)
         self.is_causal = problem.is_causal
-        # Sums over blocks take so many at once, and rows that lie two apart. Whatever the length, the
-        # first of them are the same groups, or a piece of a sequence would be rounded otherwise.
+        # Sums over blocks take so many at once, and rows that lie two apart. Whatever the length,
+        # groups are the same, or a piece of a sequence would be rounded otherwise.
         self.scanned = min(self.count, SCANNED)
         self.room = -(-self.count // self.scanned) * self.scanned + 2
         self.rows = self.group * self.block
