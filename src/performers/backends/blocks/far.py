@@ -63,7 +63,6 @@ class Scan:
         of those of its group up to each."""
         self.group, self.is_from_right = group, is_from_right
         self.last = 0 if is_from_right else -1  # of a group, in memory
-        self.log_mass = upto
         self.of_block, self.in_group = self.grouped(of_block), self.grouped(in_group)
         self.before, self.upto = self.grouped(upto[:, :-1]), self.grouped(upto[:, 1:])
 
@@ -142,21 +141,22 @@ class Merge:
     ) -> None:
         self.count, self.is_causal = count, is_causal
         of_blocks, of_first = log_mass[:, :-2], first
-        if not self.is_causal:  # both scans at once
+        if not is_causal:  # both scans at once
             of_blocks = torch.cat([of_blocks, log_mass[:, 2:].flip(1)])
             of_first = torch.cat([first, torch.full_like(first, HIDDEN)])
         upto = log_cumulative_sum(torch.cat([of_first.unsqueeze(1), of_blocks], dim=1))
         grouped = of_blocks.unflatten(1, (-1, group))
         in_group = log_cumulative_sum(grouped.flatten(0, 1)).view_as(of_blocks)
-        totals, heads = upto[: len(first)], slice(len(first))
-        self.before = Scan(of_blocks[heads], totals, in_group[heads], group)
-        self.last_mass = totals[:, self.count]
-        self.log_mass = torch.cat([totals[:, :1], totals], dim=1)
-        if not self.is_causal:
+        heads = slice(len(first))
+        before = upto[heads]
+        self.before = Scan(of_blocks[heads], before, in_group[heads], group)
+        self.last_mass = before[:, count]
+        self.log_mass = torch.cat([before[:, :1], before], dim=1)
+        if not is_causal:
             heads = slice(len(first), None)
-            self.after = Scan(of_blocks[heads], upto[heads], in_group[heads], group, True)
-            later = F.pad(self.after.log_mass[:, 1:].flip(1), (0, 0, 0, 2), value=HIDDEN)
-            parts = self.log_mass, later
+            after = upto[heads]
+            self.after = Scan(of_blocks[heads], after, in_group[heads], group, is_from_right=True)
+            parts = self.log_mass, F.pad(after[:, 1:].flip(1), (0, 0, 0, 2), value=HIDDEN)
             self.log_mass = torch.logaddexp(*parts)
             self.parts = [(part - self.log_mass).exp_().unsqueeze(2) for part in parts]
 

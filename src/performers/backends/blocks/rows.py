@@ -158,8 +158,9 @@ class Heads:
     def far_averages(self, blocks: Averages) -> tuple[Merge, Averages, Tensor]:
         """s̃ and F of every block, and F after the last."""
         problem = self.problem
-        sizes = self.sizes.count, self.sizes.scanned, problem.is_causal
-        merge = Merge(blocks.log_mass, problem.log_mass[self.heads], *sizes)
+        number = self.sizes.count, self.sizes.scanned
+        before = problem.log_mass[self.heads]
+        merge = Merge(blocks.log_mass, before, *number, problem.is_causal)
         average = self.take("far average", *blocks.average.shape)
         first = problem.average[self.heads].mT.contiguous()
         last = merge.far(first, blocks.average, average)

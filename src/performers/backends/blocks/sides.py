@@ -40,10 +40,16 @@ class Side(NamedTuple):
     unit: float  # √s
 
     @classmethod
-    def of(cls, scale: float, directions: Tensor, *parts: Tensor | None) -> Side:
-        """`parts`: shift, matrix and linear."""
+    def of(
+        cls,
+        scale: float,
+        directions: Tensor,
+        shift: Tensor | None,
+        matrix: Tensor | None,
+        linear: Tensor | None,
+    ) -> Side:
+        """For all heads."""
         unit = math.sqrt(scale)
-        shift, matrix, linear = parts
         columns = directions.mT * (unit * LOG2_E)
         if matrix is not None:
             number = max(len(matrix), len(columns))

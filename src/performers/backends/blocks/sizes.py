@@ -97,14 +97,13 @@ class Sizes:
         self.block, self.sinks = min(problem.window_size, self.length), problem.sink_key.shape[1]
         self.heavy = problem.heavy_key.shape[2]
         self.count = -(-self.length // self.block)
-        self.is_causal = problem.is_causal
         # Sums over blocks take so many at once, and rows that lie two apart. Whatever the length,
         # groups are the same, or a piece of a sequence would be rounded otherwise.
         self.scanned = min(self.count, SCANNED)
         self.room = -(-self.count // self.scanned) * self.scanned + 2
         self.rows = self.group * self.block
         self.before = int(self.count > 1)  # blocks that are near beside a query's own
-        self.after = 0 if self.is_causal else self.before
+        self.after = 0 if problem.is_causal else self.before
         self.near = (1 + self.before + self.after) * self.block
         size = problem.average.element_size()
         least = FUSED_FROM.get(problem.query.device.type)
