@@ -96,6 +96,11 @@ class LogLinearSide(NamedTuple):
 
     None means 0 for shift, linear and tilt, and the identity for the matrix. Leading dimensions are
     none, (heads,) or (batch, heads).
+
+    Where the first dim directions are orthogonal once a few coordinates of y are shortened, their
+    products have the norm of y, so that y itself need not be computed (None: not known):
+
+        ‖y‖² = Σ_{m < dim} (y·directions_m / lengths_m)² − ‖(x − shift) surplus‖²
     """
 
     directions: Float[Tensor, "*heads num_features dim"]
@@ -104,6 +109,8 @@ class LogLinearSide(NamedTuple):
     shift: Float[Tensor, "*heads 1 dim"] | None = None
     matrix: Float[Tensor, "*heads dim dim"] | None = None
     linear: Float[Tensor, "*heads 1 dim"] | None = None
+    lengths: Float[Tensor, "*heads 1 dim"] | None = None
+    surplus: Float[Tensor, "*heads dim few"] | None = None
 
     def log_linear(self, x: Float[Tensor, "*batch length dim"]) -> LogLinear:
         """log φ(x), before the product with the directions."""

@@ -120,7 +120,7 @@ class _Sides(NamedTuple):
         return {"tilt": rows(numbers.unsqueeze(-2))} | {
             f"{name}_{part}": rows(getattr(side, part))
             for name, side in (("query", self.query), ("key", self.key))
-            for part in ("directions", "shift", "matrix", "linear")
+            for part in ("directions", "shift", "matrix", "linear", "lengths", "surplus")
         }
 
     def averages(self, state: LinearState) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,9 @@ what is estimated (DESIGN.md, Sharper than the paper):
 
 a and b are the means of queries and keys. M gives both the same diagonal covariance, which
 minimizes E‖q + k‖². A_i minimizes the expected variance of coordinate i, or of all together
-("isotropic", FAVOR++). In the moments a key is weighted by the attention that it receives:
+("isotropic", FAVOR++). Only the coordinates that vary most have an A_i of their own, the others
+have one in common: that is as sharp, and then the products with ω, which are orthogonal, nearly
+have ‖x‖² (`_norm_by_products`). In the moments a key is weighted by the attention that it receives:
 attention is dominated by pairs with large kernel values, and the keys of such pairs have another
 mean than all keys.
 
@@ -34,7 +36,9 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.nn import functional as F
 
+from performers.backends.derivatives import is_traced
 from performers.checks import check_choice
 from performers.functional.autocast import without_autocast
 from performers.functional.fingerprint import fingerprint
@@ -56,6 +60,10 @@ OPTIMAL = ("coordinate", "isotropic", "none")
 
 # Directions in which the data hardly vary get at least this share of the mean variance.
 VARIANCE_FLOOR = 1e-4
+
+# So many coordinates have an exponent of their own, or a quarter of them less one. With one column
+# more, of what is linear, that is a number which suits products of matrices.
+LEADING = 15
 
 # Queries are made this many times as long as keys where all keys are estimated. Best at weak norms
 # and at 1024 projections; with fewer projections a little more would be a little better.
@@ -230,9 +238,10 @@ def sharpen(
     `query_ratio`: balance makes queries this many times as long as keys. 1 is best for kernel
     values and beside a window, `QUERY_RATIO` for attention without a window.
 
-    `optimal`: "coordinate" (an A for each), "isotropic" (one A, FAVOR++) or "none" (A = 0, the
-    paper). Without data, or if the data do not vary, the result is the identity. Any
-    reparametrization gives an unbiased estimate; another one is only less sharp.
+    `optimal`: "coordinate" (an A for each of the coordinates that vary most, and one for the
+    others), "isotropic" (one A, FAVOR++) or "none" (A = 0, the paper). Without data, or if the data
+    do not vary, the result is the identity. Any reparametrization gives an unbiased estimate;
+    another one is only less sharp.
 
     Cost: one Cholesky and one eigendecomposition of dim × dim per head, in the precision of the
     moments.
@@ -261,7 +270,12 @@ def sharpen(
         variance = (matrix @ covariance * matrix).sum(dim=-1)  # the diagonal of M Σ Mᵀ
         spread = spread + variance.clamp(min=0)  # rounding may leave the smallest slightly below 0
     if optimal == "coordinate":
-        exponent = optimal_exponent(spread, dim=1)
+        least = spread.sort(dim=-1, descending=True).values[..., _num_leading(dim), None]
+        is_leading = spread > least
+        # the optimal A of several coordinates is that of their mean
+        others = spread.masked_fill(is_leading, 0.0).sum(dim=-1, keepdim=True)
+        others = others / (~is_leading).sum(dim=-1, keepdim=True)
+        exponent = optimal_exponent(torch.where(is_leading, spread, others), dim=1)
     elif optimal == "isotropic":
         exponent = optimal_exponent(spread.sum(dim=-1, keepdim=True), dim=dim).expand_as(spread)
     else:
@@ -374,6 +388,7 @@ class ReparametrizedFeatures:
         stretch, omega = stretch.to(dtype).unsqueeze(-2), self.omega.to(dtype)
         # The term Σ_i A_i ω_i² depends on the feature alone.
         tilt = exponent.to(dtype).unsqueeze(-2) @ omega.square().mT
+        lengths, surplus = self._norm_by_products(matrix, dtype)
         return LogLinearSide(
             directions=omega * stretch,
             constant=constant[..., None, None],
@@ -381,7 +396,41 @@ class ReparametrizedFeatures:
             shift=shift.unsqueeze(-2),
             matrix=matrix.mT,
             linear=other_shift.unsqueeze(-2),
+            lengths=lengths,
+            surplus=surplus,
         )
+
+    def _norm_by_products(
+        self, matrix: Float[Tensor, "*heads dim dim"], dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        """`lengths` and `surplus` of a side, if the first dim ω are orthogonal as far as `dtype`
+        shows, and all but the leading coordinates have one exponent.
+
+        Their products ω_m·(B y), B being the stretch, have ‖B y‖² = Σ_m (ω_m·B y / ‖ω_m‖)². With b
+        the common stretch, that is b² ‖y‖² and, of leading coordinates, Σ_i (B_i² − b²) y_i².
+        """
+        exponent, dim = self.reparametrization.exponent, self.omega.shape[1]
+        # Only the operator for processors has a use for it, and to look would wait for a device.
+        is_blind = self.omega.device.type != "cpu" or self.omega.requires_grad or is_traced()
+        if is_blind or len(self.omega) < dim:
+            return None, None
+        few, axes = _num_leading(dim), F.normalize(self.omega[:dim].double())
+        error = (axes @ axes.mT - torch.eye(dim, dtype=axes.dtype)).abs().max()
+        exponent, place = exponent.sort(dim=-1)
+        common = exponent[..., few, None]
+        is_orthogonal = error <= dim * torch.finfo(dtype).eps
+        if not (is_orthogonal and (exponent[..., few:] == common).all()):
+            return None, None
+        lengths = self.omega[:dim].norm(dim=-1) * (1 - 4 * common).sqrt()
+        # B_i² / b² − 1; leading coordinates have the smallest A
+        excess = 4 * (common - exponent[..., :few]) / (1 - 4 * common)
+        rows = place[..., :few, None].expand(*place.shape[:-1], few, dim)
+        surplus = matrix.gather(-2, rows) * excess.sqrt().unsqueeze(-1)
+        return lengths.unsqueeze(-2).to(dtype), surplus.mT.to(dtype)
+
+
+def _num_leading(dim: int) -> int:
+    return min(max(LEADING, dim // 4 - 1), dim - 1)
 
 
 def _regular(moments: Moments) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from performers.backends.blocks.far import Averages
 from performers.backends.blocks.rows import Heads
-from performers.backends.blocks.sides import Side
+from performers.backends.blocks.sides import Mapped, Side
 from performers.backends.blocks.sizes import LOG2_E, BlockAttention, Problem, Sizes
 from performers.backends.fused_softmax import HIDDEN
 
@@ -45,9 +45,9 @@ class HeadsBack(Heads):
         self.is_fused = self.near.is_fused and self.is_plain()
         if sizes.limits:
             self.log_factor = self.in_blocks("log factor", found.log_factor) * LOG2_E
-        rows = sizes.count * sizes.block
         # of all keys, first with their weights, then with the gradients of these
-        self.products = self.key_side.products("key products", self.number, rows, like=self.like)
+        blocks = self.number * sizes.count
+        self.mapped = self.key_side.room("mapped keys", blocks, sizes.block, self.like)
         self.of_query, self.is_of_query_itself = self.room("of query", of_query)
         self.of_key = self.take("of key", *self.key.shape).zero_()
         self.of_value = self.take("of value", *self.value.shape).zero_()
@@ -140,11 +140,11 @@ class HeadsBack(Heads):
                 torch.bmm(of_out.mT, features, out=far.average[index, tile])
                 torch.bmm(lost.mT, features, out=excess[index, tile])
                 features.mul_(of_logits[-1])  # where `mapped` has its logits
-                side, head = self.query_side, self.heads.start + index
+                side, head, rows = self.query_side, self.heads.start + index, query.flatten(0, 1)
                 if self.with_directions:
-                    side.directions_back(mapped, self.of_query_directions[index])
-                    self.of_tilt[index] += mapped.logits.sum(dim=0)
-                side.mapped_back(head, mapped, of_rows.flatten(0, 1))
+                    side.directions_back(head, rows, mapped, self.of_query_directions[index])
+                    self.of_tilt[index] += mapped.flat.sum(dim=0)
+                side.back(head, rows, mapped, of_rows.flatten(0, 1))
             if not is_dense:
                 of_query.copy_(of_rows)
         return far.average, excess
@@ -164,19 +164,18 @@ class HeadsBack(Heads):
         far = torch.where(is_limited, (lost + of_log_sum - of_near) * (1 + 1 / limit), lost)
         return [near] * (len(weights) - 1) + [far]
 
-    def key_products(self, index: int, rows: slice) -> Tensor:
-        return self.products[index, rows]
+    def mapped_keys(self, index: int, tile: slice) -> Mapped:
+        first = index * self.sizes.count
+        return self.mapped.part(slice(first + tile.start, first + tile.stop))
 
     def keys_back(self, of_average: Tensor, excess: Tensor) -> None:
-        """Back through the averages of blocks, whose weights are still among the products of keys.
-        Both gradients are divided by the sums of these weights."""
+        """Back through the averages of blocks, whose weights still have the place of logits. Both
+        gradients are divided by the sums of these weights."""
         side, sizes = self.key_side, self.sizes
         for index, tile in itertools.product(range(self.number), sizes.tiles()):
-            (rows, own), head = self.tile_rows(tile), self.heads.start + index
-            key = self.key[index, own]
-            key = key if side.width else side.centered(head, key)
-            mapped = side.found(key, self.products[index, rows])
-            weights = mapped.logits.unflatten(0, (-1, sizes.block))
+            (_, own), head = self.tile_rows(tile), self.heads.start + index
+            key, mapped = self.key[index, own], self.mapped_keys(index, tile)
+            weights = mapped.logits
             value, of_value = (
                 x[index, own].unflatten(0, (-1, sizes.block)) for x in (self.value, self.of_value)
             )
@@ -185,5 +184,5 @@ class HeadsBack(Heads):
             torch.bmm(value, of_average[index, tile], out=of_weights)
             weights.mul_(of_weights.sub_(excess[index, tile]))
             if self.with_directions:
-                side.directions_back(mapped, self.of_key_directions[index])
-            side.mapped_back(head, mapped, self.of_key[index, own])
+                side.directions_back(head, key, mapped, self.of_key_directions[index])
+            side.back(head, key, mapped, self.of_key[index, own])

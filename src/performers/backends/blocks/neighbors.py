@@ -69,8 +69,9 @@ class Neighbors:
         self.later = later_most if problem.is_causal else None
         # PyTorch's kernel adds, and would show it to the queries before it.
         self.is_fused = sizes.is_fused and bool(key.sum().isfinite())
-        # Few blocks have a key that is not there.
-        self.is_gappy = hidden.unflatten(1, (-1, sizes.block)).any(dim=-1).tolist()
+        # Few blocks have a key near them that is not there.
+        is_gappy = hidden.unfold(1, sizes.near, sizes.block).any(dim=-1)
+        self.gappy = [row.nonzero().flatten().tolist() for row in is_gappy]
         self._last: tuple[tuple[int, Span], Tensor] | None = None
 
     def spans(self, tile: slice) -> Iterator[Span]:
@@ -96,15 +97,15 @@ class Neighbors:
         """Of rows of keys, [rows, …], those near each block: a view, [blocks, near, …]."""
         size, row = self.sizes.block, rows.stride(0)
         shape = span.stop - span.start, (span.until - span.first) * size, *rows.shape[1:]
-        strides = size * row, row, *rows.stride()[1:]
-        return rows[(span.start + span.first) * size :].as_strided(shape, strides)
+        first = rows.storage_offset() + (span.start + span.first) * size * row
+        return rows.as_strided(shape, (size * row, row, *rows.stride()[1:]), first)
 
     def mask(self, head: int, span: Span) -> Float[Tensor, "#blocks 1 #rows near"] | None:
         """What PyTorch's kernel adds to logits: 0, or for keys that a query does not see `HIDDEN`.
         None if it sees all."""
         alike = head if len(self.most) > 1 else 0
-        is_gappy = any(self.is_gappy[alike][span.start + span.first : span.stop - 1 + span.until])
         bias = self.windows(self.most[alike], span)[:, None, None].clamp(max=0)
+        is_gappy = bool(bias.any())
         if self.later is None:
             return bias if is_gappy else None
         later = F.pad(self.later.clamp(max=0), (bias.shape[-1] - self.sizes.block, 0))
@@ -176,10 +177,9 @@ class Neighbors:
             own = own.unflatten(1, (sizes.group, sizes.block))
             torch.minimum(own, self.later, out=own)
         alike = head if len(self.most) > 1 else 0
-        for block in range(tile.start, tile.stop):
-            one = self.whole(slice(block, block + 1))
-            if any(self.is_gappy[alike][block : block + one.until]):
-                part = room[block - tile.start]
+        for block in self.gappy[alike]:
+            if tile.start <= block < tile.stop:
+                one, part = self.whole(slice(block, block + 1)), room[block - tile.start]
                 torch.minimum(part, self.windows(self.most[alike], one), out=part)
         return room
 

@@ -57,7 +57,7 @@ def backward(
     of = {name: torch.empty_like(getattr(problem, name)) for name in DIFFERENTIABLE}
     for name in SHARED:
         of[name].zero_()
-    sides = both_sides(problem)
+    sides = both_sides(problem, with_directions)
     for heads in sizes.head_groups():
         work = HeadsBack(
             problem, sizes, heads, sides, found, gradients, of["query"], with_directions
@@ -99,7 +99,9 @@ SCHEMA = (
     "Tensor sink_key, Tensor sink_value, Tensor sink_start, "
     "Tensor heavy_key, Tensor heavy_value, Tensor heavy_hidden, "
     "Tensor query_directions, Tensor? query_shift, Tensor? query_matrix, Tensor? query_linear, "
+    "Tensor? query_lengths, Tensor? query_surplus, "
     "Tensor key_directions, Tensor? key_shift, Tensor? key_matrix, Tensor? key_linear, "
+    "Tensor? key_lengths, Tensor? key_surplus, "
     "Tensor tilt, Tensor log_mass, Tensor average, int window_size, float scale, bool is_causal, "
     "float? far_limit"
 )

@@ -65,6 +65,7 @@ class Heads:
         absent = self.hidden(problem.hidden_near, blocks * sizes.block, own)
         self.near = Neighbors(problem, sizes, self.key, self.value, absent)
         self.query_side, self.key_side = sides
+        self.mapped_rooms: dict[tuple[bool, int], Mapped] = {}
         length = sizes.count * sizes.block
         self.absent_far = self.hidden(problem.hidden_far, length, slice(0, sizes.length))
         self.is_gappy_far = self.absent_far.unflatten(1, (-1, sizes.block)).any(dim=-1).tolist()
@@ -120,20 +121,27 @@ class Heads:
         rows, shift = slice(tile.start * size, tile.stop * size), self.sizes.before * size
         return rows, slice(rows.start + shift, rows.stop + shift)
 
-    def key_products(self, index: int, rows: slice) -> Tensor:
-        """Room for the products of some keys, until others are mapped."""
-        return self.key_side.products("products", rows.stop - rows.start, like=self.like)
+    def mapped_rows(self, side: Side, blocks: int, block: int) -> Mapped:
+        """Where rows are mapped to, until others are."""
+        found = self.mapped_rooms.get((side is self.key_side, blocks))
+        if found is None:
+            found = side.room("mapped", blocks, block, self.like)
+            self.mapped_rooms[side is self.key_side, blocks] = found
+        return found
+
+    def mapped_keys(self, index: int, tile: slice) -> Mapped:
+        """Room for those of a tile."""
+        return self.mapped_rows(self.key_side, tile.stop - tile.start, self.sizes.block)
 
     def key_logits(self, index: int, tile: slice) -> Tensor:
-        """Of the keys of a tile: log₂ φ as [blocks, block, features], among their products."""
+        """Of the keys of a tile: log₂ φ as [blocks, block, features], in their room."""
         rows, own = self.tile_rows(tile)
-        head, products = self.heads.start + index, self.key_products(index, rows)
-        mapped, number = self.key_side.mapped(head, self.key[index, own], products)
+        head, mapped = self.heads.start + index, self.mapped_keys(index, tile)
+        number = self.key_side.map(head, self.key[index, own], mapped)
         alike = index if len(self.absent_far) > 1 else 0
         if any(self.is_gappy_far[alike][tile]):
             number.masked_fill_(self.absent_far[alike, rows], HIDDEN)
-        logits = mapped.logits.add_(number.unsqueeze(-1))
-        return logits.unflatten(0, (-1, self.sizes.block))
+        return self.key_side.plus(head, mapped, number.view(-1, self.sizes.block, 1))
 
     def block_averages(self) -> Averages:
         """s and A of every block. `self.total`: the sums of weights that this takes, each block's
@@ -199,12 +207,10 @@ class Heads:
             logits.append(heavy.masked_fill_(hidden.unsqueeze(1), HIDDEN))
         mapped = number = None
         if sizes.features:
-            rows = query.flatten(0, 1)
-            products = self.query_side.products("products", len(rows), like=rows)
-            mapped, number = self.query_side.mapped(self.heads.start + index, rows, products)
-            number = number.view(blocks, sizes.rows, 1)
-            features = mapped.logits.unflatten(0, (blocks, sizes.rows))
-            logits.append(features.add_(numbers[index, tile]))
+            side, head = self.query_side, self.heads.start + index
+            mapped = self.mapped_rows(side, blocks, sizes.rows)
+            number = side.map(head, query.flatten(0, 1), mapped).view(blocks, sizes.rows, 1)
+            logits.append(side.plus(head, mapped, numbers[index, tile]))
         return logits, mapped, number
 
     def values(self, index: int, tile: slice, far: Tensor) -> list[Tensor]:

@@ -60,15 +60,19 @@ class Problem(NamedTuple):
     heavy_key: Float[Tensor, "heads blocks heavy dim"]
     heavy_value: Float[Tensor, "heads blocks heavy value_dim"]
     heavy_hidden: Bool[Tensor, "heads blocks heavy"]
-    # of the two sides, one row for all heads or one for each; no features: nothing far
+    # `LogLinearSide` of both, one row for all heads or one for each; no features: nothing far
     query_directions: Float[Tensor, "#heads num_features dim"]
     query_shift: Float[Tensor, "#heads 1 dim"] | None
     query_matrix: Float[Tensor, "#heads dim dim"] | None
     query_linear: Float[Tensor, "#heads 1 dim"] | None
+    query_lengths: Float[Tensor, "#heads 1 dim"] | None
+    query_surplus: Float[Tensor, "#heads dim few"] | None
     key_directions: Float[Tensor, "#heads num_features dim"]
     key_shift: Float[Tensor, "#heads 1 dim"] | None
     key_matrix: Float[Tensor, "#heads dim dim"] | None
     key_linear: Float[Tensor, "#heads 1 dim"] | None
+    key_lengths: Float[Tensor, "#heads 1 dim"] | None
+    key_surplus: Float[Tensor, "#heads dim few"] | None
     # the numbers of a feature and of both sides, together
     tilt: Float[Tensor, "#heads 1 num_features"]
     # the state before the first block
