@@ -18,12 +18,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from performers import draw_projection
-from performers.functional.sharp import (
-    Moments,
-    ReparametrizedFeatures,
-    received_attention,
-    sharpen,
-)
+from performers.functional.moments import Moments, received_attention
+from performers.functional.sharp import ReparametrizedFeatures, sharpen
 from performers.theory.cost import favor_operations
 
 NUM_SINKS = 4

@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from performers import SharpFeatures, favor_attention
-from performers.functional.sharp import LEADING, Moments, ReparametrizedFeatures, sharpen
+from performers.functional.moments import Moments
+from performers.functional.sharp import LEADING, ReparametrizedFeatures, sharpen
 
 HEADS, DIM = 2, 20
 

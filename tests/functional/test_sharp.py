@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from performers.functional.sharp import Moments, sharpen
+from performers.functional.moments import Moments
+from performers.functional.sharp import sharpen
 
 DIM = 5
 

@@ -12,14 +12,12 @@ from torch.autograd import gradcheck
 from torch.nn import functional as F
 
 from performers import SharpFeatures, SoftmaxFeatures, favor_attention, softmax_attention
+from performers.functional.moments import Moments, received_attention, sampled
 from performers.functional.sharp import (
     OPTIMAL,
-    Moments,
     Reparametrization,
     ReparametrizedFeatures,
     optimal_exponent,
-    received_attention,
-    sampled,
     sharpen,
 )
 from performers.nn.sharp import STATISTICS

@@ -8,13 +8,8 @@ from standard_errors import assert_mean_within
 from torch import Tensor
 
 from performers import SharpFeatures, draw_projection, favor_attention, softmax_attention
-from performers.functional.sharp import (
-    QUERY_RATIO,
-    Moments,
-    ReparametrizedFeatures,
-    received_attention,
-    sharpen,
-)
+from performers.functional.moments import Moments, received_attention
+from performers.functional.sharp import QUERY_RATIO, ReparametrizedFeatures, sharpen
 from performers.theory import log_joint_moment_optimal
 
 # What each step adds, from plain positive features to the whole.

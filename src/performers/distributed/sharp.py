@@ -10,7 +10,7 @@ from torch import Tensor
 from performers.distributed.collectives import over_ranks
 from performers.distributed.pieces import Pieces, taken
 from performers.functional.autocast import without_autocast
-from performers.functional.sharp import SAMPLED_POSITIONS
+from performers.functional.moments import SAMPLED_POSITIONS
 from performers.nn.sharp import SharpFeatures
 from performers.typing import FeatureMap
 
@@ -43,7 +43,7 @@ def fitted_to_all(
     number = torch.arange(min(SAMPLED_POSITIONS, length), device=query.device)
     shown = pieces.counts.sum(dim=0).unsqueeze(1)
     chosen = shown.clamp(max=len(number))
-    # As in `performers.functional.sharp.sampled`: the middles of equal parts of what is shown.
+    # As in `performers.functional.moments.sampled`: the middles of equal parts of what is shown.
     index = (2 * number + 1) * shown // (2 * chosen).clamp(min=1) - start
     is_used = number < chosen
     is_here = is_used & (index >= 0) & (index < own)

@@ -18,16 +18,9 @@ from performers.checks import (
     check_number,
     check_tensor,
 )
+from performers.functional.moments import Moments, received_attention, sampled
 from performers.functional.projections import PROJECTIONS
-from performers.functional.sharp import (
-    OPTIMAL,
-    Moments,
-    Reparametrization,
-    ReparametrizedFeatures,
-    received_attention,
-    sampled,
-    sharpen,
-)
+from performers.functional.sharp import OPTIMAL, Reparametrization, ReparametrizedFeatures, sharpen
 from performers.nn.feature_maps import RandomFeatures
 from performers.typing import FeatureMap, Features, LogLinearSide
 
