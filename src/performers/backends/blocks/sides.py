@@ -188,7 +188,7 @@ def _side(problem: Problem, name: str, with_directions: bool) -> Side:
     if matrix is None:
         return Side(columns.unbind(), *of_rows)
     columns = matrix @ columns
-    if lengths is None or with_directions:
+    if lengths is None or linear is None or with_directions:
         return Side(_joined(matrix * (unit * ROOT), columns), *of_rows)
     factors = F.pad(lengths * (2 * ROOT), (0, num_features - lengths.shape[-1]), value=1.0)
     columns, surplus, linear = columns / factors, surplus * (unit * ROOT), linear.mT

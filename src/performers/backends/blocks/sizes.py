@@ -115,7 +115,9 @@ class Sizes:
         self.is_fused = least is not None and self.block >= least[is_back]
         of_near = self.value_dim if self.is_fused else self.near
         columns = of_near + self.sinks + self.heavy + self.features
-        self.tile = max(1, min(self.count, TILE_BYTES // (self.rows * columns * size)))
+        # Tiles alike, so that views of buffers serve all of them.
+        tile = max(1, TILE_BYTES // (self.rows * columns * size))
+        self.tile = -(-self.count // -(-self.count // tile))
         # of which the gradients of near keys are made at once
         of_block = self.near * (self.dim + self.value_dim) * size
         self.span = max(1, TILE_BYTES // of_block)
