@@ -105,10 +105,13 @@ class Scan:
         for place in range(1, self.group):
             torch.lerp(found[place - 1], places[place], shares[place], out=found[place])
         shares = self.ordered(self.factors(self.in_group - self.upto), 1)
-        before = first.unsqueeze(1)
-        for group, share in zip(self.ordered(grouped(out, self.group), 1), shares, strict=True):
-            torch.lerp(before, group, share, out=group)
-            before = group[:, self.last, None]
+        groups = self.ordered(grouped(out, self.group), 1)
+        before = [
+            first.unsqueeze(1),
+            *self.ordered(grouped(out, self.group)[:, :, self.last, None], 1),
+        ]
+        for earlier, one, share in zip(before, groups, shares, strict=False):
+            torch.lerp(earlier, one, share, out=one)
 
     def back(self, gradient: Tensor) -> Tensor:
         """The way back: from the gradient of each average, to those of all that a block is part of
@@ -116,10 +119,11 @@ class Scan:
         places, kept = self.ordered(grouped(gradient, self.group), 2), self.kept
         for place in reversed(range(self.group - 1)):
             places[place].addcmul_(places[place + 1], kept[place + 1])
-        groups, start = self.ordered(grouped(gradient, self.group), 1), -1 - self.last
+        groups = self.ordered(grouped(gradient, self.group), 1)
+        starts = self.ordered(grouped(gradient, self.group)[:, :, -1 - self.last], 1)
         for index in reversed(range(len(groups) - 1)):
-            groups[index].addcmul_(groups[index + 1][:, start, None], self.reached[index])
-        return groups[0][:, start] * self.ordered(kept[0], 1)[0]
+            groups[index].addcmul_(starts[index + 1].unsqueeze(1), self.reached[index])
+        return starts[0] * self.ordered(kept[0], 1)[0]
 
     @cached_property
     def kept(self) -> list[Tensor]:

@@ -210,6 +210,5 @@ class Neighbors:
         """Rows of keys as [blocks, block, ·], and what x has for them: the block before each, its
         own, and the one after it. No two rows of one of these are the same."""
         size = self.sizes.block
-        for number in range(span.until - span.first):
-            there = rows[(span.start + span.first + number) * size :][: len(x) * size]
-            yield there.view(len(x), size, -1), x[:, number * size : (number + 1) * size]
+        near = self.windows(rows, span).split(size, dim=1)
+        return zip(near, x.split(size, dim=1), strict=True)
