@@ -20,7 +20,9 @@ Registered with torch.library: `torch.compile(fullgraph=True)` sees one operator
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -129,7 +131,7 @@ class _Map:
         like: Tensor,
     ) -> None:
         self.kernel = KERNELS[kernel]
-        self.epsilon = epsilon
+        self.epsilon = like.new_tensor(epsilon)  # a number would be made one at each sum
         self.root = root
         self.directions = directions
         self.factor = 1.0 if directions is None else 1 / math.sqrt(len(directions))
@@ -187,6 +189,21 @@ def _sizes(
     return [max(HEADS, whole), CHUNK if is_causal else max(CHUNK, rows // CHUNK * CHUNK)]
 
 
+def _of(x: Tensor | None, heads: slice) -> Tensor | None:
+    return None if x is None else x[heads]
+
+
+def _tiles(size: int, *parts: Float[Tensor, "*heads length _"] | None) -> list[tuple[Any, ...]]:
+    """The parts, each cut into tiles of so many rows; None stays None."""
+    cut = (itertools.repeat(None) if x is None else x.split(size, dim=-2) for x in parts)
+    return list(zip(*cut, strict=False))
+
+
+def _members(tile: tuple[Float[Tensor, "heads group rows _"], ...]) -> Iterator[tuple[Any, ...]]:
+    """What a tile has of each query that shares keys."""
+    return zip(*(x.unbind(1) for x in tile), strict=True)
+
+
 @torch.library.custom_op(
     "performers::kernel_attention",
     mutates_args=(),
@@ -221,21 +238,22 @@ def _kernel_attention(
     for heads in slices(len(query), head_count):
         state = sums.of(heads)
 
-        def keys_at(tile: slice, heads: slice = heads) -> tuple[Tensor, Tensor]:
+        key_tiles = _tiles(row_count, key[heads], value[heads], _of(presence, heads))
+        query_tiles = _tiles(row_count, query[heads], out[heads], rates[heads])
+
+        def keys_of(own_key: Tensor, own_value: Tensor, present: Tensor | None) -> list[Tensor]:
             """F of keys, and V."""
-            present = None if presence is None else presence[heads, tile]
-            keys = phi.features(phi.projected("key", key[heads, tile]), present)
-            return keys, phi.wide("value", value[heads, tile])
+            keys = phi.features(phi.projected("key", own_key), present)
+            return [keys, phi.wide("value", own_value)]
 
         if not is_causal:
-            for tile in slices(key.shape[1], row_count):
-                keys, own_values = keys_at(tile)
-                state.add(keys, own_values, None, phi.factor)
-        for tile in slices(query.shape[2], row_count):
+            for tile in key_tiles:
+                state.add(*keys_of(*tile), None, phi.factor)
+        for index, tile in enumerate(query_tiles):
             if is_causal:
-                keys, own_values = keys_at(tile)
-            for member in range(query.shape[1]):
-                queries = phi.features(phi.projected("query", query[heads, member, tile]))
+                keys, own_values = keys_of(*key_tiles[index])
+            for own_query, room, rate in _members(tile):
+                queries = phi.features(phi.projected("query", own_query))
                 found = buffers.product("found", queries, state.values)
                 # The vector on the left, where BLAS is fast.
                 left = state.normalizer.unsqueeze(1)
@@ -244,11 +262,10 @@ def _kernel_attention(
                     scores = phi.scores(queries, keys)
                     found.baddbmm_(scores, own_values)
                     total = total + scores.sum(dim=-1, keepdim=True)
-                rate = rates[heads, member, tile]
                 if normalize:
                     # `rates` begins as c: found · c is the numerator, total · c the normalizer.
                     rate.mul_(_inverse(total * phi.factor, phi.kernel.is_nonnegative))
-                torch.mul(found, rate, out=out[heads, member, tile])
+                torch.mul(found, rate, out=room)
             if is_causal:
                 state.add(keys, own_values, None, phi.factor)
     return out, rates, *sums
@@ -365,62 +382,69 @@ def _kernel_attention_backward(
     for heads in slices(len(query), head_count):
         state, later = sums.of(heads), sums_gradient.of(heads)
 
-        def keys_at(tile: slice, heads: slice = heads) -> tuple[Tensor, Tensor, Tensor]:
-            """Projections and F of keys, and V."""
-            present = None if presence is None else presence[heads, tile]
-            projected = phi.projected("key", key[heads, tile])
-            own_values = phi.wide("value", value[heads, tile])
-            return projected, phi.features(projected, present), own_values
+        key_tiles = _tiles(
+            row_count, key[heads], value[heads], _of(presence, heads), key_gradient[heads],
+            value_gradient[heads],
+        )  # fmt: skip
+        query_tiles = _tiles(
+            row_count, query[heads], out_gradient[heads], out[heads], rates[heads], along[heads],
+            query_gradient[heads],
+        )  # fmt: skip
 
-        def gradient_at(rows: tuple[slice, int, slice]) -> Tensor:
+        def keys_of(
+            own_key: Tensor, own_value: Tensor, present: Tensor | None, *_: Tensor
+        ) -> list[Tensor]:
+            """Projections and F of keys, and V."""
+            projected = phi.projected("key", own_key)
+            return [projected, phi.features(projected, present), phi.wide("value", own_value)]
+
+        def gradient_of(of_out: Tensor, rate: Tensor) -> Tensor:
             """The columns of G that belong to V."""
-            gradient = buffers.take("gradient", out_gradient[rows].shape, values)
-            return torch.mul(out_gradient[rows], rates[rows], out=gradient)
+            return torch.mul(of_out, rate, out=buffers.take("gradient", of_out.shape, values))
 
         def scores_gradient(gradient: Tensor, along: Tensor, own_values: Tensor) -> Tensor:
             """R."""
             of_scores = buffers.product("of scores", gradient, own_values.mT, factor)
             return of_scores.add_(along, alpha=factor).tril_()
 
-        for tile in slices(query.shape[2], row_count):
+        for index, tile in enumerate(query_tiles):
             if is_causal:
-                _, keys, own_values = keys_at(tile)
-            for member in range(query.shape[1]):
-                rows = (heads, member, tile)
-                projected = phi.projected("query", query[rows])
-                gradient = gradient_at(rows)
+                _, keys, own_values = keys_of(*key_tiles[index])
+            for own_query, of_out, own_out, rate, own_along, of_query in _members(tile):
+                projected = phi.projected("query", own_query)
+                gradient = gradient_of(of_out, rate)
                 if normalize:
                     # From the derivative of 1/D: the normalizer moves all outputs by −out / D.
-                    along[rows] = -(gradient * out[rows]).sum(dim=-1, keepdim=True)
+                    torch.sum(gradient * own_out, dim=-1, keepdim=True, out=own_along).neg_()
                 of_queries = buffers.product("of features", gradient, state.values.mT)
-                of_queries.addcmul_(along[rows], state.normalizer.unsqueeze(1))
+                of_queries.addcmul_(own_along, state.normalizer.unsqueeze(1))
                 if is_causal:
-                    of_scores = scores_gradient(gradient, along[rows], own_values)
+                    of_scores = scores_gradient(gradient, own_along, own_values)
                     of_queries.baddbmm_(of_scores, keys)
                 else:
-                    later.add(phi.features(projected), gradient, along[rows], 1.0)
-                phi.backward(of_queries, projected, query[rows], query_gradient[rows])
+                    later.add(phi.features(projected), gradient, own_along, 1.0)
+                phi.backward(of_queries, projected, own_query, of_query)
             if is_causal:
                 state.add(keys, own_values, None, factor)
-        for tile in reversed(list(slices(key.shape[1], row_count))):
-            projected, keys, own_values = keys_at(tile)
+        for index in reversed(range(len(key_tiles))):
+            own_key, _, present, of_key, of_value = key_tiles[index]
+            projected, keys, own_values = keys_of(*key_tiles[index])
             of_keys = buffers.product("of features", own_values, later.values.mT, factor)
             of_keys.add_(later.normalizer.unsqueeze(1), alpha=factor)
             of_values = buffers.product("of values", keys, later.values, factor)
             if is_causal:
-                for member in range(query.shape[1]):
-                    rows = (heads, member, tile)
-                    queries = phi.features(phi.projected("query", query[rows]))
-                    gradient = gradient_at(rows)
-                    of_scores = scores_gradient(gradient, along[rows], own_values)
+                for own_query, of_out, _, rate, own_along, _ in _members(query_tiles[index]):
+                    queries = phi.features(phi.projected("query", own_query))
+                    gradient = gradient_of(of_out, rate)
+                    of_scores = scores_gradient(gradient, own_along, own_values)
                     of_keys.baddbmm_(of_scores.mT, queries)
                     of_values.baddbmm_(phi.scores(queries, keys).mT, gradient)
-                    later.add(queries, gradient, along[rows], 1.0)
-            if presence is not None:
+                    later.add(queries, gradient, own_along, 1.0)
+            if present is not None:
                 # A masked key has features 0 whatever it is, so no gradient reaches it.
-                of_keys.mul_(presence[heads, tile])
-            phi.backward(of_keys, projected, key[heads, tile], key_gradient[heads, tile])
-            value_gradient[heads, tile] = of_values
+                of_keys.mul_(present)
+            phi.backward(of_keys, projected, own_key, of_key)
+            of_value.copy_(of_values)
     of_directions = query.new_empty(0) if phi.of_directions is None else phi.of_directions
     return query_gradient, key_gradient, value_gradient, of_directions, *sums_gradient
 
