@@ -241,10 +241,12 @@ def _kernel_attention(
         key_tiles = _tiles(row_count, key[heads], value[heads], _of(presence, heads))
         query_tiles = _tiles(row_count, query[heads], out[heads], rates[heads])
 
-        def keys_of(own_key: Tensor, own_value: Tensor, present: Tensor | None) -> list[Tensor]:
+        def keys_of(
+            own_key: Tensor, own_value: Tensor, present: Tensor | None
+        ) -> tuple[Tensor, Tensor]:
             """F of keys, and V."""
             keys = phi.features(phi.projected("key", own_key), present)
-            return [keys, phi.wide("value", own_value)]
+            return keys, phi.wide("value", own_value)
 
         if not is_causal:
             for tile in key_tiles:
@@ -393,10 +395,10 @@ def _kernel_attention_backward(
 
         def keys_of(
             own_key: Tensor, own_value: Tensor, present: Tensor | None, *_: Tensor
-        ) -> list[Tensor]:
+        ) -> tuple[Tensor, Tensor, Tensor]:
             """Projections and F of keys, and V."""
             projected = phi.projected("key", own_key)
-            return [projected, phi.features(projected, present), phi.wide("value", own_value)]
+            return projected, phi.features(projected, present), phi.wide("value", own_value)
 
         def gradient_of(of_out: Tensor, rate: Tensor) -> Tensor:
             """The columns of G that belong to V."""
