@@ -54,7 +54,12 @@ PARTS = {
         "statistics/test_unbiased.py",
         "laws/test_definition.py",
     ),
-    "src/performers/functional/sharp.py": ("functional/test_errors.py", *SHARP),
+    "src/performers/functional/moments.py": SHARP,
+    "src/performers/functional/sharp.py": (
+        "functional/test_errors.py",
+        "backends/test_sides.py",
+        *SHARP,
+    ),
     "src/performers/functional": (
         "functional",
         "laws/test_definition.py",
@@ -62,7 +67,7 @@ PARTS = {
         "laws/test_state.py",
         "statistics/test_projections.py",
     ),
-    "src/performers/backends/blocks": NEAR_FIELDS,
+    "src/performers/backends/blocks": ("backends/test_sides.py", *NEAR_FIELDS),
     "src/performers/backends/kernel_tiles.py": ("backends/test_kernel_tiles.py",),
     "src/performers/backends/fused_softmax.py": ("backends/test_fused_softmax.py",),
     "src/performers/backends": (
