@@ -17,7 +17,7 @@ __all__ = ["CAPABILITIES", "Buffers", "buffers", "room_of_outputs", "slices"]
 CAPABILITIES: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
 
 KEPT_BYTES = 3 * 2**23  # of all buffers, between calls
-KEPT_IN_TRAINING = 10 * 2**20  # less, because a model holds much between a pass and the next
+KEPT_IN_TRAINING = 4 * 2**20  # less, because a model holds much between a pass and the next
 
 
 class Buffers(threading.local):
