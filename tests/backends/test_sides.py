@@ -109,6 +109,14 @@ def test_nothing_is_claimed_of_norms_that_products_do_not_have(case):
     assert phi.key_side(torch.float32).surplus is None
 
 
+def test_no_precision_takes_independent_directions_for_orthogonal_ones():
+    """The largest cosine of two of 64 is less than 64 roundings of bfloat16."""
+    phi = SharpFeatures(64, 64, projection="iid")
+    assert phi.query_side(torch.bfloat16).lengths is None
+    orthogonal = SharpFeatures(64, 64)
+    assert orthogonal.query_side(torch.bfloat16).lengths is not None
+
+
 def test_the_coordinates_that_vary_most_have_exponents_of_their_own():
     dim = 2 * LEADING
     queries, keys = (Moments.of(x).over_batch() for x in samples(7, dim))

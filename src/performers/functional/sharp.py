@@ -265,11 +265,17 @@ class ReparametrizedFeatures:
             surplus=surplus,
         )
 
+    @functools.cached_property
+    def _skew(self) -> float:
+        """The largest cosine between two of the first dim ω."""
+        axes = F.normalize(self.omega[: self.omega.shape[1]].double())
+        return float((axes @ axes.mT - torch.eye(len(axes)).to(axes)).abs().max())
+
     def _norm_by_products(
         self, matrix: Float[Tensor, "*heads dim dim"], dtype: torch.dtype
     ) -> tuple[Tensor, Tensor] | tuple[None, None]:
         """`lengths` and `surplus` of a side, if the first dim ω are orthogonal as far as `dtype`
-        shows, and all but the leading coordinates have one exponent.
+        shows, or float32, and all but the leading coordinates have one exponent.
 
         Their products ω_m·(B y), B being the stretch, have ‖B y‖² = Σ_m (ω_m·B y / ‖ω_m‖)². With b
         the common stretch, that is b² ‖y‖² and, of leading coordinates, Σ_i (B_i² − b²) y_i².
@@ -279,11 +285,12 @@ class ReparametrizedFeatures:
         is_blind = self.omega.device.type != "cpu" or self.omega.requires_grad or is_traced()
         if is_blind or len(self.omega) < dim:
             return None, None
-        few, axes = _num_leading(dim), F.normalize(self.omega[:dim].double())
-        error = (axes @ axes.mT - torch.eye(dim, dtype=axes.dtype)).abs().max()
+        few = _num_leading(dim)
         exponent, place = exponent.sort(dim=-1)
         common = exponent[..., few, None]
-        is_orthogonal = error <= dim * torch.finfo(dtype).eps
+        # to bfloat16 whatever is drawn would look orthogonal
+        least = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+        is_orthogonal = self._skew <= dim * least
         if not (is_orthogonal and (exponent[..., few:] == common).all()):
             return None, None
         lengths = self.omega[:dim].norm(dim=-1) * (1 - 4 * common).sqrt()
