@@ -95,32 +95,26 @@ class Scan:
 
     def averages(self, first: Tensor, blocks: Tensor, out: Tensor) -> None:
         """Write the average of the first and of all blocks up to each. `out` may be `blocks`."""
-        places, found = (
-            self.ordered(grouped(blocks, self.group), 2),
-            self.ordered(grouped(out, self.group), 2),
-        )
+        rows = grouped(out, self.group)
+        places, found = self.ordered(grouped(blocks, self.group), 2), self.ordered(rows, 2)
         shares = self.ordered(self.factors(self.of_block - self.in_group), 2)
         if out is not blocks:
             found[0].copy_(places[0])
         for place in range(1, self.group):
             torch.lerp(found[place - 1], places[place], shares[place], out=found[place])
         shares = self.ordered(self.factors(self.in_group - self.upto), 1)
-        groups = self.ordered(grouped(out, self.group), 1)
-        before = [
-            first.unsqueeze(1),
-            *self.ordered(grouped(out, self.group)[:, :, self.last, None], 1),
-        ]
-        for earlier, one, share in zip(before, groups, shares, strict=False):
+        before = [first.unsqueeze(1), *self.ordered(rows[:, :, self.last, None], 1)]
+        for earlier, one, share in zip(before[:-1], self.ordered(rows, 1), shares, strict=True):
             torch.lerp(earlier, one, share, out=one)
 
     def back(self, gradient: Tensor) -> Tensor:
         """The way back: from the gradient of each average, to those of all that a block is part of
         (of which `shares` go to the block), in place. The gradient of the first average."""
-        places, kept = self.ordered(grouped(gradient, self.group), 2), self.kept
+        rows, kept = grouped(gradient, self.group), self.kept
+        places = self.ordered(rows, 2)
         for place in reversed(range(self.group - 1)):
             places[place].addcmul_(places[place + 1], kept[place + 1])
-        groups = self.ordered(grouped(gradient, self.group), 1)
-        starts = self.ordered(grouped(gradient, self.group)[:, :, -1 - self.last], 1)
+        groups, starts = self.ordered(rows, 1), self.ordered(rows[:, :, -1 - self.last], 1)
         for index in reversed(range(len(groups) - 1)):
             groups[index].addcmul_(starts[index + 1].unsqueeze(1), self.reached[index])
         return starts[0] * self.ordered(kept[0], 1)[0]

@@ -70,8 +70,8 @@ class Neighbors:
         # PyTorch's kernel adds, and would show it to the queries before it.
         self.is_fused = sizes.is_fused and bool(key.sum().isfinite())
         # Few blocks have a key near them that is not there.
-        is_gappy = hidden.unfold(1, sizes.near, sizes.block).any(dim=-1)
-        self.gappy = [row.nonzero().flatten().tolist() for row in is_gappy]
+        is_gappy = hidden.unfold(1, sizes.near, sizes.block).any(dim=-1).tolist()
+        self.gappy = [[block for block, is_one in enumerate(row) if is_one] for row in is_gappy]
         self._last: tuple[tuple[int, Span], Tensor] | None = None
 
     def spans(self, tile: slice) -> Iterator[Span]:

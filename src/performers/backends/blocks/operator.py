@@ -196,6 +196,7 @@ def block_attention(problem: Problem) -> BlockAttention:
     """What the module's docstring describes, for tensors of any device; differentiable.
 
     Cost per token and head: 4·dim operations per near key and sink, 8·num_features·dim for what is
-    far, 4·dim² for sides with a matrix (`theory.cost.favor_operations`).
+    far, 4·dim² for sides with a matrix (`theory.cost.favor_operations`), or a quarter of that where
+    their norms are known.
     """
     return BlockAttention(*(plain if needs_formula() else _block_attention)(*problem))
