@@ -68,6 +68,11 @@ PARTS = {
         "statistics/test_projections.py",
     ),
     "src/performers/backends/blocks": ("backends/test_sides.py", *NEAR_FIELDS),
+    "src/performers/backends/kernel_chunks.py": ("backends/test_kernel_tiles.py",),
+    "src/performers/backends/kernel_maps.py": (
+        "backends/test_kernel_tiles.py",
+        "laws/test_masks.py",
+    ),
     "src/performers/backends/kernel_tiles.py": ("backends/test_kernel_tiles.py",),
     "src/performers/backends/fused_softmax.py": ("backends/test_fused_softmax.py",),
     "src/performers/backends": (

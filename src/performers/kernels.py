@@ -19,15 +19,18 @@ class Kernel(NamedTuple):
 
     `fn` maps projections to values. With `is_exponential` it maps them to the logarithms of values
     instead, so that attention can work in log space. `is_nonnegative` says that no value is below
-    0. `backward` maps (gradient, projections) to gradient · f′(projections). The gradients of a
-    kernel that has one are computed by hand (`performers.backends.kernel_tiles`), those of any
-    other kernel by autograd.
+    0. `backward` maps (gradient, projections) to gradient · f′(projections), and may write it over
+    the gradient. The gradients of a kernel that has one are computed by hand
+    (`performers.backends.kernel_tiles`), those of any other kernel by autograd. `into` is `fn` with
+    a tensor to write to as its second argument, perhaps the first itself: memory that is in use
+    already costs less than new.
     """
 
     fn: Callable[[Tensor], Tensor]
     is_nonnegative: bool = False
     is_exponential: bool = False
     backward: Callable[[Tensor, Tensor], Tensor] | None = None
+    into: Callable[[Tensor, Tensor], Tensor] | None = None
 
 
 def _itself(projected: Tensor) -> Tensor:
@@ -40,9 +43,13 @@ def _elu_plus_one(projected: Tensor) -> Tensor:
     return torch.where(projected > 0, projected + 1, projected.clamp(max=0).exp())
 
 
+def _relu_into(projected: Tensor, room: Tensor) -> Tensor:
+    return torch.clamp_min(projected, 0, out=room)
+
+
 def _of_relu(gradient: Tensor, projected: Tensor) -> Tensor:
     # gradient · (projected > 0) would take seven times as long.
-    return _aten.threshold_backward(gradient, projected, 0)
+    return _aten.threshold_backward.grad_input(gradient, projected, 0, grad_input=gradient)
 
 
 def _of_sigmoid(gradient: Tensor, projected: Tensor) -> Tensor:
@@ -75,7 +82,7 @@ def _of_itself(gradient: Tensor, projected: Tensor) -> Tensor:
 
 # Figure 16 of the paper, and the feature map of Katharopoulos et al. 2020 ("elu+1").
 KERNELS: dict[str, Kernel] = {
-    "relu": Kernel(torch.relu, is_nonnegative=True, backward=_of_relu),
+    "relu": Kernel(torch.relu, is_nonnegative=True, backward=_of_relu, into=_relu_into),
     "exp": Kernel(_itself, is_nonnegative=True, is_exponential=True),
     "sigmoid": Kernel(torch.sigmoid, is_nonnegative=True, backward=_of_sigmoid),
     "abs": Kernel(torch.abs, is_nonnegative=True, backward=_of_abs),

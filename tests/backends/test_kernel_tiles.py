@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from performers import KernelFeatures, favor_attention
-from performers.backends import kernel_tiles
+from performers.backends import kernel_chunks, kernel_tiles
 from performers.functional import KERNELS
 
 pytestmark = pytest.mark.filterwarnings("ignore:features of the kernel:UserWarning")
@@ -13,10 +13,15 @@ BY_HAND = [name for name, kernel in KERNELS.items() if kernel.backward is not No
 CAUSAL = (False, True)
 
 
-@pytest.fixture
-def small_tiles(monkeypatch):
-    """Several tiles, the last not full, and several groups of heads."""
-    monkeypatch.setattr(kernel_tiles, "_sizes", lambda *_: [2, 5])
+@pytest.fixture(params=[1, 4])
+def small_tiles(request, monkeypatch):
+    """Several tiles, the last not full, and several groups of heads; causal ones of one head, or of
+    several and then of all of their chunks."""
+    monkeypatch.setattr(kernel_tiles, "_sizes", lambda *_: (2, 5))
+    monkeypatch.setattr(kernel_chunks, "CHUNK", 5)
+    heads, chunks = {1: (1, 2), 4: (4, 3)}[request.param]
+    monkeypatch.setattr(kernel_chunks, "CHUNKS", chunks)
+    monkeypatch.setattr(kernel_chunks, "sizes", lambda *_: (heads, chunks))
 
 
 def inputs(length=17, dtype=torch.float64):
@@ -29,21 +34,42 @@ def inputs(length=17, dtype=torch.float64):
 @pytest.mark.parametrize("count", [1, 3, 64])
 def test_a_tile_is_of_whole_chunks_and_fills_the_memory_that_it_is_given(count, num_features):
     values = torch.zeros(count, num_features, 1)
-    heads, rows = kernel_tiles._sizes(values, 10**6, is_causal=False)
+    heads, rows = kernel_tiles._sizes(values, 10**6)
     assert heads == kernel_tiles.HEADS
-    assert rows % kernel_tiles.CHUNK == 0
-    of_chunk = 4 * min(heads, count) * num_features * kernel_tiles.CHUNK  # bytes
-    assert rows == kernel_tiles.CHUNK * max(1, kernel_tiles.TILE_BYTES // of_chunk)
-    assert kernel_tiles._sizes(values, 10**6, is_causal=True) == [heads, kernel_tiles.CHUNK]
-    on_another = kernel_tiles._sizes(values.to("meta"), 10**6, is_causal=False)
-    assert on_another == [count, 8 * kernel_tiles.CHUNK]
+    assert rows % kernel_tiles.ROWS == 0
+    of_rows = 4 * min(heads, count) * num_features * kernel_tiles.ROWS  # bytes
+    assert rows == kernel_tiles.ROWS * max(1, kernel_tiles.TILE_BYTES // of_rows)
+    on_another = kernel_tiles._sizes(values.to("meta"), 10**6)
+    assert on_another == (count, 8 * kernel_tiles.ROWS)
 
 
-@pytest.mark.parametrize("is_causal", CAUSAL)
-def test_of_short_sequences_as_many_heads_as_a_tile_holds_are_worked_on_at_once(is_causal):
-    values = torch.zeros(4096, 128, 16)
-    heads, _ = kernel_tiles._sizes(values, 10, is_causal)
+def test_of_short_sequences_as_many_heads_as_a_tile_holds_are_worked_on_at_once():
+    heads, _ = kernel_tiles._sizes(torch.zeros(4096, 128, 16), 10)
     assert heads == kernel_tiles.TILE_BYTES // (4 * 10 * 128)
+
+
+@pytest.mark.parametrize(
+    ("length", "num_features", "expected"),
+    [
+        (0, 64, (64, 1)), (1, 256, (64, 1)), (64, 64, (64, 1)), (65, 64, (32, 2)),
+        (128, 256, (8, 2)), (300, 4099, (1, 5)), (300, 11, (12, 5)), (10**6, 11, (1, 16)),
+    ],
+)  # fmt: skip
+def test_a_causal_tile_is_of_one_head_or_of_all_chunks_of_several(length, num_features, expected):
+    assert kernel_chunks.sizes(length, num_features, torch.device("cpu")) == expected
+    heads, chunks = expected
+    on_another = kernel_chunks.sizes(length, num_features, torch.device("meta"))
+    assert on_another == (kernel_chunks.HEADS * heads, chunks)
+
+
+@pytest.mark.parametrize("length", [0, 1, 63, 64, 65, 1024, 1025, 1088, 5000])
+def test_there_is_a_start_for_each_causal_tile(length):
+    _, chunks = kernel_chunks.sizes(length, 7, torch.device("cpu"))
+    tiles = kernel_chunks._tiles(torch.zeros(3, length, 2), chunks)
+    assert sum(tile.shape[0] * tile.shape[2] for tile in tiles) == length
+    normalizer, sums = kernel_chunks.room_of_starts(torch.zeros(3, 7, 5), length)
+    assert normalizer.shape == (3, len(tiles), 7)
+    assert sums.shape == (3, len(tiles), 7, 5)
 
 
 def test_every_kernel_that_has_values_has_a_derivative():
@@ -55,9 +81,13 @@ def test_the_derivative_of_a_named_kernel_is_that_of_autograd(name):
     kernel = KERNELS[name]
     projected = torch.cat([torch.linspace(-6, 6, 97), torch.tensor([0.0, -1e4, 1e4])])
     projected = projected.double().requires_grad_()
-    gradient = torch.randn_like(projected)
-    (expected,) = torch.autograd.grad(kernel.fn(projected), projected, gradient)
+    gradient, values = torch.randn_like(projected), kernel.fn(projected)
+    (expected,) = torch.autograd.grad(values, projected, gradient)
     torch.testing.assert_close(kernel.backward(gradient, projected.detach()), expected)
+    if kernel.into is not None:
+        room = torch.empty_like(gradient)
+        torch.testing.assert_close(kernel.into(projected.detach(), room), values.detach())
+        torch.testing.assert_close(room, values.detach())
 
 
 @pytest.mark.usefixtures("small_tiles")
@@ -96,7 +126,14 @@ def test_omega_and_a_state_have_the_gradients_of_finite_differences(is_causal):
         phi.omega = omega
         before = type(state)(state.log_scale, normalizer, values)
         out, after = favor_attention(
-            *tensors, phi, is_causal, enable_gqa=True, initial_state=before, return_state=True
+            *tensors,
+            phi,
+            is_causal,
+            None,
+            0.7,
+            enable_gqa=True,
+            initial_state=before,
+            return_state=True,
         )
         return out, after.normalizer, after.values
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from performers.backends import chunked, kernel_tiles, scan, tiles
+from performers.backends import chunked, kernel_chunks, kernel_tiles, scan, tiles
 from performers.backends.blocks import sizes
 
 
@@ -19,6 +19,8 @@ def small_tiles(without_shape_checks: None, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(scan, "CHUNK", 7)
     monkeypatch.setattr(sizes, "HEADS", 5)
     monkeypatch.setattr(sizes, "TILE_BYTES", 1500)
-    monkeypatch.setattr(kernel_tiles, "CHUNK", 7)
+    monkeypatch.setattr(kernel_chunks, "CHUNK", 7)
+    monkeypatch.setattr(kernel_chunks, "CHUNKS", 2)
+    monkeypatch.setattr(kernel_tiles, "ROWS", 7)
     monkeypatch.setattr(kernel_tiles, "HEADS", 5)
     monkeypatch.setattr(kernel_tiles, "TILE_BYTES", 1)

@@ -15,6 +15,7 @@ from oracle import Attended, attended
 from torch import Tensor
 
 from performers import KernelFeatures, SoftmaxFeatures, favor_attention
+from performers.backends.fused_softmax import HAS_BFLOAT16
 
 CAUSAL = (False, True)
 
@@ -77,12 +78,15 @@ def test_float32_loses_nothing_to_the_size_of_exponents(name, norms, is_causal, 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @every_call_of(NONNEGATIVE)
 def test_half_precision_costs_one_rounding_of_the_output(name, is_causal, backend, dtype):
+    """Where the processor multiplies bfloat16, features and their sums are rounded, too."""
+    roundings = 4 if dtype == torch.bfloat16 and HAS_BFLOAT16 else 1
     phi = FEATURE_MAPS[name](5, 11)
     query, key, value = inputs(dtype=dtype)
     out = favor_attention(query, key, value, phi, is_causal, enable_gqa=True, backend=backend)
     assert out.dtype == dtype
     expected = attended(query, key, value, phi, is_causal)
-    assert_equal_to(expected, out.double(), value, relative=1e-5 + torch.finfo(dtype).eps / 2)
+    relative = 1e-5 + roundings * torch.finfo(dtype).eps / 2
+    assert_equal_to(expected, out.double(), value, relative)
 
 
 @pytest.mark.parametrize("mask", MASKS)

@@ -17,7 +17,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.flop_counter import FlopCounterMode
 
 from performers import PerformerConfig, PerformerForCausalLM, PerformerForMaskedLM, parallelize
-from performers.backends import kernel_tiles
+from performers.backends import kernel_chunks, kernel_tiles
 from performers.backends.buffers import Buffers
 from performers.functional import favor_attention
 from performers.nn.mechanisms import Favor
@@ -42,8 +42,10 @@ pytestmark = pytest.mark.usefixtures("like_an_accelerator")
 def like_an_accelerator(monkeypatch):
     """Tiles, their memory and the masks of dropout as torch has them on a GPU."""
     monkeypatch.setattr(Buffers, "take", lambda self, name, shape, like: like.new_empty(shape))
+    monkeypatch.setattr(kernel_tiles, "_sizes", lambda values, _: (len(values), 512))
+    sizes = kernel_chunks.sizes
     monkeypatch.setattr(
-        kernel_tiles, "_sizes", lambda values, _, is_causal: [len(values), 64 if is_causal else 512]
+        kernel_chunks, "sizes", lambda length, m, _: sizes(length, m, torch.device("meta"))
     )
     monkeypatch.setattr(
         F, "dropout", lambda x, p, training, inplace: torch.native_dropout(x, p, training)[0]

@@ -5,15 +5,14 @@ softmax). With c = 1/√columns, φ = c F and tiles
 
     F_k = f(K Ωᵀ) + ε        F_q = f(Q Ωᵀ) + ε        G = gradient of [numerator, normalizer] / c
 
-forward and backward are three sweeps over tiles, the last from the end:
+bidirectional attention is four sweeps over tiles, two there and two back:
 
-    S ← S + c F_kᵀ [V 1]          out = c D⁻¹ (F_q S + P V)         P = c tril(F_q F_kᵀ)
-    S ← S + c F_kᵀ [V 1]         dF_q = G Sᵀ + R F_k                R = c tril(G [V 1]ᵀ)
-    T ← T + F_qᵀ G               dF_k = c [V 1] Tᵀ + Rᵀ F_q         d[V 1] = c F_k T + Pᵀ G
+    S ← S + c F_kᵀ [V 1]          out = c D⁻¹ F_q S
+    T ← T + F_qᵀ G               dF_q = G Sᵀ
+                                 dF_k = c [V 1] Tᵀ                  d[V 1] = c F_k T
 
-P and R stand for the tile itself and are there in causal attention only. Bidirectional attention
-has all of S before it reads, and all of T before dF_k. Every sweep computes the features that it
-needs, so what is kept for the backward pass is inputs, output, and a number per row.
+Causal attention is in `kernel_chunks`. Every sweep computes the features that it needs, so what is
+kept for the backward pass is inputs, output, and a number per row.
 
 Registered with torch.library: `torch.compile(fullgraph=True)` sees one operator.
 """
@@ -30,11 +29,12 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from performers.backends import plain
+from performers.backends import kernel_chunks, plain
 from performers.backends.buffers import CAPABILITIES, buffers, room_of_outputs, slices
 from performers.backends.call import Call
 from performers.backends.derivatives import is_differentiated, needs_formula, plain_gradients
-from performers.backends.reference import absorb, read, renormalized
+from performers.backends.kernel_maps import Map, inverse, of_heads
+from performers.backends.reference import absorb, read
 from performers.kernels import KERNELS
 from performers.state import LinearState
 from performers.typing import Elementwise, Features
@@ -42,7 +42,7 @@ from performers.typing import Elementwise, Features
 __all__ = ["attend"]
 
 HEADS = 8  # in one matrix product; more where all features of more fit into a tile
-CHUNK = 64  # positions of a causal tile
+ROWS = 64  # of which a tile has a multiple
 
 # Of a tile of features. Twice the second-level cache, but assign what suits your processor.
 TILE_BYTES = 2 * (CAPABILITIES.get("l2_cache_size") or 2**20)
@@ -71,7 +71,7 @@ def attend(
     frame = torch.zeros_like(state.log_scale)
     before = state.rescaled(frame)
     operator = _plain if needs_formula() else _kernel_attention
-    out, _, normalizer, values = operator(
+    out, _, normalizer, values, *_ = operator(
         query.flatten(0, 1),
         key.flatten(0, 1),
         value.flatten(0, 1),
@@ -119,78 +119,14 @@ class _Sums(NamedTuple):
         self.normalizer.add_(total, alpha=factor)
 
 
-class _Map:
-    """F of some heads, a tile at a time, and what flows back through it."""
-
-    def __init__(
-        self,
-        kernel: str,
-        epsilon: float,
-        root: float,
-        directions: Float[Tensor, "num_features dim"] | None,
-        like: Tensor,
-    ) -> None:
-        self.kernel = KERNELS[kernel]
-        self.epsilon = like.new_tensor(epsilon)  # a number would be made one at each sum
-        self.root = root
-        self.directions = directions
-        self.factor = 1.0 if directions is None else 1 / math.sqrt(len(directions))
-        self.like = like
-        self.of_directions: Tensor | None = None  # where their gradient is added up
-
-    def wide(self, name: str, x: Tensor) -> Tensor:
-        """x in the precision of the sums."""
-        return x if x.dtype == self.like.dtype else buffers.copied(name, x, self.like)
-
-    def projected(self, name: str, x: Tensor) -> Float[Tensor, "heads rows num_features"]:
-        """u = root · x·directions."""
-        x = self.wide(f"{name} inputs", x)
-        if self.directions is None:
-            return buffers.copied(name, x, self.like).mul_(self.root)
-        return buffers.product(name, x, self.directions.expand(x.shape[0], -1, -1).mT, self.root)
-
-    def features(
-        self, projected: Float[Tensor, "heads rows num_features"], presence: Tensor | None = None
-    ) -> Float[Tensor, "heads rows num_features"]:
-        """F = f(u) + ε, and 0 for masked keys."""
-        features = self.kernel.fn(projected)
-        if features is projected:  # which the backward pass needs as it is
-            features = projected.clone()
-        features.add_(self.epsilon)
-        return features if presence is None else features.mul_(presence)
-
-    def scores(self, queries: Tensor, keys: Tensor) -> Float[Tensor, "heads rows rows"]:
-        """P, of features."""
-        return buffers.product("scores", queries, keys.mT, self.factor).tril_()
-
-    def backward(self, gradient: Tensor, projected: Tensor, x: Tensor, of_x: Tensor) -> None:
-        """Given the gradient of F, write that of x, and add that of the directions if asked for."""
-        assert self.kernel.backward is not None, "Elementwise names a kernel with a derivative"
-        gradient = self.kernel.backward(gradient, projected)
-        if self.directions is None:
-            torch.mul(gradient, self.root, out=of_x)
-            return
-        if self.of_directions is not None:
-            gradients = buffers.product("of directions", gradient.mT, self.wide("wide", x))
-            self.of_directions.add_(gradients.sum(dim=0), alpha=self.root)
-        directions = self.directions.expand(gradient.shape[0], -1, -1)
-        of_x.copy_(buffers.product("of inputs", gradient, directions, self.root))
-
-
-def _sizes(
-    values: Float[Tensor, "heads num_features value_dim"], longest: int, is_causal: bool
-) -> list[int]:
+def _sizes(values: Float[Tensor, "heads num_features value_dim"], longest: int) -> tuple[int, int]:
     """Heads and rows of a tile, for so many rows of a head at most."""
     count, num_features = max(1, len(values)), values.shape[1]
     if values.device.type != "cpu":
-        return [count, CHUNK if is_causal else 8 * CHUNK]
+        return count, 8 * ROWS
     rows = TILE_BYTES // (min(HEADS, count) * num_features * values.dtype.itemsize)
     whole = TILE_BYTES // (max(1, longest * num_features) * values.dtype.itemsize)
-    return [max(HEADS, whole), CHUNK if is_causal else max(CHUNK, rows // CHUNK * CHUNK)]
-
-
-def _of(x: Tensor | None, heads: slice) -> Tensor | None:
-    return None if x is None else x[heads]
+    return max(HEADS, whole), max(ROWS, rows // ROWS * ROWS)
 
 
 def _tiles(size: int, *parts: Float[Tensor, "*heads length _"] | None) -> list[tuple[Any, ...]]:
@@ -209,7 +145,7 @@ def _members(tile: tuple[Float[Tensor, "heads group rows _"], ...]) -> Iterator[
     mutates_args=(),
     schema="(Tensor query, Tensor key, Tensor value, Tensor? directions, Tensor? presence, "
     "Tensor normalizer, Tensor values, str kernel, float epsilon, float root, bool is_causal, "
-    "bool normalize) -> (Tensor, Tensor, Tensor, Tensor)",
+    "bool normalize) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def _kernel_attention(
     query: Tensor,
@@ -224,53 +160,40 @@ def _kernel_attention(
     root: float,
     is_causal: bool,
     normalize: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The output; for each row c / D, which it was multiplied by; S after all keys, in two parts.
+) -> tuple[Tensor, ...]:
+    """The output; for each row c / D, which it was multiplied by; S after all keys, in two parts;
+    and the starts of causal tiles.
 
     query: [heads, group, query_length, dim]; presence: [heads, key_length, 1], 0 for masked keys.
     """
-    phi = _Map(kernel, epsilon, root, directions, values)
+    phi = Map(kernel, epsilon, root, directions, values)
+    if is_causal:
+        *results, starts = kernel_chunks.forward(
+            phi, query, key, value, presence, normalizer, values, normalize
+        )
+        return (*results, *starts)
     out = room_of_outputs(query, value)
     rates = values.new_full((*query.shape[:3], 1), phi.factor)
     sums = _Sums(normalizer.clone(), values.clone())
-    longest = max(query.shape[1] * query.shape[2], key.shape[1])
-    head_count, row_count = _sizes(values, longest, is_causal)
+    head_count, row_count = _sizes(values, max(query.shape[1] * query.shape[2], key.shape[1]))
     for heads in slices(len(query), head_count):
         state = sums.of(heads)
-
-        key_tiles = _tiles(row_count, key[heads], value[heads], _of(presence, heads))
-        query_tiles = _tiles(row_count, query[heads], out[heads], rates[heads])
-
-        def keys_of(
-            own_key: Tensor, own_value: Tensor, present: Tensor | None
-        ) -> tuple[Tensor, Tensor]:
-            """F of keys, and V."""
+        parts = key[heads], value[heads], of_heads(presence, heads)
+        for own_key, own_value, present in _tiles(row_count, *parts):
             keys = phi.features(phi.projected("key", own_key), present)
-            return keys, phi.wide("value", own_value)
-
-        if not is_causal:
-            for tile in key_tiles:
-                state.add(*keys_of(*tile), None, phi.factor)
-        for index, tile in enumerate(query_tiles):
-            if is_causal:
-                keys, own_values = keys_of(*key_tiles[index])
+            state.add(keys, phi.wide("value", own_value), None, phi.factor)
+        for tile in _tiles(row_count, query[heads], out[heads], rates[heads]):
             for own_query, room, rate in _members(tile):
                 queries = phi.features(phi.projected("query", own_query))
                 found = buffers.product("found", queries, state.values)
                 # The vector on the left, where BLAS is fast.
                 left = state.normalizer.unsqueeze(1)
                 total = buffers.product("total", left, queries.mT).mT
-                if is_causal:
-                    scores = phi.scores(queries, keys)
-                    found.baddbmm_(scores, own_values)
-                    total = total + scores.sum(dim=-1, keepdim=True)
                 if normalize:
                     # `rates` begins as c: found · c is the numerator, total · c the normalizer.
-                    rate.mul_(_inverse(total * phi.factor, phi.kernel.is_nonnegative))
+                    rate.mul_(inverse(total * phi.factor, phi.kernel.is_nonnegative))
                 torch.mul(found, rate, out=room)
-            if is_causal:
-                state.add(keys, own_values, None, phi.factor)
-    return out, rates, *sums
+    return (out, rates, *sums, *kernel_chunks.room_of_starts(values, 0))
 
 
 def _plain(
@@ -310,29 +233,24 @@ def _plain(
         partial = read(state, queries)
     rates = torch.full_like(partial.normalizer, factor)
     if normalize:
-        rates = rates * _inverse(partial.normalizer, row.is_nonnegative)
+        rates = rates * inverse(partial.normalizer, row.is_nonnegative)
     out = partial.numerator * (rates / factor)
     out, rates = (x.squeeze(1).unflatten(1, query.shape[1:3]) for x in (out, rates))
     return out.to(query.dtype), rates, state.normalizer.squeeze(1), state.values.squeeze(1)
 
 
-def _inverse(normalizer: Tensor, is_nonnegative: bool) -> Tensor:
-    """D⁻¹ as `reference.Partial.output` has it."""
-    if is_nonnegative:
-        return (normalizer + (normalizer == 0)).reciprocal()
-    return renormalized(normalizer).reciprocal()
-
-
 @_kernel_attention.register_fake
 def _(
     query: Tensor, key: Tensor, value: Tensor, directions: Tensor | None, presence: Tensor | None,
-    normalizer: Tensor, values: Tensor, *_: Any,
+    normalizer: Tensor, values: Tensor, kernel: str, epsilon: float, root: float, is_causal: bool,
+    normalize: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     return (
         room_of_outputs(query, value),
         values.new_empty(*query.shape[:3], 1),
         torch.empty_like(normalizer),
         torch.empty_like(values),
+        *kernel_chunks.room_of_starts(values, key.shape[1] if is_causal else 0),
     )
 
 
@@ -364,90 +282,62 @@ def _kernel_attention_backward(
     is_causal: bool,
     normalize: bool,
     with_directions: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Gradients of query, key, value, directions (empty unless asked for) and of S before the keys.
 
-    `normalizer` and `values` are S before the keys in causal attention, and S after them in
-    bidirectional attention.
+    `normalizer` and `values` are S after the keys, and in causal attention S before each tile.
     """
-    phi = _Map(kernel, epsilon, root, directions, values)
+    phi = Map(kernel, epsilon, root, directions, values)
+    if with_directions and directions is not None:
+        phi.of_directions = torch.zeros_like(directions)
+    of_directions = query.new_empty(0) if phi.of_directions is None else phi.of_directions
+    if is_causal:
+        starts = kernel_chunks.Starts(normalizer, values)
+        *of_inputs, of_normalizer, of_values = kernel_chunks.backward(
+            phi, out_gradient, normalizer_gradient, values_gradient, query, key, value, presence,
+            starts, out, rates, normalize,
+        )  # fmt: skip
+        return (*of_inputs, of_directions, of_normalizer, of_values)
     factor = phi.factor
     query_gradient, key_gradient = torch.empty_like(query), torch.empty_like(key)
     value_gradient = torch.empty_like(value)
-    sums = _Sums(normalizer.clone(), values.clone()) if is_causal else _Sums(normalizer, values)
+    sums = _Sums(normalizer, values)
     sums_gradient = _Sums(normalizer_gradient.clone(), values_gradient.clone())
-    along = torch.zeros_like(rates)  # the column of G that belongs to the normalizer
-    if with_directions and directions is not None:
-        phi.of_directions = torch.zeros_like(directions)
-    longest = max(query.shape[1] * query.shape[2], key.shape[1])
-    head_count, row_count = _sizes(values, longest, is_causal)
+    head_count, row_count = _sizes(values, max(query.shape[1] * query.shape[2], key.shape[1]))
     for heads in slices(len(query), head_count):
         state, later = sums.of(heads), sums_gradient.of(heads)
-
-        key_tiles = _tiles(
-            row_count, key[heads], value[heads], _of(presence, heads), key_gradient[heads],
-            value_gradient[heads],
-        )  # fmt: skip
         query_tiles = _tiles(
-            row_count, query[heads], out_gradient[heads], out[heads], rates[heads], along[heads],
+            row_count, query[heads], out_gradient[heads], out[heads], rates[heads],
             query_gradient[heads],
         )  # fmt: skip
-
-        def keys_of(
-            own_key: Tensor, own_value: Tensor, present: Tensor | None, *_: Tensor
-        ) -> tuple[Tensor, Tensor, Tensor]:
-            """Projections and F of keys, and V."""
-            projected = phi.projected("key", own_key)
-            return projected, phi.features(projected, present), phi.wide("value", own_value)
-
-        def gradient_of(of_out: Tensor, rate: Tensor) -> Tensor:
-            """The columns of G that belong to V."""
-            return torch.mul(of_out, rate, out=buffers.take("gradient", of_out.shape, values))
-
-        def scores_gradient(gradient: Tensor, along: Tensor, own_values: Tensor) -> Tensor:
-            """R."""
-            of_scores = buffers.product("of scores", gradient, own_values.mT, factor)
-            return of_scores.add_(along, alpha=factor).tril_()
-
-        for index, tile in enumerate(query_tiles):
-            if is_causal:
-                _, keys, own_values = keys_of(*key_tiles[index])
-            for own_query, of_out, own_out, rate, own_along, of_query in _members(tile):
+        for tile in query_tiles:
+            for own_query, of_out, own_out, rate, of_query in _members(tile):
                 projected = phi.projected("query", own_query)
-                gradient = gradient_of(of_out, rate)
+                # The columns of G that belong to V, and the one that belongs to the normalizer.
+                spare = buffers.take("gradient", of_out.shape, values)
+                gradient, along = torch.mul(of_out, rate, out=spare), torch.zeros_like(rate)
                 if normalize:
                     # From the derivative of 1/D: the normalizer moves all outputs by −out / D.
-                    torch.sum(gradient * own_out, dim=-1, keepdim=True, out=own_along).neg_()
+                    along = (gradient * own_out).sum(dim=-1, keepdim=True).neg_()
                 of_queries = buffers.product("of features", gradient, state.values.mT)
-                of_queries.addcmul_(own_along, state.normalizer.unsqueeze(1))
-                if is_causal:
-                    of_scores = scores_gradient(gradient, own_along, own_values)
-                    of_queries.baddbmm_(of_scores, keys)
-                else:
-                    later.add(phi.features(projected), gradient, own_along, 1.0)
+                of_queries.addcmul_(along, state.normalizer.unsqueeze(1))
+                later.add(phi.features(projected, None, "query"), gradient, along, 1.0)
                 phi.backward(of_queries, projected, own_query, of_query)
-            if is_causal:
-                state.add(keys, own_values, None, factor)
-        for index in reversed(range(len(key_tiles))):
-            own_key, _, present, of_key, of_value = key_tiles[index]
-            projected, keys, own_values = keys_of(*key_tiles[index])
+        key_tiles = _tiles(
+            row_count, key[heads], value[heads], of_heads(presence, heads), key_gradient[heads],
+            value_gradient[heads],
+        )  # fmt: skip
+        for own_key, own_value, present, of_key, of_value in key_tiles:
+            projected = phi.projected("key", own_key)
+            keys = phi.features(projected, present, "key")
+            own_values = phi.wide("value", own_value)
             of_keys = buffers.product("of features", own_values, later.values.mT, factor)
             of_keys.add_(later.normalizer.unsqueeze(1), alpha=factor)
-            of_values = buffers.product("of values", keys, later.values, factor)
-            if is_causal:
-                for own_query, of_out, _, rate, own_along, _ in _members(query_tiles[index]):
-                    queries = phi.features(phi.projected("query", own_query))
-                    gradient = gradient_of(of_out, rate)
-                    of_scores = scores_gradient(gradient, own_along, own_values)
-                    of_keys.baddbmm_(of_scores.mT, queries)
-                    of_values.baddbmm_(phi.scores(queries, keys).mT, gradient)
-                    later.add(queries, gradient, own_along, 1.0)
+            of_value.copy_(buffers.product("of values", keys, later.values, factor))
             if present is not None:
                 # A masked key has features 0 whatever it is, so no gradient reaches it.
                 of_keys.mul_(present)
             phi.backward(of_keys, projected, own_key, of_key)
-            of_value.copy_(of_values)
-    of_directions = query.new_empty(0) if phi.of_directions is None else phi.of_directions
     return query_gradient, key_gradient, value_gradient, of_directions, *sums_gradient
 
 
@@ -471,30 +361,30 @@ def _(
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)
-    out, rates, *after = output
+    out, rates, *after, start_ones, start_values = output
     *ctx.settings, ctx.normalize = inputs[7:]
-    ctx.mark_non_differentiable(rates)
-    # Causal: backward sums up S again from the start. Bidirectional: it needs all of S.
+    ctx.mark_non_differentiable(rates, start_ones, start_values)
     is_causal = ctx.settings[-1]
-    ctx.save_for_backward(*inputs[:7], *([] if is_causal else after), out, rates)
+    sums = (start_ones, start_values) if is_causal else after
+    ctx.save_for_backward(*inputs[:7], *sums, out, rates)
 
 
 def _differentiate(
-    ctx: Any, out: Tensor | None, _: Any, normalizer: Tensor | None, values: Tensor | None
+    ctx: Any, out: Tensor | None, _: Any, normalizer: Tensor | None, values: Tensor | None, *__: Any
 ) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors  # once: activation checkpointing unpacks them a single time
     if is_differentiated():
         arguments = (*saved[:7], *ctx.settings, ctx.normalize)
         gradients_of = (out, None, normalizer, values)
         return plain_gradients(_plain, arguments, ctx.needs_input_grad, gradients_of)
-    saved = (*saved[:5], *saved[-4:])
+    likes = saved[-2], saved[5], saved[6]
     gradients = [
-        torch.zeros_like(saved[index]) if gradient is None else gradient
-        for index, gradient in ((-2, out), (-4, normalizer), (-3, values))
+        torch.zeros_like(like) if gradient is None else gradient
+        for gradient, like in zip((out, normalizer, values), likes, strict=True)
     ]
     with_directions = ctx.needs_input_grad[3]
     query, key, value, directions, normalizer, values = _kernel_attention_backward(
-        *gradients, *saved, *ctx.settings, ctx.normalize, with_directions
+        *gradients, *saved[:5], *saved[7:], *ctx.settings, ctx.normalize, with_directions
     )
     of_directions = directions if with_directions else None
     return query, key, value, of_directions, None, normalizer, values, *[None] * 5

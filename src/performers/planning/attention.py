@@ -4,7 +4,9 @@ On an accelerator, by `backend="chunked"`, with H heads and G key heads of dim d
 sequences of L tokens. Numbers that are kept per sequence:
 
     exact        inputs and output, H L                    a log-sum-exp per row
-    kernel       inputs and output, H L, 2 G m (d + 2)     the sums before and after the keys
+    kernel       inputs and output, H L, 2 G m (d + 2)     the sums before and after the keys;
+                                                           causal G m (d + 2) ⌈L / 1024⌉ more, a
+                                                           state per tile of keys
     near field   inputs and output, H L, 2 G m (d + 2)
     two sweeps   inputs, G m (d + 2) ⌈L / 512⌉             bidirectional, features with exponents:
                                                            a state per tile of keys
@@ -19,9 +21,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
-from performers.backends import kernel_tiles, scan
+from performers.backends import kernel_chunks, scan
 from performers.backends.blocks import sizes
 from performers.backends.chunked import KEY_TILE, QUERY_TILE
 from performers.baselines import Identity
@@ -74,7 +77,10 @@ class HeadsOf:
             whole = 2 * length * (self.heads + self.key_heads) * (self.dim + 1)
             segments = -(-length // self._segment)
             return batch * WIDE * (whole + segments * self.state)
-        return batch * (width * (inputs + output) + WIDE * (rows + 2 * self.state))
+        states = 2
+        if self.form == "causal kernel":
+            states += -(-length // (kernel_chunks.CHUNK * kernel_chunks.CHUNKS))
+        return batch * (width * (inputs + output) + WIDE * (rows + states * self.state))
 
     def work(self, batch: int, length: int) -> int:
         """Bytes of the tiles of a backward pass, beside gradients and what is kept."""
@@ -102,9 +108,15 @@ class HeadsOf:
             chunks = -(-min(length, self._segment) // scan.CHUNK)
             of_keys = self.key_heads * chunks * m * (scan.CHUNK + 2 * (d + 1))
             return batch * WIDE * (of_keys + 5 * self.heads * scan.CHUNK * m)
+        if self.form == "causal kernel":
+            # Of each row eight numbers of a feature (projections, features, gradients and what
+            # comes of them), two of a pair and four of a value; sums before and after each chunk.
+            most, chunks = kernel_chunks.sizes(length, m, torch.device("meta"))
+            heads = min(batch * self.key_heads, most)
+            of_row = 8 * m + 2 * kernel_chunks.CHUNK + 4 * d
+            return heads * WIDE * chunks * (kernel_chunks.CHUNK * of_row + 2 * m * (d + 1))
         # A tile of features of all heads, four that come of it, and their gradient.
-        rows = min(length, kernel_tiles.CHUNK if self.form == "causal kernel" else QUERY_TILE)
-        return batch * WIDE * 5 * self.heads * rows * m
+        return batch * WIDE * 5 * self.heads * min(length, QUERY_TILE) * m
 
 
 def groups_of(
