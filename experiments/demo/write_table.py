@@ -18,13 +18,15 @@ RESULTS = Path(__file__).with_name("results.json")
 
 def table(metrics: dict[str, Any]) -> str:
     """What each model saw, reached and took, beside the empirical baseline, and how."""
-    header = ["", "tokens seen", "accuracy", "bits per character", "peak memory"]
+    memories = {"peak_memory": "peak memory", "resident_memory": "resident"}
+    header = ["", "tokens seen", "accuracy", "bits per character", *memories.values()]
     rows = []
     for model in metrics["models"]:
-        memory = f"{model['peak_memory'] / 2**20:.0f} MiB"
+        sizes = [f"{model[name] / 2**20:.0f} MiB" for name in memories]
         name, scores = f"`{model['attention']}`", _scores(model["metrics"]["valid"])
-        rows.append([name, f"{model['tokens']:,}", *scores, memory])
-    rows.append(["empirical baseline", "", *_scores(metrics["baseline"]["valid"]), ""])
+        rows.append([name, f"{model['tokens']:,}", *scores, *sizes])
+    baseline = _scores(metrics["baseline"]["valid"])
+    rows.append(["empirical baseline", "", *baseline, *[""] * len(memories)])
     return f"{markdown_table([header, *rows])}\n\n{_made(metrics)}"
 
 

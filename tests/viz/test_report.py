@@ -39,6 +39,7 @@ def model(attention, accuracy, loss=2.0, tokens=62037, memory=3):
         "seconds": 61.0,
         "tokens_per_second": tokens / 61.0,
         "peak_memory": memory * 2**20,
+        "resident_memory": 2 * memory * 2**20,
         "metrics": {"valid": scores(accuracy, loss)},
         "history": [
             {"step": 1, "seconds": 30.0, "num_input_tokens_seen": tokens // 2, "loss": 3.0},
@@ -141,11 +142,26 @@ def test_every_table_has_each_number_in_its_column(run):
         ),
     ]
     assert cost == [
-        ["", "optimizer steps", "training time", "tokens per second", "parameters"],
-        ["performer-relu", "2", "61 s", "1,017", "1,234"],
-        ["exact", "2", "61 s", "254", "1,234"],
-        ["identity", "2", "61 s", "2,148", "1,234"],
+        [
+            "",
+            "optimizer steps",
+            "training time",
+            "tokens per second",
+            "parameters",
+            "resident memory",
+        ],
+        ["performer-relu", "2", "61 s", "1,017", "1,234", "6 MiB"],
+        ["exact", "2", "61 s", "254", "1,234", "10 MiB"],
+        ["identity", "2", "61 s", "2,148", "1,234", "4 MiB"],
     ]
+
+
+def test_without_resident_memory_there_is_no_column_of_it(run):
+    metrics = json.loads((run / "metrics.json").read_text())
+    for one in metrics["models"]:
+        one["resident_memory"] = None
+    (run / "metrics.json").write_text(json.dumps(metrics))
+    assert "resident memory" not in write_report(run).read_text().lower()
 
 
 def test_the_headline_of_equal_time_gives_the_figures_of_all_models(run):

@@ -21,7 +21,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from performers.backends.buffers import KEPT_IN_TRAINING, buffers, room_of_outputs, slices
+from performers.backends.buffers import (
+    KEPT_BYTES,
+    KEPT_IN_TRAINING,
+    buffers,
+    room_of_outputs,
+    slices,
+)
 from performers.backends.kernel_maps import Map, inverse, of_heads
 
 __all__ = ["CHUNK", "Starts", "backward", "forward", "room_of_starts", "sizes"]
@@ -218,7 +224,7 @@ def forward(
                     rate.mul_(inverses.view(rate.shape))
                 torch.mul(found.view(room.shape), rate, out=room)
             sums.end(chunks)
-    buffers.trim(KEPT_IN_TRAINING)
+    buffers.trim(KEPT_BYTES)
     return out, rates, *after, starts
 
 

@@ -180,11 +180,11 @@ def _kernel_attention(
         state = sums.of(heads)
         parts = key[heads], value[heads], of_heads(presence, heads)
         for own_key, own_value, present in _tiles(row_count, *parts):
-            keys = phi.features(phi.projected("key", own_key), present)
+            keys = phi.features(phi.projected("rows", own_key), present)
             state.add(keys, phi.wide("value", own_value), None, phi.factor)
         for tile in _tiles(row_count, query[heads], out[heads], rates[heads]):
             for own_query, room, rate in _members(tile):
-                queries = phi.features(phi.projected("query", own_query))
+                queries = phi.features(phi.projected("rows", own_query))
                 found = buffers.product("found", queries, state.values)
                 # The vector on the left, where BLAS is fast.
                 left = state.normalizer.unsqueeze(1)
@@ -312,7 +312,7 @@ def _kernel_attention_backward(
         )  # fmt: skip
         for tile in query_tiles:
             for own_query, of_out, own_out, rate, of_query in _members(tile):
-                projected = phi.projected("query", own_query)
+                projected = phi.projected("rows", own_query)
                 # The columns of G that belong to V, and the one that belongs to the normalizer.
                 spare = buffers.take("gradient", of_out.shape, values)
                 gradient, along = torch.mul(of_out, rate, out=spare), torch.zeros_like(rate)
@@ -321,15 +321,15 @@ def _kernel_attention_backward(
                     along = (gradient * own_out).sum(dim=-1, keepdim=True).neg_()
                 of_queries = buffers.product("of features", gradient, state.values.mT)
                 of_queries.addcmul_(along, state.normalizer.unsqueeze(1))
-                later.add(phi.features(projected, None, "query"), gradient, along, 1.0)
+                later.add(phi.features(projected, None, "rows"), gradient, along, 1.0)
                 phi.backward(of_queries, projected, own_query, of_query)
         key_tiles = _tiles(
             row_count, key[heads], value[heads], of_heads(presence, heads), key_gradient[heads],
             value_gradient[heads],
         )  # fmt: skip
         for own_key, own_value, present, of_key, of_value in key_tiles:
-            projected = phi.projected("key", own_key)
-            keys = phi.features(projected, present, "key")
+            projected = phi.projected("rows", own_key)
+            keys = phi.features(projected, present, "rows")
             own_values = phi.wide("value", own_value)
             of_keys = buffers.product("of features", own_values, later.values.mT, factor)
             of_keys.add_(later.normalizer.unsqueeze(1), alpha=factor)

@@ -192,23 +192,31 @@ class Run:
         return metrics
 
     def _warm_up(self) -> None:
-        """Take one step with a small model that is thrown away.
+        """Take one step with small models that are thrown away.
 
         Otherwise the time and memory that torch and the Trainer need once, when a process first
-        trains, would be counted for the first model.
+        trains, and first with a mechanism, would be counted for the first model.
         """
+        batch = self.task.collator(self.config.seed)([next(iter(self.data.train))])
+        batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
+        for model in self._small_models():
+            model.to(self.device)(**batch).loss.backward()
+            AdamW(model.parameters()).step()
+        TensorBoardCallback()
+
+    def _small_models(self) -> Iterator[PreTrainedModel]:
+        """Of one layer, with each mechanism of the run."""
         if self.config.pretrained is None:
-            own = {**self.config.with_attention("identity").model, "num_hidden_layers": 1}
-            model = build_model(replace(self.config, model=own))
+            for config in _configs(self.config).values():
+                attention = config.model["attention"]
+                first = attention[0] if isinstance(attention, list) else attention
+                own = {**config.model, "num_hidden_layers": 1, "attention": first}
+                yield build_model(replace(config, model=own))
         else:
             vocabulary = {"vocab_size": self.data.train.vocab_size, "pad_token_id": None}
-            small = PerformerConfig(num_hidden_layers=1, attention="identity", **vocabulary)
-            model = self.task.model(small)
-        model = model.to(self.device)
-        batch = self.task.collator(self.config.seed)([next(iter(self.data.train))])
-        model(**{name: tensor.to(self.device) for name, tensor in batch.items()}).loss.backward()
-        AdamW(model.parameters()).step()
-        TensorBoardCallback()
+            yield self.task.model(
+                PerformerConfig(num_hidden_layers=1, attention="identity", **vocabulary)
+            )
 
     def _train_model(self, config: RunConfig, folder: Path) -> dict[str, Any]:
         """Train one model to its end and score it, or read the result of an earlier attempt."""
@@ -222,7 +230,10 @@ class Run:
                 self.data.valid,
                 self.task,
             )
-            outcome = self._score(config, trainer, folder) | {"peak_memory": trainer.peak_memory}
+            outcome = self._score(config, trainer, folder) | {
+                "peak_memory": trainer.peak_memory,
+                "resident_memory": trainer.resident_memory,
+            }
             if self.is_main_process:
                 write_atomically(result, _json(outcome))
             PartialState().wait_for_everyone()

@@ -10,6 +10,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from safetensors.torch import load_model
 from torch import Tensor, nn
@@ -31,13 +32,14 @@ from transformers import trainer as transformers_trainer
 from transformers.integrations import MLflowCallback, TensorBoardCallback, WandbCallback
 from transformers.utils.logging import disable_progress_bar
 
+from performers.backends.buffers import buffers
 from performers.convert.learned import load_learned
 from performers.data.masking import Collator
 from performers.distributed.collectives import summed
 from performers.distributed.models import own_piece
 from performers.models.losses import cross_entropy, next_tokens
 from performers.models.modeling import PerformerPreTrainedModel
-from performers.records.environment import PeakMemory
+from performers.records.environment import PeakMemory, peak_of_tensors
 from performers.train.checkpoints import (
     SealCheckpoints,
     last_whole_checkpoint,
@@ -106,8 +108,9 @@ class TokenTrainer(LaidOutTrainer):
     """A Trainer that scores as the paper does, and seals its checkpoints when they are complete.
 
     `task`: that of the config, on proteins, unless given. `valid`: several sets, by name, are each
-    scored: "eval_NAME_accuracy". `peak_memory`: bytes, see `PeakMemory`; None if nothing was
-    trained.
+    scored: "eval_NAME_accuracy". `peak_memory`: the most bytes of weights, gradients, optimizer
+    state and activations; None if nothing was trained. `resident_memory`: on a CPU, what the
+    process took beside what it had, see `PeakMemory`.
     """
 
     data_collator: Any
@@ -161,11 +164,31 @@ class TokenTrainer(LaidOutTrainer):
             self.model_accepts_loss_kwargs = True
         self.task = task
         self.peak_memory: int | None = None
+        self.resident_memory: int | None = None
         show_progress(self, ProgressLine(config.attention, self.clock))
         if self.is_world_process_zero():
             events = TensorBoardCallback()
             events.logging_dir = str(folder / "tensorboard")
             self.add_callback(events)
+
+    def measure(self, memory: PeakMemory) -> None:
+        """Say what training took, at its end. On a CPU the tensors of one more step are counted,
+        which changes nothing."""
+        if self.args.device.type != "cpu":
+            self.peak_memory = memory.measure()
+            return
+        self.resident_memory = memory.measure()
+        if not self.layout.is_plain:
+            return
+        model, states = self.model_wrapped, self.optimizer.state.values()
+        held = [*model.parameters(), *model.buffers()]
+        held += [x for state in states for x in state.values() if isinstance(x, Tensor)]
+        with torch.random.fork_rng(devices=[]):
+            batch = next(iter(self.get_train_dataloader()))
+            buffers.trim(0)  # or the tiles that training has kept would not be counted
+            peak = peak_of_tensors(lambda: self.training_step(model, batch))
+        model.zero_grad()
+        self.peak_memory = peak + sum(x.nbytes for x in held)
 
     def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
         collator, self.data_collator = self.data_collator, self.evaluation_collator
@@ -266,6 +289,7 @@ def train_to_the_end(
     state.wait_for_everyone()
     checkpoint = last_whole_checkpoint(checkpoints)
     seconds = 0.0 if checkpoint is None else seconds_until(checkpoint)
+    buffers.trim(0)  # of another model
     memory = PeakMemory()
     set_seed(config.seed)
     # A Trainer that resumes at its last step would take one step more.
@@ -274,15 +298,16 @@ def train_to_the_end(
     trainer = TokenTrainer(now, folder, build(), train, valid, seconds, task)
     if not has_ended:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-        trainer.peak_memory = memory.measure()
+        trainer.measure(memory)
         end_tracking(trainer)
         state.wait_for_everyone()  # the main process seals the checkpoint
         checkpoint = last_whole_checkpoint(checkpoints)
         if not trainer.layout.is_plain:  # what follows takes whole models, without gradients
-            peak, seconds = trainer.peak_memory, trainer.clock.seconds
+            peaks = trainer.peak_memory, trainer.resident_memory
+            seconds = trainer.clock.seconds
             now = config.laid_out_plainly
             trainer = TokenTrainer(now, folder, build(), train, valid, seconds, task)
-            trainer.peak_memory = peak
+            trainer.peak_memory, trainer.resident_memory = peaks
     assert checkpoint is not None, "the Trainer saves the last step"
     model = trainer.accelerator.unwrap_model(trainer.model)
     load_model(model, checkpoint / "model.safetensors")

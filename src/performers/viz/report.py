@@ -168,8 +168,6 @@ def _explanation(metrics: Mapping[str, Any]) -> str:
 
 
 def _cost_explanation(metrics: Mapping[str, Any]) -> str:
-    on_cpu = metrics["models"][0]["device"] == "cpu"
-    where = "resident memory of the process" if on_cpu else "device memory"
     limit = metrics["config"]["max_seconds"]
     budget = (
         ""
@@ -177,9 +175,21 @@ def _cost_explanation(metrics: Mapping[str, Any]) -> str:
         else (f" Each model had {_duration(limit)} and finished the step that it was in.")
     )
     return (
-        f"Time is that of the optimizer steps alone.{budget} Memory is the most that training "
-        f"added: weights, gradients, optimizer state and activations ({where})."
+        f"Time is that of the optimizer steps alone.{budget} Peak memory is the most that weights, "
+        "gradients, optimizer state and activations took at a time. "
+        + (
+            "Resident memory is what the process took while it trained, with the gaps that the C "
+            "library leaves between tensors of many sizes; it varies from run to run."
+            if any(map(_resident, metrics["models"]))
+            else ""
+        )
     )
+
+
+def _resident(model: Mapping[str, Any]) -> int | None:
+    """Bytes; None on an accelerator, and of runs that did not measure it."""
+    found: int | None = model.get("resident_memory")
+    return found
 
 
 def _overview(metrics: Mapping[str, Any]) -> str:
@@ -229,7 +239,14 @@ def _metrics_table(metrics: Mapping[str, Any], split: str) -> str:
 def _cost_table(models: Sequence[Mapping[str, Any]]) -> str:
     return _table(
         "",
-        ["", "optimizer steps", "training time", "tokens per second", "parameters"],
+        [
+            "",
+            "optimizer steps",
+            "training time",
+            "tokens per second",
+            "parameters",
+            *(["resident memory"] if any(map(_resident, models)) else []),
+        ],
         [
             (
                 "" if index else "main",
@@ -239,6 +256,7 @@ def _cost_table(models: Sequence[Mapping[str, Any]]) -> str:
                     _duration(model["seconds"]),
                     f"{model['tokens_per_second']:,.0f}",
                     f"{model['parameters']:,}",
+                    *([_bytes(_resident(model))] if any(map(_resident, models)) else []),
                 ],
             )
             for index, model in enumerate(models)
