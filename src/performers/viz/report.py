@@ -132,7 +132,7 @@ def _headline_for_equal_time(
     seconds: float, model: Mapping[str, Any], others: Sequence[Mapping[str, Any]], unit: str
 ) -> str:
     tokens = [
-        f"{model['tokens'] / other['tokens']:.2g} times the tokens of {other['attention']}"
+        f"{model['tokens'] / other['tokens']:.3g} times the tokens of {other['attention']}"
         for other in others
     ]
     bits = [f"{one['metrics']['valid']['bits_per_character']:.3f}" for one in (model, *others)]
