@@ -62,14 +62,26 @@ def test_a_causal_tile_is_of_one_head_or_of_all_chunks_of_several(length, num_fe
     assert on_another == (kernel_chunks.HEADS * heads, chunks)
 
 
-@pytest.mark.parametrize("length", [0, 1, 63, 64, 65, 1024, 1025, 1088, 5000])
-def test_there_is_a_start_for_each_causal_tile(length):
+@pytest.mark.parametrize("length", [1, 63, 64, 65, 1024, 1025, 1088, 5000])
+def test_there_is_a_start_for_each_causal_tile_but_the_first(length):
     _, chunks = kernel_chunks.sizes(length, 7, torch.device("cpu"))
     tiles = kernel_chunks._tiles(torch.zeros(3, length, 2), chunks)
     assert sum(tile.shape[0] * tile.shape[2] for tile in tiles) == length
     normalizer, sums = kernel_chunks.room_of_starts(torch.zeros(3, 7, 5), length)
-    assert normalizer.shape == (3, len(tiles), 7)
-    assert sums.shape == (3, len(tiles), 7, 5)
+    assert normalizer.shape == (3, len(tiles) - 1, 7)
+    assert sums.shape == (3, len(tiles) - 1, 7, 5)
+
+
+def test_one_short_causal_sequence_keeps_no_state_beside_that_before_it():
+    query, key, value = (torch.randn(4, 1, 64, 8, requires_grad=True) for _ in range(3))
+    out, state = favor_attention(
+        query, key, value, KernelFeatures(8, 16), is_causal=True, return_state=True
+    )
+    saved = out.grad_fn
+    while not hasattr(saved, "saved_tensors"):
+        saved = saved.next_functions[0][0]
+    of_state = [x for x in saved.saved_tensors if x is not None and x.shape[-2:] == (16, 8)]
+    assert sum(x.nbytes for x in of_state) <= state.values.nbytes + 16 * 8 * 4  # of ω
 
 
 def test_every_kernel_that_has_values_has_a_derivative():

@@ -43,7 +43,7 @@ HEADS = 64  # at once, on other devices than a CPU
 
 
 class Starts(NamedTuple):
-    """S before each tile, in two parts, that of 1 and that of V: a product with 65 columns costs a
+    """S before tiles, in two parts, that of 1 and that of V: a product with 65 columns costs a
     fifth more than one with 64."""
 
     normalizer: Float[Tensor, "heads tiles num_features"]
@@ -60,10 +60,11 @@ def sizes(length: int, num_features: int, device: torch.device) -> tuple[int, in
 
 
 def room_of_starts(values: Float[Tensor, "heads num_features value_dim"], length: int) -> Starts:
-    """New memory for those of so many positions."""
+    """New memory for those of all tiles of so many positions but the first, which has S before the
+    keys."""
     whole = length // CHUNK
     # A chunk that is not whole is a tile of its own.
-    count = -(-whole // CHUNKS) + (-(-length // CHUNK) - whole)
+    count = -(-whole // CHUNKS) + (-(-length // CHUNK) - whole) - 1
     heads, *of_state = values.shape
     return Starts(
         values.new_empty(heads, count, of_state[0]), values.new_empty(heads, count, *of_state)
@@ -190,7 +191,8 @@ def forward(
     values: Float[Tensor, "heads num_features value_dim"],
     normalize: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Starts]:
-    """The output; for each row c / D, which it was multiplied by; S after all keys; the starts."""
+    """The output; for each row c / D, which it was multiplied by; S after all keys, in two parts;
+    the starts of all tiles but the first."""
     out = room_of_outputs(query, value)
     rates = values.new_full((*query.shape[:3], 1), phi.factor)
     after = normalizer.clone(), values.clone()
@@ -204,7 +206,8 @@ def forward(
             zip(key_tiles, query_tiles, strict=True)
         ):
             chunks = len(own_key)
-            starts.normalizer[heads, index], starts.values[heads, index] = sums.carry
+            if index > 0:
+                starts.normalizer[heads, index - 1], starts.values[heads, index - 1] = sums.carry
             keys = _Rows("key", phi, own_key, present)
             rows = phi.wide("value", _blocks(own_value))
             sums.begin(0)
@@ -242,7 +245,8 @@ def backward(
     rates: Float[Tensor, "heads group length 1"],
     normalize: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of query, key, value, and of S before the keys, in two parts."""
+    """Gradients of query, key, value, and of S before the keys, in two parts. `starts`: those of
+    all tiles."""
     of_query, of_key, of_value = (torch.empty_like(x) for x in (query, key, value))
     before = normalizer_gradient.clone(), values_gradient.clone()
     (at_once, most), factor = sizes(key.shape[1], values_gradient.shape[1], key.device), phi.factor

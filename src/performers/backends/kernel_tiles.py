@@ -162,7 +162,7 @@ def _kernel_attention(
     normalize: bool,
 ) -> tuple[Tensor, ...]:
     """The output; for each row c / D, which it was multiplied by; S after all keys, in two parts;
-    and the starts of causal tiles.
+    and the starts of causal tiles but the first.
 
     query: [heads, group, query_length, dim]; presence: [heads, key_length, 1], 0 for masked keys.
     """
@@ -193,7 +193,7 @@ def _kernel_attention(
                     # `rates` begins as c: found · c is the numerator, total · c the normalizer.
                     rate.mul_(inverse(total * phi.factor, phi.kernel.is_nonnegative))
                 torch.mul(found, rate, out=room)
-    return (out, rates, *sums, *kernel_chunks.room_of_starts(values, 0))
+    return (out, rates, *sums, *kernel_chunks.room_of_starts(values, 1))
 
 
 def _plain(
@@ -250,7 +250,7 @@ def _(
         values.new_empty(*query.shape[:3], 1),
         torch.empty_like(normalizer),
         torch.empty_like(values),
-        *kernel_chunks.room_of_starts(values, key.shape[1] if is_causal else 0),
+        *kernel_chunks.room_of_starts(values, key.shape[1] if is_causal else 1),
     )
 
 
@@ -383,8 +383,12 @@ def _differentiate(
         for gradient, like in zip((out, normalizer, values), likes, strict=True)
     ]
     with_directions = ctx.needs_input_grad[3]
+    sums, is_causal = saved[7:9], ctx.settings[-1]
+    if is_causal:  # the first tile begins with S before the keys
+        before = (x.unsqueeze(1) for x in saved[5:7])
+        sums = [torch.cat(both, dim=1) for both in zip(before, sums, strict=True)]
     query, key, value, directions, normalizer, values = _kernel_attention_backward(
-        *gradients, *saved[:5], *saved[7:], *ctx.settings, ctx.normalize, with_directions
+        *gradients, *saved[:5], *sums, *saved[9:], *ctx.settings, ctx.normalize, with_directions
     )
     of_directions = directions if with_directions else None
     return query, key, value, of_directions, None, normalizer, values, *[None] * 5

@@ -79,7 +79,7 @@ class HeadsOf:
             return batch * WIDE * (whole + segments * self.state)
         states = 2
         if self.form == "causal kernel":
-            states += -(-length // (kernel_chunks.CHUNK * kernel_chunks.CHUNKS))
+            states += -(-length // (kernel_chunks.CHUNK * kernel_chunks.CHUNKS)) - 1
         return batch * (width * (inputs + output) + WIDE * (rows + states * self.state))
 
     def work(self, batch: int, length: int) -> int:
