@@ -90,14 +90,23 @@ def peak_of_tensors(call: Callable[[], object]) -> int:
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else it says on every call that it has begun
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         call()
-    now = most = 0  # not the trace's own total, which goes on from that of the call before
+    # Only what this call made: the trace's total goes on from that of an earlier trace, and what is
+    # freed may lie where something of that one did.
+    held: dict[str, int] = {}
+    now = most = 0
     with TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
         record.export_chrome_trace(str(path))
         with path.open(encoding="utf-8") as lines:  # there may be millions
             for line in lines:
-                found = re.search(r'"Total Allocated": \d+, "Bytes": (-?\d+)', line)
-                now += int(found[1]) if found else 0
+                found = re.search(r'"Total Allocated": .*"Bytes": (-?\d+), .*"Addr": (\d+)', line)
+                if found is None:
+                    continue
+                size, address = int(found[1]), found[2]
+                now -= held.pop(address, 0)
+                if size > 0:
+                    held[address] = size
+                    now += size
                 most = max(most, now)
     return most
 
