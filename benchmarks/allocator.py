@@ -25,6 +25,7 @@ from performers import favor_attention
 from performers.records import describe_environment, markdown_table, write_block
 from performers.speed.settings import SETTINGS, Layer
 from performers.speed.timing import interleaved
+from performers.typing import FeatureMap
 
 RESULTS = Path(__file__).with_name("allocator.json")
 DOCUMENT = Path(__file__).parents[1] / "docs" / "processors.md"
@@ -42,32 +43,28 @@ def measure() -> dict[str, float]:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     device = torch.device("cpu")
-    layer = Layer(DIM, PROJECTIONS, HEADS, False, device)
+    features = {}
+    for name in NAMES:
+        number = SETTINGS[name].num_projections or PROJECTIONS
+        features[name] = SETTINGS[name].features(Layer(DIM, number, HEADS, False, device))
     found = {}
     for length in LENGTHS:
         tensors = [torch.randn(1, HEADS, length, DIM, requires_grad=True) for _ in range(3)]
         gradient = torch.randn(1, HEADS, length, DIM)
-        calls = {name: partial(step, name, layer, tensors, gradient) for name in NAMES}
+        calls = {
+            name: partial(step, phi, SETTINGS[name].window_size, tensors, gradient)
+            for name, phi in features.items()
+        }
         for name, measured in interleaved(calls, ROUNDS, device).items():
             assert isinstance(measured, dict), "a layer fits into memory"
             found[f"{name}, {length}"] = measured["median"]
     return found
 
 
-def step(name: str, layer: Layer, tensors: list[Tensor], gradient: Tensor) -> None:
-    setting = SETTINGS[name]
-    if setting.num_projections is not None:
-        layer = layer._replace(num_projections=setting.num_projections)
-    key = name, layer
-    if key not in _features:
-        _features[key] = setting.features(layer)
-    phi = _features[key]
-    favor_attention(*tensors, phi, window_size=setting.window_size).backward(gradient)
+def step(phi: FeatureMap, window_size: int | None, tensors: list[Tensor], gradient: Tensor) -> None:
+    favor_attention(*tensors, phi, window_size=window_size).backward(gradient)
     for x in tensors:
         x.grad = None
-
-
-_features: dict[Any, Any] = {}
 
 
 def run() -> dict[str, Any]:

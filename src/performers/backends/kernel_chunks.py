@@ -28,7 +28,7 @@ from performers.backends.buffers import (
     room_of_outputs,
     slices,
 )
-from performers.backends.kernel_maps import Map, inverse, of_heads
+from performers.backends.kernel_maps import Map, columns, inverse, of_heads, tiles_of
 
 __all__ = ["CHUNK", "Starts", "backward", "forward", "room_of_starts", "sizes"]
 
@@ -89,8 +89,7 @@ def _key_tiles(
     chunks: int, *parts: Float[Tensor, "heads length _"] | None
 ) -> list[tuple[Any, ...]]:
     """What each tile has of them; None stays None."""
-    cut = (itertools.repeat(None) if x is None else _tiles(x, chunks) for x in parts)
-    return list(zip(*cut, strict=False))
+    return tiles_of(lambda x: _tiles(x, chunks), *parts)
 
 
 def _query_tiles(
@@ -140,19 +139,18 @@ class _Sums:
     the first."""
 
     def __init__(self, name: str, chunks: int, normalizer: Tensor, values: Tensor) -> None:
-        """`chunks`: of the largest tile. The others are of the heads: S where a tile begins, or T
-        where it ends."""
-        self.carry = normalizer, values
+        """`chunks`: of the largest tile. The others have the shapes of one S."""
         self.of_ones = buffers.take(f"{name} of ones", (chunks + 1, *normalizer.shape), values)
         self.of_values = buffers.take(name, (chunks + 1, *values.shape), values)
         self.parts = self.of_values.unbind()
 
-    def begin(self, place: int) -> None:
-        self.of_ones[place], self.of_values[place] = self.carry
+    def put(self, place: int, sums: tuple[Tensor, Tensor]) -> None:
+        self.of_ones[place], self.of_values[place] = sums
 
-    def end(self, place: int) -> None:
-        for carry, sums in zip(self.carry, (self.of_ones, self.of_values), strict=True):
-            carry.copy_(sums[place])
+    def take(self, place: int, room: tuple[Tensor, Tensor]) -> None:
+        """Write those of a place to a room."""
+        for there, sums in zip(room, (self.of_ones, self.of_values), strict=True):
+            there.copy_(sums[place])
 
     def of(self, chunks: slice) -> tuple[Tensor, Tensor]:
         """As [blocks, 1, num_features] and [blocks, num_features, value_dim]."""
@@ -199,7 +197,8 @@ def forward(
     starts = room_of_starts(values, key.shape[1])
     at_once, most = sizes(key.shape[1], values.shape[1], key.device)
     for heads in slices(len(key), at_once):
-        sums = _Sums("sums", most, *(x[heads] for x in after))
+        carry = after[0][heads], after[1][heads]
+        sums = _Sums("sums", most, *carry)
         key_tiles = _key_tiles(most, key[heads], value[heads], of_heads(presence, heads))
         query_tiles = _query_tiles(most, query[heads], out[heads], rates[heads])
         for index, ((own_key, own_value, present), members) in enumerate(
@@ -207,10 +206,10 @@ def forward(
         ):
             chunks = len(own_key)
             if index > 0:
-                starts.normalizer[heads, index - 1], starts.values[heads, index - 1] = sums.carry
+                starts.normalizer[heads, index - 1], starts.values[heads, index - 1] = carry
             keys = _Rows("key", phi, own_key, present)
             rows = phi.wide("value", _blocks(own_value))
-            sums.begin(0)
+            sums.put(0, carry)
             sums.absorb(keys.features, rows, phi.factor)
             of_ones, of_values = sums.of(slice(chunks))
             for own_query, room, rate in members:
@@ -226,7 +225,7 @@ def forward(
                     inverses = inverse(total * phi.factor, phi.kernel.is_nonnegative)
                     rate.mul_(inverses.view(rate.shape))
                 torch.mul(found.view(room.shape), rate, out=room)
-            sums.end(chunks)
+            sums.take(chunks, carry)
     buffers.trim(KEPT_BYTES)
     return out, rates, *after, starts
 
@@ -251,7 +250,8 @@ def backward(
     before = normalizer_gradient.clone(), values_gradient.clone()
     (at_once, most), factor = sizes(key.shape[1], values_gradient.shape[1], key.device), phi.factor
     for heads in slices(len(key), at_once):
-        later = _Sums("later sums", most, *(x[heads] for x in before))
+        carry = before[0][heads], before[1][heads]
+        sums, later = (_Sums(name, most, *carry) for name in ("sums", "later sums"))
         key_tiles = _key_tiles(
             most, key[heads], value[heads], of_heads(presence, heads), of_key[heads],
             of_value[heads],
@@ -264,13 +264,11 @@ def backward(
             chunks = len(own_key)
             keys = _Rows("key", phi, own_key, present, is_back=True)
             rows = phi.wide("value", _blocks(own_value))
-            start = starts.normalizer[heads, index], starts.values[heads, index]
-            sums = _Sums("sums", most, *start)
-            sums.begin(0)
+            sums.put(0, (starts.normalizer[heads, index], starts.values[heads, index]))
             known = (chunks - 1) * own_key.shape[1]
             sums.absorb(keys.features[:known], rows[:known], factor)
             of_ones, of_values = sums.of(slice(chunks))
-            later.begin(chunks)
+            later.put(chunks, carry)
             own_ones, own_values = later.of(slice(chunks))
             keys_gradient = buffers.take("of keys", keys.features.shape, keys.features)
             rows_gradient = buffers.take("of values", rows.shape, rows)
@@ -278,7 +276,7 @@ def backward(
                 own_query, own_of_out, own_out, rate, of_own_query = member
                 beta = float(number > 0)  # the first writes, others add
                 queries = _Rows("query", phi, own_query, None, is_back=True)
-                gradient, along = _columns(own_of_out, own_out, rate, normalize)
+                gradient, along = map(_blocks, columns(own_of_out, own_out, rate, normalize))
                 own_values.baddbmm_(queries.features.mT, gradient, beta=beta)
                 own_ones.baddbmm_(along.mT, queries.features, beta=beta)
                 of_scores = buffers.product("of scores", gradient, rows.mT, factor)
@@ -296,21 +294,6 @@ def backward(
             rows_gradient.baddbmm_(keys.features, after_values, alpha=factor)
             keys.back(keys_gradient, of_own_key)
             of_own_value.copy_(rows_gradient.view(of_own_value.shape))
-            later.end(0)
+            later.take(0, carry)
     buffers.trim(KEPT_IN_TRAINING)
     return of_query, of_key, of_value, *before
-
-
-def _columns(
-    of_out: Float[Tensor, "chunks heads size value_dim"],
-    out: Float[Tensor, "chunks heads size value_dim"],
-    rate: Float[Tensor, "chunks heads size 1"],
-    normalize: bool,
-) -> tuple[Float[Tensor, "blocks size value_dim"], Float[Tensor, "blocks size 1"]]:
-    """The columns of G that belong to V, and the one that belongs to 1."""
-    gradient = torch.mul(of_out, rate, out=buffers.take("gradient", of_out.shape, rate))
-    if not normalize:
-        return _blocks(gradient), _blocks(torch.zeros_like(rate))
-    # From the derivative of 1/D: the normalizer moves all outputs by −out / D.
-    along = torch.mul(gradient, out, out=buffers.take("along", out.shape, rate))
-    return _blocks(gradient), _blocks(along.sum(dim=-1, keepdim=True).neg_())

@@ -1,8 +1,11 @@
-"""Features f(ω·x) + ε of rows, and what flows back through them."""
+"""Features f(ω·x) + ε of rows, what flows back through them, and what else all tiles share."""
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -12,7 +15,7 @@ from performers.backends.buffers import buffers
 from performers.backends.reference import renormalized
 from performers.kernels import KERNELS
 
-__all__ = ["Map", "inverse", "of_heads"]
+__all__ = ["Map", "columns", "inverse", "of_heads", "tiles_of"]
 
 
 class Map:
@@ -83,8 +86,34 @@ class Map:
         of_x.copy_(buffers.product("of inputs", gradient, directions, self.root))
 
 
-def of_heads(x: Tensor | None, heads: slice) -> Tensor | None:
+def of_heads(
+    x: Float[Tensor, all_heads * _] | None, heads: slice
+) -> Float[Tensor, heads * _] | None:
+    """What belongs to some heads; None stays None."""
     return None if x is None else x[heads]
+
+
+def tiles_of(
+    cut: Callable[[Tensor], Sequence[Tensor]], *parts: Tensor | None
+) -> list[tuple[Any, ...]]:
+    """What each tile has of the parts, which are cut alike; None stays None."""
+    cuts = (itertools.repeat(None) if x is None else cut(x) for x in parts)
+    return list(zip(*cuts, strict=False))
+
+
+def columns(
+    of_out: Float[Tensor, "*rows value_dim"],
+    out: Float[Tensor, "*rows value_dim"],
+    rate: Float[Tensor, "*rows 1"],
+    normalize: bool,
+) -> tuple[Float[Tensor, "*rows value_dim"], Float[Tensor, "*rows 1"]]:
+    """The columns of G that belong to V, and the one that belongs to 1."""
+    gradient = torch.mul(of_out, rate, out=buffers.take("gradient", of_out.shape, rate))
+    if not normalize:
+        return gradient, torch.zeros_like(rate)
+    # From the derivative of 1/D: the normalizer moves all outputs by −out / D.
+    along = torch.mul(gradient, out, out=buffers.take("along", out.shape, rate))
+    return gradient, along.sum(dim=-1, keepdim=True).neg_()
 
 
 def inverse(normalizer: Tensor, is_nonnegative: bool) -> Tensor:

@@ -19,7 +19,6 @@ Registered with torch.library: `torch.compile(fullgraph=True)` sees one operator
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import replace
@@ -33,7 +32,7 @@ from performers.backends import kernel_chunks, plain
 from performers.backends.buffers import CAPABILITIES, buffers, room_of_outputs, slices
 from performers.backends.call import Call
 from performers.backends.derivatives import is_differentiated, needs_formula, plain_gradients
-from performers.backends.kernel_maps import Map, inverse, of_heads
+from performers.backends.kernel_maps import Map, columns, inverse, of_heads, tiles_of
 from performers.backends.reference import absorb, read
 from performers.kernels import KERNELS
 from performers.state import LinearState
@@ -131,8 +130,7 @@ def _sizes(values: Float[Tensor, "heads num_features value_dim"], longest: int) 
 
 def _tiles(size: int, *parts: Float[Tensor, "*heads length _"] | None) -> list[tuple[Any, ...]]:
     """The parts, each cut into tiles of so many rows; None stays None."""
-    cut = (itertools.repeat(None) if x is None else x.split(size, dim=-2) for x in parts)
-    return list(zip(*cut, strict=False))
+    return tiles_of(lambda x: x.split(size, dim=-2), *parts)
 
 
 def _members(tile: tuple[Float[Tensor, "heads group rows _"], ...]) -> Iterator[tuple[Any, ...]]:
@@ -313,12 +311,7 @@ def _kernel_attention_backward(
         for tile in query_tiles:
             for own_query, of_out, own_out, rate, of_query in _members(tile):
                 projected = phi.projected("rows", own_query)
-                # The columns of G that belong to V, and the one that belongs to the normalizer.
-                spare = buffers.take("gradient", of_out.shape, values)
-                gradient, along = torch.mul(of_out, rate, out=spare), torch.zeros_like(rate)
-                if normalize:
-                    # From the derivative of 1/D: the normalizer moves all outputs by −out / D.
-                    along = (gradient * own_out).sum(dim=-1, keepdim=True).neg_()
+                gradient, along = columns(of_out, own_out, rate, normalize)
                 of_queries = buffers.product("of features", gradient, state.values.mT)
                 of_queries.addcmul_(along, state.normalizer.unsqueeze(1))
                 later.add(phi.features(projected, None, "rows"), gradient, along, 1.0)

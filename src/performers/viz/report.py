@@ -174,22 +174,21 @@ def _cost_explanation(metrics: Mapping[str, Any]) -> str:
         if limit is None
         else (f" Each model had {_duration(limit)} and finished the step that it was in.")
     )
+    resident = (
+        " Resident memory is what the process took while it trained, with the gaps that the C "
+        "library leaves between tensors of many sizes; it varies from run to run."
+        if _has_resident(metrics["models"])
+        else ""
+    )
     return (
         f"Time is that of the optimizer steps alone.{budget} Peak memory is the most that weights, "
-        "gradients, optimizer state and activations took at a time. "
-        + (
-            "Resident memory is what the process took while it trained, with the gaps that the C "
-            "library leaves between tensors of many sizes; it varies from run to run."
-            if any(map(_resident, metrics["models"]))
-            else ""
-        )
+        f"gradients, optimizer state and activations took at a time.{resident}"
     )
 
 
-def _resident(model: Mapping[str, Any]) -> int | None:
-    """Bytes; None on an accelerator, and of runs that did not measure it."""
-    found: int | None = model.get("resident_memory")
-    return found
+def _has_resident(models: Sequence[Mapping[str, Any]]) -> bool:
+    """Not on an accelerator, nor of runs that did not measure it."""
+    return any(model.get("resident_memory") for model in models)
 
 
 def _overview(metrics: Mapping[str, Any]) -> str:
@@ -237,31 +236,22 @@ def _metrics_table(metrics: Mapping[str, Any], split: str) -> str:
 
 
 def _cost_table(models: Sequence[Mapping[str, Any]]) -> str:
-    return _table(
-        "",
+    header = ["", "optimizer steps", "training time", "tokens per second", "parameters"]
+    rows = [
         [
-            "",
-            "optimizer steps",
-            "training time",
-            "tokens per second",
-            "parameters",
-            *(["resident memory"] if any(map(_resident, models)) else []),
-        ],
-        [
-            (
-                "" if index else "main",
-                [
-                    model["attention"],
-                    f"{model['steps']:,}",
-                    _duration(model["seconds"]),
-                    f"{model['tokens_per_second']:,.0f}",
-                    f"{model['parameters']:,}",
-                    *([_bytes(_resident(model))] if any(map(_resident, models)) else []),
-                ],
-            )
-            for index, model in enumerate(models)
-        ],
-    )
+            model["attention"],
+            f"{model['steps']:,}",
+            _duration(model["seconds"]),
+            f"{model['tokens_per_second']:,.0f}",
+            f"{model['parameters']:,}",
+        ]
+        for model in models
+    ]
+    if _has_resident(models):
+        header.append("resident memory")
+        for model, row in zip(models, rows, strict=True):
+            row.append(_bytes(model.get("resident_memory")))
+    return _table("", header, [("" if index else "main", row) for index, row in enumerate(rows)])
 
 
 def _table(caption: str, header: Sequence[str], rows: Iterable[tuple[str, Sequence[str]]]) -> str:
